@@ -1,0 +1,68 @@
+// The mathematics of one cell, usable on host and device. Every kernel goes through these functions, so that the
+// contracts (clamped norms, zero cells, gradients at zero) are written once.
+#pragma once
+
+#include "core/types.h"
+
+namespace xcos {
+
+// Inner products of one cell's two feature vectors.
+template <typename T>
+struct CellMoments {
+  T dot;  // x . y
+  T xx;   // x . x
+  T yy;   // y . y
+};
+
+template <typename T>
+struct CellCosine {
+  T cosine;  // x.y / (max(|x|, eps) max(|y|, eps))
+  T x_norm;  // |x|, not clamped
+  T y_norm;
+  T scale;  // 1 / (max(|x|, eps) max(|y|, eps))
+};
+
+// fmax drops NaN, so the clamp is a comparison that keeps it.
+template <typename T>
+XCOS_HD inline T clamp_norm(T norm, T eps) {
+  return norm < eps ? eps : norm;
+}
+
+template <typename T>
+XCOS_HD inline CellCosine<T> cell_cosine(const CellMoments<T>& m, T x_norm, T y_norm, T eps) {
+  CellCosine<T> out;
+  out.x_norm = x_norm;
+  out.y_norm = y_norm;
+  out.scale = T(1) / (clamp_norm(x_norm, eps) * clamp_norm(y_norm, eps));
+  out.cosine = m.dot * out.scale;
+  return out;
+}
+
+// Gradient of one cell as coefficients: grad_x = x_from_y * y + x_from_x * x, and the same for y.
+template <typename T>
+struct CellGradient {
+  T x_from_y;
+  T x_from_x;
+  T y_from_x;
+  T y_from_y;
+};
+
+// grad_cosine: dL/dS of the cell. grad_product: dL/d(|x||y|), nonzero for norm attention only.
+// A clamped norm is a constant, so its own term vanishes; a zero vector gets gradient 0 by contract.
+template <typename T>
+XCOS_HD inline CellGradient<T> cell_gradient(const CellCosine<T>& c, T eps, T grad_cosine, T grad_product) {
+  const T cross = grad_cosine * c.scale;
+  CellGradient<T> g;
+  g.x_from_y = c.x_norm == T(0) ? T(0) : cross;
+  g.y_from_x = c.y_norm == T(0) ? T(0) : cross;
+  const T along = grad_cosine * c.cosine;
+  g.x_from_x = T(0);
+  g.y_from_y = T(0);
+  if (!(c.x_norm < eps)) g.x_from_x -= along / (c.x_norm * c.x_norm);
+  if (!(c.y_norm < eps)) g.y_from_y -= along / (c.y_norm * c.y_norm);
+  if (c.x_norm != T(0)) g.x_from_x += grad_product * c.y_norm / c.x_norm;
+  if (c.y_norm != T(0)) g.y_from_y += grad_product * c.x_norm / c.y_norm;
+  return g;
+}
+
+}  // namespace xcos

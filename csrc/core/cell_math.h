@@ -1,5 +1,5 @@
-// The mathematics of one cell, usable on host and device. Every kernel goes through these functions, so that the
-// contracts (clamped norms, zero cells, gradients at zero) are written once.
+// The mathematics of one cell, usable on host and device. Every kernel goes through these functions, so that
+// the contracts (clamped norms, zero cells, gradients at zero) are written once.
 #pragma once
 
 #include "core/types.h"
@@ -33,8 +33,10 @@ XCOS_HD inline CellCosine<T> cell_cosine(const CellMoments<T>& m, T x_norm, T y_
   CellCosine<T> out;
   out.x_norm = x_norm;
   out.y_norm = y_norm;
-  out.scale = T(1) / (clamp_norm(x_norm, eps) * clamp_norm(y_norm, eps));
-  out.cosine = m.dot * out.scale;
+  const T x_inverse = T(1) / clamp_norm(x_norm, eps);
+  const T y_inverse = T(1) / clamp_norm(y_norm, eps);
+  out.scale = x_inverse * y_inverse;
+  out.cosine = (m.dot * x_inverse) * y_inverse;  // in this order a zero cell stays 0 for the smallest eps
   return out;
 }
 

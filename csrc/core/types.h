@@ -3,10 +3,12 @@
 
 #include <cstdint>
 
+// Cell mathematics runs on host and device. On the host it must be inlined always: the same header is
+// compiled once per CPU instruction set, and an out-of-line copy would be shared between them by the linker.
 #if defined(__CUDACC__)
 #define XCOS_HD __host__ __device__
 #else
-#define XCOS_HD
+#define XCOS_HD __attribute__((always_inline))
 #endif
 
 namespace xcos {
@@ -15,9 +17,7 @@ namespace xcos {
 enum class Scalar : int32_t { f16 = 0, bf16 = 1, f32 = 2, f64 = 3 };
 
 // Bytes of one element.
-constexpr int64_t scalar_size(Scalar s) {
-  return s == Scalar::f64 ? 8 : s == Scalar::f32 ? 4 : 2;
-}
+constexpr int64_t scalar_size(Scalar s) { return s == Scalar::f64 ? 8 : s == Scalar::f32 ? 4 : 2; }
 
 // Type of scores, maps and sums that belongs to a feature type.
 constexpr Scalar result_scalar(Scalar s) { return s == Scalar::f64 ? Scalar::f64 : Scalar::f32; }

@@ -1,4 +1,5 @@
-// Parameters of the pair operators. CPU and CUDA kernels take the same structs, so that a caller fills one once.
+// Parameters of the pair operators. CPU and CUDA kernels take the same structs, so that a caller fills one
+// once.
 #pragma once
 
 #include "core/types.h"
@@ -17,8 +18,8 @@ struct PairProblem {
   double eps;          // > 0; lower bound of a cell's norm
 };
 
-// Norm attention: W_i = q_i / sum q with q_i = |a_i||b_i| (not clamped); a pair without any signal (sum q == 0) gets
-// uniform W and no gradient through W.
+// Norm attention: W_i = q_i / sum q with q_i = |a_i||b_i| (not clamped); a pair without any signal (sum q ==
+// 0) gets uniform W and no gradient through W.
 //
 // score[n] = sum_i W[n,i] S[n,i]. Outputs are dense, of result_scalar(problem.scalar); null ones are skipped.
 struct XcosScoreOutputs {
@@ -35,8 +36,8 @@ struct XcosScoreGradients {
   const void* attention;   // [pairs, cells], dense
 };
 
-// Outgoing gradients. a and b are of problem.scalar, attention of result_scalar, [pairs, cells], dense, one row a
-// pair even when the attention is shared (the caller adds the rows up); null ones are skipped.
+// Outgoing gradients. a and b are of problem.scalar, attention of result_scalar, [pairs, cells], dense, one
+// row a pair even when the attention is shared (the caller adds the rows up); null ones are skipped.
 struct XcosScoreGradientOutputs {
   MutableFeatureView a;
   MutableFeatureView b;

@@ -1,0 +1,104 @@
+// Picks the instruction set at run time. Compiled for the baseline only.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/grid_cosine.h"
+#include "cpu/isa.h"
+#include "cpu/xcos_score.h"
+
+namespace xcos::cpu {
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx2:
+      return "avx2";
+    default:
+      return "baseline";
+  }
+}
+
+bool isa_compiled(Isa isa) {
+#if defined(XCOS_HAVE_X86_ISAS)
+  (void)isa;
+  return true;
+#else
+  return isa == Isa::baseline;
+#endif
+}
+
+bool isa_supported(Isa isa) {
+  if (!isa_compiled(isa)) return false;
+  if (isa == Isa::baseline) return true;
+#if defined(XCOS_HAVE_X86_ISAS)
+  __builtin_cpu_init();
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (isa == Isa::avx2) return avx2;
+  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+  return false;
+#endif
+}
+
+namespace {
+
+Isa choose_isa() {
+  const Isa all[] = {Isa::avx512, Isa::avx2, Isa::baseline};
+  const char* wanted = std::getenv("XCOS_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') {
+    for (Isa isa : all)
+      if (isa_supported(isa)) return isa;
+  }
+  for (Isa isa : all) {
+    if (std::string(wanted) != isa_name(isa)) continue;
+    if (isa_supported(isa)) return isa;
+    throw std::runtime_error(std::string("XCOS_CPU_ISA: ") + wanted + " is not available: " +
+                             (isa_compiled(isa) ? "this processor lacks it" : "not built"));
+  }
+  throw std::runtime_error(std::string("XCOS_CPU_ISA: expected baseline, avx2 or avx512, got ") + wanted);
+}
+
+}  // namespace
+
+Isa selected_isa() {
+  static const Isa isa = choose_isa();
+  return isa;
+}
+
+#if defined(XCOS_HAVE_X86_ISAS)
+#define XCOS_CALL(name, ...)              \
+  switch (selected_isa()) {               \
+    case Isa::avx512:                     \
+      return avx512::name(__VA_ARGS__);   \
+    case Isa::avx2:                       \
+      return avx2::name(__VA_ARGS__);     \
+    default:                              \
+      return baseline::name(__VA_ARGS__); \
+  }
+#else
+#define XCOS_CALL(name, ...) return baseline::name(__VA_ARGS__);
+#endif
+
+void xcos_score(const PairProblem& problem, const XcosScoreOutputs& outputs, ParallelFor parallel_for) {
+  XCOS_CALL(xcos_score, problem, outputs, parallel_for)
+}
+
+void xcos_score_backward(const PairProblem& problem, const XcosScoreGradients& gradients,
+                         const XcosScoreGradientOutputs& outputs, ParallelFor parallel_for) {
+  XCOS_CALL(xcos_score_backward, problem, gradients, outputs, parallel_for)
+}
+
+void grid_cosine(const PairProblem& problem, void* similarity, ParallelFor parallel_for) {
+  XCOS_CALL(grid_cosine, problem, similarity, parallel_for)
+}
+
+void grid_cosine_backward(const PairProblem& problem, const void* grad_similarity, MutableFeatureView grad_a,
+                          MutableFeatureView grad_b, ParallelFor parallel_for) {
+  XCOS_CALL(grid_cosine_backward, problem, grad_similarity, grad_a, grad_b, parallel_for)
+}
+
+}  // namespace xcos::cpu

@@ -1,0 +1,43 @@
+// Instruction sets. Every kernel file is compiled once for each of them, in a namespace of its own
+// (XCOS_ISA), with no function that the linker could share between them; the caller's entry point picks one
+// at run time.
+#pragma once
+
+namespace xcos::cpu {
+
+enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
+
+// The best set that both this build and this processor have; the environment variable XCOS_CPU_ISA (baseline,
+// avx2, avx512) lowers it. Read once. Throws std::runtime_error when the variable names an unknown or
+// unavailable set.
+Isa selected_isa();
+
+const char* isa_name(Isa isa);
+
+// Whether kernels for this set were compiled into the library.
+bool isa_compiled(Isa isa);
+
+// Whether this processor can run them.
+bool isa_supported(Isa isa);
+
+}  // namespace xcos::cpu
+
+#if defined(XCOS_HAVE_X86_ISAS)
+#define XCOS_CPU_KERNEL(name, parameters) \
+  namespace baseline {                    \
+  void name parameters;                   \
+  }                                       \
+  namespace avx2 {                        \
+  void name parameters;                   \
+  }                                       \
+  namespace avx512 {                      \
+  void name parameters;                   \
+  }                                       \
+  void name parameters;
+#else
+#define XCOS_CPU_KERNEL(name, parameters) \
+  namespace baseline {                    \
+  void name parameters;                   \
+  }                                       \
+  void name parameters;
+#endif

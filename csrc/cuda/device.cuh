@@ -1,0 +1,138 @@
+// The primitives that kernels use beyond plain C++, each a function, so that the kernel sources themselves also run on
+// a CPU under tests/cuda_emulator (which defines XCOS_CUDA_EMULATOR and supplies its own cuda_runtime.h).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace xcos::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// The block's dynamic shared memory, 16-byte aligned.
+__device__ inline unsigned char* dynamic_shared() {
+#if defined(XCOS_CUDA_EMULATOR)
+  return emulator::dynamic_shared();
+#else
+  extern __shared__ __align__(16) unsigned char xcos_dynamic_shared[];
+  return xcos_dynamic_shared;
+#endif
+}
+
+// Starts copying kBytes (4, 8 or 16, both sides aligned to it) from global to shared memory. The data is there for
+// the calling thread after copy_async_wait(), for others after a barrier behind that.
+template <int kBytes>
+__device__ inline void copy_async(void* shared, const void* global) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "cp.async copies 4, 8 or 16 bytes");
+#if defined(XCOS_CUDA_EMULATOR)
+  emulator::copy_async(shared, global, kBytes);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  if constexpr (kBytes == 16) {
+    // .cg: features are used once, so L1 is left to the attention values.
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(kBytes) : "memory");
+  }
+#else
+  if constexpr (kBytes == 16) {
+    *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+  } else if constexpr (kBytes == 8) {
+    *static_cast<uint2*>(shared) = *static_cast<const uint2*>(global);
+  } else {
+    *static_cast<uint32_t*>(shared) = *static_cast<const uint32_t*>(global);
+  }
+#endif
+}
+
+__device__ inline void copy_async_wait() {
+#if defined(XCOS_CUDA_EMULATOR)
+  emulator::copy_async_wait();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+__device__ inline float root(float v) { return sqrtf(v); }
+__device__ inline double root(double v) { return sqrt(v); }
+__device__ inline float exponential(float v) { return expf(v); }
+__device__ inline double exponential(double v) { return exp(v); }
+
+// Threads that work on one pair. sum and maximum give every thread the same bits, in an order that is fixed.
+struct WarpGroup {
+  int rank;
+
+  static constexpr int kSize = kWarp;
+
+  __device__ void sync() const { __syncwarp(); }
+
+  template <typename R, int kCount>
+  __device__ void sum(R (&values)[kCount]) const {
+#pragma unroll
+    for (int step = kWarp / 2; step > 0; step /= 2) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) values[k] += __shfl_xor_sync(kFullWarp, values[k], step);
+    }
+  }
+
+  // NaN is passed over.
+  template <typename R>
+  __device__ R maximum(R value) const {
+#pragma unroll
+    for (int step = kWarp / 2; step > 0; step /= 2) {
+      const R other = __shfl_xor_sync(kFullWarp, value, step);
+      value = other > value ? other : value;
+    }
+    return value;
+  }
+};
+
+// A whole block of kThreads. scratch: shared memory for kScratch doubles.
+template <int kThreads>
+struct BlockGroup {
+  int rank;
+  void* scratch;
+
+  static constexpr int kSize = kThreads;
+  static constexpr int kWarps = kThreads / kWarp;
+  static constexpr int kScratch = 3 * kWarps;
+
+  __device__ void sync() const { __syncthreads(); }
+
+  template <typename R, int kCount>
+  __device__ void sum(R (&values)[kCount]) const {
+    static_assert(kCount * kWarps <= kScratch, "scratch is too small");
+    R* partial = static_cast<R*>(scratch);
+    WarpGroup{rank % kWarp}.sum(values);
+    __syncthreads();  // a former reduction may still be read
+    if (rank % kWarp == 0) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) partial[k * kWarps + rank / kWarp] = values[k];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      R total = partial[k * kWarps];
+#pragma unroll
+      for (int w = 1; w < kWarps; ++w) total += partial[k * kWarps + w];
+      values[k] = total;
+    }
+  }
+
+  template <typename R>
+  __device__ R maximum(R value) const {
+    R* partial = static_cast<R*>(scratch);
+    value = WarpGroup{rank % kWarp}.maximum(value);
+    __syncthreads();
+    if (rank % kWarp == 0) partial[rank / kWarp] = value;
+    __syncthreads();
+    R largest = partial[0];
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) largest = partial[w] > largest ? partial[w] : largest;
+    return largest;
+  }
+};
+
+}  // namespace xcos::cuda

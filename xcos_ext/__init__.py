@@ -1,0 +1,64 @@
+"""Explainable face similarity at the price of cosine.
+
+xCos compares two faces cell by cell (cosine S of a 7x7 grid of features), weighs the cells (attention W) and scores
+``sum W * S``: a number that comes with its own explanation (arXiv 2003.05383).
+
+    score = xcos_ext.xcos_score(a, b, logits_or_weights, logits=True)
+    score, similarity, attention = xcos_ext.xcos_score(a, b, "norm", return_maps=True)
+
+Names are loaded when first used, so importing the package costs nothing; ``import xcos_ext.ops`` registers the torch
+operators at once (for programs that load exported graphs).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xcos_ext import reference as reference
+    from xcos_ext.errors import ModelError, PictureError, XCosError
+    from xcos_ext.nn import ArcFaceHead, CosFaceHead, XCosAttention, XCosHead, XCosModel, load_model, plug
+    from xcos_ext.ops import XCosScore, build_info, grid_cosine, xcos_score
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "xcos_ext.ops": ("XCosScore", "build_info", "grid_cosine", "xcos_score"),
+    "xcos_ext.errors": ("ModelError", "PictureError", "XCosError"),
+    "xcos_ext.nn": ("ArcFaceHead", "CosFaceHead", "XCosAttention", "XCosHead", "XCosModel", "load_model", "plug"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "ArcFaceHead",
+    "CosFaceHead",
+    "ModelError",
+    "PictureError",
+    "XCosAttention",
+    "XCosError",
+    "XCosHead",
+    "XCosModel",
+    "XCosScore",
+    "build_info",
+    "grid_cosine",
+    "load_model",
+    "plug",
+    "reference",
+    "xcos_score",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "reference":
+        return importlib.import_module("xcos_ext.reference")
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'xcos_ext' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,21 @@
+"""Face recognition networks that give a grid map (512x7x7) and, with their output block, an embedding."""
+
+from .irse import IRSE
+from .mobilefacenet import MobileFaceNet, MobileFaceNetReLU
+from .preprocessing import ARCFACE, IMAGENET, Preprocessing
+from .recogniser import Recogniser, SplitRecogniser
+from .registry import available, create, register
+
+__all__ = [
+    "ARCFACE",
+    "IMAGENET",
+    "IRSE",
+    "MobileFaceNet",
+    "MobileFaceNetReLU",
+    "Preprocessing",
+    "Recogniser",
+    "SplitRecogniser",
+    "available",
+    "create",
+    "register",
+]

@@ -1,0 +1,81 @@
+"""From aligned 8-bit face crops to the normalised tensor that a network expects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["ARCFACE", "IMAGENET", "Preprocessing"]
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a network expects of its input: size, and mean and standard deviation per RGB channel.
+
+    ``x = (rgb / 255 - mean) / std``, channel by channel.
+
+    Attributes:
+        size: (height, width) of the aligned crop in pixels.
+        mean: per-channel mean of RGB values in [0, 1].
+        std: per-channel standard deviation of RGB values in [0, 1]; positive.
+    """
+
+    size: tuple[int, int] = (112, 112)
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        size, mean, std = tuple(self.size), tuple(self.mean), tuple(self.std)
+        if len(size) != 2 or any(int(s) != s or s < 1 for s in size):
+            raise ValueError(f"size: expected two positive integers (height, width), got {size}")
+        if len(mean) != 3 or not np.all(np.isfinite(mean)):
+            raise ValueError(f"mean: expected three finite numbers (R, G, B), got {mean}")
+        if len(std) != 3 or not np.all(np.isfinite(std)) or min(std) <= 0:
+            raise ValueError(f"std: expected three positive numbers (R, G, B), got {std}")
+        object.__setattr__(self, "size", tuple(int(s) for s in size))
+        object.__setattr__(self, "mean", tuple(float(m) for m in mean))
+        object.__setattr__(self, "std", tuple(float(s) for s in std))
+
+    def __call__(self, faces: Sequence[np.ndarray] | np.ndarray) -> Tensor:
+        """Turn aligned crops into a batch.
+
+        Args:
+            faces: one uint8 RGB array [H, W, 3], a batch [N, H, W, 3], or a sequence of [H, W, 3] arrays,
+                with (H, W) equal to ``size``.
+
+        Returns:
+            fp32 tensor [N, 3, H, W] on the CPU, contiguous. An empty sequence gives [0, 3, H, W].
+
+        Raises:
+            TypeError: an array is not uint8.
+            ValueError: an array has another shape.
+        """
+        height, width = self.size
+        items: list[np.ndarray]
+        if isinstance(faces, np.ndarray):
+            items = list(faces) if faces.ndim == 4 else [faces]
+        else:
+            items = [np.asarray(face) for face in faces]
+        for i, face in enumerate(items):
+            if face.dtype != np.uint8:
+                raise TypeError(f"faces[{i}]: expected a uint8 array, got {face.dtype}")
+            if face.shape != (height, width, 3):
+                raise ValueError(
+                    f"faces[{i}]: expected an aligned RGB crop of shape ({height}, {width}, 3), got {face.shape}"
+                )
+        if not items:
+            return torch.empty(0, 3, height, width)
+        pixels = torch.from_numpy(np.stack(items)).permute(0, 3, 1, 2).float()
+        mean = torch.tensor(self.mean).view(1, 3, 1, 1)
+        std = torch.tensor(self.std).view(1, 3, 1, 1)
+        return ((pixels / 255 - mean) / std).contiguous()
+
+
+#: (x / 255 - 0.5) / 0.5: the ArcFace family, xCos included.
+ARCFACE = Preprocessing()
+#: ImageNet statistics: the MobileFaceNet with ReLU6.
+IMAGENET = Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))

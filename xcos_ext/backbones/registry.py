@@ -1,0 +1,67 @@
+"""Backbones by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .irse import IRSE
+from .mobilefacenet import MobileFaceNet, MobileFaceNetReLU
+from .recogniser import Recogniser
+
+__all__ = ["available", "create", "register"]
+
+_REGISTRY: dict[str, Callable[..., Recogniser]] = {}
+
+
+def register(name: str, factory: Callable[..., Recogniser]) -> None:
+    """Add a backbone to the registry, so that its models can be saved and loaded by name.
+
+    Args:
+        name: the name; also what the built network must carry as ``architecture``.
+        factory: called with the keyword arguments of :func:`create`; must accept ``output=True/False``.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in _REGISTRY:
+        raise ValueError(f"name: {name!r} is already registered")
+    _REGISTRY[name] = factory
+
+
+def available() -> tuple[str, ...]:
+    """Names that :func:`create` accepts, sorted."""
+    return tuple(sorted(_REGISTRY))
+
+
+def create(name: str, **options: Any) -> Recogniser:
+    """Build a backbone with freshly initialised weights.
+
+    Args:
+        name: one of :func:`available`, e.g. ``"ir_se_50"`` or ``"mobilefacenet"``.
+        **options: passed on to the network, e.g. ``output=False`` to leave out the output block.
+
+    Returns:
+        The network, in training mode like every new torch module.
+
+    Raises:
+        ValueError: no such name.
+    """
+    factory = _REGISTRY.get(name)
+    if factory is None:
+        raise ValueError(f"name: expected one of {', '.join(available())}, got {name!r}")
+    return factory(**options)
+
+
+def _irse(depth: int, squeeze: bool) -> Callable[..., Recogniser]:
+    def build(**options: Any) -> Recogniser:
+        return IRSE(depth, squeeze=squeeze, **options)
+
+    return build
+
+
+for _depth in (50, 100, 152):
+    register(f"ir_{_depth}", _irse(_depth, False))
+    register(f"ir_se_{_depth}", _irse(_depth, True))
+register("mobilefacenet", MobileFaceNet)
+register("mobilefacenet_relu", MobileFaceNetReLU)

@@ -1,0 +1,358 @@
+"""Verification figures from scores: k-fold accuracy, AUC, EER, error curves, thresholds at a false match rate.
+
+Everywhere a larger score means more alike, and a pair is declared genuine if score >= threshold:
+
+* FMR(t), false match rate: share of impostor pairs with score >= t (also FAR),
+* FNMR(t), false non-match rate: share of genuine pairs with score < t; TAR = 1 - FNMR.
+
+Impostor pairs that share people are not independent, so the confidence bounds here are optimistic where few people make
+many pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = [
+    "EER",
+    "ErrorCurves",
+    "KFoldAccuracy",
+    "OperatingPoint",
+    "VerificationReport",
+    "auc",
+    "best_threshold",
+    "eer",
+    "error_curves",
+    "fmr_upper_bound",
+    "kfold_accuracy",
+    "operating_point",
+    "verification",
+]
+
+Floats = NDArray[np.float64]
+
+
+def _split(scores: ArrayLike, genuine: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
+    values = np.asarray(scores, dtype=np.float64)
+    labels = np.asarray(genuine)
+    if values.ndim != 1 or labels.shape != values.shape:
+        raise ValueError(f"scores, genuine: expected two equal lengths, got {values.shape} and {labels.shape}")
+    if labels.dtype != np.bool_:
+        if not np.isin(labels, (0, 1)).all():
+            raise ValueError("genuine: expected booleans or 0 and 1")
+        labels = labels.astype(bool)
+    bad = int((~np.isfinite(values)).sum())
+    if bad:
+        raise ValueError(f"scores: {bad} of {values.size} are NaN or infinite")
+    if labels.all() or not labels.any():
+        raise ValueError(
+            f"genuine: expected pairs of both kinds, got {int(labels.sum())} genuine of {labels.size}"
+        )
+    return values, labels
+
+
+class ErrorCurves(NamedTuple):
+    """Error rates at every threshold where they change.
+
+    Attributes:
+        thresholds: [K], the distinct scores, ascending, then +inf.
+        fmr: [K], false match rate at each threshold; falls from 1 to 0.
+        fnmr: [K], false non-match rate; rises from 0 to 1.
+    """
+
+    thresholds: Floats
+    fmr: Floats
+    fnmr: Floats
+
+
+def error_curves(scores: ArrayLike, genuine: ArrayLike) -> ErrorCurves:
+    """FMR and FNMR as functions of the threshold, exactly.
+
+    Args:
+        scores: [N], finite.
+        genuine: [N], booleans or 0/1; both kinds must occur.
+
+    Raises:
+        ValueError: shapes differ, scores are not finite, or one kind is missing.
+    """
+    values, labels = _split(scores, genuine)
+    thresholds = np.append(np.unique(values), np.inf)
+    impostors, genuines = np.sort(values[~labels]), np.sort(values[labels])
+    fmr = 1 - np.searchsorted(impostors, thresholds, "left") / impostors.size
+    fnmr = np.searchsorted(genuines, thresholds, "left") / genuines.size
+    return ErrorCurves(thresholds, fmr, fnmr)
+
+
+def auc(scores: ArrayLike, genuine: ArrayLike) -> float:
+    """Area under the ROC curve: P(genuine score > impostor score) + P(equal) / 2, exactly.
+
+    Args:
+        scores: [N], finite.
+        genuine: [N], booleans or 0/1; both kinds must occur.
+    """
+    values, labels = _split(scores, genuine)
+    impostors, genuines = np.sort(values[~labels]), values[labels]
+    below = np.searchsorted(impostors, genuines, "left")
+    up_to = np.searchsorted(impostors, genuines, "right")
+    return float((below + up_to).sum() / (2.0 * impostors.size * genuines.size))
+
+
+class EER(NamedTuple):
+    """Attributes: rate (FMR = FNMR), and the threshold where the curves cross."""
+
+    rate: float
+    threshold: float
+
+
+def eer(scores: ArrayLike, genuine: ArrayLike) -> EER:
+    """Equal error rate, interpolated linearly between the two thresholds around the crossing.
+
+    Args:
+        scores: [N], finite.
+        genuine: [N], booleans or 0/1; both kinds must occur.
+    """
+    curves = error_curves(scores, genuine)
+    gap = curves.fmr - curves.fnmr  # 1 at the first threshold, -1 at the last, non-increasing
+    after = int(np.argmax(gap <= 0))
+    low, high = gap[after - 1], gap[after]
+    share = float(low / (low - high))
+    rate = curves.fmr[after - 1] + share * (curves.fmr[after] - curves.fmr[after - 1])
+    left, right = curves.thresholds[after - 1], curves.thresholds[after]
+    # Beyond the largest score there is no distance to interpolate over.
+    threshold = left + share * (right - left) if np.isfinite(right) else np.nextafter(left, np.inf)
+    return EER(float(rate), float(threshold))
+
+
+def best_threshold(scores: ArrayLike, genuine: ArrayLike, candidates: ArrayLike | None = None) -> float:
+    """The threshold with the highest accuracy; of several equally good ones the median.
+
+    Args:
+        scores: [N], finite.
+        genuine: [N], booleans or 0/1; both kinds must occur.
+        candidates: thresholds to choose from, e.g. ``np.arange(-1, 1, 0.005)`` as in much published code; by default
+            the midpoints between neighbouring distinct scores, which lose no accuracy.
+    """
+    values, labels = _split(scores, genuine)
+    if candidates is None:
+        distinct = np.unique(values)
+        ends = np.nextafter(distinct[[0, -1]], [-np.inf, np.inf])
+        options = np.concatenate((ends[:1], (distinct[:-1] + distinct[1:]) / 2, ends[1:]))
+    else:
+        options = np.unique(np.asarray(candidates, dtype=np.float64))
+        if options.size == 0 or not np.isfinite(options).all():
+            raise ValueError("candidates: expected at least one finite threshold and no others")
+    impostors, genuines = np.sort(values[~labels]), np.sort(values[labels])
+    right = (
+        genuines.size
+        - np.searchsorted(genuines, options, "left")
+        + np.searchsorted(impostors, options, "left")
+    )
+    winners = options[right == right.max()]
+    return float(winners[(winners.size - 1) // 2])
+
+
+class KFoldAccuracy(NamedTuple):
+    """Cross-validated accuracy.
+
+    Attributes:
+        mean: mean over folds, in [0, 1].
+        std: sample standard deviation over folds (n - 1); NaN for a single fold.
+        folds: accuracy of each fold.
+        thresholds: the threshold used in each fold, chosen on the others.
+    """
+
+    mean: float
+    std: float
+    folds: tuple[float, ...]
+    thresholds: tuple[float, ...]
+
+
+def kfold_accuracy(
+    scores: ArrayLike, genuine: ArrayLike, folds: ArrayLike, candidates: ArrayLike | None = None
+) -> KFoldAccuracy:
+    """Accuracy on each fold with the threshold that is best on all other folds (LFW's View 2 protocol).
+
+    Args:
+        scores: [N], finite.
+        genuine: [N], booleans or 0/1.
+        folds: [N], integers; at least two different ones.
+        candidates: as in :func:`best_threshold`.
+
+    Raises:
+        ValueError: shapes differ, fewer than two folds, or training folds without one of the kinds.
+    """
+    values, labels = _split(scores, genuine)
+    fold = np.asarray(folds)
+    if fold.shape != values.shape:
+        raise ValueError(f"folds: expected shape {values.shape}, got {fold.shape}")
+    names = np.unique(fold)
+    if names.size < 2:
+        raise ValueError(f"folds: expected at least two, got {names.size}")
+    thresholds, accuracies = [], []
+    for name in names:
+        test = fold == name
+        threshold = best_threshold(values[~test], labels[~test], candidates)
+        thresholds.append(threshold)
+        accuracies.append(float(((values[test] >= threshold) == labels[test]).mean()))
+    return KFoldAccuracy(
+        float(np.mean(accuracies)), float(np.std(accuracies, ddof=1)), tuple(accuracies), tuple(thresholds)
+    )
+
+
+def fmr_upper_bound(false_matches: int, impostors: int, confidence: float = 0.95) -> float:
+    """Exact one-sided (Clopper-Pearson) upper bound of a false match rate.
+
+    With no false match among n independent impostor pairs this is about 3 / n at 95 %.
+
+    Args:
+        false_matches: observed, 0..impostors.
+        impostors: independent impostor comparisons, at least 1.
+        confidence: in (0, 1).
+    """
+    if not 0 <= false_matches <= impostors or impostors < 1:
+        raise ValueError(
+            f"false_matches, impostors: expected 0 <= a <= b and b >= 1, got {false_matches}, {impostors}"
+        )
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: expected a number in (0, 1), got {confidence}")
+    if false_matches == impostors:
+        return 1.0
+    count = np.arange(1, false_matches + 1, dtype=np.float64)
+    log_choose = np.concatenate(([0.0], np.cumsum(np.log((impostors - count + 1) / count))))
+    k = np.arange(false_matches + 1)
+    low, high = false_matches / impostors, 1.0
+    for _ in range(60):  # bisection on P(X <= false_matches; p) = 1 - confidence, which falls with p
+        p = (low + high) / 2
+        tail = float(np.exp(log_choose + k * np.log(p) + (impostors - k) * np.log1p(-p)).sum())
+        low, high = (p, high) if tail > 1 - confidence else (low, p)
+    return high
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """What a requested false match rate costs, and how well this many pairs can tell.
+
+    Attributes:
+        requested: the requested FMR.
+        threshold: the smallest threshold with FMR <= requested on these pairs (halfway to the next impostor score).
+        fmr: FMR at the threshold, as observed.
+        fmr_upper95: its exact 95 % upper bound for independent pairs (:func:`fmr_upper_bound`).
+        tar: share of genuine pairs accepted, 1 - FNMR.
+        false_matches: impostor pairs accepted.
+        impostors: impostor pairs in all; rates below 1 / impostors cannot be observed.
+        resolved: whether requested >= 1 / impostors. If not, the threshold is just above the largest impostor score and
+            says little about the requested rate. For a reliable figure expect 30 or more false matches.
+    """
+
+    requested: float
+    threshold: float
+    fmr: float
+    fmr_upper95: float
+    tar: float
+    false_matches: int
+    impostors: int
+    resolved: bool
+
+
+def operating_point(scores: ArrayLike, genuine: ArrayLike, fmr: float) -> OperatingPoint:
+    """Threshold and true accept rate at a false match rate (TAR@FAR).
+
+    Args:
+        scores: [N], finite.
+        genuine: [N], booleans or 0/1; both kinds must occur.
+        fmr: requested rate in (0, 1).
+
+    Raises:
+        ValueError: a rate outside (0, 1), or scores as in :func:`error_curves`.
+    """
+    if not 0 < fmr < 1:
+        raise ValueError(f"fmr: expected a rate in (0, 1), got {fmr}")
+    values, labels = _split(scores, genuine)
+    impostors = np.sort(values[~labels])
+    # Tolerance: 0.1 * 30 must allow 3 false matches although the product is 3.0000000000000004 or 2.9999999999999996.
+    allowed = int(np.floor(fmr * impostors.size * (1 + 1e-12)))
+    rejected = impostors[impostors.size - 1 - allowed]  # the largest impostor score that must stay below
+    above = impostors[np.searchsorted(impostors, rejected, "right") :]
+    if above.size:
+        threshold = (rejected + above[0]) / 2
+    else:
+        # Just above in fp32, so that an fp32 score equal to `rejected` still stays below.
+        threshold = float(np.nextafter(np.float32(rejected), np.float32(np.inf)))
+        if threshold <= rejected:
+            threshold = float(np.nextafter(rejected, np.inf))
+    false_matches = int((impostors >= threshold).sum())
+    return OperatingPoint(
+        requested=float(fmr),
+        threshold=float(threshold),
+        fmr=false_matches / impostors.size,
+        fmr_upper95=fmr_upper_bound(false_matches, impostors.size),
+        tar=float((values[labels] >= threshold).mean()),
+        false_matches=false_matches,
+        impostors=int(impostors.size),
+        resolved=fmr * impostors.size * (1 + 1e-12) >= 1,
+    )
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """All figures of one set of scores.
+
+    Attributes:
+        pairs, genuine: numbers of pairs and of genuine pairs.
+        auc: area under the ROC curve.
+        eer: equal error rate; eer_threshold: where it is.
+        accuracy: k-fold accuracy, or None without folds.
+        operating_points: one per requested false match rate.
+    """
+
+    pairs: int
+    genuine: int
+    auc: float
+    eer: float
+    eer_threshold: float
+    accuracy: KFoldAccuracy | None
+    operating_points: tuple[OperatingPoint, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        data = asdict(self)
+        data["accuracy"] = None if self.accuracy is None else self.accuracy._asdict()
+        return data
+
+
+def verification(
+    scores: ArrayLike,
+    genuine: ArrayLike,
+    folds: ArrayLike | None = None,
+    *,
+    fmrs: Sequence[float] = (1e-1, 1e-2, 1e-3),
+    candidates: ArrayLike | None = None,
+) -> VerificationReport:
+    """Every figure of this module at once.
+
+    Args:
+        scores: [N], finite.
+        genuine: [N], booleans or 0/1; both kinds must occur.
+        folds: [N] integers for the k-fold accuracy, or None to leave it out.
+        fmrs: false match rates for the operating points.
+        candidates: as in :func:`best_threshold`.
+
+    Raises:
+        ValueError: as in the single functions.
+    """
+    values, labels = _split(scores, genuine)
+    crossing = eer(values, labels)
+    return VerificationReport(
+        pairs=int(values.size),
+        genuine=int(labels.sum()),
+        auc=auc(values, labels),
+        eer=crossing.rate,
+        eer_threshold=crossing.threshold,
+        accuracy=None if folds is None else kfold_accuracy(values, labels, folds, candidates),
+        operating_points=tuple(operating_point(values, labels, rate) for rate in fmrs),
+    )

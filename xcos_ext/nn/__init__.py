@@ -1,0 +1,32 @@
+"""Attention, heads, margin heads, models, the closed-form plug-in, and loading."""
+
+from .attention import XCosAttention
+from .cells import CellMatrices, cell_matrices
+from .fingerprint import fingerprint_weights
+from .head import ClosedFormHead, XCosHead
+from .loading import load_model, load_recogniser, save_model
+from .margin import ArcFaceHead, CosFaceHead
+from .model import Preprocessing, XCosModel
+from .plugin import plug, plug_statistics
+from .statistics import Calibration, PlugStatistics, find_statistics
+
+__all__ = [
+    "ArcFaceHead",
+    "Calibration",
+    "CellMatrices",
+    "ClosedFormHead",
+    "CosFaceHead",
+    "PlugStatistics",
+    "Preprocessing",
+    "XCosAttention",
+    "XCosHead",
+    "XCosModel",
+    "cell_matrices",
+    "find_statistics",
+    "fingerprint_weights",
+    "load_model",
+    "load_recogniser",
+    "plug",
+    "plug_statistics",
+    "save_model",
+]

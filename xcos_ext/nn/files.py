@@ -1,0 +1,138 @@
+"""Reading and writing weights safely: no code in a file is ever run, and nothing half-written stays behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import re
+import struct
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from xcos_ext.errors import ModelError
+
+__all__ = ["read_safetensors", "read_weights", "write_safetensors"]
+
+StrPath = str | os.PathLike[str]
+
+
+def checked_path(path: StrPath) -> Path:
+    """The path of a readable, non-empty regular file.
+
+    Raises:
+        ModelError: missing, a directory, empty or not readable.
+    """
+    file = Path(path)
+    try:
+        if file.is_dir():
+            raise ModelError(f"{file}: expected a weights file, got a directory")
+        if not file.is_file():
+            raise ModelError(f"{file}: no such file")
+        if file.stat().st_size == 0:
+            raise ModelError(f"{file}: the file is empty")
+        with file.open("rb"):
+            pass
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read: {error.strerror or error}") from error
+    return file
+
+
+def read_safetensors(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        ModelError: missing, damaged, or not safetensors.
+    """
+    file = checked_path(path)
+    try:
+        with safe_open(str(file), framework="pt", device="cpu") as opened:
+            metadata = dict(opened.metadata() or {})
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{file}: damaged or truncated safetensors file ({_first_line(error)})") from error
+    return tensors, metadata
+
+
+def write_safetensors(path: StrPath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file under a temporary name beside the target, then rename it.
+
+    Raises:
+        ModelError: the folder does not exist or cannot be written; no partial file is left.
+    """
+    file = Path(path)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    # Copies, because safetensors refuses tensors that share memory.
+    copies = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
+    try:
+        if file.is_dir():
+            raise ModelError(f"{file}: cannot be written: it is a directory")
+        save_file(copies, str(temporary), dict(metadata))
+        os.replace(temporary, file)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file}: cannot be written: {_first_line(error)}") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def read_weights(path: StrPath) -> tuple[dict[str, Any], dict[str, str]]:
+    """Whatever a weights file holds, from safetensors or from ``torch.save``, chosen by its first bytes.
+
+    ``torch.load`` runs with ``weights_only=True``: a pickle that names anything but tensors and plain containers
+    is refused before it runs.
+
+    Returns:
+        (contents, metadata): the top-level mapping, and safetensors metadata ({} for torch files).
+
+    Raises:
+        ModelError: missing, damaged, unsafe or not a weights file.
+    """
+    file = checked_path(path)
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        head = stream.read(16)
+    if head[:2] == b"PK" or head[:1] == b"\x80":
+        return _torch_load(file), {}
+    header = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else 0
+    if file.suffix == ".safetensors" or (head[8:9] == b"{" and 0 < header < 1 << 28):
+        if len(head) < 9 or 8 + header > size:
+            raise ModelError(f"{file}: damaged or truncated safetensors file ({size} bytes)")
+        return read_safetensors(file)  # type: ignore[return-value]
+    if file.suffix == ".onnx":
+        raise ModelError(f"{file}: this is an ONNX graph; expected PyTorch weights (.pt, .pth or .safetensors)")
+    raise ModelError(
+        f"{file}: not a weights file (starts with {head[:4]!r}); expected a PyTorch state dict (.pt, .pth) or "
+        ".safetensors"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:200] if text else type(error).__name__
+
+
+def _torch_load(file: Path) -> dict[str, Any]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about archives that it then refuses anyway
+            contents = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"[Cc]lass(?:es)? ([\w.]+)", str(error))
+        what = f"it asks for {wanted.group(1)!r}" if wanted else "it holds more than tensors"
+        raise ModelError(
+            f"{file}: refused, because the pickle could run code ({what}); nothing in it was executed. "
+            "Expected a plain state dict; have its owner save it again with torch.save(model.state_dict(), ...)"
+        ) from error
+    except Exception as error:  # torch raises many types for damaged archives
+        raise ModelError(f"{file}: damaged or truncated PyTorch file ({_first_line(error)})") from error
+    if not isinstance(contents, Mapping):
+        raise ModelError(f"{file}: expected a state dict (names to tensors), got {type(contents).__name__}")
+    return dict(contents)

@@ -1,0 +1,406 @@
+"""Models from weights files, and back: layouts are recognised by their keys and checked strictly."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xcos_ext import backbones
+from xcos_ext.backbones.preprocessing import Preprocessing
+from xcos_ext.backbones.recogniser import Recogniser
+from xcos_ext.errors import ModelError
+
+from .attention import XCosAttention
+from .files import StrPath, read_weights, write_safetensors
+from .fingerprint import fingerprint_weights
+from .head import ClosedFormHead, XCosHead
+from .model import XCosModel
+from .plugin import plug
+from .statistics import PlugStatistics, find_statistics
+
+__all__ = ["load_model", "load_recogniser", "save_model"]
+
+_FORMAT = "xcos_ext.model"
+_VERSION = "1"
+_NESTED = ("state_dict", "model_state_dict", "model", "net", "weights")
+_NAMED = 4  # keys named in an error before "..."
+
+State = dict[str, Tensor]
+
+
+# --- reading a state dict ------------------------------------------------------------------------------------
+
+
+def _few(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+
+
+def _state_dict(contents: Mapping[str, Any], path: StrPath) -> State:
+    """The state dict in a checkpoint: at the top, or under one of the usual names; without ``module.``."""
+    state: Mapping[str, Any] = contents
+    if not any(isinstance(value, Tensor) for value in contents.values()):
+        for name in _NESTED:
+            if isinstance(contents.get(name), Mapping):
+                state = contents[name]
+                break
+    tensors: State = {}
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            if state is contents:
+                continue  # training checkpoints keep epochs and the like beside the weights
+            raise ModelError(f"{path}: {key!r}: expected a tensor, got {type(value).__name__}")
+        tensors[key] = value
+    if not tensors:
+        raise ModelError(f"{path}: holds no weights (keys: {_few(map(str, contents)) or 'none'})")
+    prefix = "module."
+    if all(key.startswith(prefix) for key in tensors):
+        tensors = {key[len(prefix) :]: value for key, value in tensors.items()}
+    return {key: _checked(key, value, path) for key, value in tensors.items()}
+
+
+def _checked(key: str, value: Tensor, path: StrPath) -> Tensor:
+    if value.layout != torch.strided or value.is_quantized or value.is_complex():
+        raise ModelError(f"{path}: {key}: expected a plain dense tensor")
+    if not value.is_floating_point():
+        return value
+    if not torch.isfinite(value).all():
+        raise ModelError(f"{path}: {key}: {int((~torch.isfinite(value)).sum())} values are NaN or infinite")
+    if key.endswith("running_var") and value.numel() and float(value.min()) < 0:
+        raise ModelError(f"{path}: {key}: negative variance")
+    return value.detach().float()
+
+
+def _meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build without allocating or initialising parameters; the weights are assigned afterwards."""
+    with torch.device("meta"):
+        return build()
+
+
+def _load_strict(module: nn.Module, state: Mapping[str, Tensor], path: StrPath, what: str) -> None:
+    """Assign ``state`` to a module built by :func:`_meta`, after naming every key that does not fit."""
+    expected = module.state_dict()
+    filled = dict(state)
+    for key, value in expected.items():
+        # Weights saved by old torch versions have no step counters.
+        if key.endswith("num_batches_tracked") and key not in filled:
+            filled[key] = torch.zeros((), dtype=value.dtype)
+    missing = [key for key in expected if key not in filled]
+    unexpected = [key for key in filled if key not in expected]
+    shapes = [
+        f"{key} (expected {list(expected[key].shape)}, got {list(filled[key].shape)})"
+        for key in expected
+        if key in filled and filled[key].shape != expected[key].shape
+    ]
+    problems = [
+        f"{len(found)} {label}: {_few(found)}"
+        for label, found in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", shapes),
+        )
+        if found
+    ]
+    if problems:
+        raise ModelError(f"{path}: keys do not fit {what}: {'; '.join(problems)}")
+    module.load_state_dict(
+        {
+            key: filled[key].clone() if filled[key].is_floating_point() else filled[key].to(value.dtype)
+            for key, value in expected.items()
+        },
+        assign=True,
+    )
+    module.requires_grad_(True)
+
+
+def _sub(state: Mapping[str, Tensor], prefix: str) -> State:
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+
+
+# --- recognising layouts -------------------------------------------------------------------------------------
+
+
+def _irse_name(state: Mapping[str, Tensor], path: StrPath) -> str:
+    units = {int(m.group(1)) for key in state if (m := re.match(r"body\.(\d+)\.", key))}
+    depth = {24: 50, 49: 100, 50: 152}.get(len(units))
+    if depth is None:
+        raise ModelError(
+            f"{path}: an IR network with {len(units)} residual units; known are 24 (IR-50), 49 (IR-100) and 50 "
+            "(IR-152)"
+        )
+    squeeze = any(".res_layer.5." in key for key in state)
+    return f"ir_se_{depth}" if squeeze else f"ir_{depth}"
+
+
+def _recogniser_name(state: Mapping[str, Tensor], path: StrPath) -> str | None:
+    """The architecture whose layout these keys follow, or None."""
+    if "conv_6_sep.conv.weight" in state:
+        return "mobilefacenet"
+    if "gdconv.depthwise.weight" in state or "dw_conv.depthwise.weight" in state:
+        return "mobilefacenet_relu"
+    if "input_layer.0.weight" in state and any(key.startswith("body.") for key in state):
+        return _irse_name(state, path)
+    return None
+
+
+def _build_recogniser(state: Mapping[str, Tensor], name: str, path: StrPath) -> Recogniser:
+    options: dict[str, Any] = {}
+    if name.startswith("mobilefacenet"):
+        weight = state.get("linear.weight", state.get("conv3.weight"))
+        if weight is not None and weight.dim() >= 2:
+            options["embedding_size"] = int(weight.shape[0])
+    recogniser = _meta(lambda: backbones.create(name, **options))
+    assert isinstance(recogniser, Recogniser)
+    _load_strict(recogniser, state, path, name)
+    return recogniser.eval()
+
+
+def _as_recogniser(state: State, path: StrPath) -> Recogniser | None:
+    """A recogniser if the keys are one's, also under ``backbone.`` beside a margin head; else None."""
+    name = _recogniser_name(state, path)
+    if name is None and any(key.startswith("backbone.") for key in state):
+        others = [key for key in state if not key.startswith(("backbone.", "head."))]
+        inner = _sub(state, "backbone.")
+        if not others and (name := _recogniser_name(inner, path)) is not None:
+            state = inner
+    return None if name is None else _build_recogniser(state, name, path)
+
+
+def _unknown(state: Mapping[str, Tensor], path: StrPath) -> ModelError:
+    return ModelError(
+        f"{path}: no known layout ({len(state)} tensors, first: {_few(state)}); supported are xcos_ext models, the "
+        "public xCos checkpoints (backbone.*, attention.*) and recognisers with the keys of IR(-SE) 50/100/152 and "
+        "MobileFaceNet"
+    )
+
+
+# --- the public xCos checkpoints -----------------------------------------------------------------------------
+
+
+def _is_official(state: Mapping[str, Tensor]) -> bool:
+    return any(key.startswith("attention.") for key in state) or "backbone.conv1x1.0.weight" in state
+
+
+def _from_official(state: State, path: StrPath) -> XCosModel:
+    """``backbone.{input_layer,body,conv1x1}``, ``attention.*``; the rest is checked and left out."""
+    if not any(key.startswith("backbone.body.") for key in state):
+        raise ModelError(f"{path}: an xCos checkpoint without backbone.body.*: the backbone is missing")
+    backbone_state = _sub(state, "backbone.")
+    name = _irse_name(backbone_state, path)
+
+    # One module with every key that the layout may have, so that one check names all that does not fit.
+    whole = _meta(nn.Module)
+    has = {
+        group: any(key.startswith(group) for key in state) for group in ("backbone.output_layer.", "backbone_target.")
+    }
+    whole.backbone = _meta(lambda: backbones.create(name, output=has["backbone.output_layer."]))
+    head = _meta(XCosHead)
+    assert isinstance(head, XCosHead) and isinstance(head.attention, XCosAttention)
+    whole.backbone.add_module("conv1x1", head.conv1x1)
+    whole.attention = head.attention
+    if has["backbone_target."]:
+        teacher = _irse_name(_sub(state, "backbone_target."), path)
+        whole.backbone_target = _meta(lambda: backbones.create(teacher))
+    kernel = state.get("head.kernel")
+    if kernel is not None:
+        if kernel.dim() != 2 or kernel.shape[0] != 32 * 7 * 7:
+            raise ModelError(f"{path}: head.kernel: expected [1568, classes], got {list(kernel.shape)}")
+        state = {key: value for key, value in state.items() if key != "head.kernel"}
+    _load_strict(whole, state, path, f"the xCos layout over {name}")
+
+    # The output block in there was not trained with this head and the teacher is not needed: neither is kept.
+    body = _meta(lambda: backbones.create(name, output=False))
+    wanted = set(body.state_dict())
+    _load_strict(
+        body, {k: v for k, v in whole.backbone.state_dict().items() if k in wanted}, path, name
+    )
+    return XCosModel(body, head, name=f"xcos-{name}").eval()
+
+
+# --- xcos_ext's own files ------------------------------------------------------------------------------------
+
+
+def save_model(model: XCosModel, path: StrPath) -> None:
+    """Write a model to a safetensors file that :func:`load_model` reads back.
+
+    The file is written under a temporary name and renamed, so a failure leaves no partial file.
+
+    Args:
+        model: a model whose backbone is in the registry (:func:`xcos_ext.backbones.available`).
+        path: target; conventionally ``.safetensors``.
+
+    Raises:
+        ModelError: a backbone that cannot be built again by name, or the file cannot be written.
+    """
+    if not isinstance(model, XCosModel):
+        raise TypeError(f"model: expected an XCosModel, got {type(model).__name__}")
+    if model.architecture not in backbones.available():
+        raise ModelError(
+            f"model: its backbone ({model.architecture!r}) is not in the registry, so a file could not be loaded "
+            "again; add it with xcos_ext.backbones.register"
+        )
+    assert isinstance(model.backbone, Recogniser)
+    metadata = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "kind": model.head.kind,
+        "name": model.name,
+        "architecture": model.architecture,
+        "embedding_size": json.dumps(model.backbone.embedding_size),
+        "head": json.dumps(model.head.config()),
+        "preprocessing": json.dumps(asdict(model.preprocessing)),
+        "threshold": json.dumps(model.threshold),
+        "fmr_thresholds": json.dumps({repr(rate): t for rate, t in model.fmr_thresholds.items()}),
+    }
+    write_safetensors(path, model.state_dict(), metadata)
+
+
+def _own_head(kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor], path: StrPath) -> nn.Module:
+    if kind == XCosHead.kind:
+        attention = config["attention"]
+        return _meta(
+            lambda: XCosHead(
+                config["in_channels"],
+                config["channels"],
+                attention=XCosAttention(**attention) if isinstance(attention, dict) else attention,
+            )
+        )
+    if kind == ClosedFormHead.kind:
+        parts = _sub(state, "head.")
+        if "weight" not in parts:
+            raise ModelError(f"{path}: head.weight is missing")
+        channels, height, width = config["grid_shape"]
+        return ClosedFormHead(
+            parts["weight"],
+            scale=parts.get("scale"),
+            mean=parts.get("mean"),
+            constant=parts.get("constant"),
+            grid_shape=(channels, height, width),
+        )
+    raise ModelError(f"{path}: kind of head: expected 'learned' or 'closed-form', got {kind!r}")
+
+
+def _from_own(state: State, metadata: Mapping[str, str], path: StrPath) -> XCosModel:
+    if metadata.get("version") != _VERSION:
+        raise ModelError(
+            f"{path}: model format {metadata.get('version')!r}; this version of xcos_ext reads {_VERSION!r}"
+        )
+    name = metadata.get("architecture", "")
+    if name not in backbones.available():
+        raise ModelError(f"{path}: architecture {name!r} is not in the registry")
+    try:
+        options: dict[str, Any] = {}
+        embedding_size = json.loads(metadata["embedding_size"])
+        if embedding_size is None:
+            options["output"] = False
+        elif name.startswith("mobilefacenet"):
+            options["embedding_size"] = int(embedding_size)
+        backbone = _meta(lambda: backbones.create(name, **options))
+        head = _own_head(metadata["kind"], json.loads(metadata["head"]), state, path)
+        preprocessing = Preprocessing(**json.loads(metadata["preprocessing"]))
+        threshold = json.loads(metadata["threshold"])
+        fmr = {float(rate): float(t) for rate, t in json.loads(metadata["fmr_thresholds"]).items()}
+        if threshold is not None and not math.isfinite(threshold):
+            raise ValueError("threshold is not finite")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{path}: damaged metadata ({type(error).__name__}: {error})") from error
+    assert isinstance(head, (XCosHead, ClosedFormHead))
+    model = XCosModel(
+        backbone,
+        head,
+        preprocessing=preprocessing,
+        threshold=threshold,
+        name=metadata.get("name", name),
+        fmr_thresholds=fmr,
+    )
+    _load_strict(model, state, path, f"a {metadata['kind']} model over {name}")
+    return model.eval()
+
+
+# --- public --------------------------------------------------------------------------------------------------
+
+
+def load_recogniser(path: StrPath, *, device: str | torch.device = "cpu") -> Recogniser:
+    """Load a face recognition network from its weights, without making an xCos model of it.
+
+    Args:
+        path: a state dict (.pt, .pth or .safetensors) of an IR or IR-SE network or a MobileFaceNet.
+        device: where to put it.
+
+    Returns:
+        The network in evaluation mode, with its output block.
+
+    Raises:
+        ModelError: the file cannot be used; the message names it and the reason.
+    """
+    contents, _ = read_weights(path)
+    state = _state_dict(contents, path)
+    recogniser = None if _is_official(state) else _as_recogniser(state, path)
+    if recogniser is None:
+        raise _unknown(state, path) if not _is_official(state) else ModelError(
+            f"{path}: an xCos checkpoint, not a recogniser; use load_model"
+        )
+    return recogniser.to(device)
+
+
+def load_model(
+    path: StrPath,
+    *,
+    device: str | torch.device = "cpu",
+    statistics: PlugStatistics | StrPath | None = None,
+    project: int | None = None,
+) -> XCosModel:
+    """Load a model of explainable face similarity; the layout is recognised by the file's keys.
+
+    Read are files of :func:`save_model`; the public xCos checkpoints; and recognisers (IR and IR-SE 50/100/152, both
+    MobileFaceNets), which become models through :func:`~xcos_ext.nn.plug`. A recogniser for whose weights no
+    statistics are known is plugged without centring, with a warning and without a threshold.
+
+    Files of ``torch.save`` are read with ``weights_only=True``: a pickle that could run code is refused, unexecuted.
+    Half-precision weights are converted to fp32.
+
+    Args:
+        path: .pt, .pth or .safetensors.
+        device: where to put the model.
+        statistics: for recognisers: a statistics file or object, instead of the shipped ones.
+        project: for recognisers: principal axes per cell, as in ``plug``.
+
+    Returns:
+        The model in evaluation mode, fp32.
+
+    Raises:
+        ModelError: the file is missing, a directory, empty, damaged, unsafe, not a checkpoint, of another
+            architecture (missing, unexpected and misshapen keys are named), or has NaN or infinite weights.
+        ValueError: ``statistics`` or ``project`` for a file that is not a recogniser.
+    """
+    contents, metadata = read_weights(path)
+    state = _state_dict(contents, path)
+    if metadata.get("format") == _FORMAT or _is_official(state):
+        if statistics is not None or project is not None:
+            raise ValueError("statistics, project: only for recognisers; this file is already an xCos model")
+        own = metadata.get("format") == _FORMAT
+        model = _from_own(state, metadata, path) if own else _from_official(state, path)
+        return model.to(device)
+    recogniser = _as_recogniser(state, path)
+    if recogniser is None:
+        raise _unknown(state, path)
+    if statistics is None and find_statistics(fingerprint_weights(recogniser)) is None:
+        if project is not None:
+            raise ModelError(f"{path}: project={project} needs statistics, and none are known for these weights")
+        warnings.warn(
+            f"{path}: no statistics are known for these {recogniser.architecture} weights, so the cells are not "
+            "centred and there is no decision threshold; compute them with xcos_ext.nn.plug_statistics",
+            stacklevel=2,
+        )
+        return plug(recogniser, centre=False).to(device)
+    return plug(recogniser, statistics=statistics, project=project).to(device)

@@ -1,0 +1,136 @@
+"""A backbone and a head joined into a model of explainable face similarity."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from torch import Tensor, nn
+
+from xcos_ext.backbones.preprocessing import ARCFACE, Preprocessing
+from xcos_ext.backbones.recogniser import Recogniser
+from xcos_ext.ops import XCosScore
+
+from .fingerprint import fingerprint_state
+from .head import ClosedFormHead, XCosHead
+
+__all__ = ["Preprocessing", "XCosModel"]
+
+
+class XCosModel(nn.Module):
+    """Images in, explainable similarity out: ``score = sum_ij W_ij * S_ij``.
+
+    ``F = head.features(backbone.grid(images))`` is computed once per face and can be stored; pairs are scored from F.
+
+    Args:
+        backbone: a :class:`xcos_ext.backbones.Recogniser`, or any module that maps images to the head's input.
+        head: :class:`XCosHead` (trained) or :class:`ClosedFormHead` (from :func:`plug`).
+        preprocessing: pixel normalisation; by default the backbone's own.
+        threshold: decision threshold: two faces are the same person if score >= threshold. None: unknown.
+        name: for reports.
+        fmr_thresholds: thresholds at stated false match rates, e.g. ``{1e-3: 0.31}``.
+
+    Raises:
+        ValueError: a threshold that is not finite.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: XCosHead | ClosedFormHead,
+        *,
+        preprocessing: Preprocessing | None = None,
+        threshold: float | None = None,
+        name: str = "xcos",
+        fmr_thresholds: Mapping[float, float] | None = None,
+    ) -> None:
+        super().__init__()
+        if threshold is not None and not math.isfinite(threshold):
+            raise ValueError(f"threshold: expected a finite number or None, got {threshold}")
+        self.backbone = backbone
+        self.head = head
+        if preprocessing is None:
+            preprocessing = backbone.preprocessing if isinstance(backbone, Recogniser) else ARCFACE
+        self.preprocessing: Preprocessing = preprocessing
+        self.threshold: float | None = None if threshold is None else float(threshold)
+        self.name = name
+        self.fmr_thresholds: dict[float, float] = dict(fmr_thresholds or {})
+
+    @property
+    def architecture(self) -> str:
+        """The backbone's registry name, or ``"custom"``."""
+        return self.backbone.architecture if isinstance(self.backbone, Recogniser) else "custom"
+
+    def _check_images(self, images: Tensor, argument: str) -> None:
+        height, width = self.preprocessing.size
+        if images.dim() != 4 or tuple(images.shape[1:]) != (3, height, width):
+            raise ValueError(f"{argument}: expected [N, 3, {height}, {width}], got {list(images.shape)}")
+        if not images.is_floating_point():
+            raise TypeError(
+                f"{argument}: expected normalised floating-point images, got {images.dtype}; "
+                "call model.preprocessing(faces) first"
+            )
+
+    def _features(self, images: Tensor, argument: str) -> Tensor:
+        self._check_images(images, argument)
+        grid = self.backbone.grid(images) if isinstance(self.backbone, Recogniser) else self.backbone(images)
+        return self.head.features(grid)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Grid feature F of each face.
+
+        Args:
+            images: [N, 3, height, width], normalised by ``preprocessing``; floating point.
+
+        Returns:
+            F [N, C, 7, 7]: C = 32 for a trained head, the embedding's length for closed-form cells.
+
+        Raises:
+            ValueError: a wrong shape.
+            TypeError: an integer dtype.
+        """
+        return self._features(images, "images")
+
+    def score(
+        self, features_a: Tensor, features_b: Tensor, *, return_maps: bool = False
+    ) -> Tensor | XCosScore:
+        """Similarity of two batches of grid features.
+
+        Args:
+            features_a: F of the first faces [N, C, H, W].
+            features_b: F of the second faces, same shape.
+            return_maps: also return the cell maps.
+
+        Returns:
+            Scores [N], or ``XCosScore(score [N], similarity [N, H, W], attention [N, H, W])``.
+        """
+        return self.head.score(features_a, features_b, return_maps=return_maps)
+
+    def forward(self, images_a: Tensor, images_b: Tensor) -> XCosScore:
+        """Two batches of images [N, 3, height, width] -> score [N], similarity and attention [N, H, W]."""
+        features_a = self._features(images_a, "images_a")
+        features_b = self._features(images_b, "images_b")
+        result = self.score(features_a, features_b, return_maps=True)
+        assert isinstance(result, XCosScore)
+        return result
+
+    def embedding(self, images: Tensor) -> Tensor:
+        """The recogniser's own embedding [N, D], for the plain cosine beside the explainable score.
+
+        Raises:
+            RuntimeError: the backbone has no output block.
+        """
+        self._check_images(images, "images")
+        if not isinstance(self.backbone, Recogniser):
+            raise RuntimeError("backbone: it is not a Recogniser, so it has no embedding")
+        return self.backbone(images)
+
+    def fingerprint(self) -> str:
+        """Short hash of the parameters, the kind of head and the preprocessing: what stored features depend on."""
+        extra = json.dumps([self.head.kind, self.head.config(), asdict(self.preprocessing)], sort_keys=True)
+        return fingerprint_state(self.state_dict(), extra=extra)
+
+    def extra_repr(self) -> str:
+        return f"name={self.name!r}, threshold={self.threshold}"

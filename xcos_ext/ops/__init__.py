@@ -1,0 +1,10 @@
+"""The operators: one file each, with docstring, fake kernel, autograd function and rules for autocast and vmap.
+
+Importing this package loads the compiled library and registers ``torch.ops.xcos_ext.*``.
+"""
+
+from xcos_ext.ops._library import build_info
+from xcos_ext.ops.grid_cosine import grid_cosine
+from xcos_ext.ops.xcos_score import XCosScore, xcos_score
+
+__all__ = ["XCosScore", "build_info", "grid_cosine", "xcos_score"]

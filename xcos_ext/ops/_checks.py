@@ -1,0 +1,121 @@
+"""The operators' argument checks for fake tensors.
+
+Word for word those of csrc/ops (tensors.h, xcos_score.cpp), so that tracing and running a call fail alike;
+tests/test_errors.py compares the two.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def shape_string(shape: torch.Size | tuple[int, ...]) -> str:
+    return "[" + ", ".join(str(int(size)) for size in shape) + "]"
+
+
+def _fail(op: str, message: str) -> None:
+    raise RuntimeError(f"{op}: {message}")
+
+
+def result_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of scores and maps: fp64 for fp64 features, fp32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_dtype(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _FLOATING:
+        _fail(op, f"{name}: expected dtype float16, bfloat16, float32 or float64, got {dtype_name(tensor.dtype)}")
+
+
+def check_features(op: str, a: Tensor, b: Tensor) -> None:
+    if a.dim() != 4:
+        _fail(op, f"a: expected a feature map [N, C, H, W], got shape {shape_string(a.shape)}")
+    check_dtype(op, "a", a)
+    if not (a.shape[1] > 0 and a.shape[2] > 0 and a.shape[3] > 0):
+        _fail(op, f"a: expected at least one channel and one cell, got shape {shape_string(a.shape)}")
+    if b.dim() != 4 or any(x != y for x, y in zip(a.shape, b.shape, strict=True)):
+        _fail(op, f"b: expected shape {shape_string(a.shape)} like a, got {shape_string(b.shape)}")
+    if a.dtype != b.dtype:
+        _fail(op, f"b: expected dtype {dtype_name(a.dtype)} like a, got {dtype_name(b.dtype)}")
+    if a.device != b.device:
+        _fail(op, f"b: expected device {a.device} like a, got {b.device}")
+
+
+def check_positive(op: str, name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        _fail(op, f"{name}: expected a finite number above 0, got {value:g}")
+
+
+def check_mode(op: str, mode: int) -> None:
+    if not 0 <= mode <= 3:
+        _fail(op, f"mode: expected 0 (uniform), 1 (norm), 2 (weights) or 3 (logits), got {mode}")
+
+
+def check_attention(op: str, attention: Tensor | None, mode: int, a: Tensor) -> None:
+    given = mode >= 2
+    if (attention is not None) != given:
+        wanted, got = ("a tensor", "None") if given else ("None", "a tensor")
+        _fail(op, f"attention: expected {wanted} for this mode, got {got}")
+    if attention is None:
+        return
+    n, _, h, w = a.shape
+    shape = attention.shape
+    fits = len(shape) in (2, 3) and shape[-2] == h and shape[-1] == w and (len(shape) == 2 or shape[0] == n)
+    if not fits:
+        _fail(op, f"attention: expected shape [{h}, {w}] or [{n}, {h}, {w}], got {shape_string(shape)}")
+    check_dtype(op, "attention", attention)
+    if attention.device != a.device:
+        _fail(op, f"attention: expected device {a.device} like a, got {attention.device}")
+
+
+def check_score(
+    op: str, a: Tensor, b: Tensor, attention: Tensor | None, mode: int, temperature: float, eps: float
+) -> None:
+    check_features(op, a, b)
+    check_mode(op, mode)
+    check_attention(op, attention, mode, a)
+    check_positive(op, "temperature", temperature)
+    check_positive(op, "eps", eps)
+
+
+def check_gradient(op: str, name: str, grad: Tensor, a: Tensor, per_cell: bool) -> None:
+    wanted = (a.shape[0], a.shape[2], a.shape[3]) if per_cell else (a.shape[0],)
+    if grad.dim() != len(wanted) or any(x != y for x, y in zip(grad.shape, wanted, strict=True)):
+        _fail(op, f"{name}: expected shape {shape_string(wanted)}, got {shape_string(grad.shape)}")
+    if grad.dtype != result_dtype(a.dtype):
+        _fail(op, f"{name}: expected dtype {dtype_name(result_dtype(a.dtype))}, got {dtype_name(grad.dtype)}")
+    if grad.device != a.device:
+        _fail(op, f"{name}: expected device {a.device} like a, got {grad.device}")
+
+
+def gradient_map(feature: Tensor, needed: bool) -> Tensor:
+    """The gradient's shape and layout as csrc/ops/tensors.h allocates it."""
+    if not needed:
+        return feature.new_empty((0,))
+    readable = feature if _evenly_spaced(feature) else feature.contiguous()
+    grad = torch.empty_like(readable)
+    return grad if _evenly_spaced(grad) else torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+
+
+def _evenly_spaced(feature: Tensor) -> bool:
+    h, w = feature.shape[-2:]
+    return h == 1 or w == 1 or feature.stride(-2) == w * feature.stride(-1)
+
+
+def kind_error(op: str, a: object, b: object, attention: object = None) -> TypeError:
+    """The error for arguments that are neither all tensors nor all arrays; names the first that does not fit."""
+    if not isinstance(a, Tensor | np.ndarray):
+        return TypeError(f"{op}: a: expected a torch.Tensor or a numpy.ndarray, got {type(a).__name__}")
+    wanted = Tensor if isinstance(a, Tensor) else np.ndarray
+    name, value = ("b", b) if not isinstance(b, wanted) else ("attention", attention)
+    return TypeError(f"{op}: {name}: expected a {wanted.__name__} like a, got {type(value).__name__}")

@@ -1,0 +1,97 @@
+"""Loads the compiled library and holds what the operators' Python halves share: autograd, autocast and vmap plumbing.
+
+An eager call takes the shortest way that is right:
+
+* nothing to differentiate: straight to the CPU or CUDA kernel (about 3 us for one pair on a CPU);
+* something to differentiate: the operator's ``autograd.Function``;
+* inside ``torch.compile``, ``torch.export`` or a ``torch.func`` transform: the registered operator, whose autograd,
+  autocast and vmap kernels are the same function and rules.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch  # first: it loads the libraries that xcos_ext._C is linked against
+from torch import Tensor
+
+__all__ = ["apply", "below_autograd", "build_info", "compiled", "library", "promote_under_autocast", "register"]
+
+
+def _load() -> Any:
+    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if version < (2, 10):
+        raise ImportError(
+            f"xcos_ext needs torch 2.10 or later (its operators use the stable ABI of that release); "
+            f"this is torch {torch.__version__}. Upgrade it:  pip install 'torch>=2.10'"
+        )
+    try:
+        from xcos_ext import _C  # type: ignore[attr-defined]
+    except ImportError as error:
+        raise ImportError(
+            f"the compiled part of xcos_ext could not be loaded ({error}). Build it against this torch "
+            f"({torch.__version__}) from the source folder:  pip install --force-reinstall --no-deps ."
+        ) from error
+    return _C
+
+
+compiled = _load()
+
+# Fragment of the library that the compiled code defined; it must outlive the module.
+library = torch.library.Library("xcos_ext", "FRAGMENT")
+
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def build_info() -> dict[str, Any]:
+    """What was built and what runs: version, compiler, torch, instruction sets, CUDA architectures.
+
+    Returns:
+        A dictionary with the keys ``version``, ``compiler``, ``torch`` (built against), ``torch_abi``,
+        ``isa_compiled``, ``isa_supported``, ``isa`` (in use), ``cuda`` (bool), ``cuda_compiler`` and
+        ``cuda_architectures``.
+    """
+    return compiled.build_info()
+
+
+def apply(function: type[torch.autograd.Function], op: Any, needs_grad: bool, *args: Any) -> Any:
+    """Calls an operator on the shortest right way; see the module's docstring."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    if needs_grad and torch.is_grad_enabled():
+        # autograd.Function.apply binds the arguments to forward's signature first, which costs 20 us a call and
+        # changes nothing for positional arguments.
+        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    with below_autograd():
+        return op(*args)
+
+
+def promote_under_autocast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Under autocast, maps of different precision are brought to the wider one; nothing else is ever cast.
+
+    The kernels read half precision and sum in fp32, so there is nothing to gain from casting maps that agree.
+    """
+    if torch.is_autocast_enabled(a.device.type) and a.is_floating_point() and b.is_floating_point():
+        wide = torch.promote_types(a.dtype, b.dtype)
+        return a.to(wide), b.to(wide)
+    return a, b
+
+
+def register(name: str, op: Any, function: type[torch.autograd.Function], vmap_rule: Callable[..., Any]) -> None:
+    """Gives the operator ``name`` (features first) its autograd, autocast and vmap kernels."""
+    library.impl(name, function.apply, "Autograd")
+
+    for device in ("CPU", "CUDA"):
+
+        def autocast_kernel(a: Tensor, b: Tensor, *rest: Any, _device: str = device.lower()) -> Any:
+            a, b = promote_under_autocast(a, b)
+            with torch.autocast(_device, enabled=False):
+                return op(a, b, *rest)
+
+        library.impl(name, autocast_kernel, f"Autocast{device}")
+
+    torch.library.register_vmap(op, vmap_rule, lib=library)

@@ -1,0 +1,100 @@
+"""grid_cosine: the cosine of two feature maps, cell by cell."""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from xcos_ext.ops import _checks
+from xcos_ext.ops._library import apply, below_autograd, compiled, library, promote_under_autocast, register
+from xcos_ext.ops._vmap import fold, unfold
+
+__all__ = ["grid_cosine"]
+
+_forward = torch.ops.xcos_ext.grid_cosine.default
+_backward = torch.ops.xcos_ext.grid_cosine_backward.default
+
+
+@torch.library.register_fake("xcos_ext::grid_cosine", lib=library)
+def _fake(a: Tensor, b: Tensor, eps: float) -> Tensor:
+    _checks.check_features("grid_cosine", a, b)
+    _checks.check_positive("grid_cosine", "eps", eps)
+    n, _, h, w = a.shape
+    return torch.empty((n, h, w), dtype=_checks.result_dtype(a.dtype), device=a.device)
+
+
+@torch.library.register_fake("xcos_ext::grid_cosine_backward", lib=library)
+def _fake_backward(
+    grad_similarity: Tensor, a: Tensor, b: Tensor, eps: float, need_a: bool, need_b: bool
+) -> tuple[Tensor, Tensor]:
+    op = "grid_cosine_backward"
+    _checks.check_features(op, a, b)
+    _checks.check_positive(op, "eps", eps)
+    _checks.check_gradient(op, "grad_similarity", grad_similarity, a, True)
+    return _checks.gradient_map(a, need_a), _checks.gradient_map(b, need_b)
+
+
+def _vmap(info: Any, in_dims: tuple[Any, ...], a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, int]:
+    size = info.batch_size
+    return unfold(grid_cosine(fold(a, in_dims[0], size), fold(b, in_dims[1], size), eps=eps), size), 0
+
+
+class _GridCosine(torch.autograd.Function):
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        with below_autograd():
+            return _forward(a, b, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        a, b, ctx.eps = inputs
+        ctx.save_for_backward(a, b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        a, b = ctx.saved_tensors
+        need_a, need_b, _ = ctx.needs_input_grad
+        grad_a, grad_b = _backward(grad, a, b, ctx.eps, need_a, need_b)
+        return grad_a if need_a else None, grad_b if need_b else None, None
+
+    vmap = staticmethod(_vmap)
+
+
+register("grid_cosine", _forward, _GridCosine, _vmap)
+
+
+@overload
+def grid_cosine(a: Tensor, b: Tensor, *, eps: float = ...) -> Tensor: ...
+@overload
+def grid_cosine(a: np.ndarray, b: np.ndarray, *, eps: float = ...) -> np.ndarray: ...
+def grid_cosine(a: Any, b: Any, *, eps: float = 1e-6) -> Any:
+    """Cosine of two feature maps, cell by cell: xCos's S (arXiv 2003.05383).
+
+    ``S[n,h,w] = x.y / (max(|x|, eps) max(|y|, eps))`` with ``x = a[n,:,h,w]`` and ``y = b[n,:,h,w]``.
+
+    Args:
+        a: Feature maps [N, C, H, W], float16, bfloat16, float32 or float64; contiguous or channels_last, any
+            batch stride (``expand`` broadcasts without a copy). NumPy arrays are taken as well (no bfloat16).
+        b: Feature maps of the same shape, dtype and device.
+        eps: Lower bound of a cell's norm, above 0.
+
+    Returns:
+        S [N, H, W] in [-1, 1] up to rounding: float64 for float64 features, else float32. A zero cell has cosine 0
+        and gradient 0; NaN stays in its own cell. Differentiable once, in a and b.
+
+    Raises:
+        RuntimeError: An argument has the wrong rank, shape, dtype, device or value (ValueError for NumPy arrays).
+        TypeError: a and b are neither two tensors nor two arrays.
+    """
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.dtype != b.dtype:
+            a, b = promote_under_autocast(a, b)
+        return apply(_GridCosine, _forward, a.requires_grad or b.requires_grad, a, b, eps)
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return compiled.grid_cosine_numpy(a, b, eps)
+    raise _checks.kind_error("grid_cosine", a, b)

@@ -1,0 +1,266 @@
+"""xcos_score: the attention-weighted sum of cell cosines, with its maps on request."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from xcos_ext.ops import _checks
+from xcos_ext.ops._library import apply, below_autograd, compiled, library, promote_under_autocast, register
+from xcos_ext.ops._vmap import fold, unfold
+
+__all__ = ["XCosScore", "xcos_score"]
+
+# Values of the operators' `mode` argument (Attention in csrc/core/types.h).
+_UNIFORM, _NORM, _WEIGHTS, _LOGITS = range(4)
+
+_forward = torch.ops.xcos_ext.xcos_score.default
+_forward_maps = torch.ops.xcos_ext.xcos_score.maps
+_backward = torch.ops.xcos_ext.xcos_score_backward.default
+
+
+class XCosScore(NamedTuple):
+    """Score of N pairs with the maps that make it: ``score = (attention * similarity).sum((1, 2))``.
+
+    Attributes:
+        score: [N].
+        similarity: S [N, H, W], the cell cosines.
+        attention: W [N, H, W], the weights as used (after the softmax, where there is one).
+    """
+
+    score: Tensor
+    similarity: Tensor
+    attention: Tensor
+
+
+@torch.library.register_fake("xcos_ext::xcos_score", lib=library)
+def _fake(a: Tensor, b: Tensor, attention: Tensor | None, mode: int, temperature: float, eps: float) -> Tensor:
+    _checks.check_score("xcos_score", a, b, attention, mode, temperature, eps)
+    return torch.empty((a.shape[0],), dtype=_checks.result_dtype(a.dtype), device=a.device)
+
+
+@torch.library.register_fake("xcos_ext::xcos_score.maps", lib=library)
+def _fake_maps(
+    a: Tensor, b: Tensor, attention: Tensor | None, mode: int, temperature: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    score = _fake(a, b, attention, mode, temperature, eps)
+    n, _, h, w = a.shape
+    return score, score.new_empty((n, h, w)), score.new_empty((n, h, w))
+
+
+@torch.library.register_fake("xcos_ext::xcos_score_backward", lib=library)
+def _fake_backward(
+    grad_score: Tensor | None,
+    grad_similarity: Tensor | None,
+    grad_attention: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    attention: Tensor | None,
+    mode: int,
+    temperature: float,
+    eps: float,
+    need_a: bool,
+    need_b: bool,
+    need_attention: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "xcos_score_backward"
+    _checks.check_score(op, a, b, attention, mode, temperature, eps)
+    for name, grad in (
+        ("grad_score", grad_score),
+        ("grad_similarity", grad_similarity),
+        ("grad_attention", grad_attention),
+    ):
+        if grad is not None:
+            _checks.check_gradient(op, name, grad, a, per_cell=name != "grad_score")
+    if attention is not None and need_attention:
+        grad_given = attention.new_empty(attention.shape)
+    else:
+        grad_given = a.new_empty((0,), dtype=_checks.result_dtype(a.dtype))
+    return _checks.gradient_map(a, need_a), _checks.gradient_map(b, need_b), grad_given
+
+
+def _fold_arguments(
+    size: int, in_dims: tuple[Any, ...], a: Tensor, b: Tensor, attention: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    n = (a if in_dims[0] is None else a.movedim(in_dims[0], 0)[0]).shape[0]
+    a, b = fold(a, in_dims[0], size), fold(b, in_dims[1], size)
+    if attention is None:
+        return a, b, None
+    dim = in_dims[2]
+    if attention.dim() - (dim is not None) == 3:
+        return a, b, fold(attention, dim, size)
+    if dim is None:
+        return a, b, attention
+    # One [H, W] map per example: each of its N pairs gets it.
+    rows = attention.movedim(dim, 0).unsqueeze(1)
+    return a, b, rows.expand(size, n, *rows.shape[2:]).flatten(0, 1)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    a, b, attention, ctx.mode, ctx.temperature, ctx.eps = inputs
+    ctx.save_for_backward(a, b, attention)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(
+    ctx: Any, score: Tensor | None, similarity: Tensor | None, attention_map: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if score is None and similarity is None and attention_map is None:
+        return (None,) * 6
+    a, b, attention = ctx.saved_tensors
+    need_a, need_b, need_attention = ctx.needs_input_grad[:3]
+    grads = _backward(
+        score, similarity, attention_map, a, b, attention, ctx.mode, ctx.temperature, ctx.eps, need_a, need_b, need_attention
+    )
+    wanted = (need_a, need_b, need_attention)
+    return (*(grad if need else None for grad, need in zip(grads, wanted, strict=True)), None, None, None)
+
+
+def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+    a, b, attention = _fold_arguments(info.batch_size, in_dims, *args[:3])
+    needs_grad = _needs_grad(a, b, attention)
+    return unfold(apply(_XCosScore, _forward, needs_grad, a, b, attention, *args[3:]), info.batch_size), 0
+
+
+def _vmap_maps(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
+    a, b, attention = _fold_arguments(info.batch_size, in_dims, *args[:3])
+    needs_grad = _needs_grad(a, b, attention)
+    maps = apply(_XCosScoreMaps, _forward_maps, needs_grad, a, b, attention, *args[3:])
+    return unfold(maps, info.batch_size), (0, 0, 0)
+
+
+class _XCosScore(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> Tensor:  # type: ignore[override]
+        with below_autograd():
+            return _forward(*args)
+
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, score: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _gradients(ctx, score, None, None)
+
+    vmap = staticmethod(_vmap)
+
+
+class _XCosScoreMaps(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        with below_autograd():
+            return _forward_maps(*args)
+
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _gradients(ctx, *grads)
+
+    vmap = staticmethod(_vmap_maps)
+
+
+register("xcos_score", _forward, _XCosScore, _vmap)
+register("xcos_score.maps", _forward_maps, _XCosScoreMaps, _vmap_maps)
+
+
+def _needs_grad(a: Tensor, b: Tensor, attention: Tensor | None) -> bool:
+    return a.requires_grad or b.requires_grad or (attention is not None and attention.requires_grad)
+
+
+@overload
+def xcos_score(
+    a: Tensor,
+    b: Tensor,
+    attention: Tensor | Literal["norm"] | None = ...,
+    *,
+    logits: bool = ...,
+    temperature: float = ...,
+    eps: float = ...,
+    return_maps: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def xcos_score(
+    a: Tensor,
+    b: Tensor,
+    attention: Tensor | Literal["norm"] | None = ...,
+    *,
+    logits: bool = ...,
+    temperature: float = ...,
+    eps: float = ...,
+    return_maps: Literal[True],
+) -> XCosScore: ...
+@overload
+def xcos_score(
+    a: np.ndarray,
+    b: np.ndarray,
+    attention: np.ndarray | Literal["norm"] | None = ...,
+    *,
+    logits: bool = ...,
+    temperature: float = ...,
+    eps: float = ...,
+    return_maps: bool = ...,
+) -> Any: ...
+def xcos_score(
+    a: Any,
+    b: Any,
+    attention: Any = None,
+    *,
+    logits: bool = False,
+    temperature: float = 1.0,
+    eps: float = 1e-6,
+    return_maps: bool = False,
+) -> Any:
+    """Similarity of N pairs of faces as a weighted sum of cell cosines: xCos (arXiv 2003.05383).
+
+    ``score[n] = sum_ij W[n,i,j] S[n,i,j]`` with S from :func:`grid_cosine`. One pass over both maps; nothing but the
+    outputs is allocated.
+
+    Args:
+        a: Feature maps [N, C, H, W], float16, bfloat16, float32 or float64; contiguous or channels_last, any
+            batch stride (``expand`` broadcasts without a copy). NumPy arrays are taken as well (no bfloat16).
+        b: Feature maps of the same shape, dtype and device.
+        attention: Where to look. None: every cell alike, W = 1/(H*W). "norm": W proportional to the product of the
+            two cells' norms (needs no training; a pair without any signal gets uniform W). A tensor [H, W] or
+            [N, H, W] of any floating dtype: W itself, used as it is, or with ``logits`` the logits of a softmax over
+            the cells of a pair.
+        logits: ``attention`` holds logits; the softmax is fused in. -inf masks a cell.
+        temperature: Divides the logits, above 0.
+        eps: Lower bound of a cell's norm, above 0.
+        return_maps: Return S and W with the score.
+
+    Returns:
+        score [N], float64 for float64 features, else float32; with ``return_maps`` an :class:`XCosScore` (for arrays
+        too). All three are differentiable once, in a, b and attention.
+
+    Raises:
+        RuntimeError: An argument has the wrong rank, shape, dtype, device or value (ValueError for NumPy arrays).
+        TypeError: a, b and attention are not of one kind, tensors or arrays.
+    """
+    if attention is None:
+        mode, given = _UNIFORM, None
+    elif isinstance(attention, str):
+        if attention != "norm":
+            raise RuntimeError(f"xcos_score: attention: expected None, 'norm' or a tensor, got {attention!r}")
+        mode, given = _NORM, None
+    else:
+        mode, given = (_LOGITS if logits else _WEIGHTS), attention
+    if logits and given is None:
+        raise RuntimeError(f"xcos_score: logits: expected False when attention is {attention!r}, got True")
+
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and (given is None or isinstance(given, Tensor)):
+        if a.dtype != b.dtype:
+            a, b = promote_under_autocast(a, b)
+        needs_grad = _needs_grad(a, b, given)
+        if not return_maps:
+            return apply(_XCosScore, _forward, needs_grad, a, b, given, mode, temperature, eps)
+        return XCosScore(*apply(_XCosScoreMaps, _forward_maps, needs_grad, a, b, given, mode, temperature, eps))
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and (given is None or isinstance(given, np.ndarray)):
+        result = compiled.xcos_score_numpy(a, b, given, mode, temperature, eps, return_maps)
+        return XCosScore(*result) if return_maps else result
+    raise _checks.kind_error("xcos_score", a, b, given)

@@ -2,12 +2,14 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "core/cell_math.h"
 #include "core/xcos_score.h"
 #include "cuda/device.cuh"
 #include "cuda/element.cuh"
 #include "cuda/pair_plan.h"
+#include "cuda/runtime.h"
 
 namespace xcos::cuda {
 
@@ -45,6 +47,8 @@ AttentionParams<R> attention_params(const PairProblem& problem) {
 // The weights of one pair, for every mode but norm, whose weights are known only after the features.
 template <typename R>
 struct AttentionRow {
+  static constexpr R kInfinity = std::numeric_limits<R>::infinity();
+
   const AttentionParams<R>& params;
   int64_t offset;
   R largest;  // logits: max over the cells
@@ -52,7 +56,7 @@ struct AttentionRow {
 
   template <class Group>
   __device__ AttentionRow(const AttentionParams<R>& p, int64_t pair, int64_t cells, const Group& group)
-      : params(p), offset(pair * p.pair_stride), largest(-std::numeric_limits<R>::infinity()), scale(1) {
+      : params(p), offset(pair * p.pair_stride), largest(-kInfinity), scale(1) {
     if (p.mode != Attention::logits) return;
     for (int64_t i = group.rank; i < cells; i += Group::kSize) {
       const R logit = given(i);

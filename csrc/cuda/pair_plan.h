@@ -11,6 +11,7 @@
 namespace xcos::cuda {
 
 constexpr int kStagedThreads = 128;          // most threads of a staged block
+constexpr int kStagedBlocks = 6;             // staged blocks of an SM, at least, that registers must allow
 constexpr int kStagedBytes = 48 * 1024;      // shared memory that every block may have without asking
 constexpr int kGeneralThreads = 256;
 constexpr int kGeneralTile = kGeneralThreads;  // cells a general block works on at a time
@@ -71,7 +72,7 @@ constexpr int64_t divide_up(int64_t value, int64_t unit) { return (value + unit 
 
 // Lanes l and l' of the eight that a 16-byte shared memory access serves at a time fall into the same banks when
 // l * chunks = l' * chunks (mod 8), that is when l = l' (mod 8 / gcd); the shift makes those start at different chunks.
-constexpr int32_t rotation_shift_of(int64_t chunks) {
+XCOS_HD constexpr int32_t rotation_shift_of(int64_t chunks) {
   return chunks % 8 == 0 ? 0 : chunks % 4 == 0 ? 1 : chunks % 2 == 0 ? 2 : 3;
 }
 

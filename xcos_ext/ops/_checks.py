@@ -102,9 +102,11 @@ def gradient_map(feature: Tensor, needed: bool) -> Tensor:
     """The gradient's shape and layout as csrc/ops/tensors.h allocates it."""
     if not needed:
         return feature.new_empty((0,))
-    readable = feature if _evenly_spaced(feature) else feature.contiguous()
-    grad = torch.empty_like(readable)
-    return grad if _evenly_spaced(grad) else torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    if _evenly_spaced(feature):
+        grad = torch.empty_like(feature)
+        if _evenly_spaced(grad):
+            return grad
+    return torch.empty(feature.shape, dtype=feature.dtype, device=feature.device)
 
 
 def _evenly_spaced(feature: Tensor) -> bool:

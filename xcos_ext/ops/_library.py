@@ -17,7 +17,7 @@ from typing import Any
 import torch  # first: it loads the libraries that xcos_ext._C is linked against
 from torch import Tensor
 
-__all__ = ["apply", "below_autograd", "build_info", "compiled", "library", "promote_under_autocast", "register"]
+__all__ = ["apply", "backward_function", "below_autograd", "build_info", "compiled", "library", "promote_under_autocast", "register"]
 
 
 def _load() -> Any:
@@ -79,6 +79,36 @@ def promote_under_autocast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(a.dtype, b.dtype)
         return a.to(wide), b.to(wide)
     return a, b
+
+
+def backward_function(name: str, op: Any, vmap_rule: Callable[..., Any]) -> type[torch.autograd.Function]:
+    """The backward operator ``op`` as a function of its own, which refuses to be differentiated again.
+
+    Without it, a gradient penalty on a constant incoming gradient would silently get no gradient at all.
+    """
+
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:  # type: ignore[override]
+            with below_autograd():
+                return op(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
+            raise RuntimeError(
+                f"{name}: double backward is not implemented; xcos_ext.reference.{name} can be differentiated "
+                "any number of times"
+            )
+
+        vmap = staticmethod(vmap_rule)
+
+    library.impl(f"{name}_backward", Backward.apply, "Autograd")
+    torch.library.register_vmap(op, vmap_rule, lib=library)
+    return Backward
 
 
 def register(name: str, op: Any, function: type[torch.autograd.Function], vmap_rule: Callable[..., Any]) -> None:

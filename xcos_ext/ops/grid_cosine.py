@@ -7,10 +7,17 @@ from typing import Any, overload
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from xcos_ext.ops import _checks
-from xcos_ext.ops._library import apply, below_autograd, compiled, library, promote_under_autocast, register
+from xcos_ext.ops._library import (
+    apply,
+    backward_function,
+    below_autograd,
+    compiled,
+    library,
+    promote_under_autocast,
+    register,
+)
 from xcos_ext.ops._vmap import fold, unfold
 
 __all__ = ["grid_cosine"]
@@ -43,6 +50,16 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], a: Tensor, b: Tensor, eps: float)
     return unfold(grid_cosine(fold(a, in_dims[0], size), fold(b, in_dims[1], size), eps=eps), size), 0
 
 
+def _vmap_backward(
+    info: Any, in_dims: tuple[Any, ...], grad: Tensor, a: Tensor, b: Tensor, eps: float, need_a: bool, need_b: bool
+) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+    folded = (fold(t, d, info.batch_size) for t, d in zip((grad, a, b), in_dims, strict=False))
+    return unfold(_backward(*folded, eps, need_a, need_b), info.batch_size), (0, 0)
+
+
+_Backward = backward_function("grid_cosine", _backward, _vmap_backward)
+
+
 class _GridCosine(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor, b: Tensor, eps: float) -> Tensor:  # type: ignore[override]
@@ -55,11 +72,10 @@ class _GridCosine(torch.autograd.Function):
         ctx.save_for_backward(a, b)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         a, b = ctx.saved_tensors
         need_a, need_b, _ = ctx.needs_input_grad
-        grad_a, grad_b = _backward(grad, a, b, ctx.eps, need_a, need_b)
+        grad_a, grad_b = apply(_Backward, _backward, True, grad, a, b, ctx.eps, need_a, need_b)
         return grad_a if need_a else None, grad_b if need_b else None, None
 
     vmap = staticmethod(_vmap)

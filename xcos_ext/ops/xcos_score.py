@@ -7,11 +7,18 @@ from typing import Any, Literal, NamedTuple, overload
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from xcos_ext.ops import _checks
-from xcos_ext.ops._library import apply, below_autograd, compiled, library, promote_under_autocast, register
-from xcos_ext.ops._vmap import fold, unfold
+from xcos_ext.ops._library import (
+    apply,
+    backward_function,
+    below_autograd,
+    compiled,
+    library,
+    promote_under_autocast,
+    register,
+)
+from xcos_ext.ops._vmap import fold, fold_shared, unfold
 
 __all__ = ["XCosScore", "xcos_score"]
 
@@ -93,11 +100,36 @@ def _fold_arguments(
     dim = in_dims[2]
     if attention.dim() - (dim is not None) == 3:
         return a, b, fold(attention, dim, size)
-    if dim is None:
-        return a, b, attention
-    # One [H, W] map per example: each of its N pairs gets it.
-    rows = attention.movedim(dim, 0).unsqueeze(1)
-    return a, b, rows.expand(size, n, *rows.shape[2:]).flatten(0, 1)
+    return a, b, fold_shared(attention, dim, size, n)
+
+
+def _vmap_backward(
+    info: Any, in_dims: tuple[Any, ...], *args: Any
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    size = info.batch_size
+    grads = (None if g is None else fold(g, d, size) for g, d in zip(args[:3], in_dims, strict=False))
+    attention, dim = args[5], in_dims[5]
+    shared = attention is not None and attention.dim() - (dim is not None) == 2
+    n = (args[3] if in_dims[3] is None else args[3].movedim(in_dims[3], 0)[0]).shape[0]
+    a, b, _ = _fold_arguments(size, in_dims[3:5], args[3], args[4], None)
+    if shared:
+        # Every pair gets its own row, and each example's map the sum over its rows.
+        attention = fold_shared(attention, dim, size, n) if dim is not None else attention.expand(size * n, -1, -1)
+    elif attention is not None:
+        attention = fold(attention, dim, size)
+    grad_a, grad_b, grad_attention = _backward(*grads, a, b, attention, *args[6:])
+    if grad_attention.numel() == 0:
+        attention_result, attention_dim = grad_attention, None
+    else:
+        attention_result, attention_dim = unfold(grad_attention, size), 0
+        if shared:
+            attention_result = attention_result.sum(1)
+    results = [(unfold(g, size), 0) if g.numel() else (g, None) for g in (grad_a, grad_b)]
+    results.append((attention_result, attention_dim))
+    return tuple(r for r, _ in results), tuple(d for _, d in results)
+
+
+_Backward = backward_function("xcos_score", _backward, _vmap_backward)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -113,10 +145,9 @@ def _gradients(
         return (None,) * 6
     a, b, attention = ctx.saved_tensors
     need_a, need_b, need_attention = ctx.needs_input_grad[:3]
-    grads = _backward(
-        score, similarity, attention_map, a, b, attention, ctx.mode, ctx.temperature, ctx.eps, need_a, need_b, need_attention
-    )
     wanted = (need_a, need_b, need_attention)
+    options = (ctx.mode, ctx.temperature, ctx.eps, *wanted)
+    grads = apply(_Backward, _backward, True, score, similarity, attention_map, a, b, attention, *options)
     return (*(grad if need else None for grad, need in zip(grads, wanted, strict=True)), None, None, None)
 
 
@@ -142,7 +173,6 @@ class _XCosScore(torch.autograd.Function):
     setup_context = staticmethod(_setup_context)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, score: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return _gradients(ctx, score, None, None)
 
@@ -158,7 +188,6 @@ class _XCosScoreMaps(torch.autograd.Function):
     setup_context = staticmethod(_setup_context)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return _gradients(ctx, *grads)
 

@@ -1,0 +1,45 @@
+"""What every test may use: the device under test, the shared data folder, reproducible random numbers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked slow run only when asked for by marker; tests marked cuda need a GPU."""
+    wants_slow = "slow" in (config.getoption("markexpr") or "")
+    for item in items:
+        if "slow" in item.keywords and not wants_slow:
+            item.add_marker(pytest.mark.skip(reason="exhaustive run: ask for it with -m slow"))
+        if "cuda" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+# Without a GPU the CUDA half of these tests is not collected at all: thousands of skips would hide the others.
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Each test that asks for it runs on the CPU, and on the GPU where there is one."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with real faces and real networks; users of the package do not have it."""
+    folder = Path(os.environ.get("XCOS_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not (folder / "lfw112.zip").is_file():
+        pytest.skip(f"no real data at {folder} (set XCOS_SHARED_DATA to the folder that holds lfw112.zip)")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(20260)

@@ -1,5 +1,6 @@
-// The primitives that kernels use beyond plain C++, each a function, so that the kernel sources themselves also run on
-// a CPU under tests/cuda_emulator (which defines XCOS_CUDA_EMULATOR and supplies its own cuda_runtime.h).
+// The primitives that kernels use beyond plain C++, each a function, so that the kernel sources themselves
+// also run on a CPU under tests/cuda_emulator (which defines XCOS_CUDA_EMULATOR and supplies its own
+// cuda_runtime.h).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,8 +22,8 @@ __device__ inline unsigned char* dynamic_shared() {
 #endif
 }
 
-// Starts copying kBytes (4, 8 or 16, both sides aligned to it) from global to shared memory. The data is there for
-// the calling thread after copy_async_wait(), for others after a barrier behind that.
+// Starts copying kBytes (4, 8 or 16, both sides aligned to it) from global to shared memory. The data is
+// there for the calling thread after copy_async_wait(), for others after a barrier behind that.
 template <int kBytes>
 __device__ inline void copy_async(void* shared, const void* global) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "cp.async copies 4, 8 or 16 bytes");
@@ -134,5 +135,26 @@ struct BlockGroup {
     return largest;
   }
 };
+
+// Hands indices below count out to the threads of a group, side by side: body(index, slot). With kCount > 0
+// the count is a compile-time constant and the loop is unrolled, so what a body keeps by slot stays in
+// registers.
+template <int kCount, class Group, class Index, class Body>
+__device__ inline void spread(const Group& group, Index count, const Body& body) {
+  if constexpr (kCount > 0) {
+#pragma unroll
+    for (int slot = 0; slot < (kCount + Group::kSize - 1) / Group::kSize; ++slot) {
+      const int index = group.rank + slot * Group::kSize;
+      if ((slot + 1) * Group::kSize <= kCount || index < kCount) body(static_cast<Index>(index), slot);
+    }
+  } else {
+#pragma unroll 1
+    for (Index index = group.rank; index < count; index += Group::kSize) body(index, 0);
+  }
+}
+
+// How many values a thread keeps of kCount spread over its group; at least one, so that it sizes an array.
+template <int kCount, class Group>
+constexpr int kSlots = kCount > 0 ? (kCount + Group::kSize - 1) / Group::kSize : 1;
 
 }  // namespace xcos::cuda

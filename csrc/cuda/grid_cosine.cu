@@ -1,5 +1,4 @@
 #include "cuda/grid_cosine.h"
-
 #include "cuda/xcos_score.h"
 
 namespace xcos::cuda {
@@ -21,8 +20,8 @@ Status grid_cosine(const PairProblem& problem, void* similarity, Stream stream) 
   return xcos_score(without_attention(problem), outputs, stream);
 }
 
-Status grid_cosine_backward(const PairProblem& problem, const void* grad_similarity, MutableFeatureView grad_a,
-                            MutableFeatureView grad_b, Stream stream) {
+Status grid_cosine_backward(const PairProblem& problem, const void* grad_similarity,
+                            MutableFeatureView grad_a, MutableFeatureView grad_b, Stream stream) {
   XcosScoreGradients gradients = {};
   gradients.similarity = grad_similarity;
   XcosScoreGradientOutputs outputs = {};

@@ -1,4 +1,5 @@
-// What the forward and backward kernels of pairs have in common: moving maps, inner products, attention weights.
+// What the forward and backward kernels of pairs have in common: moving maps, inner products, attention
+// weights.
 #pragma once
 
 #include <limits>
@@ -44,49 +45,61 @@ AttentionParams<R> attention_params(const PairProblem& problem) {
   return p;
 }
 
-// The weights of one pair, for every mode but norm, whose weights are known only after the features.
-template <typename R>
+// The weights of one pair, for every mode but norm, whose weights are known only after the features. kCells >
+// 0: the values are read once and stay in registers.
+template <typename R, class Group, int kCells>
 struct AttentionRow {
   static constexpr R kInfinity = std::numeric_limits<R>::infinity();
 
   const AttentionParams<R>& params;
   int64_t offset;
-  R largest;  // logits: max over the cells
-  R scale;    // logits: 1 / sum of exponentials
+  R largest = -kInfinity;  // logits: max over the cells
+  R scale = R(1);          // logits: 1 / sum of exponentials
+  R kept[kSlots<kCells, Group>];
 
-  template <class Group>
   __device__ AttentionRow(const AttentionParams<R>& p, int64_t pair, int64_t cells, const Group& group)
-      : params(p), offset(pair * p.pair_stride), largest(-kInfinity), scale(1) {
-    if (p.mode != Attention::logits) return;
-    for (int64_t i = group.rank; i < cells; i += Group::kSize) {
-      const R logit = given(i);
-      largest = logit > largest ? logit : largest;
+      : params(p), offset(pair * p.pair_stride) {
+    if constexpr (kCells > 0) {
+      spread<kCells>(group, cells, [&](int64_t cell, int slot) { kept[slot] = given(cell); });
     }
+    if (p.mode != Attention::logits) return;
+    spread<kCells>(group, cells, [&](int64_t cell, int slot) {
+      const R logit = kCells > 0 ? kept[slot] : given(cell);
+      largest = logit > largest ? logit : largest;
+    });
     largest = group.maximum(largest);
     R total[1] = {R(0)};
-    for (int64_t i = group.rank; i < cells; i += Group::kSize) total[0] += unscaled(i);
+    spread<kCells>(group, cells, [&](int64_t cell, int slot) {
+      const R value = unscaled(kCells > 0 ? kept[slot] : given(cell));
+      if constexpr (kCells > 0) kept[slot] = value;
+      total[0] += value;
+    });
     group.sum(total);
     scale = R(1) / total[0];
   }
 
-  __device__ R given(int64_t cell) const { return load_scalar<R>(params.data, params.scalar, offset + cell); }
-
-  // The difference first: it is exact where it matters and never overflows.
-  __device__ R unscaled(int64_t cell) const {
-    return exponential((given(cell) - largest) / params.temperature);
+  // What the caller gave for a cell: its weight or its logit.
+  __device__ R given(int64_t cell) const {
+    if (params.mode != Attention::logits && params.mode != Attention::weights) return params.uniform;
+    return load_scalar<R>(params.data, params.scalar, offset + cell);
   }
 
-  __device__ R weight(int64_t cell) const {
-    if (params.mode == Attention::logits) return unscaled(cell) * scale;
-    if (params.mode == Attention::weights) return given(cell);
-    return params.uniform;
+  // The difference first: it is exact where it matters and never overflows.
+  __device__ R unscaled(R logit) const { return exponential((logit - largest) / params.temperature); }
+
+  __device__ R weight(int64_t cell, int slot) const {
+    if constexpr (kCells > 0) {
+      return kept[slot] * scale;
+    } else {
+      return params.mode == Attention::logits ? unscaled(given(cell)) * scale : given(cell);
+    }
   }
 };
 
 // ------------------------------------------------------------------------------------------------- moments
 
-// Partial sums of the cells' inner products in shared memory: row (moment * parts + part), column cell. One thread
-// owns a column; finished columns are reused, rows 0 to 3, for other values of the cell.
+// Partial sums of the cells' inner products in shared memory: row (moment * parts + part), column cell. One
+// thread owns a column; finished columns are reused, rows 0 to 3, for other values of the cell.
 template <typename R>
 struct CellTable {
   R* data;
@@ -138,16 +151,22 @@ __device__ inline void apply(const CellGradient<R>& g, R& x, R& y) {
   x = grad_x;
 }
 
-// -------------------------------------------------------------------------------- staged: maps in shared memory
+// -------------------------------------------------------------------------------- staged: maps in shared
+// memory
 
 // Shape and walk of the maps; compile-time where kChannels is not 0.
 template <typename T, int kChannels, int kCells>
 struct StagedShape {
   const StagedLayout& layout;
 
+  static constexpr int kChunks = kChannels * kCells * static_cast<int>(sizeof(T)) / 16;
+
   __device__ int channels() const { return kChannels > 0 ? kChannels : layout.channels; }
   __device__ int cells() const { return kCells > 0 ? kCells : layout.cells; }
   __device__ int slices() const { return kCells >= kWarp ? 1 : layout.slices; }
+  // Unrolled as far as registers allow.
+  static constexpr int kUnroll = kChannels > 0 ? 16 : 8;
+
   __device__ int row_chunks() const { return channels() * static_cast<int>(sizeof(T)) / 16; }
   __device__ int map_chunks() const { return channels() * cells() * static_cast<int>(sizeof(T)) / 16; }
   __device__ int rotation_shift() const {
@@ -162,10 +181,11 @@ struct StagedShape {
   __device__ int cell_stride(bool channels_last) const { return channels_last ? channels() : 1; }
 };
 
-// body(channel, cell) for every element of a map, spread over the lanes so that the faster dimension of global memory
-// lies side by side.
+// body(channel, cell) for every element of a map, spread over the lanes so that the faster dimension of
+// global memory lies side by side.
 template <class Shape, class Body>
-__device__ inline void for_each_element(const Shape& shape, bool channel_fastest, int lane, const Body& body) {
+__device__ inline void for_each_element(const Shape& shape, bool channel_fastest, int lane,
+                                        const Body& body) {
   const int inner = channel_fastest ? shape.channels() : shape.cells();
   const int outer = channel_fastest ? shape.cells() : shape.channels();
   const int outer_step = kWarp / inner;
@@ -185,19 +205,18 @@ __device__ inline void for_each_element(const Shape& shape, bool channel_fastest
 
 // Starts copying one pair's map to shared memory; copy_async_wait() and a barrier finish it.
 template <bool kVectorsOnly, typename T, class Shape>
-__device__ inline void stage_map(const MapAccess<const void>& map, const Shape& shape, int64_t pair, T* shared,
-                                 int lane) {
+__device__ inline void stage_map(const MapAccess<const void>& map, const Shape& shape, int64_t pair,
+                                 T* shared, const WarpGroup& group) {
   const T* source = static_cast<const T*>(map.data) + pair * map.pair_stride;
   if (kVectorsOnly || map.vectors) {
-    constexpr int kElements = 16 / sizeof(T);
-    const int chunks = shape.map_chunks();
-#pragma unroll 4
-    for (int i = lane; i < chunks; i += kWarp) copy_async<16>(shared + i * kElements, source + i * kElements);
+    const Chunk<T>* from = reinterpret_cast<const Chunk<T>*>(source);
+    Chunk<T>* to = reinterpret_cast<Chunk<T>*>(shared);
+    spread<Shape::kChunks>(group, shape.map_chunks(), [&](int i, int) { copy_async<16>(to + i, from + i); });
     return;
   }
   const int channel_step = shape.channel_stride(map.channels_last);
   const int cell_step = shape.cell_stride(map.channels_last);
-  for_each_element(shape, map.channel_stride < map.cell_stride, lane, [&](int channel, int cell) {
+  for_each_element(shape, map.channel_stride < map.cell_stride, group.rank, [&](int channel, int cell) {
     T* to = shared + channel * channel_step + cell * cell_step;
     const T* from = source + channel * map.channel_stride + cell * map.cell_stride;
     if constexpr (sizeof(T) >= 4) {
@@ -210,32 +229,31 @@ __device__ inline void stage_map(const MapAccess<const void>& map, const Shape& 
 
 // Copies a gradient from shared memory to where it belongs.
 template <bool kVectorsOnly, typename T, class Shape>
-__device__ inline void unstage_map(const MapAccess<void>& map, const Shape& shape, int64_t pair, const T* shared,
-                                   int lane) {
+__device__ inline void unstage_map(const MapAccess<void>& map, const Shape& shape, int64_t pair,
+                                   const T* shared, const WarpGroup& group) {
   T* target = static_cast<T*>(map.data) + pair * map.pair_stride;
   if (kVectorsOnly || map.vectors) {
     const Chunk<T>* from = reinterpret_cast<const Chunk<T>*>(shared);
     Chunk<T>* to = reinterpret_cast<Chunk<T>*>(target);
-    const int chunks = shape.map_chunks();
-#pragma unroll 4
-    for (int i = lane; i < chunks; i += kWarp) to[i] = from[i];
+    spread<Shape::kChunks>(group, shape.map_chunks(), [&](int i, int) { to[i] = from[i]; });
     return;
   }
   const int channel_step = shape.channel_stride(map.channels_last);
   const int cell_step = shape.cell_stride(map.channels_last);
-  for_each_element(shape, map.channel_stride < map.cell_stride, lane, [&](int channel, int cell) {
+  for_each_element(shape, map.channel_stride < map.cell_stride, group.rank, [&](int channel, int cell) {
     target[channel * map.channel_stride + cell * map.cell_stride] =
         shared[channel * channel_step + cell * cell_step];
   });
 }
 
-// Calls body(column, slice) for the columns of words (or cells) that a lane works on. With fewer than 32 columns,
-// several lanes share one and each takes every slices-th of its rows.
+// Calls body(column, slice) for the columns of words (or cells) that a lane works on. With fewer than 32
+// columns, several lanes share one and each takes every slices-th of its rows.
 template <class Shape, class Body>
 __device__ inline void for_each_column(const Shape& shape, int lane, const Body& body) {
   const int columns = shape.cells();
   const int slices = shape.slices();
   if (slices == 1) {
+#pragma unroll 1
     for (int column = lane; column < columns; column += kWarp) body(column, 0);
   } else if (lane < slices * columns) {
     const int slice = lane / columns;
@@ -243,9 +261,10 @@ __device__ inline void for_each_column(const Shape& shape, int lane, const Body&
   }
 }
 
-// Walk::words. Rows of kPack channels are rows of as many words as there are cells; consecutive lanes read consecutive
-// words. With two elements a word, element j of column c is position p = 2 c + j of two channels in a row: cell
-// p of the even channel, or cell p - cells of the odd one. Both halves of the table's row are that position p.
+// Walk::words. Rows of kPack channels are rows of as many words as there are cells; consecutive lanes read
+// consecutive words. With two elements a word, element j of column c is position p = 2 c + j of two channels
+// in a row: cell p of the even channel, or cell p - cells of the odd one. Both halves of the table's row are
+// that position p.
 template <typename T, class Shape>
 __device__ inline void word_moments(const Shape& shape, const T* x, const T* y,
                                     const CellTable<typename Element<T>::Result>& table, int lane) {
@@ -259,7 +278,7 @@ __device__ inline void word_moments(const Shape& shape, const T* x, const T* y,
   const int slices = shape.slices();
   for_each_column(shape, lane, [&](int column, int slice) {
     CellMoments<R> sums[kPack] = {};
-#pragma unroll 8
+#pragma unroll Shape::kUnroll
     for (int row = slice; row < rows; row += slices) {
       R a[kPack];
       R b[kPack];
@@ -294,7 +313,7 @@ __device__ inline void word_gradients(const Shape& shape, T* x, T* y,
       const int position = column * kPack + j;
       gradient[j] = table.gradient(position < columns ? position : position - columns);
     }
-#pragma unroll 4
+#pragma unroll(Shape::kUnroll / 2)
     for (int row = slice; row < rows; row += slices) {
       R a[kPack];
       R b[kPack];
@@ -308,8 +327,8 @@ __device__ inline void word_gradients(const Shape& shape, T* x, T* y,
   });
 }
 
-// Walk::chunks. body(chunk of x, chunk of y) for a lane's share of one cell, starting at a chunk that keeps the lanes
-// in different banks.
+// Walk::chunks. body(chunk of x, chunk of y) for a lane's share of one cell, starting at a chunk that keeps
+// the lanes in different banks.
 template <typename T, class Shape, class Body>
 __device__ inline void for_each_chunk(const Shape& shape, T* x, T* y, int cell, int slice, const Body& body) {
   using CellChunk = std::conditional_t<std::is_const_v<T>, const Chunk<std::remove_const_t<T>>, Chunk<T>>;
@@ -376,11 +395,11 @@ __device__ inline void chunk_gradients(const Shape& shape, T* x, T* y,
   });
 }
 
-// Walk::elements. body(index into x, index into y) for a lane's share of one cell; lanes start at different channels,
-// which keeps them in different banks in either order.
+// Walk::elements. body(index into x, index into y) for a lane's share of one cell; lanes start at different
+// channels, which keeps them in different banks in either order.
 template <class Shape, class Body>
-__device__ inline void for_each_channel(const Shape& shape, bool x_channels_last, bool y_channels_last, int cell,
-                                        int slice, const Body& body) {
+__device__ inline void for_each_channel(const Shape& shape, bool x_channels_last, bool y_channels_last,
+                                        int cell, int slice, const Body& body) {
   const int channels = shape.channels();
   const int x_step = shape.channel_stride(x_channels_last);
   const int y_step = shape.channel_stride(y_channels_last);
@@ -444,8 +463,8 @@ __device__ inline void staged_gradients(const Shape& shape, T* x, T* y, bool x_c
 
 using GeneralGroup = BlockGroup<kGeneralThreads>;
 
-// One block's share of one tile of cells: threads of a unit (32 cells, or 1 cell with the lanes along its channels) walk
-// over every slices-th channel.
+// One block's share of one tile of cells: threads of a unit (32 cells, or 1 cell with the lanes along its
+// channels) walk over every slices-th channel.
 struct GeneralShare {
   int groups;  // units of the tile
   int slices;  // warps that share a unit
@@ -492,7 +511,8 @@ __device__ inline CellTable<typename Element<T>::Result> general_moments(
       const T* y = static_cast<const T*>(b.data) + pair * b.pair_stride + (first_cell + cell) * b.cell_stride;
 #pragma unroll 4
       for (int64_t c = first_channel; c < channels; c += step) {
-        accumulate(sums, Element<T>::load(x[c * a.channel_stride]), Element<T>::load(y[c * b.channel_stride]));
+        accumulate(sums, Element<T>::load(x[c * a.channel_stride]),
+                   Element<T>::load(y[c * b.channel_stride]));
       }
     }
     if (share.along_channels) {
@@ -546,8 +566,9 @@ Status launch(void (*kernel)(Params), const PairPlan& plan, Params params, Strea
   void* arguments[] = {&params};
   const dim3 grid(static_cast<unsigned>(plan.blocks));
   const dim3 block(static_cast<unsigned>(plan.threads));
-  const cudaError_t error = cudaLaunchKernel(kernel, grid, block, arguments, static_cast<size_t>(plan.shared_bytes),
-                                             static_cast<cudaStream_t>(stream));
+  const cudaError_t error =
+      cudaLaunchKernel(kernel, grid, block, arguments, static_cast<size_t>(plan.shared_bytes),
+                       static_cast<cudaStream_t>(stream));
   // A refused launch must not be reported again by whoever asks next.
   if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
   return static_cast<Status>(error);

@@ -1,7 +1,7 @@
 // How one call is mapped onto the GPU: which kernel, how maps travel, launch geometry. Host arithmetic only.
 //
-// staged:  a warp per pair; both maps are copied to shared memory first. The path of small maps such as 32x7x7.
-// general: a block per pair (or per part of a pair), features straight from global memory. Any size.
+// staged:  a warp per pair; both maps are copied to shared memory first. The path of small maps such as
+// 32x7x7. general: a block per pair (or per part of a pair), features straight from global memory. Any size.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +10,9 @@
 
 namespace xcos::cuda {
 
-constexpr int kStagedThreads = 128;          // most threads of a staged block
-constexpr int kStagedBlocks = 6;             // staged blocks of an SM, at least, that registers must allow
-constexpr int kStagedBytes = 48 * 1024;      // shared memory that every block may have without asking
+constexpr int kStagedThreads = 128;      // most threads of a staged block
+constexpr int kStagedBlocks = 6;         // staged blocks of an SM, at least, that registers must allow
+constexpr int kStagedBytes = 48 * 1024;  // shared memory that every block may have without asking
 constexpr int kGeneralThreads = 256;
 constexpr int kGeneralTile = kGeneralThreads;  // cells a general block works on at a time
 constexpr int kTunedChannels = 32;
@@ -70,8 +70,9 @@ struct PairPlan {
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 constexpr int64_t divide_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 
-// Lanes l and l' of the eight that a 16-byte shared memory access serves at a time fall into the same banks when
-// l * chunks = l' * chunks (mod 8), that is when l = l' (mod 8 / gcd); the shift makes those start at different chunks.
+// Lanes l and l' of the eight that a 16-byte shared memory access serves at a time fall into the same banks
+// when l * chunks = l' * chunks (mod 8), that is when l = l' (mod 8 / gcd); the shift makes those start at
+// different chunks.
 XCOS_HD constexpr int32_t rotation_shift_of(int64_t chunks) {
   return chunks % 8 == 0 ? 0 : chunks % 4 == 0 ? 1 : chunks % 2 == 0 ? 2 : 3;
 }
@@ -89,8 +90,10 @@ template <typename Void>
 void find_vectors(const PairShape& shape, Scalar scalar, MapAccess<Void>& map) {
   const bool one_channel = shape.channels == 1;
   const bool one_cell = shape.cells == 1;
-  const bool by_channel = (one_cell || map.cell_stride == 1) && (one_channel || map.channel_stride == shape.cells);
-  const bool by_cell = (one_channel || map.channel_stride == 1) && (one_cell || map.cell_stride == shape.channels);
+  const bool by_channel =
+      (one_cell || map.cell_stride == 1) && (one_channel || map.channel_stride == shape.cells);
+  const bool by_cell =
+      (one_channel || map.channel_stride == 1) && (one_cell || map.cell_stride == shape.channels);
   const int64_t size = scalar_size(scalar);
   const bool aligned = reinterpret_cast<uintptr_t>(map.data) % 16 == 0 &&
                        (shape.pairs == 1 || map.pair_stride * size % 16 == 0) &&
@@ -99,8 +102,8 @@ void find_vectors(const PairShape& shape, Scalar scalar, MapAccess<Void>& map) {
   map.channels_last = map.vectors && !by_channel;
 }
 
-// a, b: inputs; grad_a, grad_b: outputs of the backward pass, or null. divisible: cells of a pair do not depend on
-// each other, so several blocks may share one pair.
+// a, b: inputs; grad_a, grad_b: outputs of the backward pass, or null. divisible: cells of a pair do not
+// depend on each other, so several blocks may share one pair.
 inline PairPlan plan_pairs(const PairProblem& problem, MapAccess<const void>& a, MapAccess<const void>& b,
                            MapAccess<void>* grad_a, MapAccess<void>* grad_b, bool divisible) {
   const PairShape& shape = problem.shape;

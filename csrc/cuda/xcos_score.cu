@@ -1,7 +1,6 @@
 // Forward pass: S, W and the score of every pair in one pass over the features.
-#include "cuda/xcos_score.h"
-
 #include "cuda/pair_kernels.cuh"
+#include "cuda/xcos_score.h"
 
 namespace xcos::cuda {
 namespace {
@@ -30,15 +29,15 @@ struct ForwardSums {
 };
 
 // S of one tile of cells from their moments, and everything that follows from S cell by cell.
-template <typename R, class Group>
-__device__ inline void forward_tile(const ForwardParams<R>& p, const AttentionRow<R>& row, const Group& group,
-                                    int64_t pair, int64_t first_cell, int count, const CellTable<R>& table,
-                                    bool keep_products, ForwardSums<R>& sums) {
-  for (int i = group.rank; i < count; i += Group::kSize) {
+template <typename R, class Group, int kCells>
+__device__ inline void forward_tile(const ForwardParams<R>& p, const AttentionRow<R, Group, kCells>& row,
+                                    const Group& group, int64_t pair, int64_t first_cell, int count,
+                                    const CellTable<R>& table, bool keep_products, ForwardSums<R>& sums) {
+  const int64_t first = pair * p.cells + first_cell;
+  spread<kCells>(group, count, [&](int i, int slot) {
     const CellMoments<R> m = table.moments(i);
     const CellCosine<R> c = cell_cosine(m, root(m.xx), root(m.yy), p.eps);
-    const int64_t at = pair * p.cells + first_cell + i;
-    if (p.similarity != nullptr) p.similarity[at] = c.cosine;
+    if (p.similarity != nullptr) p.similarity[first + i] = c.cosine;
     if (p.attention.mode == Attention::norm) {
       const R product = c.x_norm * c.y_norm;
       sums.weighted += product * c.cosine;
@@ -47,19 +46,19 @@ __device__ inline void forward_tile(const ForwardParams<R>& p, const AttentionRo
       if (keep_products) {
         table.at(0, i) = product;
       } else if (p.weights != nullptr) {
-        p.weights[at] = product;
+        p.weights[first + i] = product;
       }
     } else {
-      const R weight = row.weight(first_cell + i);
+      const R weight = row.weight(first_cell + i, slot);
       sums.weighted += weight * c.cosine;
-      if (p.weights != nullptr) p.weights[at] = weight;
+      if (p.weights != nullptr) p.weights[first + i] = weight;
     }
-  }
+  });
 }
 
-// Score, and W of norm attention, once all cells of a pair are known. products: kept by forward_tile, or null when
-// they lie in p.weights.
-template <typename R, class Group>
+// Score, and W of norm attention, once all cells of a pair are known. products: kept by forward_tile, or null
+// when they lie in p.weights.
+template <int kCells, typename R, class Group>
 __device__ inline void forward_finish(const ForwardParams<R>& p, const Group& group, int64_t pair,
                                       const R* products, const ForwardSums<R>& sums) {
   if (p.attention.mode != Attention::norm) {
@@ -77,10 +76,10 @@ __device__ inline void forward_finish(const ForwardParams<R>& p, const Group& gr
   }
   if (p.weights == nullptr) return;
   R* weights = p.weights + pair * p.cells;
-  for (int64_t i = group.rank; i < p.cells; i += Group::kSize) {
+  spread<kCells>(group, p.cells, [&](int64_t i, int) {
     const R product = products != nullptr ? products[i] : weights[i];
     weights[i] = silent ? p.attention.uniform : product / total[2];
-  }
+  });
 }
 
 template <typename T, int kChannels, int kCells>
@@ -89,9 +88,9 @@ __global__ void __launch_bounds__(kStagedThreads, kStagedBlocks)
   using R = typename Element<T>::Result;
   constexpr bool kTuned = kChannels > 0;
   const StagedShape<T, kChannels, kCells> shape = {p.layout};
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
+  const int warp = static_cast<int>(threadIdx.x / kWarp);
+  const int warps = static_cast<int>(blockDim.x / kWarp);
   const WarpGroup group = {lane};
 
   unsigned char* shared = dynamic_shared() + warp * p.layout.warp_bytes;
@@ -102,17 +101,17 @@ __global__ void __launch_bounds__(kStagedThreads, kStagedBlocks)
 
   const int64_t step = static_cast<int64_t>(gridDim.x) * warps;
   for (int64_t pair = static_cast<int64_t>(blockIdx.x) * warps + warp; pair < p.pairs; pair += step) {
-    stage_map<kTuned>(p.a, shape, pair, x, lane);
-    stage_map<kTuned>(p.b, shape, pair, y, lane);
+    stage_map<kTuned>(p.a, shape, pair, x, group);
+    stage_map<kTuned>(p.b, shape, pair, y, group);
     // The attention is read while the features are on their way.
-    const AttentionRow<R> row(p.attention, pair, shape.cells(), group);
+    const AttentionRow<R, WarpGroup, kCells> row(p.attention, pair, shape.cells(), group);
     copy_async_wait();
     group.sync();
     staged_moments<kTuned>(shape, x, y, p.a.channels_last, p.b.channels_last, table, lane);
     group.sync();
     ForwardSums<R> sums;
     forward_tile(p, row, group, pair, 0, shape.cells(), table, true, sums);
-    forward_finish(p, group, pair, table.data, sums);
+    forward_finish<kCells>(p, group, pair, table.data, sums);
     // Nobody may overwrite what another lane still reads.
     group.sync();
   }
@@ -127,7 +126,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
   const int64_t items = p.pairs * p.general.parts;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     const int64_t pair = item / p.general.parts;
-    const AttentionRow<R> row(p.attention, pair, p.cells, group);
+    const AttentionRow<R, GeneralGroup, 0> row(p.attention, pair, p.cells, group);
     ForwardSums<R> sums;
     for (int64_t tile = item % p.general.parts; tile < p.general.tiles; tile += p.general.parts) {
       const int64_t first = tile * kGeneralTile;
@@ -138,7 +137,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
       forward_tile(p, row, group, pair, first, count, table, false, sums);
       group.sync();
     }
-    forward_finish(p, group, pair, static_cast<const R*>(nullptr), sums);
+    forward_finish<0>(p, group, pair, static_cast<const R*>(nullptr), sums);
   }
 }
 
@@ -170,7 +169,8 @@ Status forward(const PairProblem& problem, const XcosScoreOutputs& outputs, Stre
 }  // namespace
 
 Status xcos_score(const PairProblem& problem, const XcosScoreOutputs& outputs, Stream stream) {
-  const bool wanted = outputs.score != nullptr || outputs.similarity != nullptr || outputs.attention != nullptr;
+  const bool wanted =
+      outputs.score != nullptr || outputs.similarity != nullptr || outputs.attention != nullptr;
   if (problem.shape.pairs == 0 || !wanted) return 0;
   switch (problem.scalar) {
     case Scalar::f16:

@@ -1,8 +1,9 @@
 // xCos score of pairs on the GPU. Needs no CUDA headers.
 //
-// Every function enqueues one kernel on the stream and returns: no synchronisation, no allocation, capturable in a
-// CUDA graph. Pointers are device pointers of the current device; any alignment that suits the element type, any
-// strides, more than 2^31 elements. Results do not depend on timing: the same input gives the same bits.
+// Every function enqueues one kernel on the stream and returns: no synchronisation, no allocation, capturable
+// in a CUDA graph. Pointers are device pointers of the current device; any alignment that suits the element
+// type, any strides, more than 2^31 elements. Results do not depend on timing: the same input gives the same
+// bits.
 #pragma once
 
 #include "core/xcos_score.h"

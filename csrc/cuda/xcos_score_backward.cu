@@ -32,51 +32,70 @@ struct BackwardSums {
   R product = 0;   // norm attention: sum q
 };
 
-// Gradients of S and W of one cell, before W's normalisation.
-template <typename R>
-struct CellIncoming {
-  R score;
-  R similarity;
-  R weight;
+// Incoming gradients of one pair. kCells > 0: read once, kept in registers.
+template <typename R, class Group, int kCells>
+struct IncomingRow {
+  const BackwardParams<R>& params;
+  int64_t offset;
+  R score = R(0);
+  R similarity[kSlots<kCells, Group>];
+  R weight[kSlots<kCells, Group>];
 
-  __device__ CellIncoming(const BackwardParams<R>& p, int64_t pair, int64_t cell) : score(0), similarity(0), weight(0) {
+  __device__ IncomingRow(const BackwardParams<R>& p, int64_t pair, const Group& group)
+      : params(p), offset(pair * p.cells) {
     if (p.score != nullptr) score = p.score[pair * p.score_stride];
-    if (p.similarity != nullptr) similarity = p.similarity[pair * p.cells + cell];
-    if (p.weights != nullptr) weight = p.weights[pair * p.cells + cell];
+    if constexpr (kCells > 0) {
+      spread<kCells>(group, kCells, [&](int cell, int slot) {
+        similarity[slot] = load(p.similarity, cell);
+        weight[slot] = load(p.weights, cell);
+      });
+    }
   }
 
-  __device__ R grad_cosine(R w) const { return score * w + similarity; }
-  __device__ R grad_weight(R cosine) const { return score * cosine + weight; }
+  __device__ R load(const R* data, int64_t cell) const {
+    return data == nullptr ? R(0) : data[offset + cell];
+  }
+
+  // dL/dS for a given weight, dL/dW for a given cosine.
+  __device__ R grad_cosine(R w, int64_t cell, int slot) const {
+    return score * w + (kCells > 0 ? similarity[slot] : load(params.similarity, cell));
+  }
+  __device__ R grad_weight(R cosine, int64_t cell, int slot) const {
+    return score * cosine + (kCells > 0 ? weight[slot] : load(params.weights, cell));
+  }
 };
 
-// Turns the moments of one tile of cells into (x.y, |x|, |y|); add_up: and adds up what couples the pair's cells.
-template <typename R, class Group>
-__device__ inline void backward_norms(const BackwardParams<R>& p, const AttentionRow<R>& row, const Group& group,
-                                      int64_t pair, int64_t first_cell, int count, const CellTable<R>& table,
-                                      bool add_up, BackwardSums<R>& sums) {
-  for (int i = group.rank; i < count; i += Group::kSize) {
+// Turns the moments of one tile of cells into (x.y, |x|, |y|); add_up: and adds up what couples the pair's
+// cells.
+template <typename R, class Group, int kCells>
+__device__ inline void backward_norms(const BackwardParams<R>& p, const AttentionRow<R, Group, kCells>& row,
+                                      const IncomingRow<R, Group, kCells>& incoming, const Group& group,
+                                      int64_t first_cell, int count, const CellTable<R>& table, bool add_up,
+                                      BackwardSums<R>& sums) {
+  spread<kCells>(group, count, [&](int i, int slot) {
     const CellMoments<R> m = table.moments(i);
     const R x_norm = root(m.xx);
     const R y_norm = root(m.yy);
     table.at(0, i) = m.dot;
     table.at(1, i) = x_norm;
     table.at(2, i) = y_norm;
-    if (!add_up) continue;
+    if (!add_up) return;
     const CellCosine<R> c = cell_cosine(m, x_norm, y_norm, p.eps);
-    const R grad_weight = CellIncoming<R>(p, pair, first_cell + i).grad_weight(c.cosine);
+    const R grad_weight = incoming.grad_weight(c.cosine, first_cell + i, slot);
     if (p.attention.mode == Attention::norm) {
       const R product = x_norm * y_norm;
       sums.product += product;
       sums.weighted += product * grad_weight;
     } else {
-      sums.weighted += row.weight(first_cell + i) * grad_weight;
+      sums.weighted += row.weight(first_cell + i, slot) * grad_weight;
     }
-  }
+  });
 }
 
 // Adds the sums up over the group, and turns `weighted` into sum W dW.
 template <typename R, class Group>
-__device__ inline void backward_combine(const BackwardParams<R>& p, const Group& group, BackwardSums<R>& sums) {
+__device__ inline void backward_combine(const BackwardParams<R>& p, const Group& group,
+                                        BackwardSums<R>& sums) {
   if (!p.coupled) return;
   R total[2] = {sums.weighted, sums.product};
   group.sum(total);
@@ -85,16 +104,17 @@ __device__ inline void backward_combine(const BackwardParams<R>& p, const Group&
   if (p.attention.mode == Attention::norm) sums.weighted = total[0] / total[1];
 }
 
-// From backward_norms' values: the attention's gradient, and in their place the coefficients of the cells' gradients.
-template <typename R, class Group>
-__device__ inline void backward_tile(const BackwardParams<R>& p, const AttentionRow<R>& row, const Group& group,
+// From backward_norms' values: the attention's gradient, and in their place the coefficients of the cells'
+// gradients.
+template <typename R, class Group, int kCells>
+__device__ inline void backward_tile(const BackwardParams<R>& p, const AttentionRow<R, Group, kCells>& row,
+                                     const IncomingRow<R, Group, kCells>& incoming, const Group& group,
                                      int64_t pair, int64_t first_cell, int count, const CellTable<R>& table,
                                      const BackwardSums<R>& sums) {
-  for (int i = group.rank; i < count; i += Group::kSize) {
+  spread<kCells>(group, count, [&](int i, int slot) {
     const CellMoments<R> m = {table.at(0, i), R(0), R(0)};
     const CellCosine<R> c = cell_cosine(m, table.at(1, i), table.at(2, i), p.eps);
-    const CellIncoming<R> incoming(p, pair, first_cell + i);
-    const R grad_weight = incoming.grad_weight(c.cosine);
+    const R grad_weight = incoming.grad_weight(c.cosine, first_cell + i, slot);
     R weight;
     R grad_product = R(0);
     if (p.attention.mode == Attention::norm) {
@@ -102,7 +122,7 @@ __device__ inline void backward_tile(const BackwardParams<R>& p, const Attention
       weight = silent ? p.attention.uniform : c.x_norm * c.y_norm / sums.product;
       if (!silent) grad_product = (grad_weight - sums.weighted) / sums.product;
     } else {
-      weight = row.weight(first_cell + i);
+      weight = row.weight(first_cell + i, slot);
     }
     if (p.grad_attention != nullptr) {
       R grad = R(0);
@@ -112,8 +132,9 @@ __device__ inline void backward_tile(const BackwardParams<R>& p, const Attention
       }
       p.grad_attention[pair * p.cells + first_cell + i] = grad;
     }
-    table.set_gradient(i, cell_gradient(c, p.eps, incoming.grad_cosine(weight), grad_product));
-  }
+    table.set_gradient(
+        i, cell_gradient(c, p.eps, incoming.grad_cosine(weight, first_cell + i, slot), grad_product));
+  });
 }
 
 template <typename T, int kChannels, int kCells>
@@ -122,9 +143,9 @@ __global__ void __launch_bounds__(kStagedThreads, kStagedBlocks)
   using R = typename Element<T>::Result;
   constexpr bool kTuned = kChannels > 0;
   const StagedShape<T, kChannels, kCells> shape = {p.layout};
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
+  const int warp = static_cast<int>(threadIdx.x / kWarp);
+  const int warps = static_cast<int>(blockDim.x / kWarp);
   const WarpGroup group = {lane};
 
   unsigned char* shared = dynamic_shared() + warp * p.layout.warp_bytes;
@@ -135,24 +156,25 @@ __global__ void __launch_bounds__(kStagedThreads, kStagedBlocks)
 
   const int64_t step = static_cast<int64_t>(gridDim.x) * warps;
   for (int64_t pair = static_cast<int64_t>(blockIdx.x) * warps + warp; pair < p.pairs; pair += step) {
-    stage_map<kTuned>(p.a, shape, pair, x, lane);
-    stage_map<kTuned>(p.b, shape, pair, y, lane);
-    // The attention is read while the features are on their way.
-    const AttentionRow<R> row(p.attention, pair, shape.cells(), group);
+    stage_map<kTuned>(p.a, shape, pair, x, group);
+    stage_map<kTuned>(p.b, shape, pair, y, group);
+    // Attention and incoming gradients are read while the features are on their way.
+    const AttentionRow<R, WarpGroup, kCells> row(p.attention, pair, shape.cells(), group);
+    const IncomingRow<R, WarpGroup, kCells> incoming(p, pair, group);
     copy_async_wait();
     group.sync();
     staged_moments<kTuned>(shape, x, y, p.a.channels_last, p.b.channels_last, table, lane);
     group.sync();
     BackwardSums<R> sums;
-    backward_norms(p, row, group, pair, 0, shape.cells(), table, p.coupled, sums);
+    backward_norms(p, row, incoming, group, 0, shape.cells(), table, p.coupled, sums);
     backward_combine(p, group, sums);
-    backward_tile(p, row, group, pair, 0, shape.cells(), table, sums);
+    backward_tile(p, row, incoming, group, pair, 0, shape.cells(), table, sums);
     if (p.grad_a.data != nullptr || p.grad_b.data != nullptr) {
       group.sync();
       staged_gradients<kTuned>(shape, x, y, p.a.channels_last, p.b.channels_last, table, lane);
       group.sync();
-      if (p.grad_a.data != nullptr) unstage_map<kTuned>(p.grad_a, shape, pair, x, lane);
-      if (p.grad_b.data != nullptr) unstage_map<kTuned>(p.grad_b, shape, pair, y, lane);
+      if (p.grad_a.data != nullptr) unstage_map<kTuned>(p.grad_a, shape, pair, x, group);
+      if (p.grad_b.data != nullptr) unstage_map<kTuned>(p.grad_b, shape, pair, y, group);
     }
     // Nobody may overwrite what another lane still reads.
     group.sync();
@@ -168,9 +190,11 @@ __global__ void __launch_bounds__(kGeneralThreads)
   const int64_t items = p.pairs * p.general.parts;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
     const int64_t pair = item / p.general.parts;
-    const AttentionRow<R> row(p.attention, pair, p.cells, group);
+    const AttentionRow<R, GeneralGroup, 0> row(p.attention, pair, p.cells, group);
+    const IncomingRow<R, GeneralGroup, 0> incoming(p, pair, group);
     BackwardSums<R> sums;
-    // Coupled cells need two rounds over the tiles: sums, then gradients. One tile stays where it is in between.
+    // Coupled cells need two rounds over the tiles: sums, then gradients. One tile stays where it is in
+    // between.
     for (int round = p.coupled ? 0 : 1; round < 2; ++round) {
       if (round == 1) backward_combine(p, group, sums);
       for (int64_t tile = item % p.general.parts; tile < p.general.tiles; tile += p.general.parts) {
@@ -182,10 +206,10 @@ __global__ void __launch_bounds__(kGeneralThreads)
         if (!at_hand) {
           general_moments<T>(p.a, p.b, p.channels, pair, first, count, share, shared);
           group.sync();
-          backward_norms(p, row, group, pair, first, count, table, round == 0, sums);
+          backward_norms(p, row, incoming, group, first, count, table, round == 0, sums);
         }
         if (round == 1) {
-          backward_tile(p, row, group, pair, first, count, table, sums);
+          backward_tile(p, row, incoming, group, pair, first, count, table, sums);
           group.sync();
           general_gradients<T>(p.a, p.b, p.grad_a, p.grad_b, p.channels, pair, first, count, share, table);
         }
@@ -214,8 +238,8 @@ Status backward(const PairProblem& problem, const XcosScoreGradients& gradients,
   p.grad_a = access_of(outputs.a);
   p.grad_b = access_of(outputs.b);
   p.grad_attention = static_cast<R*>(outputs.attention);
-  p.coupled = problem.mode == Attention::norm ||
-              (problem.mode == Attention::logits && p.grad_attention != nullptr);
+  p.coupled =
+      problem.mode == Attention::norm || (problem.mode == Attention::logits && p.grad_attention != nullptr);
   const PairPlan plan = plan_pairs(problem, p.a, p.b, &p.grad_a, &p.grad_b, !p.coupled);
   p.layout = plan.layout;
   p.general = plan.general;

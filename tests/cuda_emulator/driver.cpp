@@ -1,0 +1,878 @@
+// Runs the real launchers of csrc/cuda on the emulator and compares them with reference.h.
+//
+//   driver GROUP      runs a group of cases; status 0 when all agree
+//   driver planted NAME
+//   driver list       names of groups and planted faults
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cinttypes>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "core/xcos_score.h"
+#include "cuda/grid_cosine.h"
+#include "cuda/runtime.h"
+#include "cuda/xcos_score.h"
+#include "cuda_bf16.h"
+#include "cuda_fp16.h"
+#include "cuda_runtime.h"
+#include "planted.h"
+#include "reference.h"
+
+namespace {
+
+using xcos::Attention;
+using xcos::Scalar;
+
+using Random = std::mt19937_64;
+
+const char* const kScalarNames[] = {"f16", "bf16", "f32", "f64"};
+const char* const kModeNames[] = {"uniform", "norm", "weights", "logits"};
+
+int64_t failures = 0;
+int64_t cases = 0;
+std::string current_case;
+
+__attribute__((format(printf, 1, 2))) void complain(const char* format, ...) {
+  if (++failures <= 20) {
+    va_list list;
+    va_start(list, format);
+    std::fprintf(stderr, "FAILED %s: ", current_case.c_str());
+    std::vfprintf(stderr, format, list);
+    std::fputc('\n', stderr);
+    va_end(list);
+  }
+}
+
+double get(Scalar scalar, const void* data, int64_t index) {
+  switch (scalar) {
+    case Scalar::f16:
+      return __half2float(static_cast<const __half*>(data)[index]);
+    case Scalar::bf16:
+      return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[index]);
+    case Scalar::f32:
+      return static_cast<const float*>(data)[index];
+    default:
+      return static_cast<const double*>(data)[index];
+  }
+}
+
+void set(Scalar scalar, void* data, int64_t index, double value) {
+  switch (scalar) {
+    case Scalar::f16:
+      static_cast<__half*>(data)[index] = __float2half_rn(float(value));
+      break;
+    case Scalar::bf16:
+      static_cast<__nv_bfloat16*>(data)[index] = __float2bfloat16_rn(float(value));
+      break;
+    case Scalar::f32:
+      static_cast<float*>(data)[index] = float(value);
+      break;
+    default:
+      static_cast<double*>(data)[index] = value;
+  }
+}
+
+// Exactly as large as what it holds, so that AddressSanitizer sees the first byte beyond; full of 0xff, a NaN
+// of every type, until written.
+class Memory {
+ public:
+  Memory() = default;
+  Memory(int64_t count, Scalar scalar, bool unaligned = false) : scalar_(scalar) {
+    const int64_t size = xcos::scalar_size(scalar);
+    bytes_.reset(static_cast<unsigned char*>(std::malloc(size_t((count + unaligned) * size))));
+    length_ = size_t((count + unaligned) * size);
+    std::memset(bytes_.get(), 0xff, length_);
+    data_ = bytes_.get() + (unaligned ? size : 0);
+  }
+
+  void* data() const { return data_; }
+  double at(int64_t index) const { return get(scalar_, data_, index); }
+  void put(int64_t index, double value) const { set(scalar_, data_, index, value); }
+  bool untouched(int64_t index) const {
+    const int64_t size = xcos::scalar_size(scalar_);
+    const unsigned char* at = data_ + index * size;
+    return std::all_of(at, at + size, [](unsigned char byte) { return byte == 0xff; });
+  }
+  std::vector<unsigned char> copy() const { return {bytes_.get(), bytes_.get() + length_}; }
+
+ private:
+  struct Free {
+    void operator()(unsigned char* p) const { std::free(p); }
+  };
+  Scalar scalar_ = Scalar::f32;
+  std::unique_ptr<unsigned char, Free> bytes_;
+  size_t length_ = 0;
+  unsigned char* data_ = nullptr;
+};
+
+enum class Layout {
+  contiguous,
+  channels_last,
+  gapped,
+  gapped_last,
+  shared,
+  shared_last,
+  unaligned,
+  unaligned_last
+};
+constexpr int kLayouts = 8;
+const char* const kLayoutNames[] = {"contiguous", "channels_last", "gapped",    "gapped_last",
+                                    "shared",     "shared_last",   "unaligned", "unaligned_last"};
+
+struct Strides {
+  int64_t pair;
+  int64_t channel;
+  int64_t cell;
+};
+
+Strides strides_of(Layout layout, const xcos::PairShape& s) {
+  const int64_t map = s.channels * s.cells;
+  switch (layout) {
+    case Layout::contiguous:
+    case Layout::unaligned:
+      return {map, s.cells, 1};
+    case Layout::channels_last:
+    case Layout::unaligned_last:
+      return {map, 1, s.channels};
+    case Layout::shared:
+      return {0, s.cells, 1};
+    case Layout::shared_last:
+      return {0, 1, s.channels};
+    case Layout::gapped:
+      return {s.channels * (2 * s.cells + 1) + 3, 2 * s.cells + 1, 2};
+    case Layout::gapped_last:
+      return {s.cells * (2 * s.channels + 3) + 1, 2, 2 * s.channels + 3};
+  }
+  return {};
+}
+
+// A feature map in memory of its own.
+struct Map {
+  Memory memory;
+  Strides strides;
+  int64_t count;
+
+  Map(const xcos::PairShape& s, Scalar scalar, Layout layout) : strides(strides_of(layout, s)) {
+    const bool unaligned = layout == Layout::unaligned || layout == Layout::unaligned_last;
+    count =
+        (s.pairs - 1) * strides.pair + (s.channels - 1) * strides.channel + (s.cells - 1) * strides.cell + 1;
+    memory = Memory(count, scalar, unaligned);
+  }
+
+  int64_t index(int64_t pair, int64_t channel, int64_t cell) const {
+    return pair * strides.pair + channel * strides.channel + cell * strides.cell;
+  }
+  xcos::FeatureView view() const { return {memory.data(), strides.pair, strides.channel, strides.cell}; }
+  xcos::MutableFeatureView mutable_view() const {
+    return {memory.data(), strides.pair, strides.channel, strides.cell};
+  }
+};
+
+struct Case {
+  Scalar scalar = Scalar::f32;
+  xcos::PairShape shape = {3, 32, 49};
+  Layout a = Layout::contiguous;
+  Layout b = Layout::contiguous;
+  Layout grad_a = Layout::contiguous;  // never one of the shared ones
+  Layout grad_b = Layout::contiguous;
+  Attention mode = Attention::uniform;
+  Scalar attention = Scalar::f32;
+  bool one_attention = false;
+  double temperature = 1.0;
+  double eps = 1e-6;
+  unsigned outputs = 7;    // score, similarity, attention
+  unsigned incoming = 7;   // of the same
+  unsigned gradients = 7;  // a, b, attention
+  bool expanded_score = false;
+  double scale = 1.0;  // of the features
+  bool zero_cells = true;
+  bool with_nan = false;
+  uint64_t seed = 1;
+
+  std::string name() const {
+    char text[400];
+    std::snprintf(text, sizeof(text),
+                  "%s N%" PRId64 " C%" PRId64 " P%" PRId64
+                  " a=%s b=%s ga=%s gb=%s %s/%s%s T%g eps%g out%u in%u grad%u%s%s x%g",
+                  kScalarNames[int(scalar)], shape.pairs, shape.channels, shape.cells, kLayoutNames[int(a)],
+                  kLayoutNames[int(b)], kLayoutNames[int(grad_a)], kLayoutNames[int(grad_b)],
+                  kModeNames[int(mode)], kScalarNames[int(attention)], one_attention ? "(shared)" : "",
+                  temperature, eps, outputs, incoming, gradients, expanded_score ? " expanded" : "",
+                  with_nan ? " nan" : "", scale);
+    return text;
+  }
+};
+
+// |got - expected| is bounded by absolute + relative |expected|; NaN only where NaN is expected.
+void compare(const char* what, int64_t pair, int64_t index, double got, double expected, double absolute,
+             double relative) {
+  if (std::isnan(expected) && std::isnan(got)) return;
+  if (!(std::fabs(got - expected) <= absolute + relative * std::fabs(expected)) && got != expected) {
+    complain("%s[%" PRId64 ", %" PRId64 "] is %.9g, expected %.9g", what, pair, index, got, expected);
+  }
+}
+
+class Runner {
+ public:
+  explicit Runner(const Case& c) : case_(c), random_(c.seed) {
+    const xcos::PairShape& s = c.shape;
+    a_ = std::make_unique<Map>(s, c.scalar, c.a);
+    b_ = std::make_unique<Map>(s, c.scalar, c.b);
+    result_ = xcos::result_scalar(c.scalar);
+    fill(*a_);
+    fill(*b_);
+    const bool given = c.mode == Attention::weights || c.mode == Attention::logits;
+    if (given) {
+      attention_ = Memory((c.one_attention ? 1 : s.pairs) * s.cells, c.attention, s.pairs % 2 == 0);
+      std::normal_distribution<double> normal;
+      for (int64_t i = 0; i < (c.one_attention ? 1 : s.pairs) * s.cells; ++i) {
+        double value = c.mode == Attention::weights ? std::fabs(normal(random_)) : 3 * normal(random_);
+        if (c.mode == Attention::logits && i % s.cells != 0 && random_() % 11 == 0) value = -INFINITY;
+        attention_.put(i, value);
+      }
+    }
+    grad_score_ = Memory(c.expanded_score ? 1 : s.pairs, result_);
+    grad_similarity_ = Memory(s.pairs * s.cells, result_);
+    grad_weights_ = Memory(s.pairs * s.cells, result_);
+    std::normal_distribution<double> normal;
+    for (int64_t i = 0; i < (c.expanded_score ? 1 : s.pairs); ++i) grad_score_.put(i, normal(random_));
+    for (int64_t i = 0; i < s.pairs * s.cells; ++i) {
+      grad_similarity_.put(i, normal(random_));
+      grad_weights_.put(i, normal(random_));
+    }
+
+    problem_.shape = s;
+    problem_.scalar = c.scalar;
+    problem_.a = a_->view();
+    problem_.b = b_->view();
+    problem_.mode = c.mode;
+    if (given) problem_.attention = {attention_.data(), c.attention, c.one_attention ? 0 : s.cells};
+    problem_.temperature = c.temperature;
+    problem_.eps = c.eps;
+  }
+
+  void run() {
+    ++cases;
+    current_case = case_.name();
+    const std::vector<unsigned char> a_before = a_->memory.copy(), b_before = b_->memory.copy();
+    emulator::settings.order = emulator::Order::forward;
+    emulator::max_grid = 0x7fffffff;
+    Outputs first = launch();
+    check(first);
+    // Another order of the threads and another number of blocks must give the same bits.
+    emulator::settings.order = case_.seed % 2 == 0 ? emulator::Order::reverse : emulator::Order::shuffled;
+    emulator::settings.seed = case_.seed;
+    emulator::max_grid = 1 + int64_t(case_.seed % 3);
+    Outputs second = launch();
+    emulator::max_grid = 0x7fffffff;
+    for (size_t k = 0; k < first.memories().size(); ++k) {
+      if (first.memories()[k]->copy() != second.memories()[k]->copy()) {
+        complain("output %zu depends on the order of threads or the number of blocks", k);
+      }
+    }
+    if (a_->memory.copy() != a_before || b_->memory.copy() != b_before) complain("inputs were written to");
+  }
+
+ private:
+  struct Outputs {
+    Memory score, similarity, weights, grad_attention, cosine;
+    std::unique_ptr<Map> grad_a, grad_b, cosine_grad_a;
+
+    std::vector<const Memory*> memories() const {
+      return {&score,          &similarity,     &weights, &grad_attention,
+              &grad_a->memory, &grad_b->memory, &cosine,  &cosine_grad_a->memory};
+    }
+  };
+
+  void fill(const Map& map) {
+    const xcos::PairShape& s = case_.shape;
+    std::normal_distribution<double> normal;
+    for (int64_t n = 0; n < (map.strides.pair == 0 ? 1 : s.pairs); ++n) {
+      const bool silent = case_.zero_cells && n % 5 == 4;  // a pair without any signal
+      for (int64_t i = 0; i < s.cells; ++i) {
+        const bool zero = silent || (case_.zero_cells && random_() % 7 == 0);
+        for (int64_t c = 0; c < s.channels; ++c) {
+          map.memory.put(map.index(n, c, i), zero ? 0.0 : case_.scale * normal(random_));
+        }
+      }
+    }
+    if (case_.with_nan && map.strides.pair != 0) {
+      map.memory.put(map.index(s.pairs / 2, int64_t(random_() % uint64_t(s.channels)),
+                               int64_t(random_() % uint64_t(s.cells))),
+                     NAN);
+    }
+  }
+
+  void expect_success(xcos::cuda::Status status, const char* what) {
+    if (status != 0) complain("%s returned %d: %s", what, status, xcos::cuda::error_string(status));
+  }
+
+  Outputs launch() {
+    const Case& c = case_;
+    const xcos::PairShape& s = c.shape;
+    Outputs o;
+    o.score = Memory(s.pairs, result_);
+    o.similarity = Memory(s.pairs * s.cells, result_);
+    o.weights = Memory(s.pairs * s.cells, result_);
+    o.grad_attention = Memory(s.pairs * s.cells, result_);
+    o.cosine = Memory(s.pairs * s.cells, result_);
+    o.grad_a = std::make_unique<Map>(s, c.scalar, c.grad_a);
+    o.grad_b = std::make_unique<Map>(s, c.scalar, c.grad_b);
+    o.cosine_grad_a = std::make_unique<Map>(s, c.scalar, c.grad_a);
+
+    xcos::XcosScoreOutputs outputs = {};
+    if (c.outputs & 1) outputs.score = o.score.data();
+    if (c.outputs & 2) outputs.similarity = o.similarity.data();
+    if (c.outputs & 4) outputs.attention = o.weights.data();
+    expect_success(xcos::cuda::xcos_score(problem_, outputs, nullptr), "xcos_score");
+
+    xcos::XcosScoreGradients gradients = {};
+    if (c.incoming & 1) gradients.score = grad_score_.data();
+    gradients.score_stride = c.expanded_score ? 0 : 1;
+    if (c.incoming & 2) gradients.similarity = grad_similarity_.data();
+    if (c.incoming & 4) gradients.attention = grad_weights_.data();
+    xcos::XcosScoreGradientOutputs wanted = {};
+    if (c.gradients & 1) wanted.a = o.grad_a->mutable_view();
+    if (c.gradients & 2) wanted.b = o.grad_b->mutable_view();
+    if (c.gradients & 4) wanted.attention = o.grad_attention.data();
+    expect_success(xcos::cuda::xcos_score_backward(problem_, gradients, wanted, nullptr),
+                   "xcos_score_backward");
+
+    // grid_cosine must not look at the attention: hand it nonsense.
+    xcos::PairProblem nonsense = problem_;
+    nonsense.mode = Attention::logits;
+    nonsense.attention = {reinterpret_cast<const void*>(8), Scalar::f64, 1};
+    nonsense.temperature = -1;
+    expect_success(xcos::cuda::grid_cosine(nonsense, o.cosine.data(), nullptr), "grid_cosine");
+    expect_success(xcos::cuda::grid_cosine_backward(nonsense, grad_similarity_.data(),
+                                                    o.cosine_grad_a->mutable_view(), {}, nullptr),
+                   "grid_cosine_backward");
+    return o;
+  }
+
+  reference::Pair pair(int64_t n) const {
+    const xcos::PairShape& s = case_.shape;
+    reference::Pair p = {s.channels, s.cells, {}, {}, case_.mode, {}, case_.temperature, case_.eps};
+    for (int64_t c = 0; c < s.channels; ++c) {
+      for (int64_t i = 0; i < s.cells; ++i) {
+        p.x.push_back(a_->memory.at(a_->index(n, c, i)));
+        p.y.push_back(b_->memory.at(b_->index(n, c, i)));
+      }
+    }
+    if (problem_.attention.data != nullptr) {
+      for (int64_t i = 0; i < s.cells; ++i)
+        p.attention.push_back(attention_.at(n * problem_.attention.pair_stride + i));
+    }
+    return p;
+  }
+
+  void check(const Outputs& o) {
+    const Case& c = case_;
+    const xcos::PairShape& s = c.shape;
+    const double tolerance = this->tolerance();
+
+    for (int64_t n = 0; n < s.pairs; ++n) {
+      const reference::Pair p = pair(n);
+      const reference::Result r = reference::forward(p);
+      double weight_sum = 0;
+      for (double w : r.weights) weight_sum += std::fabs(w);
+      if (c.outputs & 1) compare("score", n, 0, o.score.at(n), r.score, tolerance * (1 + weight_sum), 0);
+      const double logit_error = c.mode == Attention::logits ? 30 / c.temperature : 1;  // of exp(x / T)
+      for (int64_t i = 0; i < s.cells; ++i) {
+        const int64_t at = n * s.cells + i;
+        if (c.outputs & 2)
+          compare("similarity", n, i, o.similarity.at(at), r.similarity[size_t(i)], tolerance, 0);
+        if (c.outputs & 4) {
+          compare("attention", n, i, o.weights.at(at), r.weights[size_t(i)], 0x1p-126,
+                  tolerance * logit_error);
+        }
+        compare("cosine", n, i, o.cosine.at(at), r.similarity[size_t(i)], tolerance, 0);
+      }
+
+      std::vector<double> grad_similarity(size_t(s.cells), 0.0), grad_weights(size_t(s.cells), 0.0);
+      std::vector<double> only_similarity;
+      for (int64_t i = 0; i < s.cells; ++i) {
+        if (c.incoming & 2) grad_similarity[size_t(i)] = grad_similarity_.at(n * s.cells + i);
+        if (c.incoming & 4) grad_weights[size_t(i)] = grad_weights_.at(n * s.cells + i);
+        only_similarity.push_back(grad_similarity_.at(n * s.cells + i));
+      }
+      const double grad_score = c.incoming & 1 ? grad_score_.at(c.expanded_score ? 0 : n) : 0.0;
+      const reference::Gradients g = reference::backward(p, grad_score, grad_similarity, grad_weights);
+      if (c.gradients & 1) check_map("grad_a", n, *o.grad_a, g.x, g.x_magnitude);
+      if (c.gradients & 2) check_map("grad_b", n, *o.grad_b, g.y, g.y_magnitude);
+      if (c.gradients & 4) {
+        for (int64_t i = 0; i < s.cells; ++i) {
+          compare("grad_attention", n, i, o.grad_attention.at(n * s.cells + i), g.attention[size_t(i)],
+                  tolerance * g.attention_magnitude[size_t(i)] * logit_error, 0);
+        }
+      }
+      reference::Pair plain = p;
+      plain.mode = Attention::uniform;
+      const std::vector<double> zeros(size_t(s.cells), 0.0);
+      const reference::Gradients cosine = reference::backward(plain, 0.0, only_similarity, zeros);
+      check_map("cosine_grad_a", n, *o.cosine_grad_a, cosine.x, cosine.x_magnitude);
+    }
+    check_unasked("score", o.score, s.pairs, c.outputs & 1);
+    check_unasked("similarity", o.similarity, s.pairs * s.cells, c.outputs & 2);
+    check_unasked("attention", o.weights, s.pairs * s.cells, c.outputs & 4);
+    check_unasked("grad_attention", o.grad_attention, s.pairs * s.cells, c.gradients & 4);
+    check_gaps("grad_a", *o.grad_a, c.gradients & 1);
+    check_gaps("grad_b", *o.grad_b, c.gradients & 2);
+    check_gaps("cosine_grad_a", *o.cosine_grad_a, true);
+  }
+
+  // Sums of C and of H W rounded products; generous, but far below any wrong term.
+  double tolerance() const {
+    const double unit = result_ == Scalar::f64 ? 0x1p-52 : 0x1p-23;
+    return unit * (16 + std::sqrt(double(case_.shape.channels * case_.shape.cells)));
+  }
+
+  void check_map(const char* what, int64_t n, const Map& map, const std::vector<double>& expected,
+                 const std::vector<double>& magnitude) {
+    const xcos::PairShape& s = case_.shape;
+    // Rounding of a gradient to the features' type.
+    const double rounding = case_.scalar == Scalar::f16    ? 0x1p-11
+                            : case_.scalar == Scalar::bf16 ? 0x1p-8
+                                                           : 0.0;
+    const double smallest = case_.scalar == Scalar::f16 ? 0x1p-24 : 0x1p-126;
+    const double relative = (case_.mode == Attention::logits ? 30 / case_.temperature : 1) * tolerance();
+    // Which gradients of a pair with a NaN in it are NaN too, beyond those that must be, is nobody's
+    // contract.
+    const bool tainted = case_.with_nan && n == s.pairs / 2;
+    for (int64_t i = 0; i < s.cells; ++i) {
+      for (int64_t c = 0; c < s.channels; ++c) {
+        const size_t at = size_t(c * s.cells + i);
+        if (tainted && std::isnan(map.memory.at(map.index(n, c, i)))) continue;
+        compare(what, n, int64_t(at), map.memory.at(map.index(n, c, i)), expected[at],
+                relative * magnitude[at] + smallest, rounding);
+      }
+    }
+  }
+
+  void check_unasked(const char* what, const Memory& memory, int64_t count, bool asked) {
+    if (asked) return;
+    for (int64_t i = 0; i < count; ++i) {
+      if (!memory.untouched(i)) return complain("%s was written without being asked for", what);
+    }
+  }
+
+  // What lies between the elements of a gradient belongs to somebody else.
+  void check_gaps(const char* what, const Map& map, bool asked) {
+    const xcos::PairShape& s = case_.shape;
+    std::vector<bool> owned(size_t(map.count), false);
+    for (int64_t n = 0; asked && n < s.pairs; ++n) {
+      for (int64_t c = 0; c < s.channels; ++c) {
+        for (int64_t i = 0; i < s.cells; ++i) owned[size_t(map.index(n, c, i))] = true;
+      }
+    }
+    for (int64_t k = 0; k < map.count; ++k) {
+      if (!owned[size_t(k)] && !map.memory.untouched(k)) {
+        return complain("%s: element %" PRId64 " between the gradient's was written", what, k);
+      }
+    }
+  }
+
+  Case case_;
+  Random random_;
+  Scalar result_;
+  std::unique_ptr<Map> a_, b_;
+  Memory attention_, grad_score_, grad_similarity_, grad_weights_;
+  xcos::PairProblem problem_ = {};
+};
+
+void run(const Case& c) { Runner(c).run(); }
+
+constexpr Scalar kScalars[] = {Scalar::f16, Scalar::bf16, Scalar::f32, Scalar::f64};
+constexpr Attention kModes[] = {Attention::uniform, Attention::norm, Attention::weights, Attention::logits};
+
+template <typename T, size_t kCount>
+T pick(Random& random, const T (&values)[kCount]) {
+  return values[random() % kCount];
+}
+
+// Everything that a case may vary besides type and shape.
+Case vary(Random& random, Case c) {
+  constexpr Layout kOutputs[] = {Layout::contiguous,  Layout::channels_last, Layout::gapped,
+                                 Layout::gapped_last, Layout::unaligned,     Layout::unaligned_last};
+  c.a = Layout(random() % kLayouts);
+  // As often as not both maps have one layout, as they have in practice.
+  c.b = random() % 2 == 0 ? c.a : Layout(random() % kLayouts);
+  c.grad_a = pick(random, kOutputs);
+  c.grad_b = random() % 2 == 0 ? c.grad_a : pick(random, kOutputs);
+  c.mode = pick(random, kModes);
+  c.attention = pick(random, kScalars);
+  c.one_attention = random() % 3 == 0;
+  c.temperature = pick(random, {1.0, 0.25, 7.0});
+  c.eps = pick(random, {1e-6, 1e-6, 2.0});
+  c.outputs = 1 + unsigned(random() % 7);
+  c.incoming = 1 + unsigned(random() % 7);
+  c.gradients = 1 + unsigned(random() % 7);
+  c.expanded_score = random() % 3 == 0;
+  c.scale = pick(random, {1.0, 1.0, 0.03, 20.0});
+  c.seed = random();
+  return c;
+}
+
+// The tuned shape: every type, layout and mode, aligned as torch aligns.
+void group_tuned() {
+  uint64_t seed = 1;
+  for (Scalar scalar : kScalars) {
+    for (Attention mode : kModes) {
+      for (int layout = 0; layout < 4; ++layout) {
+        Case c;
+        c.scalar = scalar;
+        c.mode = mode;
+        c.attention = seed % 3 == 0 ? scalar : Scalar::f32;
+        c.shape = {int64_t(1 + seed % 6), 32, 49};
+        c.a = layout & 1 ? Layout::channels_last : Layout::contiguous;
+        c.b = layout & 2 ? Layout::channels_last : Layout::contiguous;
+        c.grad_a = c.a;
+        c.grad_b = c.b;
+        c.seed = seed++;
+        run(c);
+      }
+      // One map against many; gradients wanted for one side, or for the attention, only.
+      Random random(seed);
+      for (unsigned gradients : {1u, 2u, 4u}) {
+        Case c;
+        c.scalar = scalar;
+        c.mode = mode;
+        c.shape.pairs = 5;
+        c.a = Layout::shared;
+        c.one_attention = true;
+        c.gradients = gradients;
+        c.incoming = gradients;
+        c.outputs = gradients;
+        c.seed = seed++;
+        run(c);
+      }
+    }
+  }
+}
+
+// Odd shapes, everything else at random: one half of the types a group.
+void shapes(const std::vector<Scalar>& scalars, int rounds) {
+  Random random(42 + uint64_t(scalars[0]));
+  for (Scalar scalar : scalars) {
+    for (int64_t channels : {1, 3, 31, 32, 33}) {
+      for (int64_t cells : {1, 2, 31, 33, 49, 64, 65, 100}) {
+        for (int round = 0; round < rounds; ++round) {
+          Case c;
+          c.scalar = scalar;
+          c.shape = {1 + int64_t(random() % 6), channels, cells};
+          run(vary(random, c));
+        }
+      }
+    }
+  }
+}
+
+void group_shapes_half() { shapes({Scalar::f16, Scalar::bf16}, 2); }
+void group_shapes_full() { shapes({Scalar::f32, Scalar::f64}, 2); }
+
+// Shapes around the limits of shared memory, of a warp, of a tile, of the vectors.
+void group_sizes() {
+  Random random(7);
+  const int64_t list[][2] = {{512, 1}, {64, 49},  {128, 49}, {16, 4},   {8, 16},   {24, 50},   {40, 32},
+                             {48, 7},  {96, 20},  {130, 3},  {256, 9},  {512, 49}, {100, 256}, {5, 257},
+                             {3, 600}, {1, 1000}, {64, 196}, {8200, 1}, {2, 513},  {6000, 5},  {33, 300}};
+  for (const auto& [channels, cells] : list) {
+    for (Scalar scalar : kScalars) {
+      Case c;
+      c.scalar = scalar;
+      c.shape = {1 + int64_t(random() % 2), channels, cells};
+      run(vary(random, c));
+    }
+  }
+}
+
+// Pairs enough for several rounds of every warp, and a batch that does not divide.
+void group_many() {
+  Random random(11);
+  for (Scalar scalar : kScalars) {
+    for (int64_t pairs : {1, 2, 4, 5, 37}) {
+      Case c;
+      c.scalar = scalar;
+      c.shape = {pairs, 32, 49};
+      run(vary(random, c));
+      c.shape = {pairs, 9, 5};
+      run(vary(random, c));
+    }
+  }
+}
+
+void group_nan() {
+  Random random(13);
+  for (Scalar scalar : kScalars) {
+    for (Attention mode : kModes) {
+      for (int64_t cells : {49, 260}) {
+        // The block-per-pair path is slow to emulate: one type a mode.
+        if (cells == 260 && scalar != kScalars[int(mode)]) continue;
+        Case c;
+        c.scalar = scalar;
+        c.shape = {3, cells == 49 ? 32 : 40, cells};
+        c = vary(random, c);
+        c.a = pick(random, {Layout::contiguous, Layout::channels_last, Layout::gapped});
+        c.mode = mode;
+        c.with_nan = true;
+        run(c);
+      }
+    }
+  }
+}
+
+// Offsets beyond 2^31 elements, in address space that is never filled.
+void group_large() {
+  current_case = "large strides";
+  constexpr int64_t kPairs = 3, kChannels = 32, kCells = 49;
+  const int64_t stride = (int64_t{1} << 31) + 16;
+  const size_t bytes = size_t(2 * stride + kChannels * kCells) * 2;
+  auto reserve = [&] {
+    void* at =
+        mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (at == MAP_FAILED) {
+      std::fprintf(stderr, "no address space of %zu bytes\n", bytes);
+      std::exit(77);
+    }
+    return at;
+  };
+  void* const a = reserve();
+  void* const grad = reserve();
+  for (bool by_channel : {false, true}) {  // the long stride is that of pairs, or of channels in one pair
+    ++cases;
+    const xcos::PairShape shape = {by_channel ? 1 : kPairs, by_channel ? kPairs : kChannels, kCells};
+    const int64_t pair_stride = by_channel ? 0 : stride, channel_stride = by_channel ? stride : kCells;
+    Random random(3);
+    std::normal_distribution<double> normal;
+    for (int64_t n = 0; n < shape.pairs; ++n) {
+      for (int64_t c = 0; c < shape.channels; ++c) {
+        for (int64_t i = 0; i < kCells; ++i)
+          set(Scalar::f16, a, n * pair_stride + c * channel_stride + i, normal(random));
+      }
+    }
+    xcos::PairProblem problem = {};
+    problem.shape = shape;
+    problem.scalar = Scalar::f16;
+    problem.a = {a, pair_stride, channel_stride, 1};
+    problem.b = problem.a;
+    problem.temperature = 1;
+    problem.eps = 1e-6;
+    Memory score(shape.pairs, Scalar::f32), incoming(1, Scalar::f32);
+    incoming.put(0, 1.0);
+    xcos::XcosScoreOutputs outputs = {score.data(), nullptr, nullptr};
+    if (xcos::cuda::xcos_score(problem, outputs, nullptr) != 0) complain("xcos_score failed");
+    xcos::XcosScoreGradients gradients = {incoming.data(), 0, nullptr, nullptr};
+    xcos::XcosScoreGradientOutputs wanted = {{grad, pair_stride, channel_stride, 1}, {}, nullptr};
+    for (int64_t n = 0; n < shape.pairs; ++n) {
+      for (int64_t c = 0; c < shape.channels; ++c) {
+        for (int64_t i = 0; i < kCells; ++i)
+          set(Scalar::f16, grad, n * pair_stride + c * channel_stride + i, NAN);
+      }
+    }
+    if (xcos::cuda::xcos_score_backward(problem, gradients, wanted, nullptr) != 0)
+      complain("backward failed");
+    for (int64_t n = 0; n < shape.pairs; ++n) {
+      // A map against itself: every cosine is 1 and every gradient 0.
+      compare("score", n, 0, score.at(n), 1.0, 1e-6, 0);
+      for (int64_t c = 0; c < shape.channels; ++c) {
+        for (int64_t i = 0; i < kCells; ++i) {
+          compare("grad", n, c * kCells + i, get(Scalar::f16, grad, n * pair_stride + c * channel_stride + i),
+                  0, 1e-6, 0);
+        }
+      }
+    }
+  }
+}
+
+void expect(bool condition, const char* what) {
+  ++cases;
+  if (!condition) complain("%s", what);
+}
+
+// Launch geometry and errors: the emulator's own limits, and what launchers make of a refusal.
+void group_launch() {
+  current_case = "launch";
+  struct Nothing {
+    int unused;
+  };
+  Nothing nothing = {0};
+  void* arguments[] = {&nothing};
+  void (*kernel)(Nothing) = [](Nothing) {};
+  const auto try_launch = [&](dim3 grid, dim3 block, size_t shared) {
+    const cudaError_t error = cudaLaunchKernel(kernel, grid, block, arguments, shared, nullptr);
+    static_cast<void>(cudaGetLastError());
+    return error;
+  };
+  expect(try_launch(dim3(2), dim3(1024), 48 * 1024) == cudaSuccess, "the largest block runs");
+  expect(try_launch(dim3(0), dim3(32), 0) == cudaErrorInvalidConfiguration, "an empty grid is refused");
+  expect(try_launch(dim3(0x80000000u), dim3(32), 0) == cudaErrorInvalidConfiguration,
+         "grid.x beyond 2^31 - 1");
+  expect(try_launch(dim3(1, 65536), dim3(32), 0) == cudaErrorInvalidConfiguration, "grid.y beyond 65535");
+  expect(try_launch(dim3(1, 1, 65536), dim3(32), 0) == cudaErrorInvalidConfiguration, "grid.z beyond 65535");
+  expect(try_launch(dim3(1), dim3(1025), 0) == cudaErrorInvalidConfiguration, "more than 1024 threads");
+  expect(try_launch(dim3(1), dim3(512, 4), 0) == cudaErrorInvalidConfiguration,
+         "more than 1024 threads in all");
+  expect(try_launch(dim3(1), dim3(32), 48 * 1024 + 1) == cudaErrorInvalidValue,
+         "more than 48 KB of shared memory");
+
+  // Nothing to do: no launch, no look at any pointer.
+  const uint64_t before = emulator::launches;
+  xcos::PairProblem problem = {};
+  problem.shape = {0, 32, 49};
+  problem.scalar = Scalar::f32;
+  problem.temperature = 1;
+  problem.eps = 1e-6;
+  float value = 0;
+  const xcos::XcosScoreOutputs outputs = {&value, &value, &value};
+  const xcos::MutableFeatureView view = {&value, 1, 1, 1};
+  expect(xcos::cuda::xcos_score(problem, outputs, nullptr) == 0, "no pairs, forward");
+  expect(xcos::cuda::xcos_score_backward(problem, {}, {view, view, &value}, nullptr) == 0,
+         "no pairs, backward");
+  expect(xcos::cuda::grid_cosine(problem, &value, nullptr) == 0, "no pairs, grid_cosine");
+  expect(xcos::cuda::grid_cosine_backward(problem, &value, view, view, nullptr) == 0,
+         "no pairs, grid_cosine_backward");
+  problem.shape.pairs = 1;
+  expect(xcos::cuda::xcos_score(problem, {}, nullptr) == 0, "no outputs, forward");
+  expect(xcos::cuda::xcos_score_backward(problem, {}, {}, nullptr) == 0, "no outputs, backward");
+  expect(emulator::launches == before, "nothing was launched");
+
+  // A refused launch is returned once and leaves nothing behind.
+  Map a({2, 32, 49}, Scalar::f32, Layout::contiguous);
+  problem.shape.pairs = 2;
+  problem.a = problem.b = a.view();
+  float scores[2];
+  emulator::settings.next_launch = cudaErrorInvalidConfiguration;
+  expect(
+      xcos::cuda::xcos_score(problem, {scores, nullptr, nullptr}, nullptr) == cudaErrorInvalidConfiguration,
+      "the launch error is returned");
+  expect(cudaPeekAtLastError() == cudaSuccess, "the launch error is not left for others to find");
+  expect(std::string(xcos::cuda::error_string(9)) == "invalid configuration argument", "error_string");
+  expect(xcos::cuda::compiled_architectures().empty(), "no architectures without nvcc");
+
+  // Few enough pairs for one block: no idle warps. Many: the grid stays within the limit.
+  expect(xcos::cuda::xcos_score(problem, {scores, nullptr, nullptr}, nullptr) == 0, "two pairs");
+  expect(emulator::last_grid.x == 1 && emulator::last_block.x == 64, "two pairs take two warps");
+}
+
+// The conversions the emulator stands in for, all of them.
+void group_conversions() {
+  current_case = "conversions";
+  for (int bf = 0; bf < 2; ++bf) {
+    const auto widen = [&](unsigned bits) {
+      return bf ? __bfloat162float({uint16_t(bits)}) : __half2float({uint16_t(bits)});
+    };
+    const auto narrow = [&](float v) {
+      return unsigned(bf ? __float2bfloat16_rn(v).bits : __float2half_rn(v).bits);
+    };
+    const unsigned infinity = bf ? 0x7f80 : 0x7c00;
+    expect(std::isinf(widen(infinity)) && std::isnan(widen(infinity + 1)), "infinity and NaN");
+    expect(widen(bf ? 0x3f80 : 0x3c00) == 1.0f && widen(bf ? 0xc000 : 0xc000) == -2.0f, "1 and -2");
+    expect((narrow(NAN) & 0x7fffu) > infinity, "NaN stays NaN");
+    for (unsigned bits = 0; bits < infinity; ++bits) {
+      const float low = widen(bits);
+      if (narrow(low) != bits || narrow(-low) != (bits | 0x8000u))
+        return complain("%#x does not survive", bits);
+      if (bits + 1 == infinity) continue;
+      const float high = widen(bits + 1), middle = low + (high - low) / 2;
+      const unsigned even = bits % 2 == 0 ? bits : bits + 1;
+      if (narrow(middle) != even) return complain("a tie above %#x does not go to even", bits);
+      if (narrow(std::nextafter(middle, 0.0f)) != bits) return complain("below the tie above %#x", bits);
+      if (narrow(std::nextafter(middle, INFINITY)) != bits + 1)
+        return complain("above the tie above %#x", bits);
+    }
+  }
+  expect(__float2half_rn(65519.0f).bits == 0x7bff && __float2half_rn(65520.0f).bits == 0x7c00,
+         "overflow to infinity");
+}
+
+// The reference's gradients against differences of its own forward pass.
+void group_reference() {
+  Random random(5);
+  std::normal_distribution<double> normal;
+  for (Attention mode : kModes) {
+    for (double eps : {1e-6, 2.0}) {
+      current_case = std::string("reference ") + kModeNames[int(mode)];
+      ++cases;
+      reference::Pair p = {4, 6, {}, {}, mode, {}, 0.7, eps};
+      std::vector<double> grad_similarity, grad_weights;
+      for (int i = 0; i < 24; ++i) {
+        p.x.push_back(normal(random));
+        p.y.push_back(normal(random));
+      }
+      for (int i = 0; i < 6; ++i) {
+        if (mode == Attention::weights || mode == Attention::logits) p.attention.push_back(normal(random));
+        grad_similarity.push_back(normal(random));
+        grad_weights.push_back(normal(random));
+      }
+      const double grad_score = 1.7;
+      const auto objective = [&] {
+        const reference::Result r = reference::forward(p);
+        double value = grad_score * r.score;
+        for (size_t i = 0; i < 6; ++i)
+          value += grad_similarity[i] * r.similarity[i] + grad_weights[i] * r.weights[i];
+        return value;
+      };
+      const reference::Gradients g = reference::backward(p, grad_score, grad_similarity, grad_weights);
+      const auto check = [&](const char* what, std::vector<double>& variable,
+                             const std::vector<double>& gradient) {
+        for (size_t i = 0; i < variable.size(); ++i) {
+          const double saved = variable[i], h = 1e-6;
+          variable[i] = saved + h;
+          const double up = objective();
+          variable[i] = saved - h;
+          const double down = objective();
+          variable[i] = saved;
+          compare(what, 0, int64_t(i), (up - down) / (2 * h), gradient[i], 1e-7, 1e-6);
+        }
+      };
+      check("x", p.x, g.x);
+      check("y", p.y, g.y);
+      if (!p.attention.empty()) check("attention", p.attention, g.attention);
+    }
+  }
+}
+
+const std::map<std::string, void (*)()> kGroups = {
+    {"conversions", group_conversions},
+    {"launch", group_launch},
+    {"large", group_large},
+    {"many", group_many},
+    {"nan", group_nan},
+    {"reference", group_reference},
+    {"shapes_full", group_shapes_full},
+    {"shapes_half", group_shapes_half},
+    {"sizes", group_sizes},
+    {"tuned", group_tuned},
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string group = argc > 1 ? argv[1] : "";
+  if (group == "list") {
+    for (const auto& [name, function] : kGroups) std::printf("%s\n", name.c_str());
+    for (const std::string& name : planted_names()) std::printf("planted %s\n", name.c_str());
+    return 0;
+  }
+  if (group == "planted" && argc > 2) {
+    run_planted(argv[2]);
+    std::printf("planted fault %s went undetected\n", argv[2]);
+    return 0;
+  }
+  const auto found = kGroups.find(group);
+  if (found == kGroups.end()) {
+    std::fprintf(stderr, "usage: %s list | GROUP | planted NAME\n", argv[0]);
+    return 2;
+  }
+  found->second();
+  std::printf("%s: %" PRId64 " cases, %" PRId64 " failures\n", group.c_str(), cases, failures);
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,277 @@
+// Runs one block at a time; every CUDA thread is a fiber that runs until its next barrier, shuffle or end.
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+dim3 threadIdx;
+dim3 blockIdx;
+dim3 blockDim;
+dim3 gridDim;
+
+namespace emulator {
+
+Settings settings;
+uint64_t launches = 0;
+dim3 last_grid;
+dim3 last_block;
+int64_t max_grid = 0x7fffffff;
+
+namespace {
+
+constexpr size_t kStackBytes = 256 * 1024;
+constexpr size_t kSharedBytes = 48 * 1024;  // of a block that did not ask for more
+constexpr unsigned kWarp = 32;
+
+struct PendingCopy {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
+enum class State { ready, at_warp_barrier, at_block_barrier, finished };
+
+struct Fiber {
+  ucontext_t context;
+  void* stack = nullptr;
+  void* fake_stack = nullptr;
+  State state = State::ready;
+  dim3 index;
+  unsigned lane = 0;
+  unsigned warp = 0;
+  std::vector<PendingCopy> copies;
+};
+
+struct Warp {
+  unsigned arrived = 0;
+  unsigned mask = 0;
+  int operation = 0;
+  uint64_t values[kWarp];
+  uint64_t results[kWarp];
+};
+
+cudaError_t last_error = cudaSuccess;
+std::vector<Fiber> fibers;
+std::vector<Warp> warps;
+unsigned threads = 0;
+unsigned at_block_barrier = 0;
+Fiber* current = nullptr;
+ucontext_t scheduler_context;
+void* scheduler_fake_stack = nullptr;
+const void* scheduler_stack = nullptr;
+size_t scheduler_stack_bytes = 0;
+const std::function<void()>* running_kernel = nullptr;
+alignas(1024) unsigned char shared_memory[kSharedBytes];
+
+[[noreturn]] void fail(const char* message) {
+  std::fprintf(stderr, "emulator: %s (block %u, thread %u)\n", message, blockIdx.x,
+               current != nullptr ? current->index.x : 0u);
+  std::fflush(nullptr);
+  std::_Exit(86);
+}
+
+void to_scheduler(bool for_good) {
+  Fiber* self = current;
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &self->fake_stack, scheduler_stack,
+                                 scheduler_stack_bytes);
+  swapcontext(&self->context, &scheduler_context);
+  __sanitizer_finish_switch_fiber(self->fake_stack, nullptr, nullptr);
+}
+
+void fiber_main() {
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+  (*running_kernel)();
+  if (!current->copies.empty()) fail("a thread ended with asynchronous copies that it never waited for");
+  current->state = State::finished;
+  to_scheduler(true);
+}
+
+void resume(Fiber& fiber) {
+  current = &fiber;
+  threadIdx = fiber.index;
+  __sanitizer_start_switch_fiber(&scheduler_fake_stack, fiber.stack, kStackBytes);
+  swapcontext(&scheduler_context, &fiber.context);
+  __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
+  current = nullptr;
+}
+
+void prepare(Fiber& fiber, unsigned number) {
+  if (fiber.stack == nullptr) {
+    fiber.stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (fiber.stack == MAP_FAILED) fail("no memory for a fiber");
+  }
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack;
+  fiber.context.uc_stack.ss_size = kStackBytes;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, fiber_main, 0);
+  fiber.fake_stack = nullptr;
+  fiber.state = State::ready;
+  fiber.index = dim3(number % blockDim.x, number / blockDim.x % blockDim.y, number / blockDim.x / blockDim.y);
+  fiber.lane = number % kWarp;
+  fiber.warp = number / kWarp;
+}
+
+void run_block(size_t shared_bytes, std::mt19937_64& random) {
+  ASAN_UNPOISON_MEMORY_REGION(shared_memory, kSharedBytes);
+  std::memset(shared_memory, 0xff, kSharedBytes);  // NaN in every floating-point type
+  ASAN_POISON_MEMORY_REGION(shared_memory + shared_bytes, kSharedBytes - shared_bytes);
+  for (unsigned i = 0; i < threads; ++i) prepare(fibers[i], i);
+  for (Warp& warp : warps) warp.arrived = 0;
+  at_block_barrier = 0;
+
+  std::vector<unsigned> turns(threads);
+  std::iota(turns.begin(), turns.end(), 0u);
+  if (settings.order == Order::reverse) std::reverse(turns.begin(), turns.end());
+  unsigned finished = 0;
+  while (finished < threads) {
+    if (settings.order == Order::shuffled) std::shuffle(turns.begin(), turns.end(), random);
+    bool progress = false;
+    for (unsigned turn : turns) {
+      Fiber& fiber = fibers[turn];
+      if (fiber.state != State::ready) continue;
+      resume(fiber);
+      progress = true;
+      if (fiber.state == State::finished) ++finished;
+    }
+    if (!progress) fail("deadlock: threads wait at a barrier that others do not reach");
+  }
+  ASAN_UNPOISON_MEMORY_REGION(shared_memory, kSharedBytes);
+}
+
+cudaError_t refuse(cudaError_t error) {
+  last_error = error;
+  return error;
+}
+
+}  // namespace
+
+cudaError_t launch(const std::function<void()>& kernel, dim3 grid, dim3 block, size_t shared_bytes) {
+  ++launches;
+  last_grid = grid;
+  last_block = block;
+  if (settings.next_launch != cudaSuccess) {
+    const cudaError_t error = settings.next_launch;
+    settings.next_launch = cudaSuccess;
+    return refuse(error);
+  }
+  const bool empty =
+      grid.x == 0 || grid.y == 0 || grid.z == 0 || block.x == 0 || block.y == 0 || block.z == 0;
+  if (empty || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+    return refuse(cudaErrorInvalidConfiguration);
+  if (block.x > 1024 || block.y > 1024 || block.z > 64) return refuse(cudaErrorInvalidConfiguration);
+  if (uint64_t{block.x} * block.y * block.z > 1024) return refuse(cudaErrorInvalidConfiguration);
+  if (shared_bytes > kSharedBytes) return refuse(cudaErrorInvalidValue);
+
+  gridDim = grid;
+  blockDim = block;
+  threads = block.x * block.y * block.z;
+  if (fibers.size() < threads) fibers.resize(threads);
+  warps.assign((threads + kWarp - 1) / kWarp, Warp{});
+  running_kernel = &kernel;
+  std::mt19937_64 random(settings.seed);
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        blockIdx = dim3(x, y, z);
+        run_block(shared_bytes, random);
+      }
+    }
+  }
+  return cudaSuccess;
+}
+
+unsigned char* dynamic_shared() { return shared_memory; }
+
+void copy_async(void* shared, const void* global, int bytes) {
+  const unsigned char* to = static_cast<unsigned char*>(shared);
+  if (to < shared_memory || to >= shared_memory + kSharedBytes)
+    fail("asynchronous copy to non-shared memory");
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % unsigned(bytes) != 0) {
+    fail("asynchronous copy is not aligned");
+  }
+  current->copies.push_back({shared, global, bytes});
+}
+
+void copy_async_wait() {
+  for (const PendingCopy& copy : current->copies) std::memcpy(copy.to, copy.from, size_t(copy.bytes));
+  current->copies.clear();
+}
+
+uint64_t exchange(int operation, unsigned mask, uint64_t value, int step) {
+  Fiber& self = *current;
+  Warp& warp = warps[self.warp];
+  const unsigned lanes = std::min(kWarp, threads - self.warp * kWarp);
+  const unsigned existing = lanes == kWarp ? 0xffffffffu : (1u << lanes) - 1;
+  if ((mask & ~existing) != 0) fail("a warp operation names lanes that do not exist");
+  if ((mask >> self.lane & 1u) == 0) fail("a warp operation whose mask lacks the calling lane");
+  if (step >= int(kWarp) || (mask >> (self.lane ^ unsigned(step)) & 1u) == 0) {
+    fail("a shuffle from a lane outside the mask");
+  }
+  if (warp.arrived == 0) {
+    warp.operation = operation;
+    warp.mask = mask;
+  } else if (warp.operation != operation || warp.mask != mask) {
+    fail("lanes of a warp diverged: they wait at different warp operations");
+  }
+  warp.values[self.lane] = value;
+  warp.arrived |= 1u << self.lane;
+  if (warp.arrived == mask) {
+    // Nobody can overwrite results before all lanes have read them: the next exchange needs them all.
+    std::copy(warp.values, warp.values + kWarp, warp.results);
+    warp.arrived = 0;
+    for (unsigned lane = 0; lane < lanes; ++lane) {
+      Fiber& other = fibers[self.warp * kWarp + lane];
+      if ((mask >> lane & 1u) != 0) other.state = State::ready;
+    }
+  } else {
+    self.state = State::at_warp_barrier;
+    to_scheduler(false);
+  }
+  return warp.results[self.lane ^ unsigned(step)];
+}
+
+}  // namespace emulator
+
+using namespace emulator;
+
+void __syncwarp(unsigned mask) { exchange(0, mask, 0, 0); }
+
+void __syncthreads() {
+  if (++at_block_barrier == threads) {
+    at_block_barrier = 0;
+    for (unsigned i = 0; i < threads; ++i) fibers[i].state = State::ready;
+  } else {
+    current->state = State::at_block_barrier;
+    to_scheduler(false);
+  }
+}
+
+cudaError_t cudaGetLastError() {
+  const cudaError_t error = last_error;
+  last_error = cudaSuccess;
+  return error;
+}
+
+cudaError_t cudaPeekAtLastError() { return last_error; }
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+  }
+  return "unrecognized error code";
+}

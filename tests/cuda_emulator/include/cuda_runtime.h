@@ -1,0 +1,94 @@
+// Stands in for CUDA's cuda_runtime.h, so that kernel sources compile with a host compiler and run on the
+// CPU: see
+// ../README.md. Only what the kernels of this repository use; an unknown name is a compile error, not a
+// guess.
+#pragma once
+
+#include <math.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <type_traits>
+
+#define __global__
+#define __device__
+#define __host__
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+struct float2 {
+  float x, y;
+};
+
+// The values are CUDA's own.
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+
+using cudaStream_t = struct EmulatedStream*;
+
+// Of the fiber that runs.
+extern dim3 threadIdx;
+extern dim3 blockIdx;
+extern dim3 blockDim;
+extern dim3 gridDim;
+
+namespace emulator {
+
+// Order in which the threads of a block get their turns. Results must not depend on it.
+enum class Order { forward, reverse, shuffled };
+
+struct Settings {
+  Order order = Order::forward;
+  uint64_t seed = 1;                      // of Order::shuffled
+  cudaError_t next_launch = cudaSuccess;  // what the next launch returns instead of running, once
+};
+extern Settings settings;
+extern uint64_t launches;
+extern dim3 last_grid;
+extern dim3 last_block;
+
+// The build defines XCOS_CUDA_MAX_GRID as this, so that a test can force kernels to loop over their pairs.
+extern int64_t max_grid;
+
+cudaError_t launch(const std::function<void()>& kernel, dim3 grid, dim3 block, size_t shared_bytes);
+
+unsigned char* dynamic_shared();
+
+// Takes effect at copy_async_wait, as late as the hardware may do it.
+void copy_async(void* shared, const void* global, int bytes);
+void copy_async_wait();
+
+// Every lane of mask hands in a value and gets the one of lane ^ step.
+uint64_t exchange(int operation, unsigned mask, uint64_t value, int step);
+
+}  // namespace emulator
+
+void __syncthreads();
+void __syncwarp(unsigned mask = 0xffffffffu);
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int step) {
+  static_assert(std::is_arithmetic_v<T> && sizeof(T) <= 8, "not a type of __shfl_xor_sync");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(value));
+  bits = emulator::exchange(1 + step, mask, bits, step);
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+template <class Params>
+cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 block, void** arguments,
+                             size_t shared_bytes, cudaStream_t) {
+  const Params& params = *static_cast<const Params*>(arguments[0]);
+  return emulator::launch([&] { kernel(params); }, grid, block, shared_bytes);
+}
+
+cudaError_t cudaGetLastError();
+cudaError_t cudaPeekAtLastError();
+const char* cudaGetErrorString(cudaError_t error);

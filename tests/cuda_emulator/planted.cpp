@@ -1,0 +1,121 @@
+#include "planted.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <map>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+namespace {
+
+struct Params {
+  float* data;
+  int count;
+};
+
+float* shared() { return reinterpret_cast<float*>(emulator::dynamic_shared()); }
+
+void shared_overflow(Params p) {
+  shared()[threadIdx.x + 1] = 1.0f;  // one past the end in the last thread
+  p.data[threadIdx.x] = shared()[threadIdx.x];
+}
+
+void global_overflow(Params p) { p.data[threadIdx.x + (threadIdx.x == 63 ? 1 : 0)] = 1.0f; }
+
+void global_overread(Params p) {
+  float sum = 0;
+  for (int i = 0; i <= p.count; ++i) sum += p.data[i];
+  p.data[threadIdx.x] = sum;
+}
+
+void divergent_barrier(Params) {
+  if (threadIdx.x != 5) __syncthreads();
+}
+
+void divergent_shuffle(Params p) {
+  float value = p.data[threadIdx.x];
+  if (threadIdx.x % 2 == 0) {
+    value += __shfl_xor_sync(0xffffffffu, value, 1);
+  } else {
+    __syncwarp();
+  }
+  p.data[threadIdx.x] = value;
+}
+
+void wrong_mask(Params) { __syncwarp(0x0000ffffu); }
+
+void missing_wait(Params p) { emulator::copy_async(shared() + threadIdx.x, p.data + threadIdx.x, 4); }
+
+void misaligned_copy(Params p) {
+  emulator::copy_async(shared(), p.data + 1, 16);
+  emulator::copy_async_wait();
+}
+
+void misaligned_load(Params p) {
+  struct alignas(16) Vector {
+    float v[4];
+  };
+  p.data[0] = reinterpret_cast<const Vector*>(p.data + 1)->v[0];
+}
+
+// Lane l reads what lane l + 1 writes. Caught by the value, in one of the two orders.
+void missing_barrier(Params p) {
+  shared()[threadIdx.x] = float(threadIdx.x);
+  p.data[threadIdx.x] = shared()[(threadIdx.x + 1) % 64];
+}
+
+// The same, the other way round: lane l overwrites what lane l + 1 has yet to read.
+void missing_second_barrier(Params p) {
+  shared()[threadIdx.x] = float(threadIdx.x);
+  __syncthreads();
+  const float value = shared()[(threadIdx.x + 1) % 64];
+  shared()[threadIdx.x] = -1.0f;
+  p.data[threadIdx.x] = value;
+}
+
+const std::map<std::string, void (*)(Params)> kKernels = {
+    {"shared-overflow", shared_overflow},
+    {"global-overflow", global_overflow},
+    {"global-overread", global_overread},
+    {"divergent-barrier", divergent_barrier},
+    {"divergent-shuffle", divergent_shuffle},
+    {"wrong-mask", wrong_mask},
+    {"missing-wait", missing_wait},
+    {"misaligned-copy", misaligned_copy},
+    {"misaligned-load", misaligned_load},
+    {"missing-barrier", missing_barrier},
+    {"missing-second-barrier", missing_second_barrier},
+};
+
+}  // namespace
+
+std::vector<std::string> planted_names() {
+  std::vector<std::string> names;
+  for (const auto& [name, kernel] : kKernels) names.push_back(name);
+  return names;
+}
+
+bool run_planted(const std::string& name) {
+  std::vector<float> first;
+  for (emulator::Order order : {emulator::Order::forward, emulator::Order::reverse}) {
+    emulator::settings.order = order;
+    std::vector<float> data(64, 1.0f);
+    data.shrink_to_fit();
+    Params params = {data.data(), 64};
+    void* arguments[] = {&params};
+    if (cudaLaunchKernel(kKernels.at(name), dim3(1), dim3(64), arguments, 64 * sizeof(float), nullptr) !=
+        cudaSuccess) {
+      std::fprintf(stderr, "the launch was refused\n");
+      std::exit(3);
+    }
+    if (first.empty()) {
+      first = data;
+    } else if (std::memcmp(first.data(), data.data(), data.size() * sizeof(float)) != 0) {
+      std::fprintf(stderr, "the result depends on the order of the threads\n");
+      std::exit(87);
+    }
+  }
+  return true;
+}

@@ -65,11 +65,9 @@ struct Element<__nv_bfloat16> {
   static __device__ Result load(__nv_bfloat16 v) { return __bfloat162float(v); }
   static __device__ __nv_bfloat16 store(Result v) { return __float2bfloat16_rn(v); }
   static __device__ void unpack(Word word, Result (&v)[2]) {
-    __nv_bfloat162 halves;
-    memcpy(&halves, &word, sizeof(word));
-    const float2 wide = __bfloat1622float2(halves);
-    v[0] = wide.x;
-    v[1] = wide.y;
+    // The upper half of a float: one instruction each.
+    v[0] = __uint_as_float(word << 16);
+    v[1] = __uint_as_float(word & 0xffff0000u);
   }
   static __device__ Word pack(const Result (&v)[2]) {
     const __nv_bfloat162 halves = __floats2bfloat162_rn(v[0], v[1]);

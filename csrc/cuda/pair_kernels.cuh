@@ -2,6 +2,7 @@
 // weights.
 #pragma once
 
+#include <atomic>
 #include <limits>
 #include <type_traits>
 
@@ -498,6 +499,12 @@ struct GeneralShare {
   }
 };
 
+template <typename T, typename Void>
+__device__ inline T* element(const MapAccess<Void>& map, int64_t pair, int64_t cell, int64_t channel) {
+  return static_cast<T*>(map.data) +
+         (pair * map.pair_stride + cell * map.cell_stride + channel * map.channel_stride);
+}
+
 template <typename T>
 __device__ inline CellTable<typename Element<T>::Result> general_moments(
     const MapAccess<const void>& a, const MapAccess<const void>& b, int64_t channels, int64_t pair,
@@ -509,7 +516,7 @@ __device__ inline CellTable<typename Element<T>::Result> general_moments(
     if (cell < count) {
       const T* x = static_cast<const T*>(a.data) + pair * a.pair_stride + (first_cell + cell) * a.cell_stride;
       const T* y = static_cast<const T*>(b.data) + pair * b.pair_stride + (first_cell + cell) * b.cell_stride;
-#pragma unroll 4
+#pragma unroll 8
       for (int64_t c = first_channel; c < channels; c += step) {
         accumulate(sums, Element<T>::load(x[c * a.channel_stride]),
                    Element<T>::load(y[c * b.channel_stride]));
@@ -536,38 +543,60 @@ __device__ inline void general_gradients(const MapAccess<const void>& a, const M
   share.for_each_cell([&](int cell, int first_channel, int step) {
     if (cell >= count) return;
     const int64_t at = first_cell + cell;
-    const T* __restrict__ x = static_cast<const T*>(a.data) + pair * a.pair_stride + at * a.cell_stride;
-    const T* __restrict__ y = static_cast<const T*>(b.data) + pair * b.pair_stride + at * b.cell_stride;
-    T* __restrict__ grad_x = nullptr;
-    T* __restrict__ grad_y = nullptr;
-    if (grad_a.data != nullptr) {
-      grad_x = static_cast<T*>(grad_a.data) + pair * grad_a.pair_stride + at * grad_a.cell_stride;
-    }
-    if (grad_b.data != nullptr) {
-      grad_y = static_cast<T*>(grad_b.data) + pair * grad_b.pair_stride + at * grad_b.cell_stride;
-    }
+    const T* __restrict__ x = element<const T>(a, pair, at, first_channel);
+    const T* __restrict__ y = element<const T>(b, pair, at, first_channel);
+    // A gradient that is not wanted is computed all the same, and not written.
+    const bool want_x = grad_a.data != nullptr;
+    const bool want_y = grad_b.data != nullptr;
+    T* __restrict__ grad_x = want_x ? element<T>(grad_a, pair, at, first_channel) : nullptr;
+    T* __restrict__ grad_y = want_y ? element<T>(grad_b, pair, at, first_channel) : nullptr;
+    const int64_t x_step = step * a.channel_stride;
+    const int64_t y_step = step * b.channel_stride;
+    const int64_t grad_x_step = want_x ? step * grad_a.channel_stride : 0;
+    const int64_t grad_y_step = want_y ? step * grad_b.channel_stride : 0;
     const CellGradient<R> gradient = table.gradient(cell);
 #pragma unroll 4
     for (int64_t c = first_channel; c < channels; c += step) {
-      R u = Element<T>::load(x[c * a.channel_stride]);
-      R v = Element<T>::load(y[c * b.channel_stride]);
+      R u = Element<T>::load(*x);
+      R v = Element<T>::load(*y);
       apply(gradient, u, v);
-      if (grad_x != nullptr) grad_x[c * grad_a.channel_stride] = Element<T>::store(u);
-      if (grad_y != nullptr) grad_y[c * grad_b.channel_stride] = Element<T>::store(v);
+      if (want_x) *grad_x = Element<T>::store(u);
+      if (want_y) *grad_y = Element<T>::store(v);
+      x += x_step;
+      y += y_step;
+      grad_x += grad_x_step;
+      grad_y += grad_y_step;
     }
   });
 }
 
 // ------------------------------------------------------------------------------------------------ launching
 
-// Enqueues kernel(params). With XCOS_CUDA_EMULATOR, cudaLaunchKernel is the emulator's.
+// Tells the current device, once, that a kernel's blocks live on shared memory: the split between L1 and
+// shared memory is otherwise the driver's guess. A hint, so its failure is no error.
 template <class Params>
-Status launch(void (*kernel)(Params), const PairPlan& plan, Params params, Stream stream) {
+void prefer_shared_memory(void (*kernel)(Params), std::atomic<uint64_t>& prepared_devices) {
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= 64) return;
+  const uint64_t bit = uint64_t{1} << device;
+  if ((prepared_devices.load(std::memory_order_relaxed) & bit) != 0) return;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                           cudaSharedmemCarveoutMaxShared) != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());
+  }
+  prepared_devices.fetch_or(bit, std::memory_order_relaxed);
+}
+
+// Enqueues kKernel(params). With XCOS_CUDA_EMULATOR, the functions of CUDA's runtime are the emulator's.
+template <auto kKernel, class Params>
+Status launch(const PairPlan& plan, Params params, Stream stream) {
+  static std::atomic<uint64_t> prepared_devices{0};
+  if (plan.staged) prefer_shared_memory(kKernel, prepared_devices);
   void* arguments[] = {&params};
   const dim3 grid(static_cast<unsigned>(plan.blocks));
   const dim3 block(static_cast<unsigned>(plan.threads));
   const cudaError_t error =
-      cudaLaunchKernel(kernel, grid, block, arguments, static_cast<size_t>(plan.shared_bytes),
+      cudaLaunchKernel(kKernel, grid, block, arguments, static_cast<size_t>(plan.shared_bytes),
                        static_cast<cudaStream_t>(stream));
   // A refused launch must not be reported again by whoever asks next.
   if (error != cudaSuccess) static_cast<void>(cudaGetLastError());

@@ -14,6 +14,7 @@ constexpr int kStagedThreads = 128;      // most threads of a staged block
 constexpr int kStagedBlocks = 6;         // staged blocks of an SM, at least, that registers must allow
 constexpr int kStagedBytes = 48 * 1024;  // shared memory that every block may have without asking
 constexpr int kGeneralThreads = 256;
+constexpr int kGeneralBlocks = 2;              // as kStagedBlocks
 constexpr int kGeneralTile = kGeneralThreads;  // cells a general block works on at a time
 constexpr int kTunedChannels = 32;
 constexpr int kTunedCells = 49;

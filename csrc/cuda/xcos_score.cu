@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kStagedThreads, kStagedBlocks)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kGeneralThreads)
+__global__ void __launch_bounds__(kGeneralThreads, kGeneralBlocks)
     general_forward(const __grid_constant__ ForwardParams<typename Element<T>::Result> p) {
   using R = typename Element<T>::Result;
   R* shared = reinterpret_cast<R*>(dynamic_shared());
@@ -159,11 +159,11 @@ Status forward(const PairProblem& problem, const XcosScoreOutputs& outputs, Stre
   const PairPlan plan = plan_pairs(problem, p.a, p.b, nullptr, nullptr, divisible);
   p.layout = plan.layout;
   p.general = plan.general;
-  if (!plan.staged) return launch(general_forward<T>, plan, p, stream);
+  if (!plan.staged) return launch<general_forward<T>>(plan, p, stream);
   if constexpr (!std::is_same_v<T, double>) {
-    if (plan.tuned) return launch(staged_forward<T, kTunedChannels, kTunedCells>, plan, p, stream);
+    if (plan.tuned) return launch<staged_forward<T, kTunedChannels, kTunedCells>>(plan, p, stream);
   }
-  return launch(staged_forward<T, 0, 0>, plan, p, stream);
+  return launch<staged_forward<T, 0, 0>>(plan, p, stream);
 }
 
 }  // namespace

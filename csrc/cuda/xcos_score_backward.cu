@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kStagedThreads, kStagedBlocks)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kGeneralThreads)
+__global__ void __launch_bounds__(kGeneralThreads, kGeneralBlocks)
     general_backward(const __grid_constant__ BackwardParams<typename Element<T>::Result> p) {
   using R = typename Element<T>::Result;
   R* shared = reinterpret_cast<R*>(dynamic_shared());
@@ -243,11 +243,11 @@ Status backward(const PairProblem& problem, const XcosScoreGradients& gradients,
   const PairPlan plan = plan_pairs(problem, p.a, p.b, &p.grad_a, &p.grad_b, !p.coupled);
   p.layout = plan.layout;
   p.general = plan.general;
-  if (!plan.staged) return launch(general_backward<T>, plan, p, stream);
+  if (!plan.staged) return launch<general_backward<T>>(plan, p, stream);
   if constexpr (!std::is_same_v<T, double>) {
-    if (plan.tuned) return launch(staged_backward<T, kTunedChannels, kTunedCells>, plan, p, stream);
+    if (plan.tuned) return launch<staged_backward<T, kTunedChannels, kTunedCells>>(plan, p, stream);
   }
-  return launch(staged_backward<T, 0, 0>, plan, p, stream);
+  return launch<staged_backward<T, 0, 0>>(plan, p, stream);
 }
 
 }  // namespace

@@ -32,6 +32,12 @@ enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidC
 
 using cudaStream_t = struct EmulatedStream*;
 
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
 // Of the fiber that runs.
 extern dim3 threadIdx;
 extern dim3 blockIdx;
@@ -89,6 +95,15 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 block, void
   return emulator::launch([&] { kernel(params); }, grid, block, shared_bytes);
 }
 
+enum cudaFuncAttribute { cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
+enum { cudaSharedmemCarveoutMaxShared = 100 };
+
+template <class Params>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Params), cudaFuncAttribute, int) {
+  return kernel != nullptr ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaGetLastError();
 cudaError_t cudaPeekAtLastError();
 const char* cudaGetErrorString(cudaError_t error);

@@ -1,0 +1,211 @@
+"""Compiles every CUDA kernel for every supported architecture and checks what the compiler made of it.
+
+A spill, a stack frame or too many registers is invisible in tests and costs bandwidth on a GPU. Needs nvcc but no
+GPU::
+
+    python benchmarks/cubin_gate.py                    # all architectures, a table, status 1 on a violation
+    python benchmarks/cubin_gate.py -a 90 --json out.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+KERNELS = REPOSITORY / "csrc" / "cuda"
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+
+# Registers of one thread, by kernel family. Staged kernels hide latency with 24 warps an SM
+# (docs/cuda_kernels.md): 65,536 registers / (24 x 32 threads) = 85, and the hardware hands out multiples of 8.
+# General kernels run two blocks of 256 threads an SM.
+REGISTER_LIMITS = {"staged": 80, "general": 128}
+
+# All kernels there are: growth of this number is growth of every build.
+MOST_KERNELS = 22
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """What ptxas says about one kernel of one architecture."""
+
+    architecture: int
+    name: str
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+    static_shared_bytes: int
+
+
+class CompilerError(RuntimeError):
+    """nvcc failed; the message ends with what it said."""
+
+
+def find_nvcc() -> str | None:
+    """Path of nvcc: $CUDACXX, then $CUDA_HOME and $CUDA_PATH, then PATH, then the usual place."""
+    places = [os.environ.get("CUDACXX", "")]
+    places += [
+        os.path.join(os.environ[name], "bin", "nvcc")
+        for name in ("CUDA_HOME", "CUDA_PATH")
+        if name in os.environ
+    ]
+    places += ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((found for place in places if place and (found := shutil.which(place))), None)
+
+
+def supported(nvcc: str, architectures: Iterable[int]) -> list[int]:
+    """Those of the architectures that this nvcc can compile for."""
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    return [arch for arch in architectures if f"sm_{arch}" in listed.split()]
+
+
+def kernel_name(mangled: str) -> str:
+    """``staged_forward<__half, 32, 49>`` from the mangled name of a kernel template in xcos::cuda."""
+    match = re.search(r"\d+((?:staged|general)_(?:forward|backward))I(.*?)E", mangled)
+    if match is None:
+        return mangled
+    names = {"6__half": "f16", "13__nv_bfloat16": "bf16", "f": "f32", "d": "f64"}
+    element = next((name for code, name in names.items() if match.group(2).startswith(code)), match.group(2))
+    shape = re.findall(r"Li(\d+)E", mangled)
+    suffix = f", {shape[0]}x{shape[1]}" if len(shape) == 2 and shape[0] != "0" else ""
+    return f"{match.group(1)}<{element}{suffix}>"
+
+
+def parse(architecture: int, text: str) -> list[KernelReport]:
+    """Reads the output of ``ptxas -v``."""
+    reports = []
+    blocks = re.split(r"Compiling entry function '", text)[1:]
+    for block in blocks:
+        mangled = block.split("'", 1)[0]
+        stack = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block
+        )
+        used = re.search(r"Used (\d+) registers", block)
+        if stack is None or used is None:
+            raise CompilerError(f"cannot read what ptxas says about {mangled}:\n{block[:500]}")
+        shared = re.search(r"(\d+) bytes smem", block)
+        reports.append(
+            KernelReport(
+                architecture=architecture,
+                name=kernel_name(mangled),
+                registers=int(used.group(1)),
+                stack_bytes=int(stack.group(1)),
+                spill_bytes=int(stack.group(2)) + int(stack.group(3)),
+                static_shared_bytes=int(shared.group(1)) if shared else 0,
+            )
+        )
+    return reports
+
+
+def compile_kernels(nvcc: str, architecture: int, source: Path, folder: Path) -> list[KernelReport]:
+    """Compiles one source for one architecture to a cubin in ``folder``."""
+    target = folder / f"{source.stem}.{architecture}.cubin"
+    command = [nvcc, "-std=c++17", "-O3", f"-I{REPOSITORY / 'csrc'}", f"-arch=sm_{architecture}", "-Werror",
+               "all-warnings", "-Xptxas", "-v", "-cubin", str(source), "-o", str(target)]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise CompilerError(f"{' '.join(command)}\nfailed:\n{done.stderr[-4000:]}")
+    return parse(architecture, done.stderr)
+
+
+def gather(nvcc: str, architectures: Sequence[int], workers: int = 2) -> list[KernelReport]:
+    """Compiles all kernels for the architectures and returns what ptxas said, in that order."""
+    sources = [path for path in sorted(KERNELS.glob("*.cu")) if "__global__" in path.read_text()]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+        jobs = [
+            pool.submit(compile_kernels, nvcc, architecture, source, Path(folder))
+            for architecture in architectures
+            for source in sources
+        ]
+        return [report for job in jobs for report in job.result()]
+
+
+def violations(reports: Iterable[KernelReport]) -> list[str]:
+    """One line for everything that breaks a limit; empty when all is well."""
+    found = []
+    count: dict[int, int] = {}
+    for r in reports:
+        where = f"sm_{r.architecture} {r.name}"
+        count[r.architecture] = count.get(r.architecture, 0) + 1
+        if r.spill_bytes:
+            found.append(f"{where}: spills {r.spill_bytes} bytes, expected none")
+        if r.stack_bytes:
+            found.append(f"{where}: has a stack frame of {r.stack_bytes} bytes, expected none")
+        if r.static_shared_bytes:
+            found.append(
+                f"{where}: {r.static_shared_bytes} bytes of static shared memory, expected dynamic only"
+            )
+        family = r.name.split("_")[0]
+        if family not in REGISTER_LIMITS:
+            found.append(f"{where}: a kernel of no known family; give it a limit in benchmarks/cubin_gate.py")
+        elif r.registers > REGISTER_LIMITS[family]:
+            found.append(f"{where}: {r.registers} registers, at most {REGISTER_LIMITS[family]} expected")
+    found += [
+        f"sm_{architecture}: {kernels} kernels, at most {MOST_KERNELS} expected"
+        for architecture, kernels in count.items()
+        if kernels > MOST_KERNELS
+    ]
+    return found
+
+
+def table(reports: Sequence[KernelReport]) -> str:
+    """Registers of each kernel, a column for each architecture; ``!`` marks a spill or stack frame."""
+    architectures = sorted({r.architecture for r in reports})
+    cells = {
+        (r.name, r.architecture): f"{r.registers}{'!' if r.spill_bytes or r.stack_bytes else ''}"
+        for r in reports
+    }
+    names = sorted({r.name for r in reports})
+    width = max(len(name) for name in names)
+    lines = [" ".join(["registers".ljust(width), *(f"sm_{a}".rjust(6) for a in architectures)])]
+    lines += [
+        " ".join([name.ljust(width), *(cells.get((name, a), "-").rjust(6) for a in architectures)])
+        for name in names
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Entry point; 0 when every kernel is within its limits, 1 when not, 2 without nvcc."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "-a", "--architecture", type=int, action="append", help="compute capability such as 90"
+    )
+    parser.add_argument("-j", "--jobs", type=int, default=2, help="compilations at a time")
+    parser.add_argument("--json", type=Path, help="write the reports to this file")
+    options = parser.parse_args()
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("nvcc not found: set CUDACXX or CUDA_HOME, or put it on PATH", file=sys.stderr)
+        return 2
+    wanted = options.architecture or list(ARCHITECTURES)
+    architectures = supported(nvcc, wanted)
+    for missing in sorted(set(wanted) - set(architectures)):
+        print(f"sm_{missing}: not supported by {nvcc}, left out", file=sys.stderr)
+    start = time.perf_counter()
+    reports = gather(nvcc, architectures, options.jobs)
+    print(table(reports))
+    print(f"{len(reports)} kernels in {time.perf_counter() - start:.0f} s")
+    if options.json is not None:
+        fresh = options.json.with_suffix(".tmp")
+        fresh.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
+        os.replace(fresh, options.json)
+    found = violations(reports)
+    for line in found:
+        print(line, file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -54,7 +54,8 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 find_package(CUDAToolkit REQUIRED)
 
-set(XCOS_CUDA_SOURCES csrc/cuda/grid_cosine.cu csrc/cuda/xcos_score.cu)
+set(XCOS_CUDA_SOURCES csrc/cuda/runtime.cu csrc/cuda/grid_cosine.cu csrc/cuda/xcos_score.cu
+    csrc/cuda/xcos_score_backward.cu)
 set(XCOS_CUDA_LIBRARIES CUDA::cudart_static)
 string(REPLACE ";" " " architectures "${wanted}")
 set(XCOS_CUDA_DEFINITIONS XCOS_WITH_CUDA XCOS_CUDA_COMPILER="nvcc ${CMAKE_CUDA_COMPILER_VERSION}"

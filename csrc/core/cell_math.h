@@ -1,5 +1,7 @@
 // The mathematics of one cell, usable on host and device. Every kernel goes through these functions, so that
-// the contracts (clamped norms, zero cells, gradients at zero) are written once.
+// the contracts (clamped norms, zero cells, gradients at zero) are written once. T is a number, or a vector
+// of numbers of the compiler's vector extension: selects instead of branches, and constants made by T{} + 1,
+// serve both.
 #pragma once
 
 #include "core/types.h"
@@ -33,8 +35,8 @@ XCOS_HD inline CellCosine<T> cell_cosine(const CellMoments<T>& m, T x_norm, T y_
   CellCosine<T> out;
   out.x_norm = x_norm;
   out.y_norm = y_norm;
-  const T x_inverse = T(1) / clamp_norm(x_norm, eps);
-  const T y_inverse = T(1) / clamp_norm(y_norm, eps);
+  const T x_inverse = (T{} + 1) / clamp_norm(x_norm, eps);
+  const T y_inverse = (T{} + 1) / clamp_norm(y_norm, eps);
   out.scale = x_inverse * y_inverse;
   out.cosine = (m.dot * x_inverse) * y_inverse;  // in this order a zero cell stays 0 for the smallest eps
   return out;
@@ -53,17 +55,18 @@ struct CellGradient {
 // A clamped norm is a constant, so its own term vanishes; a zero vector gets gradient 0 by contract.
 template <typename T>
 XCOS_HD inline CellGradient<T> cell_gradient(const CellCosine<T>& c, T eps, T grad_cosine, T grad_product) {
+  const T zero = T{};
+  const T one = zero + 1;
+  const auto x_zero = c.x_norm == zero, y_zero = c.y_norm == zero;
+  const T x_inverse = x_zero ? zero : one / c.x_norm;
+  const T y_inverse = y_zero ? zero : one / c.y_norm;
   const T cross = grad_cosine * c.scale;
-  CellGradient<T> g;
-  g.x_from_y = c.x_norm == T(0) ? T(0) : cross;
-  g.y_from_x = c.y_norm == T(0) ? T(0) : cross;
   const T along = grad_cosine * c.cosine;
-  g.x_from_x = T(0);
-  g.y_from_y = T(0);
-  if (!(c.x_norm < eps)) g.x_from_x -= along / (c.x_norm * c.x_norm);
-  if (!(c.y_norm < eps)) g.y_from_y -= along / (c.y_norm * c.y_norm);
-  if (c.x_norm != T(0)) g.x_from_x += grad_product * c.y_norm / c.x_norm;
-  if (c.y_norm != T(0)) g.y_from_y += grad_product * c.x_norm / c.y_norm;
+  CellGradient<T> g;
+  g.x_from_y = x_zero ? zero : cross;
+  g.y_from_x = y_zero ? zero : cross;
+  g.x_from_x = grad_product * c.y_norm * x_inverse - (c.x_norm < eps ? zero : along * x_inverse * x_inverse);
+  g.y_from_y = grad_product * c.x_norm * y_inverse - (c.y_norm < eps ? zero : along * y_inverse * y_inverse);
   return g;
 }
 

@@ -21,14 +21,15 @@ constexpr int64_t kPad = 16;
 
 XCOS_INLINE int64_t padded(int64_t cells) { return (cells + kPad - 1) / kPad * kPad; }
 
-// Working memory of one thread: kArrays arrays of padded(cells) values, on the stack for usual grids.
+// Working memory of one thread: kArrays arrays of padded(cells) + kPad values, on the stack for usual
+// grids.
 template <typename A>
 class Scratch {
  public:
-  static constexpr int64_t kArrays = 12;
-  static constexpr int64_t kStackCells = 64;
+  static constexpr int64_t kArrays = 15;
+  static constexpr int64_t kStackCells = 64 + kPad;
 
-  explicit Scratch(int64_t cells) : stride_(padded(cells)), data_(stack_) {
+  explicit Scratch(int64_t cells) : stride_(padded(cells) + kPad), data_(stack_) {
     if (stride_ > kStackCells) {
       data_ = static_cast<A*>(std::malloc(sizeof(A) * kArrays * stride_));
       if (data_ == nullptr) throw std::bad_alloc();
@@ -68,55 +69,111 @@ struct Moments {
   A* yy;
 };
 
-// B vectors of N cells starting at `first`, all channels.
-template <typename T, typename A, int N, int B>
-XCOS_INLINE void moments_block(const T* a, const T* b, int64_t a_step, int64_t b_step, int64_t channels,
-                               const int64_t (&first)[B], const Moments<A>& out) {
-  Vec<A, N> dot[B] = {}, xx[B] = {}, yy[B] = {};
-  for (int64_t c = 0; c < channels; ++c) {
-#pragma GCC unroll 4
-    for (int i = 0; i < B; ++i) {
-      const Vec<A, N> x = load<N>(a + first[i]);
-      const Vec<A, N> y = load<N>(b + first[i]);
-      dot[i] += x * y;
-      xx[i] += x * x;
-      yy[i] += y * y;
+// The next pair's maps, asked for while this pair's are being worked on: between two pairs the loads would
+// otherwise pause for as long as the cells' cosines and weights take.
+struct Ahead {
+  const char* a = nullptr;
+  const char* b = nullptr;
+  int64_t fetched = 0;
+
+  // Asks for both up to byte `end`, a cache line at a time.
+  XCOS_INLINE void fetch_until(int64_t end) {
+    if (a == nullptr) return;
+    for (; fetched < end; fetched += 64) {
+      __builtin_prefetch(a + fetched);
+      __builtin_prefetch(b + fetched);
     }
-    a += a_step;
-    b += b_step;
+  }
+};
+
+// Sums over channels for N cells.
+template <typename A, int N>
+struct Sums {
+  Vec<A, N> dot = {}, xx = {}, yy = {};
+
+  template <typename T>
+  XCOS_INLINE void add(const T* a, const T* b) {
+    Vec<A, N> x = load<N>(a);
+    Vec<A, N> y = load<N>(b);
+    if constexpr (sizeof(x) >= 16) {
+      XCOS_KEEP(x);
+      XCOS_KEEP(y);
+    }
+    dot += x * y;
+    xx += x * x;
+    yy += y * y;
+  }
+  XCOS_INLINE void write(const Moments<A>& out, int64_t cell) const {
+    store<N>(out.dot + cell, dot);
+    store<N>(out.xx + cell, xx);
+    store<N>(out.yy + cell, yy);
+  }
+};
+
+// B vectors of N cells from `first` on, then one of M cells (none if 0) from `tail` on, all channels in one
+// pass.
+template <typename T, typename A, int N, int B, int M>
+XCOS_INLINE void moments_block(const T* a, const T* b, const PairProblem& p, int64_t first, int64_t tail,
+                               const Moments<A>& out, Ahead ahead) {
+  Sums<A, N> sums[B > 0 ? B : 1];
+  Sums<A, (M > 0 ? M : 1)> rest;
+  const int64_t row = p.shape.cells * static_cast<int64_t>(sizeof(T));
+  for (int64_t c = 0; c < p.shape.channels; ++c) {
+    ahead.fetch_until((c + 1) * row);
+#pragma GCC unroll 4
+    for (int i = 0; i < B; ++i) sums[i].add(a + first + i * N, b + first + i * N);
+    if constexpr (M > 0) rest.add(a + tail, b + tail);
+    a += p.a.channel_stride;
+    b += p.b.channel_stride;
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < B; ++i) {
-    store<N>(out.dot + first[i], dot[i]);
-    store<N>(out.xx + first[i], xx[i]);
-    store<N>(out.yy + first[i], yy[i]);
-  }
+  for (int i = 0; i < B; ++i) sums[i].write(out, first + i * N);
+  if constexpr (M > 0) rest.write(out, tail);
 }
 
-// Vectors over cells. The last vector overlaps its neighbour instead of being masked: the shared cells are
-// computed twice, with the same result.
+// Full vectors first - first + B * N, then the tail in the narrowest vector that holds it. The tail's vector
+// overlaps its neighbour instead of being masked: the shared cells are computed twice, with the same result.
+template <typename T, typename A, int N, int B>
+XCOS_INLINE void moments_and_tail(const T* a, const T* b, const PairProblem& p, int64_t first,
+                                  const Moments<A>& out, const Ahead& ahead) {
+  const int64_t cells = p.shape.cells, left = cells - first - B * N;
+  if (left == 0) return moments_block<T, A, N, B, 0>(a, b, p, first, 0, out, ahead);
+  if constexpr (N >= 8)
+    if (left <= N / 4) return moments_block<T, A, N, B, N / 4>(a, b, p, first, cells - N / 4, out, ahead);
+  moments_block<T, A, N, B, N>(a, b, p, first, cells - N, out, ahead);
+}
+
+// Vectors over cells; cells >= N.
 template <typename T, typename A, int N>
-XCOS_INLINE void moments_over_cells(const T* a, const T* b, const PairProblem& p, const Moments<A>& out) {
-  const int64_t cells = p.shape.cells, channels = p.shape.channels;
-  const int64_t sa = p.a.channel_stride, sb = p.b.channel_stride;
-  const int64_t last = cells - N;
+XCOS_INLINE void moments_over_cells(const T* a, const T* b, const PairProblem& p, const Moments<A>& out,
+                                    Ahead ahead) {
+  const int64_t cells = p.shape.cells;
   int64_t at = 0;
-  for (; cells - at > 2 * N; at += 4 * N) {
-    const int64_t starts[4] = {at, at + N < last ? at + N : last, at + 2 * N < last ? at + 2 * N : last,
-                               at + 3 * N < last ? at + 3 * N : last};
-    moments_block<T, A, N, 4>(a, b, sa, sb, channels, starts, out);
+  for (; cells - at > 4 * N; at += 3 * N) {
+    moments_block<T, A, N, 3, 0>(a, b, p, at, 0, out, ahead);
+    ahead = {};
   }
-  for (; at < cells; at += N) {
-    const int64_t starts[1] = {at < last ? at : last};
-    moments_block<T, A, N, 1>(a, b, sa, sb, channels, starts, out);
+  switch ((cells - at) / N) {
+    case 4:
+    case 3:
+      return moments_and_tail<T, A, N, 3>(a, b, p, at, out, ahead);
+    case 2:
+      return moments_and_tail<T, A, N, 2>(a, b, p, at, out, ahead);
+    case 1:
+      return moments_and_tail<T, A, N, 1>(a, b, p, at, out, ahead);
+    default:
+      return moments_block<T, A, N, 0, N>(a, b, p, 0, cells - N, out, ahead);
   }
 }
 
 // Vectors over channels, one cell after the other.
 template <typename T, typename A, int N>
-XCOS_INLINE void moments_over_channels(const T* a, const T* b, const PairProblem& p, const Moments<A>& out) {
+XCOS_INLINE void moments_over_channels(const T* a, const T* b, const PairProblem& p, const Moments<A>& out,
+                                       Ahead ahead) {
   const int64_t channels = p.shape.channels;
+  const int64_t row = channels * static_cast<int64_t>(sizeof(T));
   for (int64_t cell = 0; cell < p.shape.cells; ++cell) {
+    ahead.fetch_until((cell + 1) * row);
     const T* x_row = a + cell * p.a.cell_stride;
     const T* y_row = b + cell * p.b.cell_stride;
     Vec<A, N> dot = {}, xx = {}, yy = {};
@@ -162,13 +219,13 @@ void moments_strided(const T* a, const T* b, const PairProblem& p, const Moments
 
 template <typename T, typename A>
 XCOS_INLINE void pair_moments(const T* a, const T* b, const PairProblem& p, Layout layout,
-                              const Moments<A>& out) {
+                              const Moments<A>& out, const Ahead& ahead) {
   constexpr int N = native_lanes<A>();
   if (layout == Layout::cells_adjacent) {
-    if (p.shape.cells >= N) return moments_over_cells<T, A, N>(a, b, p, out);
-    if (p.shape.cells >= 4) return moments_over_cells<T, A, (N < 4 ? N : 4)>(a, b, p, out);
+    if (p.shape.cells >= N) return moments_over_cells<T, A, N>(a, b, p, out, ahead);
+    if (p.shape.cells >= 4) return moments_over_cells<T, A, (N < 4 ? N : 4)>(a, b, p, out, ahead);
   } else if (layout == Layout::channels_adjacent) {
-    return moments_over_channels<T, A, N>(a, b, p, out);
+    return moments_over_channels<T, A, N>(a, b, p, out, ahead);
   }
   moments_strided<T, A>(a, b, p, out);
 }
@@ -184,24 +241,24 @@ struct Cells {
   A norm_sum;  // sum of |x||y|, norm attention only
 };
 
-template <typename A>
-XCOS_INLINE A square_root(A v) {
-  if constexpr (sizeof(A) == 4)
-    return __builtin_sqrtf(v);
-  else
-    return __builtin_sqrt(v);
+template <typename A, int N>
+XCOS_INLINE Vec<A, N> square_root(Vec<A, N> v) {
+  for (int i = 0; i < N; ++i) v[i] = sizeof(A) == 4 ? __builtin_sqrtf(v[i]) : __builtin_sqrt(v[i]);
+  return v;
 }
 
 template <typename A>
-XCOS_INLINE void cell_cosines(const Moments<A>& m, int64_t cells, A eps, const Cells<A>& out) {
-  const int64_t n = padded(cells);
-  for (int64_t i = 0; i < n; ++i) {
-    const CellCosine<A> c =
-        cell_cosine<A>({m.dot[i], m.xx[i], m.yy[i]}, square_root(m.xx[i]), square_root(m.yy[i]), eps);
-    out.cosine[i] = c.cosine;
-    out.x_norm[i] = c.x_norm;
-    out.y_norm[i] = c.y_norm;
-    out.scale[i] = c.scale;
+XCOS_INLINE void cell_cosines(const Moments<A>& m, int64_t cells, A eps_value, const Cells<A>& out) {
+  constexpr int N = native_lanes<A>();
+  const Vec<A, N> eps = Vec<A, N>{} + eps_value;
+  for (int64_t i = 0; i < cells; i += N) {
+    const Vec<A, N> xx = load<N>(m.xx + i), yy = load<N>(m.yy + i);
+    const CellCosine<Vec<A, N>> c = cell_cosine<Vec<A, N>>({load<N>(m.dot + i), xx, yy},
+                                                           square_root<A, N>(xx), square_root<A, N>(yy), eps);
+    store<N>(out.cosine + i, c.cosine);
+    store<N>(out.x_norm + i, c.x_norm);
+    store<N>(out.y_norm + i, c.y_norm);
+    store<N>(out.scale + i, c.scale);
   }
 }
 
@@ -290,14 +347,19 @@ class PairState {
       : moments{scratch.array(0), scratch.array(1), scratch.array(2)},
         cell{scratch.array(3), scratch.array(4), scratch.array(5), scratch.array(6), scratch.array(7), A(0)},
         problem_(p),
-        layout_(layout_of(p)) {
+        layout_(layout_of(p)),
+        fetch_ahead_(p.shape.channels * p.shape.cells * static_cast<int64_t>(sizeof(T)) <= kFetchAheadBytes) {
     clear_padding(moments.dot, p.shape.cells);
     clear_padding(moments.xx, p.shape.cells);
     clear_padding(moments.yy, p.shape.cells);
   }
 
-  XCOS_INLINE void compute(int64_t pair, bool weights) {
-    pair_moments<T, A>(a(pair), b(pair), problem_, layout_, moments);
+  // `last` is the end of the caller's range, past which nothing is fetched ahead.
+  XCOS_INLINE void compute(int64_t pair, int64_t last, bool weights) {
+    Ahead ahead;
+    if (fetch_ahead_ && pair + 1 < last)
+      ahead = {reinterpret_cast<const char*>(a(pair + 1)), reinterpret_cast<const char*>(b(pair + 1)), 0};
+    pair_moments<T, A>(a(pair), b(pair), problem_, layout_, moments, ahead);
     cell_cosines(moments, problem_.shape.cells, static_cast<A>(problem_.eps), cell);
     if (weights) cell_weights(problem_, pair, cell);
   }
@@ -313,8 +375,13 @@ class PairState {
   Cells<A> cell;
 
  private:
+  // Two pairs' maps fit the first-level cache up to here; larger ones keep the hardware's prefetcher busy
+  // anyway.
+  static constexpr int64_t kFetchAheadBytes = 8192;
+
   const PairProblem& problem_;
   Layout layout_;
+  bool fetch_ahead_;
 };
 
 template <typename T>
@@ -328,7 +395,7 @@ void score_range(const PairProblem& p, const XcosScoreOutputs& out, int64_t begi
   A* attention = static_cast<A*>(out.attention);
   const bool weights = score != nullptr || attention != nullptr;
   for (int64_t n = begin; n < end; ++n) {
-    state.compute(n, weights);
+    state.compute(n, end, weights);
     const A* s = state.cell.cosine;
     const A* w = state.cell.weight;
     if (score != nullptr) score[n] = sum_cells<A>(cells, [&](int64_t i) { return w[i] * s[i]; });
@@ -346,6 +413,23 @@ struct Coefficients {
   A* y_from_y;
 };
 
+template <typename A>
+XCOS_INLINE void cell_gradients(const Cells<A>& cell, int64_t cells, A eps_value, const A* grad_cosine,
+                                const A* grad_product, const Coefficients<A>& out) {
+  constexpr int N = native_lanes<A>();
+  const Vec<A, N> eps = Vec<A, N>{} + eps_value;
+  for (int64_t i = 0; i < cells; i += N) {
+    const CellCosine<Vec<A, N>> c = {load<N>(cell.cosine + i), load<N>(cell.x_norm + i),
+                                     load<N>(cell.y_norm + i), load<N>(cell.scale + i)};
+    const CellGradient<Vec<A, N>> gradient =
+        cell_gradient<Vec<A, N>>(c, eps, load<N>(grad_cosine + i), load<N>(grad_product + i));
+    store<N>(out.x_from_y + i, gradient.x_from_y);
+    store<N>(out.x_from_x + i, gradient.x_from_x);
+    store<N>(out.y_from_x + i, gradient.y_from_x);
+    store<N>(out.y_from_y + i, gradient.y_from_y);
+  }
+}
+
 // out = from_other * other + from_self * self, the cells' coefficients broadcast over channels.
 template <typename T, typename A, int N>
 XCOS_INLINE void combine_over_cells(const T* self, const T* other, int64_t self_step, int64_t other_step,
@@ -360,6 +444,34 @@ XCOS_INLINE void combine_over_cells(const T* self, const T* other, int64_t self_
     for (int64_t c = 0; c < shape.channels; ++c, s += self_step, o += other_step, g += out_step)
       store<N>(g, load<N>(o) * v + load<N>(s) * u);
   }
+}
+
+// Both gradients at once where all four maps are contiguous, so that a pair is one run of channels * cells
+// values. Vectors follow the run instead of the rows, which makes stores whole cache lines; the coefficients
+// are read at (position mod cells) from arrays that repeat their beginning past their end.
+template <typename T, typename A, int N, bool kStream>
+XCOS_INLINE void combine_run(const T* a, const T* b, T* grad_a, T* grad_b, const PairShape& shape,
+                             const Coefficients<A>& k) {
+  const int64_t cells = shape.cells, size = shape.channels * cells;
+  int64_t at = 0, cell = 0;
+  for (; at + N <= size; at += N) {
+    const Vec<A, N> x = load<N>(a + at), y = load<N>(b + at);
+    store_result<kStream, N>(grad_a + at, y * load<N>(k.x_from_y + cell) + x * load<N>(k.x_from_x + cell));
+    store_result<kStream, N>(grad_b + at, x * load<N>(k.y_from_x + cell) + y * load<N>(k.y_from_y + cell));
+    cell += N;
+    cell = cell >= cells ? cell - cells : cell;
+  }
+  for (; at < size; ++at) {
+    const A x = load_one(a + at), y = load_one(b + at);
+    store_one(grad_a + at, y * k.x_from_y[cell] + x * k.x_from_x[cell]);
+    store_one(grad_b + at, x * k.y_from_x[cell] + y * k.y_from_y[cell]);
+    cell = cell + 1 == cells ? 0 : cell + 1;
+  }
+}
+
+template <typename A>
+XCOS_INLINE void repeat_beginning(A* values, int64_t cells) {
+  for (int64_t i = 0; i < kPad; ++i) values[cells + i] = values[i];
 }
 
 template <typename T, typename A, int N>
@@ -422,6 +534,24 @@ XCOS_INLINE void attention_gradient(const PairProblem& p, const Cells<A>& cell, 
   }
 }
 
+// Whether a pair's map is one contiguous run, long enough for combine_run.
+template <typename View>
+XCOS_INLINE bool is_run(const PairShape& shape, const View& view) {
+  return view.data != nullptr && shape.cells >= kPad && view.cell_stride == 1 &&
+         view.channel_stride == shape.cells;
+}
+
+// Whether a gradient is written past the caches: it is larger than what they would keep, and every vector
+// aligned.
+template <typename T, int N>
+XCOS_INLINE bool streams(const PairShape& shape, const MutableFeatureView& view) {
+  constexpr int64_t kStreamBytes = 8 << 20;
+  const int64_t vector = N * static_cast<int64_t>(sizeof(T));
+  const int64_t pair = view.pair_stride * static_cast<int64_t>(sizeof(T));
+  return pair * shape.pairs >= kStreamBytes && pair % vector == 0 &&
+         reinterpret_cast<uintptr_t>(view.data) % vector == 0;
+}
+
 template <typename T>
 void score_backward_range(const PairProblem& p, const XcosScoreGradients& in,
                           const XcosScoreGradientOutputs& out, int64_t begin, int64_t end) {
@@ -432,9 +562,10 @@ void score_backward_range(const PairProblem& p, const XcosScoreGradients& in,
   A* grad_cosine = scratch.array(8);
   A* grad_weight = scratch.array(9);
   A* grad_product = scratch.array(10);
-  // The moments are not needed once the cosines are there: their arrays take the coefficients.
-  const Coefficients<A> k = {scratch.array(0), scratch.array(1), scratch.array(2), scratch.array(11)};
+  const Coefficients<A> k = {scratch.array(11), scratch.array(12), scratch.array(13), scratch.array(14)};
   for (int64_t i = 0; i < cells; ++i) grad_product[i] = A(0);
+  clear_padding(grad_product, cells);
+  clear_padding(grad_cosine, cells);
 
   const A* grad_score = static_cast<const A*>(in.score);
   const A* grad_similarity = static_cast<const A*>(in.similarity);
@@ -442,10 +573,14 @@ void score_backward_range(const PairProblem& p, const XcosScoreGradients& in,
   A* grad_given = static_cast<A*>(out.attention);
   const A eps = static_cast<A>(p.eps);
   const bool features = out.a.data != nullptr || out.b.data != nullptr;
+  constexpr int N = native_lanes<A>();
+  const bool run =
+      is_run(p.shape, p.a) && is_run(p.shape, p.b) && is_run(p.shape, out.a) && is_run(p.shape, out.b);
+  const bool stream = run && streams<T, N>(p.shape, out.a) && streams<T, N>(p.shape, out.b);
   const bool weights = grad_score != nullptr || grad_attention_map != nullptr || grad_given != nullptr;
 
   for (int64_t n = begin; n < end; ++n) {
-    state.compute(n, weights);
+    state.compute(n, end, weights);
     const Cells<A>& cell = state.cell;
     const A g = grad_score != nullptr ? grad_score[n * in.score_stride] : A(0);
     for (int64_t i = 0; i < cells; ++i) {
@@ -459,17 +594,24 @@ void score_backward_range(const PairProblem& p, const XcosScoreGradients& in,
     attention_gradient(p, cell, grad_weight, grad_product,
                        grad_given != nullptr ? grad_given + n * cells : nullptr);
     if (!features) continue;
-    for (int64_t i = 0; i < cells; ++i) {
-      const CellCosine<A> c = {cell.cosine[i], cell.x_norm[i], cell.y_norm[i], cell.scale[i]};
-      const CellGradient<A> gradient = cell_gradient<A>(c, eps, grad_cosine[i], grad_product[i]);
-      k.x_from_y[i] = gradient.x_from_y;
-      k.x_from_x[i] = gradient.x_from_x;
-      k.y_from_x[i] = gradient.y_from_x;
-      k.y_from_y[i] = gradient.y_from_y;
+    cell_gradients(cell, cells, eps, grad_cosine, grad_product, k);
+    if (run) {
+      repeat_beginning(k.x_from_y, cells);
+      repeat_beginning(k.x_from_x, cells);
+      repeat_beginning(k.y_from_x, cells);
+      repeat_beginning(k.y_from_y, cells);
+      T* grad_a = static_cast<T*>(out.a.data) + n * out.a.pair_stride;
+      T* grad_b = static_cast<T*>(out.b.data) + n * out.b.pair_stride;
+      if (stream)
+        combine_run<T, A, N, true>(state.a(n), state.b(n), grad_a, grad_b, p.shape, k);
+      else
+        combine_run<T, A, N, false>(state.a(n), state.b(n), grad_a, grad_b, p.shape, k);
+      continue;
     }
     if (out.a.data != nullptr) write_gradient<T, A>(p.a, p.b, out.a, n, p.shape, k.x_from_x, k.x_from_y);
     if (out.b.data != nullptr) write_gradient<T, A>(p.b, p.a, out.b, n, p.shape, k.y_from_y, k.y_from_x);
   }
+  if (stream) fence_streams();
 }
 
 // Pairs a thread takes at least: enough work to pay for waking it.

@@ -8,7 +8,7 @@
 #include "core/half.h"
 #include "core/types.h"
 
-#if defined(__AVX2__) || defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -16,6 +16,16 @@ namespace xcos::cpu::XCOS_ISA {
 namespace {
 
 #define XCOS_INLINE inline __attribute__((always_inline))
+
+// Keeps a loaded vector in its register. GCC otherwise folds the load into each instruction that uses it, and
+// a vector that straddles two cache lines is then paid for twice.
+#if defined(__AVX512F__)
+#define XCOS_KEEP(v) asm("" : "+v"(v))
+#elif defined(__x86_64__)
+#define XCOS_KEEP(v) asm("" : "+x"(v))
+#else
+#define XCOS_KEEP(v)
+#endif
 
 // Storage types of half precision; the bits only, arithmetic happens in float.
 struct F16 {
@@ -152,6 +162,42 @@ XCOS_INLINE void store(F16* p, Vec<float, N> v) {
   }
 #endif
   for (int i = 0; i < N; ++i) store_one(p + i, v[i]);
+}
+
+// A store past the caches, for results too large to be found there again; p aligned to the vector's size in
+// memory. fence_streams() must follow before another thread may look.
+template <bool kStream, int N, typename T, typename V>
+XCOS_INLINE void store_result(T* p, V v) {
+#if defined(__x86_64__)
+  if constexpr (kStream) {
+    alignas(64) T line[N];
+    store<N>(line, v);
+    constexpr size_t size = sizeof(line);
+#if defined(__AVX512F__)
+    if constexpr (size == 64) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(p), _mm512_load_si512(line));
+      return;
+    }
+#endif
+#if defined(__AVX2__)
+    if constexpr (size == 32) {
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_load_si256(reinterpret_cast<__m256i*>(line)));
+      return;
+    }
+#endif
+    if constexpr (size == 16) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm_load_si128(reinterpret_cast<__m128i*>(line)));
+      return;
+    }
+  }
+#endif
+  store<N>(p, v);
+}
+
+XCOS_INLINE void fence_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 // Sum of the lanes, always in the same order.

@@ -6,6 +6,7 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
+#include "cuda/runtime.h"
 #include "ops/tensors.h"
 
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
@@ -28,8 +29,8 @@ class CudaScope {
   void* stream_ = nullptr;
 };
 
-inline void check_launch(const char* op, int32_t code, const char* message) {
-  check(code == 0, op, ": CUDA error ", code, ": ", message);
+inline void check_launch(const char* op, cuda::Status status) {
+  check(status == 0, op, ": CUDA error ", status, ": ", cuda::error_string(status));
 }
 
 }  // namespace xcos::ops

@@ -1,0 +1,39 @@
+"""Each instruction set that this processor has gives the reference's results; XCOS_CPU_ISA chooses among them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import xcos_ext
+
+def _run(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "XCOS_CPU_ISA": isa}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.parametrize("isa", xcos_ext.build_info()["isa_supported"])
+def test_operators_on_every_instruction_set(isa, request):
+    if isa == xcos_ext.build_info()["isa"]:
+        pytest.skip("the set in use: the whole suite runs on it")
+    # A process of its own: the choice is made once, at the first call.
+    folder = request.path.parent
+    files = [str(folder / name) for name in ("test_grid_cosine.py", "test_xcos_score.py", "test_contracts.py")]
+    chosen = "contiguous or channels_last or gradcheck or zero_cells or bounded or nan"
+    result = _run(isa, "-m", "pytest", "-q", "-x", "-k", chosen, "-p", "no:cacheprovider", *files)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.mark.parametrize("isa", xcos_ext.build_info()["isa_supported"])
+def test_choice_is_reported(isa):
+    result = _run(isa, "-c", "import xcos_ext; print(xcos_ext.build_info()['isa'])")
+    assert result.stdout.strip() == isa
+
+
+def test_unknown_instruction_set_is_refused():
+    result = _run("sse9", "-c", "import torch, xcos_ext; x = torch.zeros(1, 1, 1, 1); xcos_ext.grid_cosine(x, x)")
+    assert result.returncode != 0
+    assert "XCOS_CPU_ISA: expected baseline, avx2 or avx512, got sse9" in result.stderr

@@ -1,8 +1,9 @@
-"""MobileFaceNet (Chen et al., arXiv 1804.07573) in the two parameter layouts in which weights are distributed.
+"""MobileFaceNet (Chen et al., arXiv 1804.07573) in the two parameter layouts in which weights are
+distributed.
 
-Both have the same plan: a strided 3x3 convolution, inverted residual blocks down to 128x7x7, a 1x1 convolution
-to 512x7x7 and an output block of a 7x7 depthwise convolution, a linear layer to 128 and batch norm. They differ
-in names, in the activation (PReLU against ReLU6) and in how the second layer is built.
+Both have the same plan: a strided 3x3 convolution, inverted residual blocks down to 128x7x7, a 1x1
+convolution to 512x7x7 and an output block of a 7x7 depthwise convolution, a linear layer to 128 and batch
+norm. They differ in names, in the activation (PReLU against ReLU6) and in how the second layer is built.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class _Stage(nn.Module):
 class MobileFaceNet(Recogniser):
     """MobileFaceNet with PReLU: RGB [N, 3, 112, 112], (x/255 - 0.5)/0.5 -> 512x7x7 map -> embedding.
 
-    Parameter names are those of the InsightFace_Pytorch and xCos code (``conv1.conv.weight`` ... ``bn.bias``).
+    Parameter names are those of the InsightFace_Pytorch and xCos code (``conv1.conv.weight`` ...
+    ``bn.bias``).
 
     Args:
         embedding_size: length of the embedding.

@@ -65,7 +65,7 @@ class Preprocessing:
                 raise TypeError(f"faces[{i}]: expected a uint8 array, got {face.dtype}")
             if face.shape != (height, width, 3):
                 raise ValueError(
-                    f"faces[{i}]: expected an aligned RGB crop of shape ({height}, {width}, 3), got {face.shape}"
+                    f"faces[{i}]: expected an aligned RGB crop ({height}, {width}, 3), got {face.shape}"
                 )
         if not items:
             return torch.empty(0, 3, height, width)

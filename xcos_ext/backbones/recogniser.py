@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .preprocessing import ARCFACE, Preprocessing
 
-__all__ = ["SplitRecogniser", "Recogniser"]
+__all__ = ["Recogniser", "SplitRecogniser"]
 
 
 class Recogniser(nn.Module):
@@ -46,9 +46,7 @@ class Recogniser(nn.Module):
 
     def _require_output(self) -> None:
         if self.embedding_size is None:
-            raise RuntimeError(
-                f"{self.architecture}: this network was built without its output block, so it has no embedding"
-            )
+            raise RuntimeError(f"{self.architecture}: built without its output block, so it has no embedding")
 
 
 class SplitRecogniser(Recogniser):

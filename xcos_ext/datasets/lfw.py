@@ -28,8 +28,9 @@ class Pair(NamedTuple):
 def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
     """Read a pairs file in LFW's format.
 
-    The first line gives the number of folds and the number of pairs per kind; then every fold lists its genuine pairs
-    (``person number number``) and its impostor pairs (``person number person number``), separated by tabs or blanks.
+    The first line gives the number of folds and the number of pairs per kind; then every fold lists its
+    genuine pairs (``person number number``) and its impostor pairs (``person number person number``),
+    separated by tabs or blanks.
 
     Returns:
         Pairs in file order, folds numbered from 0.
@@ -43,7 +44,9 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not a text file ({error.reason})") from error
-    rows = [(number, line.split("\t") if "\t" in line else line.split()) for number, line in enumerate(lines, 1)]
+    rows = [
+        (number, line.split("\t") if "\t" in line else line.split()) for number, line in enumerate(lines, 1)
+    ]
     rows = [(number, fields) for number, fields in rows if any(fields)]
     try:
         (_, header), body = rows[0], rows[1:]
@@ -55,8 +58,8 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
         raise ValueError(f"{file}, line 1: expected '<folds> <pairs per kind>', got {first!r}") from error
     if len(body) != 2 * folds * per_kind:
         raise ValueError(
-            f"{file}: expected {2 * folds * per_kind} pairs ({folds} folds of {per_kind} genuine and {per_kind} "
-            f"impostor pairs), got {len(body)}"
+            f"{file}: expected {2 * folds * per_kind} pairs ({folds} folds of {per_kind} genuine and "
+            f"{per_kind} impostor pairs), got {len(body)}"
         )
     pairs: list[Pair] = []
     for index, (number, fields) in enumerate(body):
@@ -71,7 +74,9 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
                 pair = Pair(person_a, int(number_a), person_b, int(number_b), False, fold)
         except ValueError as error:
             expected = "person number number" if genuine else "person number person number"
-            raise ValueError(f"{file}, line {number}: expected '{expected}', got {' '.join(fields)!r}") from error
+            raise ValueError(
+                f"{file}, line {number}: expected '{expected}', got {' '.join(fields)!r}"
+            ) from error
         pairs.append(pair)
     return pairs
 
@@ -136,6 +141,7 @@ class LFW:
     def people_in_no_pair(self) -> tuple[str, ...]:
         """People with pictures here who appear in no pair of the file, in any fold; sorted.
 
-        Whatever is estimated from their pictures (means, axes, thresholds) is independent of the protocol's figures.
+        Whatever is estimated from their pictures (means, axes, thresholds) is independent of the protocol's
+        figures.
         """
         return tuple(person for person in self.pictures.people if person not in self._paired)

@@ -10,7 +10,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from xcos_ext.errors import PictureError
 
@@ -22,8 +21,9 @@ _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"})
 class PersonFolder:
     """Pictures stored as ``.../<person>/<picture>``, in a folder or a zip archive.
 
-    A picture's key is ``"<person>/<file name>"``. People and keys are sorted, so indices are reproducible. Archives are
-    read in place, without unpacking; objects can be pickled and used from several processes and threads.
+    A picture's key is ``"<person>/<file name>"``. People and keys are sorted, so indices are reproducible.
+    Archives are read in place, without unpacking; objects can be pickled and used from several processes and
+    threads.
 
     Args:
         path: the folder or zip archive; what lies above the person folders does not matter.
@@ -122,6 +122,10 @@ class PersonFolder:
             PictureError: the picture cannot be decoded.
         """
         try:
+            from PIL import Image
+        except ImportError as error:
+            raise ImportError("reading pictures needs Pillow: pip install 'xcos_ext[cli]'") from error
+        try:
             with Image.open(io.BytesIO(self._bytes(key))) as picture:
                 return np.array(picture.convert("RGB"))
         except (
@@ -129,7 +133,6 @@ class PersonFolder:
             SyntaxError,
             ValueError,
             zipfile.BadZipFile,
-            UnidentifiedImageError,
             Image.DecompressionBombError,
         ) as error:
             raise PictureError(f"{self.path}: {key}: cannot be decoded ({error})") from error

@@ -1,12 +1,13 @@
-"""Verification figures from scores: k-fold accuracy, AUC, EER, error curves, thresholds at a false match rate.
+"""Verification figures from scores: k-fold accuracy, AUC, EER, error curves, thresholds at a false match
+rate.
 
 Everywhere a larger score means more alike, and a pair is declared genuine if score >= threshold:
 
 * FMR(t), false match rate: share of impostor pairs with score >= t (also FAR),
 * FNMR(t), false non-match rate: share of genuine pairs with score < t; TAR = 1 - FNMR.
 
-Impostor pairs that share people are not independent, so the confidence bounds here are optimistic where few people make
-many pairs.
+Impostor pairs that share people are not independent, so the confidence bounds here are optimistic where few
+people make many pairs.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ __all__ = [
     "best_threshold",
     "eer",
     "error_curves",
+    "fmr_threshold",
     "fmr_upper_bound",
     "kfold_accuracy",
     "operating_point",
@@ -41,7 +43,9 @@ def _split(scores: ArrayLike, genuine: ArrayLike) -> tuple[Floats, NDArray[np.bo
     values = np.asarray(scores, dtype=np.float64)
     labels = np.asarray(genuine)
     if values.ndim != 1 or labels.shape != values.shape:
-        raise ValueError(f"scores, genuine: expected two equal lengths, got {values.shape} and {labels.shape}")
+        raise ValueError(
+            f"scores, genuine: expected two equal lengths, got {values.shape} and {labels.shape}"
+        )
     if labels.dtype != np.bool_:
         if not np.isin(labels, (0, 1)).all():
             raise ValueError("genuine: expected booleans or 0 and 1")
@@ -134,8 +138,8 @@ def best_threshold(scores: ArrayLike, genuine: ArrayLike, candidates: ArrayLike 
     Args:
         scores: [N], finite.
         genuine: [N], booleans or 0/1; both kinds must occur.
-        candidates: thresholds to choose from, e.g. ``np.arange(-1, 1, 0.005)`` as in much published code; by default
-            the midpoints between neighbouring distinct scores, which lose no accuracy.
+        candidates: thresholds to choose from, e.g. ``np.arange(-1, 1, 0.005)`` as in much published code; by
+            default the midpoints between neighbouring distinct scores, which lose no accuracy.
     """
     values, labels = _split(scores, genuine)
     if candidates is None:
@@ -233,20 +237,53 @@ def fmr_upper_bound(false_matches: int, impostors: int, confidence: float = 0.95
     return high
 
 
+def fmr_threshold(impostor_scores: ArrayLike, fmr: float) -> float:
+    """The smallest threshold at which the share of impostor scores >= threshold is at most ``fmr``.
+
+    It lies halfway between the largest score that has to be rejected and the next one above, or just above
+    the largest score where the number of pairs cannot resolve the rate.
+
+    Args:
+        impostor_scores: [N], finite, N >= 1.
+        fmr: requested false match rate in (0, 1).
+
+    Raises:
+        ValueError: a rate outside (0, 1), no scores, or scores that are not finite.
+    """
+    if not 0 < fmr < 1:
+        raise ValueError(f"fmr: expected a rate in (0, 1), got {fmr}")
+    impostors = np.sort(np.asarray(impostor_scores, dtype=np.float64).ravel())
+    if impostors.size == 0 or not np.isfinite(impostors).all():
+        raise ValueError("impostor_scores: expected at least one score, all finite")
+    rejected = impostors[impostors.size - 1 - _allowed(fmr, impostors.size)]
+    above = impostors[np.searchsorted(impostors, rejected, "right") :]
+    if above.size:
+        return float((rejected + above[0]) / 2)
+    # Just above in fp32, so that an fp32 score equal to `rejected` stays below after rounding.
+    threshold = float(np.nextafter(np.float32(rejected), np.float32(np.inf)))
+    return threshold if threshold > rejected else float(np.nextafter(rejected, np.inf))
+
+
+def _allowed(fmr: float, impostors: int) -> int:
+    """False matches that a rate allows; the product may miss a whole number by rounding (0.07 * 100)."""
+    return int(np.floor(fmr * impostors * (1 + 1e-12)))
+
+
 @dataclass(frozen=True)
 class OperatingPoint:
     """What a requested false match rate costs, and how well this many pairs can tell.
 
     Attributes:
         requested: the requested FMR.
-        threshold: the smallest threshold with FMR <= requested on these pairs (halfway to the next impostor score).
+        threshold: the smallest threshold with FMR <= requested on these pairs (:func:`fmr_threshold`).
         fmr: FMR at the threshold, as observed.
         fmr_upper95: its exact 95 % upper bound for independent pairs (:func:`fmr_upper_bound`).
         tar: share of genuine pairs accepted, 1 - FNMR.
         false_matches: impostor pairs accepted.
         impostors: impostor pairs in all; rates below 1 / impostors cannot be observed.
-        resolved: whether requested >= 1 / impostors. If not, the threshold is just above the largest impostor score and
-            says little about the requested rate. For a reliable figure expect 30 or more false matches.
+        resolved: whether requested >= 1 / impostors. If not, the threshold is just above the largest impostor
+            score and says little about the requested rate. For a reliable figure expect 30 or more false
+            matches.
     """
 
     requested: float
@@ -270,31 +307,19 @@ def operating_point(scores: ArrayLike, genuine: ArrayLike, fmr: float) -> Operat
     Raises:
         ValueError: a rate outside (0, 1), or scores as in :func:`error_curves`.
     """
-    if not 0 < fmr < 1:
-        raise ValueError(f"fmr: expected a rate in (0, 1), got {fmr}")
     values, labels = _split(scores, genuine)
-    impostors = np.sort(values[~labels])
-    # Tolerance: 0.1 * 30 must allow 3 false matches although the product is 3.0000000000000004 or 2.9999999999999996.
-    allowed = int(np.floor(fmr * impostors.size * (1 + 1e-12)))
-    rejected = impostors[impostors.size - 1 - allowed]  # the largest impostor score that must stay below
-    above = impostors[np.searchsorted(impostors, rejected, "right") :]
-    if above.size:
-        threshold = (rejected + above[0]) / 2
-    else:
-        # Just above in fp32, so that an fp32 score equal to `rejected` still stays below.
-        threshold = float(np.nextafter(np.float32(rejected), np.float32(np.inf)))
-        if threshold <= rejected:
-            threshold = float(np.nextafter(rejected, np.inf))
+    impostors = values[~labels]
+    threshold = fmr_threshold(impostors, fmr)
     false_matches = int((impostors >= threshold).sum())
     return OperatingPoint(
         requested=float(fmr),
-        threshold=float(threshold),
+        threshold=threshold,
         fmr=false_matches / impostors.size,
         fmr_upper95=fmr_upper_bound(false_matches, impostors.size),
         tar=float((values[labels] >= threshold).mean()),
         false_matches=false_matches,
         impostors=int(impostors.size),
-        resolved=fmr * impostors.size * (1 + 1e-12) >= 1,
+        resolved=_allowed(fmr, impostors.size) >= 1,
     )
 
 

@@ -7,10 +7,11 @@ from .head import ClosedFormHead, XCosHead
 from .loading import load_model, load_recogniser, save_model
 from .margin import ArcFaceHead, CosFaceHead
 from .model import Preprocessing, XCosModel
-from .plugin import plug, plug_statistics
+from .plugin import DEFAULT_SPREAD, plug, plug_statistics
 from .statistics import Calibration, PlugStatistics, find_statistics
 
 __all__ = [
+    "DEFAULT_SPREAD",
     "ArcFaceHead",
     "Calibration",
     "CellMatrices",

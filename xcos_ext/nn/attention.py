@@ -39,8 +39,8 @@ class XCosAttention(nn.Module):
     Args:
         channels: channels of the grid feature.
         hidden: channels inside.
-        normalize: ``"softmax"`` over the cells, or ``"min-shift"``: subtract the smallest value and divide by the
-            sum (a map of equal values becomes uniform). The temperature has no effect on min-shift.
+        normalize: ``"softmax"`` over the cells, or ``"min-shift"``: subtract the smallest value and divide by
+            the sum (a map of equal values becomes uniform). The temperature has no effect on min-shift.
         temperature: T > 0; large values flatten W.
         symmetric: average both orders.
 
@@ -81,7 +81,7 @@ class XCosAttention(nn.Module):
 
     @property
     def fusable(self) -> bool:
-        """Whether W is softmax(:meth:`logits` / T), which ``xcos_score(..., logits=True)`` computes itself."""
+        """Whether W is softmax(logits / T), which ``xcos_score(..., logits=True)`` computes itself."""
         return self.normalize == "softmax" and not self.symmetric
 
     def config(self) -> dict[str, int | float | bool | str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,11 +12,13 @@ from torch.func import functional_call
 from xcos_ext.backbones.recogniser import Recogniser
 from xcos_ext.errors import ModelError
 
-__all__ = ["CellMatrices", "cell_matrices", "separate"]
+__all__ = ["CellMatrices", "cell_matrices", "separate", "spread_matrix"]
 
 _ROWS_AT_ONCE = 32  # rows of M per backward pass; bounds the memory of the 25,088-wide IR-SE block
 _AFFINE_TOLERANCE = 1e-9  # relative, in fp64; a rectifier or a norm in the block misses it by orders
-_SEPARABLE_TOLERANCE = 1e-10  # relative, in fp64: a depthwise block is separable up to rounding, others are far off
+_SEPARABLE_TOLERANCE = (
+    1e-10  # relative, in fp64: a depthwise block is separable up to rounding, others are far off
+)
 
 
 class CellMatrices(NamedTuple):
@@ -36,11 +39,13 @@ class _OutputBlock(nn.Module):
         return self.recogniser.embed(grid)
 
 
+# Gradients are needed here even when a caller loads models under inference_mode().
+@torch.inference_mode(False)
 def cell_matrices(recogniser: Recogniser) -> CellMatrices:
     """M_ij and c of a recogniser's output block in evaluation mode.
 
-    Works for every affine block, whatever its layers, because the rows of M are read off as gradients in fp64;
-    that the block is affine is checked on random maps.
+    Works for every affine block, whatever its layers, because the rows of M are read off as gradients in
+    fp64; that the block is affine is checked on random maps.
 
     Args:
         recogniser: a network with an output block. Its training mode is restored afterwards.
@@ -54,7 +59,9 @@ def cell_matrices(recogniser: Recogniser) -> CellMatrices:
     block = _OutputBlock(recogniser)
     prefixes = tuple(f"recogniser.{p}" for p in recogniser.output_prefixes) or ("recogniser.",)
     state = {
-        name: tensor.detach().to("cpu", torch.float64 if tensor.is_floating_point() else tensor.dtype)
+        name: tensor.detach().to(
+            "cpu", torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True
+        )
         for name, tensor in block.state_dict().items()
         if name.startswith(prefixes)
     }
@@ -122,3 +129,27 @@ def separate(matrices: Tensor) -> tuple[Tensor, Tensor] | None:
     if not residual <= _SEPARABLE_TOLERANCE * flat.abs().amax():
         return None
     return weight, scale.view(matrices.shape[1:])
+
+
+def spread_matrix(size: tuple[int, int], sigma: float) -> Tensor | None:
+    """How cells share with their neighbours: a Gaussian of ``sigma`` cells, normalised per giving cell.
+
+    Args:
+        size: (H, W) of the grid.
+        sigma: standard deviation in cells; 0 means no sharing.
+
+    Returns:
+        G [P, P] fp64, G[to, from], every column summing to 1 (so the sum over all cells is kept), or None for
+        sigma 0.
+
+    Raises:
+        ValueError: sigma is negative or not finite.
+    """
+    if not (math.isfinite(sigma) and sigma >= 0):
+        raise ValueError(f"spread: expected a finite number >= 0 (in cells), got {sigma}")
+    if sigma == 0:
+        return None
+    rows, columns = (torch.arange(n, dtype=torch.float64) for n in size)
+    vertical = torch.exp(-0.5 * ((rows[:, None] - rows) / sigma) ** 2)
+    horizontal = torch.exp(-0.5 * ((columns[:, None] - columns) / sigma) ** 2)
+    return torch.kron(vertical / vertical.sum(0), horizontal / horizontal.sum(0))

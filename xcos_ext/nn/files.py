@@ -1,4 +1,4 @@
-"""Reading and writing weights safely: no code in a file is ever run, and nothing half-written stays behind."""
+"""Reading and writing weights safely: no code in a file is ever run, nothing half-written stays behind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from xcos_ext.errors import ModelError
@@ -74,7 +74,8 @@ def write_safetensors(path: StrPath, tensors: Mapping[str, Tensor], metadata: Ma
     try:
         if file.is_dir():
             raise ModelError(f"{file}: cannot be written: it is a directory")
-        save_file(copies, str(temporary), dict(metadata))
+        # Bytes first: save_file() would create a file that only its owner can read.
+        temporary.write_bytes(save(copies, dict(metadata)))
         os.replace(temporary, file)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{file}: cannot be written: {_first_line(error)}") from error
@@ -86,8 +87,8 @@ def write_safetensors(path: StrPath, tensors: Mapping[str, Tensor], metadata: Ma
 def read_weights(path: StrPath) -> tuple[dict[str, Any], dict[str, str]]:
     """Whatever a weights file holds, from safetensors or from ``torch.save``, chosen by its first bytes.
 
-    ``torch.load`` runs with ``weights_only=True``: a pickle that names anything but tensors and plain containers
-    is refused before it runs.
+    ``torch.load`` runs with ``weights_only=True``: a pickle that names anything but tensors and plain
+    containers is refused before it runs.
 
     Returns:
         (contents, metadata): the top-level mapping, and safetensors metadata ({} for torch files).
@@ -99,18 +100,22 @@ def read_weights(path: StrPath) -> tuple[dict[str, Any], dict[str, str]]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         head = stream.read(16)
-    if head[:2] == b"PK" or head[:1] == b"\x80":
-        return _torch_load(file), {}
+    # safetensors first: its length field may well begin with the magic bytes of a pickle.
     header = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else 0
-    if file.suffix == ".safetensors" or (head[8:9] == b"{" and 0 < header < 1 << 28):
-        if len(head) < 9 or 8 + header > size:
-            raise ModelError(f"{file}: damaged or truncated safetensors file ({size} bytes)")
+    safe = head[8:9] == b"{" and 0 < header < 1 << 32
+    if safe and 8 + header <= size:
         return read_safetensors(file)  # type: ignore[return-value]
+    if not safe and (head[:2] == b"PK" or head[:1] == b"\x80"):
+        return _torch_load(file), {}
+    if safe or file.suffix == ".safetensors":
+        raise ModelError(f"{file}: damaged or truncated safetensors file ({size} bytes)")
     if file.suffix == ".onnx":
-        raise ModelError(f"{file}: this is an ONNX graph; expected PyTorch weights (.pt, .pth or .safetensors)")
+        raise ModelError(
+            f"{file}: this is an ONNX graph; expected PyTorch weights (.pt, .pth or .safetensors)"
+        )
     raise ModelError(
-        f"{file}: not a weights file (starts with {head[:4]!r}); expected a PyTorch state dict (.pt, .pth) or "
-        ".safetensors"
+        f"{file}: not a weights file (starts with {head[:4]!r}); expected a PyTorch state dict (.pt, .pth) "
+        "or .safetensors"
     )
 
 
@@ -125,11 +130,13 @@ def _torch_load(file: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # torch warns about archives that it then refuses anyway
             contents = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"[Cc]lass(?:es)? ([\w.]+)", str(error))
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(
+            r"[Cc]lass(?:es)? ([\w.]+)", str(error)
+        )
         what = f"it asks for {wanted.group(1)!r}" if wanted else "it holds more than tensors"
         raise ModelError(
             f"{file}: refused, because the pickle could run code ({what}); nothing in it was executed. "
-            "Expected a plain state dict; have its owner save it again with torch.save(model.state_dict(), ...)"
+            "Expected a plain state dict; have it saved again with torch.save(model.state_dict(), ...)"
         ) from error
     except Exception as error:  # torch raises many types for damaged archives
         raise ModelError(f"{file}: damaged or truncated PyTorch file ({_first_line(error)})") from error

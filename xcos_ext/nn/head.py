@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,21 @@ from xcos_ext.ops import XCosScore, xcos_score
 from .attention import XCosAttention
 
 __all__ = ["ClosedFormHead", "XCosHead"]
+
+
+def _score(
+    a: Tensor,
+    b: Tensor,
+    attention: Tensor | Literal["norm"] | None,
+    return_maps: bool,
+    temperature: float | None = None,
+) -> Tensor | XCosScore:
+    """The fused operator; with a temperature, ``attention`` holds logits."""
+    logits = temperature is not None
+    scale = 1.0 if temperature is None else temperature
+    if return_maps:
+        return xcos_score(a, b, attention, logits=logits, temperature=scale, return_maps=True)
+    return xcos_score(a, b, attention, logits=logits, temperature=scale)
 
 
 class XCosHead(nn.Module):
@@ -72,12 +87,25 @@ class XCosHead(nn.Module):
     def features(self, grid: Tensor) -> Tensor:
         """The backbone's map [N, in_channels, H, W] -> grid feature F [N, channels, H, W]."""
         if grid.dim() != 4 or grid.shape[1] != self.in_channels:
-            raise ValueError(f"grid: expected [N, {self.in_channels}, H, W], got {list(grid.shape)} (XCosHead)")
+            raise ValueError(
+                f"grid: expected [N, {self.in_channels}, H, W], got {list(grid.shape)} (XCosHead)"
+            )
         return self.conv1x1(grid)
 
     def identity(self, features: Tensor) -> Tensor:
-        """F flattened to [N, channels * H * W] and scaled to unit length: what a margin head sees in training."""
+        """F flattened to [N, channels * H * W], at unit length: what a margin head sees in training."""
         return F.normalize(features.flatten(1), dim=1)
+
+    @overload
+    def score(
+        self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[False] = ...
+    ) -> Tensor: ...
+
+    @overload
+    def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[True]) -> XCosScore: ...
+
+    @overload
+    def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: bool) -> Tensor | XCosScore: ...
 
     def score(
         self, features_a: Tensor, features_b: Tensor, *, return_maps: bool = False
@@ -93,79 +121,93 @@ class XCosHead(nn.Module):
             Scores [N], or ``XCosScore(score [N], similarity [N, H, W], attention [N, H, W])``.
         """
         if self.attention is None:
-            mode = "norm" if self.fixed_attention == "norm" else None
-            return xcos_score(features_a, features_b, mode, return_maps=return_maps)
+            fixed: Literal["norm"] | None = "norm" if self.fixed_attention == "norm" else None
+            return _score(features_a, features_b, fixed, return_maps)
         if self.attention.fusable:
             logits = self.attention.logits(features_a, features_b)
-            return xcos_score(
-                features_a,
-                features_b,
-                logits,
-                logits=True,
-                temperature=self.attention.temperature,
-                return_maps=return_maps,
-            )
-        return xcos_score(
-            features_a, features_b, self.attention(features_a, features_b), return_maps=return_maps
-        )
+            return _score(features_a, features_b, logits, return_maps, self.attention.temperature)
+        return _score(features_a, features_b, self.attention(features_a, features_b), return_maps)
 
     def forward(self, grid_a: Tensor, grid_b: Tensor) -> XCosScore:
         """Two maps [N, in_channels, H, W] -> score, similarity and attention."""
-        result = self.score(self.features(grid_a), self.features(grid_b), return_maps=True)
-        assert isinstance(result, XCosScore)
-        return result
+        return self.score(self.features(grid_a), self.features(grid_b), return_maps=True)
+
+
+def _per_cell(matrices: Tensor, cells: Tensor) -> Tensor:
+    """One matrix per cell: [P, K, D] and [N, D, H, W] -> [N, K, H, W], contiguous."""
+    product = torch.bmm(matrices, cells.flatten(2).permute(2, 1, 0))  # [P, K, N]
+    return product.permute(2, 1, 0).contiguous().unflatten(2, tuple(cells.shape[2:]))
 
 
 class ClosedFormHead(nn.Module):
-    """Cells of a linear output block: F_ij = M_ij x_ij - mean_ij, scored with norm attention. Nothing is trained.
+    """Cells of a linear output block: F_ij = sum_kl G_ij,kl M_kl x_kl - mean_ij, scored with norm attention.
 
-    Where a recogniser's output block is affine, its embedding is a sum over cells, emb = sum_ij M_ij x_ij + c.
-    Each summand is the cell's share of the identity. S is the cosine of two shares, W_ij is proportional to
-    |F_ij(A)| |F_ij(B)|, so the score is sum F(A).F(B) / sum |F(A)| |F(B)|. Built by :func:`xcos_ext.nn.plug`.
+    Where a recogniser's output block is affine, its embedding is a sum over cells, emb = sum_kl M_kl x_kl +
+    c: each summand is the cell's share of the identity. G hands part of every share to the neighbouring cells
+    (columns sum to 1, so the sum over cells stays the embedding); without it F_ij is the cell's own share. S
+    is the cosine of two F, W_ij is proportional to |F_ij(A)| |F_ij(B)|, so the score is sum F(A).F(B) / sum
+    |F(A)| |F(B)|. Nothing is trained. Built by :func:`xcos_ext.nn.plug`.
 
     Args:
         weight: M. Either one matrix for all cells [D, C], with the cell's own part in ``scale``, or one per
-            cell [H * W, D, C] (cells in row-major order).
+            cell [P, D, C] (P = H * W cells in row-major order).
         scale: [C, H, W] multiplied with the map first, or None. Required with the [D, C] form.
-        mean: [D, H, W] subtracted from every cell, or None for cells that are not centred.
-        constant: c [D], the embedding of an all-zero map, or None if F was projected to fewer dimensions.
+        spread: G [P, P] (to, from), or None for each cell on its own.
+        mean: [D, H, W] subtracted from every cell after G, or None for cells that are not centred.
+        basis: [P, K, D] axes onto which every cell is projected last, or None.
+        constant: c [D], the embedding of an all-zero map.
         grid_shape: (C, H, W) of the map.
+
+    Raises:
+        ValueError: a tensor of another shape.
     """
 
     kind = "closed-form"
 
     weight: Tensor
     scale: Tensor | None
+    spread: Tensor | None
     mean: Tensor | None
-    constant: Tensor | None
+    basis: Tensor | None
+    constant: Tensor
 
     def __init__(
         self,
         weight: Tensor,
         *,
-        scale: Tensor | None,
-        mean: Tensor | None,
-        constant: Tensor | None,
+        scale: Tensor | None = None,
+        spread: Tensor | None = None,
+        mean: Tensor | None = None,
+        basis: Tensor | None = None,
+        constant: Tensor,
         grid_shape: tuple[int, int, int],
     ) -> None:
         super().__init__()
         channels, height, width = grid_shape
+        cells = height * width
+        if weight.dim() < 2:
+            raise ValueError(
+                f"weight: expected [D, C] or [P, D, C], got {list(weight.shape)} (ClosedFormHead)"
+            )
         dim = weight.shape[-2]
-        expected = (dim, channels) if scale is not None else (height * width, dim, channels)
-        if tuple(weight.shape) != expected:
-            raise ValueError(f"weight: expected {list(expected)}, got {list(weight.shape)} (ClosedFormHead)")
+        axes = dim if basis is None or basis.dim() != 3 else basis.shape[1]
         for name, tensor, shape in (
+            ("weight", weight, (dim, channels) if scale is not None else (cells, dim, channels)),
             ("scale", scale, (channels, height, width)),
+            ("spread", spread, (cells, cells)),
             ("mean", mean, (dim, height, width)),
+            ("basis", basis, (cells, axes, dim)),
             ("constant", constant, (dim,)),
         ):
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)} (ClosedFormHead)")
         self.grid_shape = (channels, height, width)
-        self.channels = dim
+        self.channels = axes
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
+        self.register_buffer("spread", spread)
         self.register_buffer("mean", mean)
+        self.register_buffer("basis", basis)
         self.register_buffer("constant", constant)
 
     def config(self) -> dict[str, Any]:
@@ -173,18 +215,21 @@ class ClosedFormHead(nn.Module):
         return {"grid_shape": list(self.grid_shape)}
 
     def features(self, grid: Tensor) -> Tensor:
-        """The backbone's map [N, C, H, W] -> cell features F [N, D, H, W]."""
+        """The backbone's map [N, C, H, W] -> cell features F [N, D or K, H, W]."""
         if grid.dim() != 4 or tuple(grid.shape[1:]) != self.grid_shape:
-            raise ValueError(
-                f"grid: expected [N, {', '.join(map(str, self.grid_shape))}], got {list(grid.shape)} (ClosedFormHead)"
-            )
-        _, height, width = self.grid_shape
+            expected = ", ".join(map(str, self.grid_shape))
+            raise ValueError(f"grid: expected [N, {expected}], got {list(grid.shape)} (ClosedFormHead)")
+        size = self.grid_shape[1:]
+        grid = grid.to(self.weight.dtype)  # a half-precision backbone does not make the cells half
         if self.scale is not None:
             cells = F.conv2d(grid * self.scale, self.weight[:, :, None, None])
         else:
-            per_cell = torch.bmm(self.weight, grid.flatten(2).permute(2, 1, 0))  # [H*W, D, N]
-            cells = per_cell.permute(2, 1, 0).unflatten(2, (height, width)).contiguous()
-        return cells if self.mean is None else cells - self.mean
+            cells = _per_cell(self.weight, grid)
+        if self.spread is not None:
+            cells = (cells.flatten(2) @ self.spread.T).unflatten(2, size)
+        if self.mean is not None:
+            cells = cells - self.mean
+        return cells if self.basis is None else _per_cell(self.basis, cells)
 
     def embedding(self, features: Tensor) -> Tensor:
         """The recogniser's own embedding [N, D] from cell features F [N, D, H, W]: their sum plus constants.
@@ -192,10 +237,21 @@ class ClosedFormHead(nn.Module):
         Raises:
             ValueError: F was projected to fewer dimensions, so the embedding is lost.
         """
-        if self.constant is None:
+        if self.basis is not None:
             raise ValueError("features: these cells were projected, so their sum is not the embedding")
         total = features.sum((2, 3)) + self.constant
         return total if self.mean is None else total + self.mean.sum((1, 2))
+
+    @overload
+    def score(
+        self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[False] = ...
+    ) -> Tensor: ...
+
+    @overload
+    def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[True]) -> XCosScore: ...
+
+    @overload
+    def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: bool) -> Tensor | XCosScore: ...
 
     def score(
         self, features_a: Tensor, features_b: Tensor, *, return_maps: bool = False
@@ -210,14 +266,14 @@ class ClosedFormHead(nn.Module):
         Returns:
             Scores [N], or ``XCosScore(score [N], similarity [N, H, W], attention [N, H, W])``.
         """
-        return xcos_score(features_a, features_b, "norm", return_maps=return_maps)
+        return _score(features_a, features_b, "norm", return_maps)
 
     def forward(self, grid_a: Tensor, grid_b: Tensor) -> XCosScore:
         """Two maps [N, C, H, W] -> score, similarity and attention."""
-        result = self.score(self.features(grid_a), self.features(grid_b), return_maps=True)
-        assert isinstance(result, XCosScore)
-        return result
+        return self.score(self.features(grid_a), self.features(grid_b), return_maps=True)
 
     def extra_repr(self) -> str:
-        form = "per channel and cell" if self.scale is not None else "per cell"
-        return f"{self.grid_shape[0]} -> {self.channels}, {form}, centred={self.mean is not None}"
+        return (
+            f"{self.grid_shape[0]} -> {self.channels}, centred={self.mean is not None}, "
+            f"spread={self.spread is not None}, projected={self.basis is not None}"
+        )

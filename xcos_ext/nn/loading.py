@@ -23,7 +23,7 @@ from .files import StrPath, read_weights, write_safetensors
 from .fingerprint import fingerprint_weights
 from .head import ClosedFormHead, XCosHead
 from .model import XCosModel
-from .plugin import plug
+from .plugin import DEFAULT_SPREAD, plug
 from .statistics import PlugStatistics, find_statistics
 
 __all__ = ["load_model", "load_recogniser", "save_model"]
@@ -36,7 +36,7 @@ _NAMED = 4  # keys named in an error before "..."
 State = dict[str, Tensor]
 
 
-# --- reading a state dict ------------------------------------------------------------------------------------
+# --- reading a state dict
 
 
 def _few(names: Iterable[str]) -> str:
@@ -85,20 +85,16 @@ def _meta(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
-def _load_strict(module: nn.Module, state: Mapping[str, Tensor], path: StrPath, what: str) -> None:
-    """Assign ``state`` to a module built by :func:`_meta`, after naming every key that does not fit."""
+def _check_keys(module: nn.Module, state: Mapping[str, Tensor], path: StrPath, what: str) -> None:
+    """Compare names and shapes with a module's own; one error names everything that does not fit."""
     expected = module.state_dict()
-    filled = dict(state)
-    for key, value in expected.items():
-        # Weights saved by old torch versions have no step counters.
-        if key.endswith("num_batches_tracked") and key not in filled:
-            filled[key] = torch.zeros((), dtype=value.dtype)
-    missing = [key for key in expected if key not in filled]
-    unexpected = [key for key in filled if key not in expected]
+    # Weights saved by old torch versions have no step counters.
+    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in expected]
     shapes = [
-        f"{key} (expected {list(expected[key].shape)}, got {list(filled[key].shape)})"
-        for key in expected
-        if key in filled and filled[key].shape != expected[key].shape
+        f"{key} (expected {list(value.shape)}, got {list(state[key].shape)})"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
     ]
     problems = [
         f"{len(found)} {label}: {_few(found)}"
@@ -111,13 +107,21 @@ def _load_strict(module: nn.Module, state: Mapping[str, Tensor], path: StrPath, 
     ]
     if problems:
         raise ModelError(f"{path}: keys do not fit {what}: {'; '.join(problems)}")
-    module.load_state_dict(
-        {
-            key: filled[key].clone() if filled[key].is_floating_point() else filled[key].to(value.dtype)
-            for key, value in expected.items()
-        },
-        assign=True,
-    )
+
+
+def _load_strict(module: nn.Module, state: Mapping[str, Tensor], path: StrPath, what: str) -> None:
+    """Assign ``state`` to a module built by :func:`_meta`, after :func:`_check_keys`."""
+    _check_keys(module, state, path, what)
+    assigned: State = {}
+    for key, value in module.state_dict().items():
+        given = state.get(key)
+        if given is None:
+            assigned[key] = torch.zeros((), dtype=value.dtype)  # a missing step counter
+        elif value.is_floating_point():
+            assigned[key] = given.float().contiguous()
+        else:
+            assigned[key] = given.to(value.dtype)
+    module.load_state_dict(assigned, assign=True)
     module.requires_grad_(True)
 
 
@@ -125,7 +129,7 @@ def _sub(state: Mapping[str, Tensor], prefix: str) -> State:
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
 
 
-# --- recognising layouts -------------------------------------------------------------------------------------
+# --- recognising layouts
 
 
 def _irse_name(state: Mapping[str, Tensor], path: StrPath) -> str:
@@ -133,8 +137,8 @@ def _irse_name(state: Mapping[str, Tensor], path: StrPath) -> str:
     depth = {24: 50, 49: 100, 50: 152}.get(len(units))
     if depth is None:
         raise ModelError(
-            f"{path}: an IR network with {len(units)} residual units; known are 24 (IR-50), 49 (IR-100) and 50 "
-            "(IR-152)"
+            f"{path}: an IR network with {len(units)} residual units; known are 24 (IR-50), 49 (IR-100) and "
+            "50 (IR-152)"
         )
     squeeze = any(".res_layer.5." in key for key in state)
     return f"ir_se_{depth}" if squeeze else f"ir_{depth}"
@@ -167,7 +171,7 @@ def _as_recogniser(state: State, path: StrPath) -> Recogniser | None:
     """A recogniser if the keys are one's, also under ``backbone.`` beside a margin head; else None."""
     name = _recogniser_name(state, path)
     if name is None and any(key.startswith("backbone.") for key in state):
-        others = [key for key in state if not key.startswith(("backbone.", "head."))]
+        others = [key for key in state if not key.startswith("backbone.") and key != "head.kernel"]
         inner = _sub(state, "backbone.")
         if not others and (name := _recogniser_name(inner, path)) is not None:
             state = inner
@@ -176,13 +180,13 @@ def _as_recogniser(state: State, path: StrPath) -> Recogniser | None:
 
 def _unknown(state: Mapping[str, Tensor], path: StrPath) -> ModelError:
     return ModelError(
-        f"{path}: no known layout ({len(state)} tensors, first: {_few(state)}); supported are xcos_ext models, the "
-        "public xCos checkpoints (backbone.*, attention.*) and recognisers with the keys of IR(-SE) 50/100/152 and "
-        "MobileFaceNet"
+        f"{path}: no known layout ({len(state)} tensors, first: {_few(state)}); supported are xcos_ext "
+        "models, the public xCos checkpoints (backbone.*, attention.*) and recognisers with the keys of "
+        "IR(-SE) 50/100/152 and MobileFaceNet"
     )
 
 
-# --- the public xCos checkpoints -----------------------------------------------------------------------------
+# --- the public xCos checkpoints
 
 
 def _is_official(state: Mapping[str, Tensor]) -> bool:
@@ -199,7 +203,8 @@ def _from_official(state: State, path: StrPath) -> XCosModel:
     # One module with every key that the layout may have, so that one check names all that does not fit.
     whole = _meta(nn.Module)
     has = {
-        group: any(key.startswith(group) for key in state) for group in ("backbone.output_layer.", "backbone_target.")
+        group: any(key.startswith(group) for key in state)
+        for group in ("backbone.output_layer.", "backbone_target.")
     }
     whole.backbone = _meta(lambda: backbones.create(name, output=has["backbone.output_layer."]))
     head = _meta(XCosHead)
@@ -214,18 +219,20 @@ def _from_official(state: State, path: StrPath) -> XCosModel:
         if kernel.dim() != 2 or kernel.shape[0] != 32 * 7 * 7:
             raise ModelError(f"{path}: head.kernel: expected [1568, classes], got {list(kernel.shape)}")
         state = {key: value for key, value in state.items() if key != "head.kernel"}
-    _load_strict(whole, state, path, f"the xCos layout over {name}")
+    _check_keys(whole, state, path, f"the xCos layout over {name}")
 
     # The output block in there was not trained with this head and the teacher is not needed: neither is kept.
     body = _meta(lambda: backbones.create(name, output=False))
-    wanted = set(body.state_dict())
-    _load_strict(
-        body, {k: v for k, v in whole.backbone.state_dict().items() if k in wanted}, path, name
-    )
+    assert isinstance(body, Recogniser)
+    wanted = body.state_dict()
+    _load_strict(body, {key: value for key, value in backbone_state.items() if key in wanted}, path, name)
+    head_state = {f"conv1x1.{key}": value for key, value in _sub(state, "backbone.conv1x1.").items()}
+    head_state |= {key: value for key, value in state.items() if key.startswith("attention.")}
+    _load_strict(head, head_state, path, "the xCos head")
     return XCosModel(body, head, name=f"xcos-{name}").eval()
 
 
-# --- xcos_ext's own files ------------------------------------------------------------------------------------
+# --- xcos_ext's own files
 
 
 def save_model(model: XCosModel, path: StrPath) -> None:
@@ -244,12 +251,12 @@ def save_model(model: XCosModel, path: StrPath) -> None:
         raise TypeError(f"model: expected an XCosModel, got {type(model).__name__}")
     if model.architecture not in backbones.available():
         raise ModelError(
-            f"model: its backbone ({model.architecture!r}) is not in the registry, so a file could not be loaded "
-            "again; add it with xcos_ext.backbones.register"
+            f"model: its backbone ({model.architecture!r}) is not in the registry, so a file could not be "
+            "loaded again; add it with xcos_ext.backbones.register"
         )
     assert isinstance(model.backbone, Recogniser)
     metadata = {
-        "format": _FORMAT,
+        "xcos_format": _FORMAT,
         "version": _VERSION,
         "kind": model.head.kind,
         "name": model.name,
@@ -275,14 +282,17 @@ def _own_head(kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor],
         )
     if kind == ClosedFormHead.kind:
         parts = _sub(state, "head.")
-        if "weight" not in parts:
-            raise ModelError(f"{path}: head.weight is missing")
+        missing = {"weight", "constant"} - set(parts)
+        if missing:
+            raise ModelError(f"{path}: missing: {', '.join(f'head.{name}' for name in sorted(missing))}")
         channels, height, width = config["grid_shape"]
         return ClosedFormHead(
             parts["weight"],
             scale=parts.get("scale"),
+            spread=parts.get("spread"),
             mean=parts.get("mean"),
-            constant=parts.get("constant"),
+            basis=parts.get("basis"),
+            constant=parts["constant"],
             grid_shape=(channels, height, width),
         )
     raise ModelError(f"{path}: kind of head: expected 'learned' or 'closed-form', got {kind!r}")
@@ -327,7 +337,7 @@ def _from_own(state: State, metadata: Mapping[str, str], path: StrPath) -> XCosM
     return model.eval()
 
 
-# --- public --------------------------------------------------------------------------------------------------
+# --- public
 
 
 def load_recogniser(path: StrPath, *, device: str | torch.device = "cpu") -> Recogniser:
@@ -347,8 +357,10 @@ def load_recogniser(path: StrPath, *, device: str | torch.device = "cpu") -> Rec
     state = _state_dict(contents, path)
     recogniser = None if _is_official(state) else _as_recogniser(state, path)
     if recogniser is None:
-        raise _unknown(state, path) if not _is_official(state) else ModelError(
-            f"{path}: an xCos checkpoint, not a recogniser; use load_model"
+        raise (
+            _unknown(state, path)
+            if not _is_official(state)
+            else ModelError(f"{path}: an xCos checkpoint, not a recogniser; use load_model")
         )
     return recogniser.to(device)
 
@@ -359,21 +371,23 @@ def load_model(
     device: str | torch.device = "cpu",
     statistics: PlugStatistics | StrPath | None = None,
     project: int | None = None,
+    spread: float = DEFAULT_SPREAD,
 ) -> XCosModel:
     """Load a model of explainable face similarity; the layout is recognised by the file's keys.
 
-    Read are files of :func:`save_model`; the public xCos checkpoints; and recognisers (IR and IR-SE 50/100/152, both
-    MobileFaceNets), which become models through :func:`~xcos_ext.nn.plug`. A recogniser for whose weights no
-    statistics are known is plugged without centring, with a warning and without a threshold.
+    Read are files of :func:`save_model`; the public xCos checkpoints; and recognisers (IR and IR-SE
+    50/100/152, both MobileFaceNets), which become models through :func:`~xcos_ext.nn.plug`. A recogniser for
+    whose weights no statistics are known is plugged without centring, with a warning and without a threshold.
 
-    Files of ``torch.save`` are read with ``weights_only=True``: a pickle that could run code is refused, unexecuted.
-    Half-precision weights are converted to fp32.
+    Files of ``torch.save`` are read with ``weights_only=True``: a pickle that could run code is refused,
+    unexecuted. Half-precision weights are converted to fp32.
 
     Args:
         path: .pt, .pth or .safetensors.
         device: where to put the model.
         statistics: for recognisers: a statistics file or object, instead of the shipped ones.
         project: for recognisers: principal axes per cell, as in ``plug``.
+        spread: for recognisers: sharing between neighbouring cells, as in ``plug``; ignored for other files.
 
     Returns:
         The model in evaluation mode, fp32.
@@ -385,10 +399,10 @@ def load_model(
     """
     contents, metadata = read_weights(path)
     state = _state_dict(contents, path)
-    if metadata.get("format") == _FORMAT or _is_official(state):
+    if metadata.get("xcos_format") == _FORMAT or _is_official(state):
         if statistics is not None or project is not None:
             raise ValueError("statistics, project: only for recognisers; this file is already an xCos model")
-        own = metadata.get("format") == _FORMAT
+        own = metadata.get("xcos_format") == _FORMAT
         model = _from_own(state, metadata, path) if own else _from_official(state, path)
         return model.to(device)
     recogniser = _as_recogniser(state, path)
@@ -396,11 +410,13 @@ def load_model(
         raise _unknown(state, path)
     if statistics is None and find_statistics(fingerprint_weights(recogniser)) is None:
         if project is not None:
-            raise ModelError(f"{path}: project={project} needs statistics, and none are known for these weights")
+            raise ModelError(
+                f"{path}: project={project} needs statistics, and none are known for these weights"
+            )
         warnings.warn(
-            f"{path}: no statistics are known for these {recogniser.architecture} weights, so the cells are not "
-            "centred and there is no decision threshold; compute them with xcos_ext.nn.plug_statistics",
+            f"{path}: no statistics are known for these {recogniser.architecture} weights, so the cells are "
+            "not centred and there is no decision threshold; compute them with xcos_ext.nn.plug_statistics",
             stacklevel=2,
         )
-        return plug(recogniser, centre=False).to(device)
-    return plug(recogniser, statistics=statistics, project=project).to(device)
+        return plug(recogniser, centre=False, spread=spread).to(device)
+    return plug(recogniser, statistics=statistics, project=project, spread=spread).to(device)

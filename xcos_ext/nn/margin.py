@@ -97,8 +97,8 @@ class _MarginHead(nn.Module):
 class ArcFaceHead(_MarginHead):
     """Additive angular margin (Deng et al., ArcFace, arXiv 1801.07698).
 
-    The true class's logit is s * cos(theta + m) for theta <= pi - m, and s * (cos(theta) - m sin(m)) beyond, which
-    keeps it decreasing in theta. Gradients are finite everywhere, also at cos(theta) = +-1.
+    The true class's logit is s * cos(theta + m) for theta <= pi - m, and s * (cos(theta) - m sin(m)) beyond,
+    which keeps it decreasing in theta. Gradients are finite everywhere, also at cos(theta) = +-1.
 
     Args:
         features: length of the embedding; 32 * 7 * 7 = 1568 for the flattened grid feature.
@@ -122,7 +122,8 @@ class ArcFaceHead(_MarginHead):
 
 
 class CosFaceHead(_MarginHead):
-    """Additive cosine margin (Wang et al., CosFace, arXiv 1801.09414): s * (cos(theta) - m) at the true class.
+    """Additive cosine margin (Wang et al., CosFace, arXiv 1801.09414): s * (cos(theta) - m) at the true
+    class.
 
     Args:
         features: length of the embedding; 32 * 7 * 7 = 1568 for the flattened grid feature.

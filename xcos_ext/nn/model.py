@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Literal, overload
 
 from torch import Tensor, nn
 
@@ -22,10 +23,12 @@ __all__ = ["Preprocessing", "XCosModel"]
 class XCosModel(nn.Module):
     """Images in, explainable similarity out: ``score = sum_ij W_ij * S_ij``.
 
-    ``F = head.features(backbone.grid(images))`` is computed once per face and can be stored; pairs are scored from F.
+    ``F = head.features(backbone.grid(images))`` is computed once per face and can be stored; pairs are scored
+    from F.
 
     Args:
-        backbone: a :class:`xcos_ext.backbones.Recogniser`, or any module that maps images to the head's input.
+        backbone: a :class:`xcos_ext.backbones.Recogniser`, or any module that maps images to the head's
+            input.
         head: :class:`XCosHead` (trained) or :class:`ClosedFormHead` (from :func:`plug`).
         preprocessing: pixel normalisation; by default the backbone's own.
         threshold: decision threshold: two faces are the same person if score >= threshold. None: unknown.
@@ -93,6 +96,17 @@ class XCosModel(nn.Module):
         """
         return self._features(images, "images")
 
+    @overload
+    def score(
+        self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[False] = ...
+    ) -> Tensor: ...
+
+    @overload
+    def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[True]) -> XCosScore: ...
+
+    @overload
+    def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: bool) -> Tensor | XCosScore: ...
+
     def score(
         self, features_a: Tensor, features_b: Tensor, *, return_maps: bool = False
     ) -> Tensor | XCosScore:
@@ -112,9 +126,7 @@ class XCosModel(nn.Module):
         """Two batches of images [N, 3, height, width] -> score [N], similarity and attention [N, H, W]."""
         features_a = self._features(images_a, "images_a")
         features_b = self._features(images_b, "images_b")
-        result = self.score(features_a, features_b, return_maps=True)
-        assert isinstance(result, XCosScore)
-        return result
+        return self.score(features_a, features_b, return_maps=True)
 
     def embedding(self, images: Tensor) -> Tensor:
         """The recogniser's own embedding [N, D], for the plain cosine beside the explainable score.
@@ -128,7 +140,7 @@ class XCosModel(nn.Module):
         return self.backbone(images)
 
     def fingerprint(self) -> str:
-        """Short hash of the parameters, the kind of head and the preprocessing: what stored features depend on."""
+        """Short hash of all that stored features depend on: parameters, kind of head, preprocessing."""
         extra = json.dumps([self.head.kind, self.head.config(), asdict(self.preprocessing)], sort_keys=True)
         return fingerprint_state(self.state_dict(), extra=extra)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from xcos_ext.backbones.recogniser import Recogniser
 from xcos_ext.errors import ModelError
 
-from .cells import CellMatrices
+from .cells import CellMatrices, spread_matrix
 from .files import StrPath, read_safetensors, write_safetensors
 
 __all__ = ["Calibration", "PlugStatistics", "compute_statistics", "find_statistics"]
@@ -35,6 +35,9 @@ class Calibration:
     """Thresholds for one form of the closed-form score.
 
     Attributes:
+        centre: whether the form is centred.
+        spread: its spread in cells.
+        project: its number of axes per cell, or None.
         threshold: the decision threshold; same person if score >= threshold.
         rule: how ``threshold`` was chosen, in words.
         fmr: false match rate -> smallest threshold that keeps it, on the calibration's impostor pairs.
@@ -42,6 +45,9 @@ class Calibration:
         genuine_pairs: number of genuine pairs behind the figures; 0 if none was used.
     """
 
+    centre: bool
+    spread: float
+    project: int | None
     threshold: float
     rule: str
     fmr: Mapping[float, float] = field(default_factory=dict)
@@ -50,6 +56,9 @@ class Calibration:
 
     def _to_json(self) -> dict[str, Any]:
         return {
+            "centre": self.centre,
+            "spread": self.spread,
+            "project": self.project,
             "threshold": self.threshold,
             "rule": self.rule,
             "fmr": {repr(rate): threshold for rate, threshold in self.fmr.items()},
@@ -63,7 +72,16 @@ class Calibration:
         fmr = {float(rate): float(t) for rate, t in dict(data["fmr"]).items()}
         if not all(map(math.isfinite, (threshold, *fmr.values()))):
             raise ValueError("a threshold is not finite")
-        return cls(threshold, str(data["rule"]), fmr, int(data["impostor_pairs"]), int(data["genuine_pairs"]))
+        return cls(
+            centre=bool(data["centre"]),
+            spread=float(data["spread"]),
+            project=None if data["project"] is None else int(data["project"]),
+            threshold=threshold,
+            rule=str(data["rule"]),
+            fmr=fmr,
+            impostor_pairs=int(data["impostor_pairs"]),
+            genuine_pairs=int(data["genuine_pairs"]),
+        )
 
 
 @dataclass(frozen=True)
@@ -73,8 +91,10 @@ class PlugStatistics:
     Attributes:
         fingerprint: :func:`~xcos_ext.nn.fingerprint.fingerprint_weights` of the recogniser.
         mean: mean of e_ij = M_ij x_ij, [D, H, W] fp32.
-        basis: per-cell principal axes [H * W, K, D] fp32 (orthonormal rows, strongest first), or None.
-        calibrations: thresholds for the forms ``"centred"``, ``"uncentred"`` and ``"projected"``.
+        basis: per-cell principal axes [H * W, K, D] fp32 (orthonormal rows, strongest first) of cells after
+            sharing with ``basis_spread``, or None.
+        basis_spread: the spread that ``basis`` was computed with.
+        calibrations: thresholds, one entry per form of the score.
         faces: number of pictures behind ``mean``.
         note: where the pictures came from, in words.
     """
@@ -82,9 +102,17 @@ class PlugStatistics:
     fingerprint: str
     mean: Tensor
     basis: Tensor | None = None
-    calibrations: Mapping[str, Calibration] = field(default_factory=dict)
+    basis_spread: float = 0.0
+    calibrations: tuple[Calibration, ...] = ()
     faces: int = 0
     note: str = ""
+
+    def calibration(self, *, centre: bool, spread: float, project: int | None) -> Calibration | None:
+        """The thresholds of exactly this form, or None."""
+        for entry in self.calibrations:
+            if (entry.centre, entry.spread, entry.project) == (centre, spread, project):
+                return entry
+        return None
 
     def save(self, path: StrPath) -> None:
         """Write to a safetensors file (fp32), atomically.
@@ -96,12 +124,13 @@ class PlugStatistics:
         if self.basis is not None:
             tensors["basis"] = self.basis.float()
         metadata = {
-            "format": _FORMAT,
+            "xcos_format": _FORMAT,
             "version": _VERSION,
             "fingerprint": self.fingerprint,
             "faces": str(self.faces),
             "note": self.note,
-            "calibrations": json.dumps({k: c._to_json() for k, c in self.calibrations.items()}),
+            "basis_spread": repr(self.basis_spread),
+            "calibrations": json.dumps([entry._to_json() for entry in self.calibrations]),
         }
         write_safetensors(path, tensors, metadata)
 
@@ -113,15 +142,19 @@ class PlugStatistics:
             ModelError: missing, damaged, or not a statistics file of this version.
         """
         tensors, metadata = read_safetensors(path)
-        if metadata.get("format") != _FORMAT:
-            raise ModelError(f"{path}: not a plug-in statistics file (format {metadata.get('format')!r})")
+        if metadata.get("xcos_format") != _FORMAT:
+            raise ModelError(
+                f"{path}: not a plug-in statistics file (format {metadata.get('xcos_format')!r})"
+            )
         if metadata.get("version") != _VERSION:
             raise ModelError(
-                f"{path}: statistics format {metadata.get('version')!r}, this version of xcos_ext reads {_VERSION!r}"
+                f"{path}: format {metadata.get('version')!r}; this version of xcos_ext reads {_VERSION!r}"
             )
         unexpected = set(tensors) - {"mean", "basis"}
         if "mean" not in tensors or unexpected:
-            raise ModelError(f"{path}: expected the tensors mean and, optionally, basis, got {sorted(tensors)}")
+            raise ModelError(
+                f"{path}: expected the tensors mean and, optionally, basis, got {sorted(tensors)}"
+            )
         mean, basis = tensors["mean"].float(), tensors.get("basis")
         basis = None if basis is None else basis.float()
         if mean.dim() != 3 or not torch.isfinite(mean).all():
@@ -135,15 +168,21 @@ class PlugStatistics:
             if not torch.isfinite(basis).all():
                 raise ModelError(f"{path}: basis: values are not finite")
         try:
-            calibrations = {
-                str(name): Calibration._from_json(data)
-                for name, data in json.loads(metadata.get("calibrations", "{}")).items()
-            }
+            calibrations = tuple(
+                Calibration._from_json(entry) for entry in json.loads(metadata.get("calibrations", "[]"))
+            )
+            basis_spread = float(metadata.get("basis_spread", "0"))
             faces = int(metadata.get("faces", "0"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{path}: damaged metadata ({error})") from error
         return cls(
-            metadata.get("fingerprint", ""), mean, basis, calibrations, faces, metadata.get("note", "")
+            fingerprint=metadata.get("fingerprint", ""),
+            mean=mean,
+            basis=basis,
+            basis_spread=basis_spread,
+            calibrations=calibrations,
+            faces=faces,
+            note=metadata.get("note", ""),
         )
 
 
@@ -168,7 +207,8 @@ def iterate_batches(recogniser: Recogniser, faces: Faces, batch_size: int) -> It
 
     Args:
         recogniser: gives the preprocessing.
-        faces: items are uint8 RGB [H, W, 3], uint8 RGB [N, H, W, 3], or float tensors [N, 3, H, W] (normalised).
+        faces: items are uint8 RGB [H, W, 3], uint8 RGB [N, H, W, 3], or float tensors [N, 3, H, W]
+            (normalised).
         batch_size: single pictures are gathered into batches of this size.
 
     Raises:
@@ -204,6 +244,7 @@ def compute_statistics(
     *,
     fingerprint: str,
     project: int | None = None,
+    spread: float = 0.0,
     batch_size: int = 32,
     note: str = "",
 ) -> PlugStatistics:
@@ -215,6 +256,7 @@ def compute_statistics(
         faces: aligned pictures, as in :func:`iterate_batches`; a few hundred different people are enough.
         fingerprint: the recogniser's fingerprint.
         project: number of principal axes K per cell, or None.
+        spread: sharing between cells that the axes are computed for; the mean is kept without it.
         batch_size: pictures per forward pass.
         note: where the pictures came from.
 
@@ -225,30 +267,36 @@ def compute_statistics(
     dim, _, height, width = matrices.shape
     per_cell = matrices.flatten(2).permute(2, 0, 1).contiguous()  # [P, D, C]
     device = next(iter(recogniser.parameters())).device
+    sharing = spread_matrix((height, width), spread)
+    sharing = None if sharing is None else sharing.float()
     count = 0
     total = torch.zeros(height * width, dim, dtype=torch.float64)
+    # Second moments are taken about the first batch's mean, so that the covariance does not cancel.
+    shift: Tensor | None = None
+    offset = torch.zeros(height * width, dim, dtype=torch.float64)
     second = torch.zeros(height * width, dim, dim, dtype=torch.float64) if project else None
-    shift: Tensor | None = None  # about the first batch's mean, so that the covariance does not cancel
     for images in iterate_batches(recogniser, faces, batch_size):
         grid = recogniser.grid(images.to(device)).to("cpu", torch.float32)
-        e = torch.bmm(grid.flatten(2).permute(2, 0, 1), per_cell.transpose(1, 2)).double()  # [P, N, D]
-        if shift is None:
-            shift = e.mean(1)
-        e = e - shift[:, None]
-        total += e.sum(1)
+        e = torch.bmm(grid.flatten(2).permute(2, 0, 1), per_cell.transpose(1, 2))  # [P, N, D]
+        total += e.double().sum(1)
         if second is not None:
-            second += torch.bmm(e.transpose(1, 2), e)
+            shared = e if sharing is None else torch.einsum("pq,qnd->pnd", sharing, e)
+            if shift is None:
+                shift = shared.mean(1)
+            deviation = (shared - shift[:, None]).double()
+            offset += deviation.sum(1)
+            second += torch.bmm(deviation.transpose(1, 2), deviation)
         count += images.shape[0]
-    if count == 0 or shift is None:
+    if count == 0:
         raise ValueError("faces: expected at least one picture, got none")
     if project is not None and not 1 <= project <= dim:
         raise ValueError(f"project: expected 1..{dim}, got {project}")
     if project is not None and count <= project:
         raise ValueError(f"faces: {project} axes need more than {project} pictures, got {count}")
-    offset = total / count
-    mean = shift + offset
+    mean = total / count
     basis: Tensor | None = None
     if second is not None and project is not None:
+        offset /= count
         covariance = second / count - offset[:, :, None] * offset[:, None, :]
         _, vectors = torch.linalg.eigh(covariance)  # ascending
         basis = vectors[:, :, -project:].flip(2).transpose(1, 2)
@@ -259,6 +307,7 @@ def compute_statistics(
         fingerprint=fingerprint,
         mean=mean.T.reshape(dim, height, width).float().contiguous(),
         basis=basis,
+        basis_spread=spread if basis is not None else 0.0,
         faces=count,
         note=note,
     )

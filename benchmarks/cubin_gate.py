@@ -1,7 +1,7 @@
 """Compiles every CUDA kernel for every supported architecture and checks what the compiler made of it.
 
-A spill, a stack frame or too many registers is invisible in tests and costs bandwidth on a GPU. Needs nvcc but no
-GPU::
+A spill, a stack frame or too many registers is invisible in tests and costs bandwidth on a GPU.
+Needs nvcc and no GPU::
 
     python benchmarks/cubin_gate.py                    # all architectures, a table, status 1 on a violation
     python benchmarks/cubin_gate.py -a 90 --json out.json
@@ -28,7 +28,7 @@ KERNELS = REPOSITORY / "csrc" / "cuda"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
 # Registers of one thread, by kernel family. Staged kernels hide latency with 24 warps an SM
-# (docs/cuda_kernels.md): 65,536 registers / (24 x 32 threads) = 85, and the hardware hands out multiples of 8.
+# (docs/cuda_kernels.md): 65,536 registers / (24 x 32 threads) = 85, in multiples of 8.
 # General kernels run two blocks of 256 threads an SM.
 REGISTER_LIMITS = {"staged": 80, "general": 128}
 

@@ -58,9 +58,7 @@ def feature_maps(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device
     return a, b
 
 
-def sample(
-    shape: tuple[int, ...], dtype: torch.dtype, layout: str, mode: str, device: str = "cpu"
-) -> Sample:
+def sample(shape: tuple[int, ...], dtype: torch.dtype, layout: str, mode: str, device: str = "cpu") -> Sample:
     a, b = feature_maps(shape, dtype, layout, device)
     n, _, h, w = shape
     attention: Tensor | str | None = None

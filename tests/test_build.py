@@ -21,16 +21,17 @@ pytestmark = pytest.mark.skipif(
 
 def configure(tmp_path: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
     pytest.importorskip("pybind11")
-    return subprocess.run(
-        ["cmake", "-S", str(REPOSITORY), "-B", str(tmp_path / "build"), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}",
-         f"-DXCOS_TORCH_DIR={Path(torch.__file__).parent}", "-DXCOS_VERSION=9.9.9", *options],
-        capture_output=True, text=True, env={**os.environ, **environment},
-    )  # fmt: skip
+    command = ["cmake", "-S", str(REPOSITORY), "-B", str(tmp_path / "build"), "-G", "Ninja"]
+    command += [f"-DPython_EXECUTABLE={sys.executable}", f"-DXCOS_TORCH_DIR={Path(torch.__file__).parent}"]
+    command += ["-DXCOS_VERSION=9.9.9", *options]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
 
 def without_nvcc() -> dict[str, str]:
     """An environment in which no CUDA compiler can be found."""
-    tools = [Path(path) for name in ("cmake", "ninja", "c++", "g++", "cc", "gcc", "ld", "as") if (path := shutil.which(name))]
+    tools = [
+        Path(path) for name in ("cmake", "ninja", "c++", "g++", "cc", "gcc", "ld", "as") if (path := shutil.which(name))
+    ]
     folders = []
     for folder in dict.fromkeys(str(tool.parent) for tool in tools):
         if not (Path(folder) / "nvcc").exists():

@@ -160,7 +160,9 @@ def _allocated(function) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         keep = function()
     total = sum(
-        event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]" and event.nbytes() > 0
+        event.nbytes()
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.nbytes() > 0
     )
     del keep
     return total

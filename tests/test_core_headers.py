@@ -46,7 +46,9 @@ def test_half_conversions(tmp_path):
     values = rng.integers(0, 2**32, 300_000, dtype=np.uint32).view(np.float32)
     ties = (np.arange(65536, dtype=np.uint32) << 13 | 0x1000).view(np.float32)  # halfway between two fp16 values
     small = np.ldexp(rng.standard_normal(100_000), rng.integers(-30, 18, 100_000)).astype(np.float32)
-    values = np.concatenate([values, ties, small, np.float32([0, -0.0, np.inf, -np.inf, np.nan, 65504, 65519.996, 65520])])
+    values = np.concatenate(
+        [values, ties, small, np.float32([0, -0.0, np.inf, -np.inf, np.nan, 65504, 65519.996, 65520])]
+    )
     out = subprocess.run([tmp_path / "half"], input=values.tobytes(), capture_output=True, check=True).stdout
 
     wide = np.frombuffer(out[: 2 * 65536 * 4], np.float32).reshape(2, 65536)

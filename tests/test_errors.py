@@ -21,26 +21,111 @@ def call(op, a, b, attention=None, **options):
 # name: (operator, shapes and dtypes of a, b and attention, options, message after the operator's name)
 F32, F64, I64 = torch.float32, torch.float64, torch.int64
 BAD = {
-    "rank of a": ("grid_cosine", [((32, 7, 7), F32), (A, F32)], {}, "a: expected a feature map [N, C, H, W], got shape [32, 7, 7]"),
-    "rank of b": ("xcos_score", [(A, F32), ((32, 7, 7), F32)], {}, "b: expected shape [4, 32, 7, 7] like a, got [32, 7, 7]"),
-    "N": ("xcos_score", [(A, F32), ((3, 32, 7, 7), F32)], {}, "b: expected shape [4, 32, 7, 7] like a, got [3, 32, 7, 7]"),
-    "C": ("grid_cosine", [(A, F32), ((4, 16, 7, 7), F32)], {}, "b: expected shape [4, 32, 7, 7] like a, got [4, 16, 7, 7]"),
-    "H": ("xcos_score", [(A, F32), ((4, 32, 6, 7), F32)], {}, "b: expected shape [4, 32, 7, 7] like a, got [4, 32, 6, 7]"),
-    "W": ("xcos_score", [(A, F32), ((4, 32, 7, 8), F32)], {}, "b: expected shape [4, 32, 7, 7] like a, got [4, 32, 7, 8]"),
-    "no channels": ("xcos_score", [((4, 0, 7, 7), F32)] * 2, {}, "a: expected at least one channel and one cell, got shape [4, 0, 7, 7]"),
-    "no cells": ("grid_cosine", [((4, 32, 0, 7), F32)] * 2, {}, "a: expected at least one channel and one cell, got shape [4, 32, 0, 7]"),
-    "integer a": ("xcos_score", [(A, I64), (A, I64)], {}, "a: expected dtype float16, bfloat16, float32 or float64, got int64"),
+    "rank of a": (
+        "grid_cosine",
+        [((32, 7, 7), F32), (A, F32)],
+        {},
+        "a: expected a feature map [N, C, H, W], got shape [32, 7, 7]",
+    ),
+    "rank of b": (
+        "xcos_score",
+        [(A, F32), ((32, 7, 7), F32)],
+        {},
+        "b: expected shape [4, 32, 7, 7] like a, got [32, 7, 7]",
+    ),
+    "N": (
+        "xcos_score",
+        [(A, F32), ((3, 32, 7, 7), F32)],
+        {},
+        "b: expected shape [4, 32, 7, 7] like a, got [3, 32, 7, 7]",
+    ),
+    "C": (
+        "grid_cosine",
+        [(A, F32), ((4, 16, 7, 7), F32)],
+        {},
+        "b: expected shape [4, 32, 7, 7] like a, got [4, 16, 7, 7]",
+    ),
+    "H": (
+        "xcos_score",
+        [(A, F32), ((4, 32, 6, 7), F32)],
+        {},
+        "b: expected shape [4, 32, 7, 7] like a, got [4, 32, 6, 7]",
+    ),
+    "W": (
+        "xcos_score",
+        [(A, F32), ((4, 32, 7, 8), F32)],
+        {},
+        "b: expected shape [4, 32, 7, 7] like a, got [4, 32, 7, 8]",
+    ),
+    "no channels": (
+        "xcos_score",
+        [((4, 0, 7, 7), F32)] * 2,
+        {},
+        "a: expected at least one channel and one cell, got shape [4, 0, 7, 7]",
+    ),
+    "no cells": (
+        "grid_cosine",
+        [((4, 32, 0, 7), F32)] * 2,
+        {},
+        "a: expected at least one channel and one cell, got shape [4, 32, 0, 7]",
+    ),
+    "integer a": (
+        "xcos_score",
+        [(A, I64), (A, I64)],
+        {},
+        "a: expected dtype float16, bfloat16, float32 or float64, got int64",
+    ),
     "mixed dtypes": ("xcos_score", [(A, F32), (A, F64)], {}, "b: expected dtype float32 like a, got float64"),
-    "attention shape": ("xcos_score", [(A, F32), (A, F32), ((7, 6), F32)], {}, "attention: expected shape [7, 7] or [4, 7, 7], got [7, 6]"),
-    "attention batch": ("xcos_score", [(A, F32), (A, F32), ((3, 7, 7), F32)], {"logits": True}, "attention: expected shape [7, 7] or [4, 7, 7], got [3, 7, 7]"),
-    "attention rank": ("xcos_score", [(A, F32), (A, F32), ((4, 1, 7, 7), F32)], {}, "attention: expected shape [7, 7] or [4, 7, 7], got [4, 1, 7, 7]"),
-    "integer attention": ("xcos_score", [(A, F32), (A, F32), ((7, 7), I64)], {}, "attention: expected dtype float16, bfloat16, float32 or float64, got int64"),
-    "negative temperature": ("xcos_score", [(A, F32), (A, F32), ((7, 7), F32)], {"logits": True, "temperature": -0.5}, "temperature: expected a finite number above 0, got -0.5"),
-    "zero temperature": ("xcos_score", [(A, F32), (A, F32), ((7, 7), F32)], {"logits": True, "temperature": 0.0}, "temperature: expected a finite number above 0, got 0"),
-    "NaN eps": ("grid_cosine", [(A, F32), (A, F32)], {"eps": float("nan")}, "eps: expected a finite number above 0, got nan"),
-    "infinite eps": ("xcos_score", [(A, F32), (A, F32)], {"eps": float("inf")}, "eps: expected a finite number above 0, got inf"),
+    "attention shape": (
+        "xcos_score",
+        [(A, F32), (A, F32), ((7, 6), F32)],
+        {},
+        "attention: expected shape [7, 7] or [4, 7, 7], got [7, 6]",
+    ),
+    "attention batch": (
+        "xcos_score",
+        [(A, F32), (A, F32), ((3, 7, 7), F32)],
+        {"logits": True},
+        "attention: expected shape [7, 7] or [4, 7, 7], got [3, 7, 7]",
+    ),
+    "attention rank": (
+        "xcos_score",
+        [(A, F32), (A, F32), ((4, 1, 7, 7), F32)],
+        {},
+        "attention: expected shape [7, 7] or [4, 7, 7], got [4, 1, 7, 7]",
+    ),
+    "integer attention": (
+        "xcos_score",
+        [(A, F32), (A, F32), ((7, 7), I64)],
+        {},
+        "attention: expected dtype float16, bfloat16, float32 or float64, got int64",
+    ),
+    "negative temperature": (
+        "xcos_score",
+        [(A, F32), (A, F32), ((7, 7), F32)],
+        {"logits": True, "temperature": -0.5},
+        "temperature: expected a finite number above 0, got -0.5",
+    ),
+    "zero temperature": (
+        "xcos_score",
+        [(A, F32), (A, F32), ((7, 7), F32)],
+        {"logits": True, "temperature": 0.0},
+        "temperature: expected a finite number above 0, got 0",
+    ),
+    "NaN eps": (
+        "grid_cosine",
+        [(A, F32), (A, F32)],
+        {"eps": float("nan")},
+        "eps: expected a finite number above 0, got nan",
+    ),
+    "infinite eps": (
+        "xcos_score",
+        [(A, F32), (A, F32)],
+        {"eps": float("inf")},
+        "eps: expected a finite number above 0, got inf",
+    ),
     "zero eps": ("xcos_score", [(A, F32), (A, F32)], {"eps": 0.0}, "eps: expected a finite number above 0, got 0"),
-}  # fmt: skip
+}
 
 
 def tensors(specs, device="cpu"):
@@ -103,7 +188,9 @@ def test_arguments_of_the_wrong_kind():
 def test_raw_operator_checks_its_mode():
     a = torch.zeros(A)
     op = torch.ops.xcos_ext.xcos_score
-    with pytest.raises(RuntimeError, match=r"mode: expected 0 \(uniform\), 1 \(norm\), 2 \(weights\) or 3 \(logits\), got 7"):
+    with pytest.raises(
+        RuntimeError, match=r"mode: expected 0 \(uniform\), 1 \(norm\), 2 \(weights\) or 3 \(logits\), got 7"
+    ):
         op(a, a, None, 7, 1.0, 1e-6)
     with pytest.raises(RuntimeError, match="attention: expected a tensor for this mode, got None"):
         op(a, a, None, 3, 1.0, 1e-6)

@@ -10,6 +10,7 @@ import pytest
 
 import xcos_ext
 
+
 def _run(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "XCOS_CPU_ISA": isa}
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)

@@ -11,7 +11,11 @@ import xcos_ext
 
 
 def arrays(s):
-    return s.a.numpy(), s.b.numpy(), s.attention.numpy() if isinstance(s.attention, torch.Tensor) else s.attention
+    return (
+        s.a.numpy(),
+        s.b.numpy(),
+        s.attention.numpy() if isinstance(s.attention, torch.Tensor) else s.attention,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)

@@ -40,7 +40,16 @@ def test_versions_agree():
 
 def test_build_info_is_complete():
     info = xcos_ext.build_info()
-    assert {"version", "compiler", "torch", "isa", "isa_compiled", "isa_supported", "cuda", "cuda_architectures"} <= set(info)
+    assert {
+        "version",
+        "compiler",
+        "torch",
+        "isa",
+        "isa_compiled",
+        "isa_supported",
+        "cuda",
+        "cuda_architectures",
+    } <= set(info)
     assert info["isa"] in info["isa_supported"] and set(info["isa_supported"]) <= set(info["isa_compiled"])
     assert bool(info["cuda_architectures"]) == info["cuda"]
 

@@ -32,7 +32,8 @@ def test_opcheck_xcos_score(mode, overload, layout, device):
 def test_opcheck_grid_cosine(layout, device):
     a, b = feature_maps((3, 8, 3, 5), torch.float32, layout, device)
     torch.library.opcheck(
-        torch.ops.xcos_ext.grid_cosine.default, (a.detach().requires_grad_(), b.detach().requires_grad_(), 1e-6)
+        torch.ops.xcos_ext.grid_cosine.default,
+        (a.detach().requires_grad_(), b.detach().requires_grad_(), 1e-6),
     )
 
 
@@ -44,7 +45,9 @@ def test_opcheck_backward_operators(layout, device):
     g, maps = torch.randn(3, device=device), torch.randn(3, 3, 5, device=device)
     for need in (True, False):
         torch.library.opcheck(
-            torch.ops.xcos_ext.grid_cosine_backward.default, (maps, s.a, s.b, 1e-6, need, True), test_utils=tests
+            torch.ops.xcos_ext.grid_cosine_backward.default,
+            (maps, s.a, s.b, 1e-6, need, True),
+            test_utils=tests,
         )
         torch.library.opcheck(
             torch.ops.xcos_ext.xcos_score_backward.default,
@@ -193,10 +196,7 @@ def test_fake_outputs_look_like_real_ones(fake_device, layout):
     real = run(s.a, s.b, s.attention)
     with FakeTensorMode():
         fake = run(
-            *(
-                torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=fake_device)
-                for t in differentiable(s)
-            )
+            *(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=fake_device) for t in differentiable(s))
         )
     for one, other in zip(fake, real, strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype and one.stride() == other.stride()

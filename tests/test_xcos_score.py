@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from closeness import assert_forward_close, assert_gradient_close
-from samples import DTYPES, GRADIENT_SHAPES, LAYOUTS, MODES, SHAPES, differentiable, feature_maps, leaves, sample
+from samples import (
+    DTYPES,
+    GRADIENT_SHAPES,
+    LAYOUTS,
+    MODES,
+    SHAPES,
+    differentiable,
+    feature_maps,
+    leaves,
+    sample,
+)
 
 import xcos_ext
 from xcos_ext import reference
@@ -44,9 +54,7 @@ def test_gradients_match_the_reference(shape, layout, mode, dtype, device):
     actual = torch.autograd.grad(
         sum((t * g.to(t.dtype)).sum() for t, g in zip(ours, seeds, strict=True)), differentiable(s)
     )
-    expected = torch.autograd.grad(
-        sum((t * g).sum() for t, g in zip(theirs, seeds, strict=True)), differentiable(wide)
-    )
+    expected = torch.autograd.grad(sum((t * g).sum() for t, g in zip(theirs, seeds, strict=True)), differentiable(wide))
     for one, other in zip(actual, expected, strict=True):
         assert one.dtype == dtype
         assert_gradient_close(one, other, dtype)
@@ -58,14 +66,14 @@ def test_gradcheck(mode, device):
 
     def score(*tensors):
         attention = tensors[2] if len(tensors) == 3 else s.attention
-        return tuple(
-            xcos_ext.xcos_score(*tensors[:2], attention, logits=s.logits, temperature=0.8, return_maps=True)
-        )
+        return tuple(xcos_ext.xcos_score(*tensors[:2], attention, logits=s.logits, temperature=0.8, return_maps=True))
 
     assert torch.autograd.gradcheck(score, differentiable(s))
 
 
-@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True), (True, True, True)])
+@pytest.mark.parametrize(
+    "wanted", [(True, False, False), (False, True, False), (False, False, True), (True, True, True)]
+)
 def test_only_the_wanted_gradients_are_computed(wanted, device):
     s = sample((2, 32, 7, 7), torch.float32, "contiguous", "logits", device)
     tensors = [t.requires_grad_(need) for t, need in zip(differentiable(s), wanted, strict=True)]

@@ -19,14 +19,24 @@ if TYPE_CHECKING:
     from xcos_ext import reference as reference
     from xcos_ext.errors import ModelError, PictureError, XCosError
     from xcos_ext.nn import ArcFaceHead, CosFaceHead, XCosAttention, XCosHead, XCosModel, load_model, plug
-    from xcos_ext.ops import XCosScore, build_info, grid_cosine, xcos_score
+    from xcos_ext.ops import XCosScore, build_info
+    from xcos_ext.ops.grid_cosine import grid_cosine
+    from xcos_ext.ops.xcos_score import xcos_score
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "xcos_ext.ops": ("XCosScore", "build_info", "grid_cosine", "xcos_score"),
     "xcos_ext.errors": ("ModelError", "PictureError", "XCosError"),
-    "xcos_ext.nn": ("ArcFaceHead", "CosFaceHead", "XCosAttention", "XCosHead", "XCosModel", "load_model", "plug"),
+    "xcos_ext.nn": (
+        "ArcFaceHead",
+        "CosFaceHead",
+        "XCosAttention",
+        "XCosHead",
+        "XCosModel",
+        "load_model",
+        "plug",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -34,7 +34,10 @@ def result_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def check_dtype(op: str, name: str, tensor: Tensor) -> None:
     if tensor.dtype not in _FLOATING:
-        _fail(op, f"{name}: expected dtype float16, bfloat16, float32 or float64, got {dtype_name(tensor.dtype)}")
+        _fail(
+            op,
+            f"{name}: expected dtype float16, bfloat16, float32 or float64, got {dtype_name(tensor.dtype)}",
+        )
 
 
 def check_features(op: str, a: Tensor, b: Tensor) -> None:

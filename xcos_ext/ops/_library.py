@@ -12,12 +12,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch  # first: it loads the libraries that xcos_ext._C is linked against
 from torch import Tensor
 
-__all__ = ["apply", "backward_function", "below_autograd", "build_info", "compiled", "library", "promote_under_autocast", "register"]
+__all__ = [
+    "apply",
+    "backward_function",
+    "below_autograd",
+    "build_info",
+    "compiled",
+    "library",
+    "promote_under_autocast",
+    "register",
+]
 
 
 def _load() -> Any:
@@ -30,6 +40,12 @@ def _load() -> Any:
     try:
         from xcos_ext import _C  # type: ignore[attr-defined]
     except ImportError as error:
+        folder = Path(__file__).resolve().parent.parent
+        if not list(folder.glob("_C*.so")):
+            raise ImportError(
+                f"xcos_ext was imported from {folder}, which holds no compiled library. If that is the source folder, "
+                "run from another folder, or build it in place:  pip install -e ."
+            ) from error
         raise ImportError(
             f"the compiled part of xcos_ext could not be loaded ({error}). Build it against this torch "
             f"({torch.__version__}) from the source folder:  pip install --force-reinstall --no-deps ."

@@ -51,7 +51,14 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], a: Tensor, b: Tensor, eps: float)
 
 
 def _vmap_backward(
-    info: Any, in_dims: tuple[Any, ...], grad: Tensor, a: Tensor, b: Tensor, eps: float, need_a: bool, need_b: bool
+    info: Any,
+    in_dims: tuple[Any, ...],
+    grad: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: float,
+    need_a: bool,
+    need_b: bool,
 ) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
     folded = (fold(t, d, info.batch_size) for t, d in zip((grad, a, b), in_dims, strict=False))
     return unfold(_backward(*folded, eps, need_a, need_b), info.batch_size), (0, 0)

@@ -124,7 +124,9 @@ def _vmap_backward(
         attention_result, attention_dim = unfold(grad_attention, size), 0
         if shared:
             attention_result = attention_result.sum(1)
-    results = [(unfold(g, size), 0) if g.numel() else (g, None) for g in (grad_a, grad_b)]
+    results: list[tuple[Tensor, int | None]] = [
+        (unfold(g, size), 0) if g.numel() else (g, None) for g in (grad_a, grad_b)
+    ]
     results.append((attention_result, attention_dim))
     return tuple(r for r, _ in results), tuple(d for _, d in results)
 

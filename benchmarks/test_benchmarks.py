@@ -1,0 +1,36 @@
+"""The same cases under pytest-benchmark:  pytest benchmarks --benchmark-only
+
+Without a GPU the CPU cases run. For figures to keep use run.py, which times the peers in the same run.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import bench_grid_cosine
+import bench_xcos_score
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _cases():
+    for suite in (bench_xcos_score, bench_grid_cosine):
+        yield from suite.cases(DEVICE, pairs=1024)
+
+
+@pytest.mark.parametrize("case", _cases(), ids=lambda case: case.name)
+def test_case(case, benchmark):
+    benchmark.group = case.name
+
+    def run():
+        case.contenders["xcos_ext"]()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark(run)

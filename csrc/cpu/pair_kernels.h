@@ -230,6 +230,13 @@ XCOS_INLINE void pair_moments(const T* a, const T* b, const PairProblem& p, Layo
   moments_strided<T, A>(a, b, p, out);
 }
 
+// A value that is positive as a double stays positive as A.
+template <typename A>
+XCOS_INLINE A positive(double value) {
+  const A narrow = static_cast<A>(value);
+  return narrow > A(0) ? narrow : (sizeof(A) == 4 ? A(__FLT_MIN__) : A(__DBL_MIN__));
+}
+
 // Everything about the cells of one pair after the inner products.
 template <typename A>
 struct Cells {
@@ -322,7 +329,7 @@ XCOS_INLINE void cell_weights(const PairProblem& p, int64_t pair, Cells<A>& cell
       break;
     case Attention::logits: {
       load_attention(p.attention, pair, cells, w);
-      const A inverse_temperature = A(1) / static_cast<A>(p.temperature);
+      const A inverse_temperature = A(1) / positive<A>(p.temperature);
       A highest = w[0];
       for (int64_t i = 1; i < cells; ++i) highest = w[i] > highest ? w[i] : highest;
       // A NaN logit is not the largest, but reaches the sum; all -inf gives NaN, as in torch.
@@ -360,7 +367,7 @@ class PairState {
     if (fetch_ahead_ && pair + 1 < last)
       ahead = {reinterpret_cast<const char*>(a(pair + 1)), reinterpret_cast<const char*>(b(pair + 1)), 0};
     pair_moments<T, A>(a(pair), b(pair), problem_, layout_, moments, ahead);
-    cell_cosines(moments, problem_.shape.cells, static_cast<A>(problem_.eps), cell);
+    cell_cosines(moments, problem_.shape.cells, positive<A>(problem_.eps), cell);
     if (weights) cell_weights(problem_, pair, cell);
   }
 
@@ -529,7 +536,7 @@ XCOS_INLINE void attention_gradient(const PairProblem& p, const Cells<A>& cell, 
     const A inverse = A(1) / cell.norm_sum;
     for (int64_t i = 0; i < cells; ++i) product[i] = (grad_weight[i] - mean) * inverse;
   } else {
-    const A inverse_temperature = A(1) / static_cast<A>(p.temperature);
+    const A inverse_temperature = A(1) / positive<A>(p.temperature);
     for (int64_t i = 0; i < cells; ++i) given[i] = w[i] * (grad_weight[i] - mean) * inverse_temperature;
   }
 }
@@ -571,7 +578,7 @@ void score_backward_range(const PairProblem& p, const XcosScoreGradients& in,
   const A* grad_similarity = static_cast<const A*>(in.similarity);
   const A* grad_attention_map = static_cast<const A*>(in.attention);
   A* grad_given = static_cast<A*>(out.attention);
-  const A eps = static_cast<A>(p.eps);
+  const A eps = positive<A>(p.eps);
   const bool features = out.a.data != nullptr || out.b.data != nullptr;
   constexpr int N = native_lanes<A>();
   const bool run =

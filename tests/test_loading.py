@@ -1,0 +1,439 @@
+"""Weights files: every layout in, strict keys, nothing executed, one clear error for everything that is wrong."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from xcos_ext import backbones
+from xcos_ext.errors import ModelError
+from xcos_ext.nn import (
+    ClosedFormHead,
+    XCosAttention,
+    XCosHead,
+    XCosModel,
+    load_model,
+    load_recogniser,
+    plug,
+    save_model,
+)
+
+State = dict[str, Tensor]
+
+
+def mobilefacenet_state(name: str = "mobilefacenet") -> State:
+    return backbones.create(name).state_dict()
+
+
+@pytest.fixture(scope="module")
+def official() -> State:
+    """A checkpoint in the published layout with random weights; the unused parts are expanded scalars (tiny files)."""
+    torch.manual_seed(5)
+    state: State = {}
+    body = backbones.create("ir_se_50", output=False)
+    head = XCosHead()
+    state |= {f"backbone.{k}": v for k, v in body.state_dict().items()}
+    state |= {f"backbone.{k}": v for k, v in head.state_dict().items() if k.startswith("conv1x1.")}
+    state |= {k: v for k, v in head.state_dict().items() if k.startswith("attention.")}
+    with torch.device("meta"):
+        whole = backbones.create("ir_se_50")
+    for key, value in whole.state_dict().items():
+        empty = torch.ones((), dtype=value.dtype).expand(value.shape)
+        state[f"backbone_target.{key}"] = empty
+        if key.startswith("output_layer."):
+            state[f"backbone.{key}"] = empty
+    state["head.kernel"] = torch.ones(()).expand(1568, 9999)
+    return state
+
+
+# --- layouts
+
+
+@pytest.mark.parametrize("name", ["mobilefacenet", "mobilefacenet_relu"])
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
+def test_recognisers(tmp_path: Path, name: str, suffix: str) -> None:
+    net = backbones.create(name).eval()
+    path = tmp_path / f"net{suffix}"
+    save_file(net.state_dict(), path) if suffix == ".safetensors" else torch.save(net.state_dict(), path)
+    loaded = load_recogniser(path)
+    assert loaded.architecture == name and not loaded.training
+    images = torch.randn(2, 3, 112, 112)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), net(images))
+    with pytest.warns(UserWarning, match="no statistics are known for these"):
+        model = load_model(path)
+    assert isinstance(model.head, ClosedFormHead) and model.threshold is None and model.head.mean is None
+    assert model.preprocessing == net.preprocessing
+
+
+def test_irse_recogniser_by_depth(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        keys = backbones.create("ir_100").state_dict()
+    state = {k: torch.ones((), dtype=v.dtype).expand(v.shape) for k, v in keys.items()}
+    torch.save(state, tmp_path / "net.pt")
+    loaded = load_recogniser(tmp_path / "net.pt")
+    assert loaded.architecture == "ir_100" and loaded.embedding_size == 512
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: {"state_dict": s, "epoch": 3},
+        lambda s: {f"module.{k}": v for k, v in s.items()},
+        lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}},
+        lambda s: {f"backbone.{k}": v for k, v in s.items()} | {"head.kernel": torch.randn(128, 10)},
+        lambda s: {k: v for k, v in s.items() if not k.endswith("num_batches_tracked")},
+        lambda s: {k: v.half() if v.is_floating_point() else v for k, v in s.items()},
+    ],
+    ids=["nested", "module", "nested-module", "margin-head", "no-counters", "fp16"],
+)
+def test_wrapped_state_dicts(tmp_path: Path, wrap: Callable[[State], Any]) -> None:
+    torch.save(wrap(mobilefacenet_state()), tmp_path / "net.pt")
+    loaded = load_recogniser(tmp_path / "net.pt")
+    assert loaded.architecture == "mobilefacenet"
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in loaded.parameters())
+
+
+def test_embedding_size_is_read_from_the_weights(tmp_path: Path) -> None:
+    torch.save(backbones.create("mobilefacenet", embedding_size=512).state_dict(), tmp_path / "net.pt")
+    assert load_recogniser(tmp_path / "net.pt").embedding_size == 512
+
+
+@pytest.mark.parametrize("parts", ["everything", "released", "smallest", "module"])
+def test_official_xcos_checkpoint(tmp_path: Path, official: State, parts: str) -> None:
+    state = dict(official)
+    if parts == "released":  # the published files lack the margin head
+        del state["head.kernel"]
+    elif parts == "smallest":
+        unused = ("backbone_target.", "head.", "backbone.output_layer.")
+        state = {k: v for k, v in state.items() if not k.startswith(unused)}
+    elif parts == "module":
+        state = {f"module.{k}": v for k, v in state.items()}
+    torch.save({"state_dict": state} if parts != "smallest" else state, tmp_path / "xcos.pth")
+    model = load_model(tmp_path / "xcos.pth")
+    assert model.architecture == "ir_se_50" and isinstance(model.head, XCosHead) and not model.training
+    assert model.head.attention is not None and model.head.attention.config() == XCosAttention().config()
+    if parts != "released":
+        return
+    body = backbones.create("ir_se_50", output=False)
+    body.load_state_dict({k: official[f"backbone.{k}"] for k in body.state_dict()})
+    conv = XCosHead().conv1x1
+    conv.load_state_dict({k: official[f"backbone.conv1x1.{k}"] for k in conv.state_dict()})
+    attention = XCosAttention()
+    attention.load_state_dict({k: official[f"attention.{k}"] for k in attention.state_dict()})
+    images = torch.randn(2, 3, 112, 112)
+    with torch.no_grad():
+        features = conv.eval()(body.eval().grid(images))
+        torch.testing.assert_close(model.features(images), features)
+        result = model(images, images.flip(0))
+        torch.testing.assert_close(result.attention, attention.eval()(features, features.flip(0)))
+
+
+# --- our own files
+
+
+def closed_form() -> XCosModel:
+    torch.manual_seed(3)
+    net = backbones.create("mobilefacenet")
+    model = plug(net, [torch.randn(6, 3, 112, 112)], threshold=0.31, name="mine", project=4)
+    model.fmr_thresholds = {1e-3: 0.4, 0.1: 0.2}
+    return model
+
+
+OWN: dict[str, Callable[[], XCosModel]] = {
+    "closed-form": closed_form,
+    "not-centred": lambda: plug(backbones.create("mobilefacenet_relu", embedding_size=64), centre=False),
+    "learned": lambda: XCosModel(
+        backbones.create("mobilefacenet", output=False),
+        XCosHead(attention=XCosAttention(temperature=2, symmetric=True)),
+        threshold=0.1,
+    ).eval(),
+    "uniform": lambda: XCosModel(
+        backbones.create("mobilefacenet", output=False), XCosHead(512, 8, attention="uniform")
+    ).eval(),
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_own_files_round_trip(tmp_path: Path, kind: str) -> None:
+    model = OWN[kind]()
+    path = tmp_path / "model.safetensors"
+    save_model(model, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    loaded = load_model(path)
+    assert loaded.fingerprint() == model.fingerprint()
+    assert (loaded.threshold, loaded.name, loaded.fmr_thresholds, loaded.preprocessing) == (
+        model.threshold,
+        model.name,
+        model.fmr_thresholds,
+        model.preprocessing,
+    )
+    images = torch.randn(2, 3, 112, 112)
+    with torch.no_grad():
+        for got, want in zip(loaded(images, images.flip(0)), model(images, images.flip(0)), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_save_replaces_whole_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.safetensors"
+    save_model(OWN["uniform"](), path)
+    before = path.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(ModelError, match=r"model.safetensors: cannot be written: .*No space left"):
+        save_model(OWN["learned"](), path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_save_refusals(tmp_path: Path) -> None:
+    model = OWN["uniform"]()
+    with pytest.raises(ModelError, match="cannot be written"):
+        save_model(model, tmp_path / "missing" / "model.safetensors")
+    with pytest.raises(ModelError, match="it is a directory"):
+        save_model(model, tmp_path)
+    with pytest.raises(ModelError, match=r"'custom'.* is not in the registry"):
+        save_model(XCosModel(torch.nn.Conv2d(3, 512, 16, 16), model.head), tmp_path / "x.safetensors")
+    with pytest.raises(TypeError, match="model: expected an XCosModel, got Linear"):
+        save_model(torch.nn.Linear(1, 1), tmp_path / "x.safetensors")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": "99"}, "model format '99'; this version of xcos_ext reads '1'"),
+        ({"architecture": "vit"}, "architecture 'vit' is not in the registry"),
+        ({"kind": "magic"}, "expected 'learned' or 'closed-form', got 'magic'"),
+        ({"head": "{"}, "damaged metadata"),
+        ({"head": "{}"}, "damaged metadata"),
+        ({"head": '{"grid_shape": [512, 7, 8]}'}, "damaged metadata"),
+        ({"threshold": "NaN"}, "damaged metadata"),
+        ({"preprocessing": '{"std": [0, 0, 0]}'}, "damaged metadata"),
+        ({"embedding_size": "64"}, "of another shape: backbone.linear.weight"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_own_files_with_wrong_metadata(tmp_path: Path, change: dict[str, str], message: str) -> None:
+    from safetensors import safe_open
+
+    path = tmp_path / "model.safetensors"
+    save_model(closed_form(), path)
+    with safe_open(str(path), "pt") as opened:
+        metadata = opened.metadata()
+    save_file(load_file(path), path, metadata | change)
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model(path)
+    assert str(path) in str(caught.value)
+
+
+# --- strict keys
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda s: s.pop("conv_45.project.bn.bias"), r"1 missing: conv_45.project.bn.bias$"),
+        (
+            lambda s: [s.pop(k) for k in list(s) if k.startswith("conv_4.")],
+            r"\d+ missing: conv_4.\S+, \S+, \S+, \S+, \.\.\.$",
+        ),
+        (lambda s: s.update({"extra.weight": torch.zeros(1)}), r"1 unexpected: extra.weight$"),
+        (
+            lambda s: s.update({"conv1.conv.weight": torch.zeros(64, 3, 5, 5)}),
+            r"1 of another shape: conv1.conv.weight \(expected \[64, 3, 3, 3\], got \[64, 3, 5, 5\]\)$",
+        ),
+    ],
+    ids=["missing", "many-missing", "unexpected", "shape"],
+)
+def test_wrong_keys_are_named(tmp_path: Path, edit: Callable[[State], object], message: str) -> None:
+    state = dict(mobilefacenet_state())
+    edit(state)
+    path = tmp_path / "net.pt"
+    torch.save(state, path)
+    with pytest.raises(ModelError, match=rf"{path}: keys do not fit mobilefacenet: {message}"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda s: s.pop("attention.attention.3.weight"), "1 missing: attention.attention.3.weight"),
+        (lambda s: s.pop("backbone.conv1x1.0.bias"), "1 missing: backbone.conv1x1.0.bias"),
+        (lambda s: s.pop("backbone_target.input_layer.0.weight"), "1 missing: backbone_target.input_layer"),
+        (lambda s: s.update({"backbone.conv2x2.weight": torch.ones(1)}), "1 unexpected: backbone.conv2x2"),
+        (
+            lambda s: s.update({"attention.embedding_net.0.weight": torch.ones(16, 64, 3, 3)}),
+            r"attention.embedding_net.0.weight \(expected \[16, 32, 3, 3\], got \[16, 64, 3, 3\]\)",
+        ),
+        (lambda s: s.update({"head.kernel": torch.ones(512, 10)}), r"head.kernel: expected \[1568, classes\]"),
+        (lambda s: [s.pop(k) for k in list(s) if ".body.23." in k], "with 23 residual units"),
+        (
+            lambda s: [s.pop(k) for k in list(s) if k.startswith("backbone.body")],
+            r"without backbone.body.\*: the backbone is missing",
+        ),
+    ],
+    ids=["attention", "conv1x1", "teacher", "unexpected", "shape", "kernel", "depth", "no-body"],
+)
+def test_wrong_official_keys_are_named(
+    tmp_path: Path, official: State, edit: Callable[[State], object], message: str
+) -> None:
+    state = dict(official)
+    edit(state)
+    path = tmp_path / "xcos.pth"
+    torch.save({"state_dict": state}, path)
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model(path)
+    assert str(path) in str(caught.value)
+
+
+# --- bad files
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch '{self.target}'",)
+
+
+@pytest.mark.parametrize("how", ["zip", "legacy", "plain", "beside", "nested"])
+def test_code_in_a_pickle_is_refused_and_never_run(tmp_path: Path, how: str) -> None:
+    ran = tmp_path / "ran"
+    path = tmp_path / "evil.pt"
+    payload = Payload(ran)
+    if how == "zip":
+        torch.save(payload, path)
+    elif how == "legacy":
+        torch.save(payload, path, _use_new_zipfile_serialization=False)
+    elif how == "plain":
+        path.write_bytes(pickle.dumps(payload, protocol=2))
+    elif how == "beside":
+        torch.save(mobilefacenet_state() | {"x": payload}, path)
+    else:
+        torch.save({"state_dict": mobilefacenet_state(), "config": payload}, path)
+    with pytest.raises(ModelError, match=r"evil.pt: refused, because the pickle could run code") as caught:
+        load_model(path)
+    assert "posix.system" in str(caught.value) or "os.system" in str(caught.value)
+    assert not ran.exists()
+    # The payload is real: an unsafe reader would have run it.
+    if how == "plain":
+        pickle.loads(path.read_bytes())
+        assert ran.exists()
+
+
+def test_whole_modules_are_refused(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "net.pt")
+    with pytest.raises(ModelError, match=r"refused.*torch.nn.modules.linear.Linear.*Expected a plain state dict"):
+        load_model(tmp_path / "net.pt")
+
+
+def test_missing_directory_empty(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"nothing.pt: no such file"):
+        load_model(tmp_path / "nothing.pt")
+    with pytest.raises(ModelError, match="expected a weights file, got a directory"):
+        load_model(tmp_path)
+    (tmp_path / "empty.pt").touch()
+    with pytest.raises(ModelError, match=r"empty.pt: the file is empty"):
+        load_model(tmp_path / "empty.pt")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("keep", [1, 7, 9, 100, 0.5, 0.99])
+def test_truncated(tmp_path: Path, suffix: str, keep: float) -> None:
+    path = tmp_path / f"net{suffix}"
+    state = mobilefacenet_state()
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep if keep >= 1 else keep * len(content))])
+    with pytest.raises(ModelError, match=r"damaged or truncated|not a weights file"):
+        load_model(path)
+
+
+def test_flipped_bytes_never_escape_as_other_errors(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    save_file({"a": torch.zeros(3)}, path)
+    content = path.read_bytes()
+    for i in range(len(content)):
+        path.write_bytes(content[:i] + bytes([content[i] ^ 0xFF]) + content[i + 1 :])
+        with pytest.raises(ModelError):
+            load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("face.pt", b"\xff\xd8\xff\xe0" + bytes(100), "not a weights file"),
+        ("notes.pt", b"epoch,loss\n1,2\n", "not a weights file"),
+        ("net.onnx", b"\x08\x07\x12\x07pytorch", "this is an ONNX graph"),
+        ("net.safetensors", b"garbage garbage garbage", "damaged or truncated safetensors"),
+    ],
+)
+def test_not_a_checkpoint(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError, match=message):
+        load_model(tmp_path / name)
+
+
+def test_a_zip_of_something_else(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "photos.pt", "w") as archive:
+        archive.writestr("a.txt", "hello")
+    with pytest.raises(ModelError, match="damaged or truncated PyTorch file"):
+        load_model(tmp_path / "photos.pt")
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ({}, r"holds no weights \(keys: none\)"),
+        ({"epoch": 3, "loss": 0.1}, r"holds no weights \(keys: epoch, loss\)"),
+        ([torch.zeros(1)], r"expected a state dict \(names to tensors\), got list"),
+        (torch.zeros(3), "expected a state dict"),
+        ({"fc.weight": torch.zeros(2, 2)}, r"no known layout \(1 tensors, first: fc.weight\); supported are"),
+        ({"state_dict": {"a": 3}}, "'a': expected a tensor, got int"),
+        ({"a": torch.zeros(3).to_sparse()}, "a: expected a plain dense tensor"),
+    ],
+    ids=["empty", "no-tensors", "list", "tensor", "unknown", "not-a-tensor", "sparse"],
+)
+def test_not_the_weights_of_a_known_network(tmp_path: Path, contents: object, message: str) -> None:
+    torch.save(contents, tmp_path / "x.pt")
+    with pytest.raises(ModelError, match=rf"x.pt: {message}"):
+        load_model(tmp_path / "x.pt")
+
+
+def test_weights_that_are_not_numbers(tmp_path: Path) -> None:
+    state = mobilefacenet_state()
+    state["linear.weight"][0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(ModelError, match=r"x.pt: linear.weight: 3 values are NaN or infinite"):
+        load_model(tmp_path / "x.pt")
+    state = mobilefacenet_state()
+    state["bn.running_var"][5] = -1
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(ModelError, match=r"x.pt: bn.running_var: negative variance"):
+        load_model(tmp_path / "x.pt")
+
+
+def test_misused_options(tmp_path: Path, official: State) -> None:
+    torch.save(official, tmp_path / "xcos.pth")
+    with pytest.raises(ValueError, match="only for recognisers"):
+        load_model(tmp_path / "xcos.pth", project=32)
+    with pytest.raises(ModelError, match="an xCos checkpoint, not a recogniser; use load_model"):
+        load_recogniser(tmp_path / "xcos.pth")
+    torch.save(mobilefacenet_state(), tmp_path / "net.pt")
+    with pytest.raises(ModelError, match="project=32 needs statistics"):
+        load_model(tmp_path / "net.pt", project=32)

@@ -19,7 +19,9 @@ GROUPS = [
     "launch",
     "many",
     "nan",
+    "plan",
     "reference",
+    "rounds",
     "shapes_full",
     "shapes_half",
     "sizes",
@@ -51,9 +53,7 @@ def driver() -> Path:
 
 
 def run(driver: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = dict(
-        os.environ, ASAN_OPTIONS="detect_leaks=0:abort_on_error=0", UBSAN_OPTIONS="print_stacktrace=1"
-    )
+    environment = dict(os.environ, ASAN_OPTIONS="detect_leaks=0:abort_on_error=0", UBSAN_OPTIONS="print_stacktrace=1")
     return subprocess.run(
         [str(driver), *arguments], capture_output=True, text=True, timeout=300, env=environment, cwd=EMULATOR
     )

@@ -18,6 +18,7 @@
 
 #include "core/xcos_score.h"
 #include "cuda/grid_cosine.h"
+#include "cuda/pair_plan.h"
 #include "cuda/runtime.h"
 #include "cuda/xcos_score.h"
 #include "cuda_bf16.h"
@@ -233,8 +234,10 @@ class Runner {
     if (given) {
       attention_ = Memory((c.one_attention ? 1 : s.pairs) * s.cells, c.attention, s.pairs % 2 == 0);
       std::normal_distribution<double> normal;
+      const double spread =
+          c.seed % 3 == 0 ? 200 : 3;  // of the logits; 200 overflows exp without the maximum
       for (int64_t i = 0; i < (c.one_attention ? 1 : s.pairs) * s.cells; ++i) {
-        double value = c.mode == Attention::weights ? std::fabs(normal(random_)) : 3 * normal(random_);
+        double value = c.mode == Attention::weights ? std::fabs(normal(random_)) : spread * normal(random_);
         if (c.mode == Attention::logits && i % s.cells != 0 && random_() % 11 == 0) value = -INFINITY;
         attention_.put(i, value);
       }
@@ -411,7 +414,7 @@ class Runner {
       if (c.gradients & 4) {
         for (int64_t i = 0; i < s.cells; ++i) {
           compare("grad_attention", n, i, o.grad_attention.at(n * s.cells + i), g.attention[size_t(i)],
-                  tolerance * g.attention_magnitude[size_t(i)] * logit_error, 0);
+                  0x1p-120 + tolerance * g.attention_magnitude[size_t(i)] * logit_error, 0);
         }
       }
       reference::Pair plain = p;
@@ -442,7 +445,7 @@ class Runner {
     const double rounding = case_.scalar == Scalar::f16    ? 0x1p-11
                             : case_.scalar == Scalar::bf16 ? 0x1p-8
                                                            : 0.0;
-    const double smallest = case_.scalar == Scalar::f16 ? 0x1p-24 : 0x1p-126;
+    const double smallest = case_.scalar == Scalar::f16 ? 0x1p-24 : 0x1p-120;  // underflow
     const double relative = (case_.mode == Attention::logits ? 30 / case_.temperature : 1) * tolerance();
     // Which gradients of a pair with a NaN in it are NaN too, beyond those that must be, is nobody's
     // contract.
@@ -575,8 +578,8 @@ void shapes(const std::vector<Scalar>& scalars, int rounds) {
   }
 }
 
-void group_shapes_half() { shapes({Scalar::f16, Scalar::bf16}, 2); }
-void group_shapes_full() { shapes({Scalar::f32, Scalar::f64}, 2); }
+void group_shapes_half() { shapes({Scalar::f16, Scalar::bf16}, 3); }
+void group_shapes_full() { shapes({Scalar::f32, Scalar::f64}, 3); }
 
 // Shapes around the limits of shared memory, of a warp, of a tile, of the vectors.
 void group_sizes() {
@@ -590,6 +593,23 @@ void group_sizes() {
       c.scalar = scalar;
       c.shape = {1 + int64_t(random() % 2), channels, cells};
       run(vary(random, c));
+    }
+  }
+}
+
+// One block after another pair: what reductions leave in shared memory must not reach the next pair.
+void group_rounds() {
+  uint64_t seed = 3;  // multiples of 3: a grid of one block
+  for (Scalar scalar : {Scalar::bf16, Scalar::f32, Scalar::f64}) {
+    for (Attention mode : kModes) {
+      Case c;
+      c.scalar = scalar;
+      c.shape = {12, 3, 300};
+      c.mode = mode;
+      c.zero_cells = seed % 9 == 0;
+      c.seed = seed;
+      seed += 3;
+      run(c);
     }
   }
 }
@@ -629,66 +649,81 @@ void group_nan() {
   }
 }
 
-// Offsets beyond 2^31 elements, in address space that is never filled.
+// Address space that is filled only where a test writes.
+void* reserve(size_t bytes) {
+  void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (at == MAP_FAILED) {
+    std::fprintf(stderr, "no address space of %zu bytes\n", bytes);
+    std::exit(77);
+  }
+  return at;
+}
+
+// Offsets beyond 2^31 elements, from pair to pair or from channel to channel of one pair, on both paths.
 void group_large() {
-  current_case = "large strides";
-  constexpr int64_t kPairs = 3, kChannels = 32, kCells = 49;
-  const int64_t stride = (int64_t{1} << 31) + 16;
-  const size_t bytes = size_t(2 * stride + kChannels * kCells) * 2;
-  auto reserve = [&] {
-    void* at =
-        mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (at == MAP_FAILED) {
-      std::fprintf(stderr, "no address space of %zu bytes\n", bytes);
-      std::exit(77);
-    }
-    return at;
+  struct Large {
+    xcos::PairShape shape;
+    bool by_channel;
   };
-  void* const a = reserve();
-  void* const grad = reserve();
-  for (bool by_channel : {false, true}) {  // the long stride is that of pairs, or of channels in one pair
+  const int64_t stride = (int64_t{1} << 31) + 16;
+  for (const Large& large : {Large{{3, 32, 49}, false}, Large{{1, 3, 49}, true}, Large{{3, 2, 13000}, false},
+                             Large{{1, 3, 13000}, true}}) {
     ++cases;
-    const xcos::PairShape shape = {by_channel ? 1 : kPairs, by_channel ? kPairs : kChannels, kCells};
-    const int64_t pair_stride = by_channel ? 0 : stride, channel_stride = by_channel ? stride : kCells;
+    const xcos::PairShape& shape = large.shape;
+    current_case = std::string("large ") + (large.by_channel ? "channel" : "pair") + " stride, " +
+                   std::to_string(shape.cells) + " cells";
+    const Strides far = {large.by_channel ? 0 : stride, large.by_channel ? stride : shape.cells, 1};
+    const size_t bytes = size_t(2 * stride + shape.channels * shape.cells) * 2;
+    void* const a = reserve(bytes);
+    void* const grad = reserve(bytes);
+    const auto index = [&](int64_t n, int64_t c, int64_t i) { return n * far.pair + c * far.channel + i; };
+    Map b(shape, Scalar::f16, Layout::contiguous);
+    std::vector<reference::Pair> pairs;
     Random random(3);
     std::normal_distribution<double> normal;
     for (int64_t n = 0; n < shape.pairs; ++n) {
+      reference::Pair p = {shape.channels, shape.cells, {}, {}, Attention::uniform, {}, 1.0, 1e-6};
       for (int64_t c = 0; c < shape.channels; ++c) {
-        for (int64_t i = 0; i < kCells; ++i)
-          set(Scalar::f16, a, n * pair_stride + c * channel_stride + i, normal(random));
+        for (int64_t i = 0; i < shape.cells; ++i) {
+          set(Scalar::f16, a, index(n, c, i), normal(random));
+          set(Scalar::f16, grad, index(n, c, i), NAN);
+          b.memory.put(b.index(n, c, i), normal(random));
+          p.x.push_back(get(Scalar::f16, a, index(n, c, i)));
+          p.y.push_back(b.memory.at(b.index(n, c, i)));
+        }
       }
+      pairs.push_back(p);
     }
     xcos::PairProblem problem = {};
     problem.shape = shape;
     problem.scalar = Scalar::f16;
-    problem.a = {a, pair_stride, channel_stride, 1};
-    problem.b = problem.a;
+    problem.a = {a, far.pair, far.channel, far.cell};
+    problem.b = b.view();
     problem.temperature = 1;
     problem.eps = 1e-6;
     Memory score(shape.pairs, Scalar::f32), incoming(1, Scalar::f32);
-    incoming.put(0, 1.0);
-    xcos::XcosScoreOutputs outputs = {score.data(), nullptr, nullptr};
-    if (xcos::cuda::xcos_score(problem, outputs, nullptr) != 0) complain("xcos_score failed");
-    xcos::XcosScoreGradients gradients = {incoming.data(), 0, nullptr, nullptr};
-    xcos::XcosScoreGradientOutputs wanted = {{grad, pair_stride, channel_stride, 1}, {}, nullptr};
-    for (int64_t n = 0; n < shape.pairs; ++n) {
-      for (int64_t c = 0; c < shape.channels; ++c) {
-        for (int64_t i = 0; i < kCells; ++i)
-          set(Scalar::f16, grad, n * pair_stride + c * channel_stride + i, NAN);
-      }
-    }
+    incoming.put(0, double(shape.cells));
+    if (xcos::cuda::xcos_score(problem, {score.data(), nullptr, nullptr}, nullptr) != 0)
+      complain("forward failed");
+    const xcos::XcosScoreGradients gradients = {incoming.data(), 0, nullptr, nullptr};
+    const xcos::XcosScoreGradientOutputs wanted = {{grad, far.pair, far.channel, far.cell}, {}, nullptr};
     if (xcos::cuda::xcos_score_backward(problem, gradients, wanted, nullptr) != 0)
       complain("backward failed");
+    const std::vector<double> zeros(size_t(shape.cells), 0.0);
     for (int64_t n = 0; n < shape.pairs; ++n) {
-      // A map against itself: every cosine is 1 and every gradient 0.
-      compare("score", n, 0, score.at(n), 1.0, 1e-6, 0);
+      const reference::Pair& p = pairs[size_t(n)];
+      compare("score", n, 0, score.at(n), reference::forward(p).score, 1e-5, 0);
+      const reference::Gradients g = reference::backward(p, double(shape.cells), zeros, zeros);
       for (int64_t c = 0; c < shape.channels; ++c) {
-        for (int64_t i = 0; i < kCells; ++i) {
-          compare("grad", n, c * kCells + i, get(Scalar::f16, grad, n * pair_stride + c * channel_stride + i),
-                  0, 1e-6, 0);
+        for (int64_t i = 0; i < shape.cells; ++i) {
+          const size_t at = size_t(c * shape.cells + i);
+          compare("grad", n, int64_t(at), get(Scalar::f16, grad, index(n, c, i)), g.x[at],
+                  1e-5 * g.x_magnitude[at] + 0x1p-24, 0x1p-11);
         }
       }
     }
+    munmap(a, bytes);
+    munmap(grad, bytes);
   }
 }
 
@@ -760,6 +795,50 @@ void group_launch() {
   // Few enough pairs for one block: no idle warps. Many: the grid stays within the limit.
   expect(xcos::cuda::xcos_score(problem, {scores, nullptr, nullptr}, nullptr) == 0, "two pairs");
   expect(emulator::last_grid.x == 1 && emulator::last_block.x == 64, "two pairs take two warps");
+}
+
+// Decisions of the plan that no result shows.
+void group_plan() {
+  current_case = "plan";
+  // The eight lanes that a 16-byte access of shared memory serves at a time must be in different bank groups.
+  for (int chunks = 1; chunks <= 96; ++chunks) {
+    const int shift = xcos::cuda::rotation_shift_of(chunks);
+    for (int step = 0; step < chunks; ++step) {
+      for (int first = 0; first < 32; first += 8) {
+        unsigned banks = 0;
+        for (int cell = first; cell < first + 8; ++cell) {
+          const int chunk = (step + (cell >> shift) % chunks) % chunks;
+          banks |= 1u << (cell * chunks + chunk) % 8;
+        }
+        if (banks != 0xffu && chunks % 2 == 0)
+          return complain("bank conflicts with %d chunks a cell", chunks);
+      }
+    }
+  }
+  const auto plan_of = [](Scalar scalar, xcos::PairShape shape, Layout layout) {
+    Map map(shape, scalar, layout);
+    xcos::PairProblem problem = {};
+    problem.shape = shape;
+    problem.scalar = scalar;
+    problem.a = problem.b = map.view();
+    auto a = xcos::cuda::access_of(problem.a), b = xcos::cuda::access_of(problem.b);
+    return xcos::cuda::plan_pairs(problem, a, b, nullptr, nullptr, true);
+  };
+  using xcos::cuda::Walk;
+  for (Scalar scalar : kScalars) {
+    const auto plan = plan_of(scalar, {9, 32, 49}, Layout::contiguous);
+    expect(plan.staged && plan.tuned && plan.layout.walk == Walk::words, "32x7x7 is tuned");
+    expect(plan.shared_bytes <= xcos::cuda::kStagedBytes && plan.layout.warps >= 1, "a block fits");
+    const auto last = plan_of(scalar, {9, 32, 49}, Layout::channels_last);
+    expect(last.tuned && last.layout.walk == Walk::chunks, "32x7x7 channels_last is tuned");
+    expect(!plan_of(scalar, {9, 32, 49}, Layout::unaligned).tuned, "unaligned maps are not");
+    expect(plan_of(scalar, {9, 32, 49}, Layout::gapped).staged, "gapped maps are staged");
+    expect(!plan_of(scalar, {9, 512, 196}, Layout::contiguous).staged, "large maps are not staged");
+  }
+  expect(plan_of(Scalar::f16, {9, 32, 49}, Layout::contiguous).layout.warps == 4,
+         "four warps of halves a block");
+  const auto huge = plan_of(Scalar::f32, {2, 3, 112 * 112}, Layout::contiguous);
+  expect(huge.general.parts > 1 && huge.blocks == 2 * huge.general.parts, "large grids are shared out");
 }
 
 // The conversions the emulator stands in for, all of them.
@@ -842,11 +921,13 @@ void group_reference() {
 
 const std::map<std::string, void (*)()> kGroups = {
     {"conversions", group_conversions},
-    {"launch", group_launch},
     {"large", group_large},
+    {"launch", group_launch},
     {"many", group_many},
     {"nan", group_nan},
+    {"plan", group_plan},
     {"reference", group_reference},
+    {"rounds", group_rounds},
     {"shapes_full", group_shapes_full},
     {"shapes_half", group_shapes_half},
     {"sizes", group_sizes},

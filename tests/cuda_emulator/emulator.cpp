@@ -133,15 +133,39 @@ void run_block(size_t shared_bytes, std::mt19937_64& random) {
   std::iota(turns.begin(), turns.end(), 0u);
   if (settings.order == Order::reverse) std::reverse(turns.begin(), turns.end());
   unsigned finished = 0;
-  while (finished < threads) {
-    if (settings.order == Order::shuffled) std::shuffle(turns.begin(), turns.end(), random);
+  const auto run_all = [&](size_t begin, size_t end) {
     bool progress = false;
-    for (unsigned turn : turns) {
-      Fiber& fiber = fibers[turn];
+    for (size_t k = begin; k < end; ++k) {
+      Fiber& fiber = fibers[turns[k]];
       if (fiber.state != State::ready) continue;
       resume(fiber);
       progress = true;
       if (fiber.state == State::finished) ++finished;
+    }
+    return progress;
+  };
+  while (finished < threads) {
+    bool progress = false;
+    if (settings.order == Order::shuffled) {
+      // One turn of a warp drawn at random, or all it can take until a barrier of the block.
+      std::vector<size_t> order(warps.size());
+      std::iota(order.begin(), order.end(), size_t{0});
+      std::shuffle(order.begin(), order.end(), random);
+      for (size_t warp : order) {
+        const size_t begin = warp * kWarp, end = std::min<size_t>(begin + kWarp, threads);
+        std::shuffle(turns.begin() + long(begin), turns.begin() + long(end), random);
+        const bool far = random() % 2 == 0;
+        while (run_all(begin, end)) {
+          progress = true;
+          if (!far) break;
+        }
+        if (progress) break;
+      }
+    } else {
+      // A warp runs as far ahead of the others as barriers of the block let it.
+      for (size_t begin = 0; begin < threads; begin += kWarp) {
+        while (run_all(begin, std::min<size_t>(begin + kWarp, threads))) progress = true;
+      }
     }
     if (!progress) fail("deadlock: threads wait at a barrier that others do not reach");
   }

@@ -46,7 +46,9 @@ extern dim3 gridDim;
 
 namespace emulator {
 
-// Order in which the threads of a block get their turns. Results must not depend on it.
+// Order in which the threads of a block get their turns; results must not depend on it. forward and reverse:
+// one warp after the other, each as far as barriers let it. shuffled: all threads in turn, in an order drawn
+// anew every time.
 enum class Order { forward, reverse, shuffled };
 
 struct Settings {

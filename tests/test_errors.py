@@ -185,6 +185,15 @@ def test_arguments_of_the_wrong_kind():
         xcos_ext.xcos_score(a, a, "norm", logits=True)
 
 
+def test_numbers_in_tensors_are_refused_instead_of_waited_for():
+    a = torch.zeros(A)
+    with pytest.raises(TypeError, match="temperature: expected a number, got a tensor, .*divide the logits by it"):
+        xcos_ext.xcos_score(a, a, a[0, 0], logits=True, temperature=torch.tensor(0.5))
+    for call_op in (xcos_ext.xcos_score, xcos_ext.grid_cosine):
+        with pytest.raises(TypeError, match="eps: expected a number, got a tensor"):
+            call_op(a, a, eps=torch.tensor(1e-6))
+
+
 def test_raw_operator_checks_its_mode():
     a = torch.zeros(A)
     op = torch.ops.xcos_ext.xcos_score

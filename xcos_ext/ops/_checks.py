@@ -117,6 +117,13 @@ def _evenly_spaced(feature: Tensor) -> bool:
     return h == 1 or w == 1 or feature.stride(-2) == w * feature.stride(-1)
 
 
+def refuse_tensor(op: str, name: str, value: object) -> None:
+    """A number must be a number: reading it out of a tensor would wait for the GPU."""
+    if isinstance(value, Tensor):
+        hint = "; to learn it, divide the logits by it" if name == "temperature" else ""
+        raise TypeError(f"{op}: {name}: expected a number, got a tensor, whose value would have to be waited for{hint}")
+
+
 def kind_error(op: str, a: object, b: object, attention: object = None) -> TypeError:
     """The error for arguments that are neither all tensors nor all arrays; names the first that does not fit."""
     if not isinstance(a, Tensor | np.ndarray):

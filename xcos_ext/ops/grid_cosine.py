@@ -114,6 +114,7 @@ def grid_cosine(a: Any, b: Any, *, eps: float = 1e-6) -> Any:
         RuntimeError: An argument has the wrong rank, shape, dtype, device or value (ValueError for NumPy arrays).
         TypeError: a and b are neither two tensors nor two arrays.
     """
+    _checks.refuse_tensor("grid_cosine", "eps", eps)
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         if a.dtype != b.dtype:
             a, b = promote_under_autocast(a, b)

@@ -284,6 +284,8 @@ def xcos_score(
     if logits and given is None:
         raise RuntimeError(f"xcos_score: logits: expected False when attention is {attention!r}, got True")
 
+    _checks.refuse_tensor("xcos_score", "temperature", temperature)
+    _checks.refuse_tensor("xcos_score", "eps", eps)
     if isinstance(a, Tensor) and isinstance(b, Tensor) and (given is None or isinstance(given, Tensor)):
         if a.dtype != b.dtype:
             a, b = promote_under_autocast(a, b)

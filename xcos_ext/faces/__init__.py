@@ -1,0 +1,34 @@
+"""Reading pictures, finding faces in them, and cutting them out upright (needs the ``cli`` extra)."""
+
+from ._optional import MissingPackageError
+from .alignment import ARCFACE_TEMPLATE, align_face, apply_transform, similarity_transform, template_for, warp
+from .cascade import CascadeAlignment, CascadeDetector
+from .detector import Detector, Face, create_detector
+from .pictures import MAX_PIXELS, display_name, read_picture
+from .reader import AlignedFace, extract_face, read_face
+from .selection import POLICIES, choose_face
+from .yunet import YuNetDetector
+
+__all__ = [
+    "ARCFACE_TEMPLATE",
+    "MAX_PIXELS",
+    "POLICIES",
+    "AlignedFace",
+    "CascadeAlignment",
+    "CascadeDetector",
+    "Detector",
+    "Face",
+    "MissingPackageError",
+    "YuNetDetector",
+    "align_face",
+    "apply_transform",
+    "choose_face",
+    "create_detector",
+    "display_name",
+    "extract_face",
+    "read_face",
+    "read_picture",
+    "similarity_transform",
+    "template_for",
+    "warp",
+]

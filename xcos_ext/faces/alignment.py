@@ -1,0 +1,142 @@
+"""From five landmarks to the upright 112x112 crop that face recognisers are trained on."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ._optional import need
+
+__all__ = ["ARCFACE_TEMPLATE", "align_face", "apply_transform", "similarity_transform", "template_for", "warp"]
+
+#: Where the ArcFace family expects, on 112x112 pixels (x, y): the eye on the picture's left, the one on its right, the
+#: tip of the nose, and the left and right corners of the mouth.
+ARCFACE_TEMPLATE = np.array(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
+)
+ARCFACE_TEMPLATE.setflags(write=False)
+
+
+def template_for(size: tuple[int, int]) -> np.ndarray:
+    """The template for crops of another size (height, width): pixel centres are at whole coordinates."""
+    scale = np.array([size[1], size[0]], dtype=np.float64) / 112
+    return (ARCFACE_TEMPLATE + 0.5) * scale - 0.5
+
+
+def similarity_transform(source: np.ndarray, target: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """The rotation, uniform scale and shift that best map points to points.
+
+    Least squares after Umeyama (IEEE PAMI 13(4), 1991, eqs. 34-43); never a reflection.
+
+    Args:
+        source: [N, 2], N >= 2, not all the same point.
+        target: [N, 2].
+        weights: positive [N], or None for equal ones.
+
+    Returns:
+        [2, 3] fp64, for :func:`apply_transform` and :func:`warp`.
+
+    Raises:
+        ValueError: other shapes, values that are not finite, or coinciding source points.
+    """
+    source, target = np.asarray(source, np.float64), np.asarray(target, np.float64)
+    if source.ndim != 2 or source.shape[1] != 2 or len(source) < 2 or source.shape != target.shape:
+        raise ValueError(f"source, target: expected [N, 2] with N >= 2, got {source.shape} and {target.shape}")
+    w = np.ones(len(source)) if weights is None else np.asarray(weights, np.float64)
+    if w.shape != (len(source),) or not np.isfinite(w).all() or not (w > 0).all():
+        raise ValueError(f"weights: expected {len(source)} positive numbers, got shape {w.shape}")
+    if not (np.isfinite(source).all() and np.isfinite(target).all()):
+        raise ValueError("source, target: expected finite coordinates")
+    w = w / w.sum()
+    source_mean, target_mean = w @ source, w @ target
+    s, t = source - source_mean, target - target_mean
+    variance = float(w @ (s * s).sum(1))
+    if variance <= 1e-12 * max(1.0, float(np.abs(source).max()) ** 2):
+        raise ValueError("source: all points are the same")
+    u, d, vt = np.linalg.svd((t * w[:, None]).T @ s)
+    sign = np.array([1.0, np.sign(np.linalg.det(u @ vt)) or 1.0])
+    rotation = (u * sign) @ vt
+    scale = float((d * sign).sum()) / variance
+    return np.hstack([scale * rotation, (target_mean - scale * rotation @ source_mean)[:, None]])
+
+
+def apply_transform(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Map points [N, 2] by an affine [2, 3] matrix."""
+    return np.asarray(points, np.float64) @ matrix[:, :2].T + matrix[:, 2]
+
+
+def invert(matrix: np.ndarray) -> np.ndarray:
+    """Inverse of an affine [2, 3] matrix."""
+    linear = np.linalg.inv(matrix[:, :2])
+    return np.hstack([linear, (-linear @ matrix[:, 2])[:, None]])
+
+
+def compose(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
+    """The affine [2, 3] matrix that applies ``inner`` first."""
+    return np.hstack([outer[:, :2] @ inner[:, :2], (outer[:, :2] @ inner[:, 2] + outer[:, 2])[:, None]])
+
+
+def warp(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int], *, extend: bool = False) -> np.ndarray:
+    """Resample a picture by a similarity transform.
+
+    When it shrinks the picture to less than half, the pixels are first averaged over whole blocks, because
+    bilinear sampling alone would skip most of them (a face of 1,000 pixels would reach the network as noise).
+
+    Args:
+        image: uint8 [H, W] or [H, W, 3].
+        matrix: [2, 3], picture coordinates to output coordinates.
+        size: (height, width) of the output.
+        extend: repeat the border pixels outside the picture; otherwise it is black there.
+
+    Returns:
+        uint8 [height, width] or [height, width, 3].
+    """
+    cv2 = need("cv2", "face alignment")
+    height, width = size
+    corners = np.array([[-1, -1], [width, -1], [-1, height], [width, height]], np.float64)
+    inside = apply_transform(invert(matrix), corners)
+    scale = float(np.sqrt(abs(np.linalg.det(matrix[:, :2]))))
+    block = max(1, int(1 / scale))
+    # Only the part that is seen is touched: OpenCV's warp is limited to 32,767 pixels a side, and averaging
+    # costs.
+    limits = np.array([image.shape[1], image.shape[0]])
+    low = np.clip(np.floor(inside.min(0)).astype(int) - 2 * block, 0, limits)
+    high = np.clip(np.ceil(inside.max(0)).astype(int) + 2 * block + 1, 0, limits)
+    if (high <= low).any():  # entirely outside
+        low = np.clip(low, 0, limits - 1)
+        high = low + 1
+        if not extend:
+            return np.zeros((height, width, *image.shape[2:]), np.uint8)
+    part = np.ascontiguousarray(image[low[1] : high[1], low[0] : high[0]])
+    to_part = np.array([[1.0, 0.0, low[0]], [0.0, 1.0, low[1]]])  # part coordinates -> picture coordinates
+    if block > 1:
+        shrunk = np.maximum((high - low) // block, 1)
+        ratio = (high - low) / shrunk
+        part = cv2.resize(part, (int(shrunk[0]), int(shrunk[1])), interpolation=cv2.INTER_AREA)
+        to_part[:, 2] += (ratio - 1) / 2
+        to_part[0, 0], to_part[1, 1] = ratio
+    border = cv2.BORDER_REPLICATE if extend else cv2.BORDER_CONSTANT
+    return cv2.warpAffine(
+        part, compose(matrix, to_part), (width, height), flags=cv2.INTER_LINEAR, borderMode=border, borderValue=0
+    )
+
+
+def align_face(rgb: np.ndarray, landmarks: np.ndarray, size: tuple[int, int] = (112, 112)) -> np.ndarray:
+    """Cut out a face, upright and to scale.
+
+    Args:
+        rgb: uint8 [H, W, 3].
+        landmarks: five points (x, y) [5, 2] in the order of :data:`ARCFACE_TEMPLATE`; they may lie outside
+        the picture.
+        size: (height, width) of the crop.
+
+    Returns:
+        uint8 RGB [height, width, 3]; black where the picture ends.
+
+    Raises:
+        ValueError: other shapes or types, or landmarks that all coincide.
+    """
+    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
+        raise ValueError(f"rgb: expected uint8 [H, W, 3], got {rgb.dtype} {rgb.shape}")
+    if np.shape(landmarks) != (5, 2):
+        raise ValueError(f"landmarks: expected [5, 2], got {np.shape(landmarks)}")
+    return warp(rgb, similarity_transform(landmarks, template_for(size)), size)

@@ -1,0 +1,103 @@
+"""What a face detector gives, and which detectors there are."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+__all__ = ["Detector", "Face", "create_detector"]
+
+
+@dataclass(frozen=True, eq=False)
+class Face:
+    """A face found in a picture.
+
+    Attributes:
+        box: (left, top, width, height) in pixels of the picture; may reach outside it.
+        landmarks: fp64 [5, 2], (x, y) in pixels of the picture, in the order of
+            :data:`~xcos_ext.faces.ARCFACE_TEMPLATE`; None if the detector gives only boxes.
+        score: the detector's confidence in [0, 1]; not comparable between detectors.
+    """
+
+    box: tuple[float, float, float, float]
+    landmarks: np.ndarray | None
+    score: float
+
+
+@runtime_checkable
+class Detector(Protocol):
+    """Anything that finds faces. Detectors are not thread-safe: give every thread its own."""
+
+    def detect(self, rgb: np.ndarray) -> list[Face]:
+        """Find the faces of a picture.
+
+        Args:
+            rgb: uint8 [H, W, 3].
+
+        Returns:
+            Faces, best score first; empty if there are none.
+        """
+        ...
+
+
+def check_picture(rgb: np.ndarray) -> None:
+    """What every detector accepts.
+
+    Raises:
+        ValueError: not a uint8 RGB picture with pixels in it.
+    """
+    if not isinstance(rgb, np.ndarray) or rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
+        got = f"{rgb.dtype} {list(rgb.shape)}" if isinstance(rgb, np.ndarray) else type(rgb).__name__
+        raise ValueError(f"rgb: expected a uint8 array [H, W, 3], got {got}")
+    if rgb.size == 0:
+        raise ValueError(f"rgb: expected pixels, got an empty picture {list(rgb.shape)}")
+
+
+def create_detector(spec: str | os.PathLike[str] = "cascade") -> Detector:
+    """The detector for a setting as a user writes it.
+
+    Args:
+        spec: ``"cascade"`` for :class:`CascadeDetector`, or the path of a YuNet network (``.onnx``) for
+            :class:`YuNetDetector`.
+
+    Raises:
+        ModelError: the file cannot be used as a YuNet detector.
+        ValueError: neither of the two.
+    """
+    if spec == "cascade":
+        from .cascade import CascadeDetector
+
+        return CascadeDetector()
+    if str(spec).lower().endswith(".onnx"):
+        from .yunet import YuNetDetector
+
+        return YuNetDetector(spec)
+    raise ValueError(f"detector: expected 'cascade' or the path of a YuNet .onnx file, got {str(spec)!r}")
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection of two boxes (left, top, width, height) over the smaller one's area."""
+    low = np.maximum(a[:2], b[:2])
+    high = np.minimum(a[:2] + a[2:], b[:2] + b[2:])
+    return float(np.prod(np.maximum(high - low, 0)) / max(min(a[2] * a[3], b[2] * b[3]), 1e-9))
+
+
+def scaled_copy(image: np.ndarray, longest: int, *, enlarge: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A copy whose longer side is ``longest`` (only ever smaller than the picture unless ``enlarge``).
+
+    Returns:
+        The copy, and the factors [x, y] from picture to copy; a point p (pixel centres at whole coordinates)
+        becomes (p + 0.5) * factor - 0.5.
+    """
+    import cv2
+
+    height, width = image.shape[:2]
+    factor = longest / max(height, width)
+    if factor == 1 or (factor > 1 and not enlarge):
+        return image, np.ones(2)
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    method = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC
+    return cv2.resize(image, size, interpolation=method), np.array([size[0] / width, size[1] / height])

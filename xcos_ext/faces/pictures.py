@@ -1,0 +1,185 @@
+"""Reading pictures that come from anywhere: every file gives an upright 8-bit RGB array or one clear error."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+import warnings
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from xcos_ext.errors import PictureError
+
+from ._optional import need
+
+__all__ = ["MAX_PIXELS", "display_name", "read_picture"]
+
+StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+#: Pictures of more pixels are refused from their header, before anything is decoded (RGB takes 3 bytes a pixel).
+MAX_PIXELS = 100_000_000
+
+# Formats that hold photographs. Left out on purpose: those that Pillow hands to other programs (EPS) or that
+# are containers of something else.
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "MPO", "PPM", "JPEG2000", "AVIF", "TGA", "DIB", "PCX", "SGI")
+
+# What shows through transparent pixels: mid-grey, so that neither dark nor light hair melts into it.
+_BACKGROUND = (128, 128, 128)
+
+
+def display_name(path: StrPath) -> str:
+    """A path as text that can be printed on one line of any terminal.
+
+    Bytes that are not UTF-8 and characters that are not printable are shown as backslash escapes.
+    """
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def read_picture(path: StrPath, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Read a picture file.
+
+    EXIF rotation is applied; grey, palette and CMYK pictures become RGB; transparency is composited on
+    mid-grey; 16-bit grey is scaled from its full range 0..65535; of an animation the first frame is taken.
+    Only regular files are opened (symbolic links are followed), so a pipe or a device cannot block or flood
+    the caller.
+
+    Args:
+        path: the file; names that are not UTF-8 are fine.
+        max_pixels: larger pictures are refused from the header alone.
+
+    Returns:
+        uint8 RGB [height, width, 3], contiguous.
+
+    Raises:
+        PictureError: missing, not a regular file, not readable, empty, not a picture, damaged, truncated, or
+            too large. The message starts with the file's name.
+        ValueError: ``max_pixels`` is not positive.
+    """
+    if max_pixels < 1:
+        raise ValueError(f"max_pixels: expected a positive number of pixels, got {max_pixels}")
+    name = display_name(path)
+    with _open_regular(path, name) as file:
+        return _decode(file, name, max_pixels)
+
+
+def _open_regular(path: StrPath, name: str) -> BinaryIO:
+    try:
+        # Asked before opening, because merely opening some devices has effects; and again on what was opened.
+        mode = os.stat(path).st_mode
+        if stat.S_ISREG(mode):
+            flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+            file = os.fdopen(os.open(path, flags | getattr(os, "O_CLOEXEC", 0)), "rb")
+            status = os.fstat(file.fileno())
+            mode = status.st_mode
+            if stat.S_ISREG(mode):
+                if status.st_size == 0:
+                    file.close()
+                    raise PictureError(f"{name}: expected a picture, got an empty file")
+                return file
+            file.close()
+    except FileNotFoundError as error:
+        dangling = os.path.islink(path)
+        raise PictureError(f"{name}: {'the link points to no file' if dangling else 'no such file'}") from error
+    except PermissionError as error:
+        raise PictureError(f"{name}: no permission to read it") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise PictureError(f"{name}: cannot be opened: {getattr(error, 'strerror', None) or error}") from error
+    kinds = (
+        (stat.S_ISDIR, "a directory"),
+        (stat.S_ISFIFO, "a named pipe"),
+        (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISCHR, "a device"),
+        (stat.S_ISBLK, "a device"),
+    )
+    kind = next((text for test, text in kinds if test(mode)), "a special file")
+    raise PictureError(f"{name}: expected a picture file, got {kind}")
+
+
+def _too_large(name: str, pixels: str, max_pixels: int) -> PictureError:
+    return PictureError(
+        f"{name}: too large: {pixels} pixels, at most {max_pixels:,} are accepted; scale the picture down, or raise "
+        "the limit (max_pixels) if you trust the file"
+    )
+
+
+def _decode(file: BinaryIO, name: str, max_pixels: int) -> np.ndarray:
+    image_module = need("PIL.Image", "reading pictures")
+    need("PIL.ImageOps", "reading pictures")
+    image_module.init()
+    formats = [f for f in _FORMATS if f in image_module.OPEN]
+    try:
+        with warnings.catch_warnings():
+            # Our own limit decides; Pillow's warnings about size and odd metadata would only confuse stderr.
+            warnings.simplefilter("ignore")
+            with image_module.open(file, formats=formats) as picture:
+                width, height = picture.size
+                if width * height > max_pixels:
+                    raise _too_large(name, f"{width:,} x {height:,}", max_pixels)
+                try:
+                    return _to_rgb(picture, name)
+                except PictureError:
+                    raise
+                except image_module.DecompressionBombError:
+                    raise
+                except MemoryError as error:
+                    raise PictureError(f"{name}: not enough memory for {width:,} x {height:,} pixels") from error
+                except Exception as error:  # decoders raise nearly anything on damaged data
+                    raise PictureError(
+                        f"{name}: damaged or truncated {picture.format} picture ({_first_line(error)})"
+                    ) from error
+    except PictureError:
+        raise
+    except image_module.DecompressionBombError as error:
+        # Pillow's own, harder limit is met while the header is read, and only its message has the size.
+        found = re.search(r"(\d+) pixels", str(error))
+        limit = min(max_pixels, 2 * (image_module.MAX_IMAGE_PIXELS or max_pixels))
+        raise _too_large(name, f"{int(found[1]):,}" if found else "too many", limit) from error
+    except image_module.UnidentifiedImageError as error:
+        readable = "JPEG, PNG, WebP, TIFF, BMP or GIF"
+        raise PictureError(f"{name}: not a picture, or of an unknown kind; expected {readable}") from error
+    except Exception as error:
+        raise PictureError(f"{name}: damaged picture: its header cannot be read ({_first_line(error)})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _to_rgb(picture: Any, name: str) -> np.ndarray:
+    image_module = need("PIL.Image", "reading pictures")
+    picture.load()
+    # Damaged EXIF is no reason to refuse a picture that decodes.
+    with contextlib.suppress(Exception):
+        picture = need("PIL.ImageOps", "reading pictures").exif_transpose(picture)
+    if picture.mode.startswith("I") or picture.mode == "F":
+        grey = _deep_to_8_bit(np.asarray(picture), picture.mode, name)
+        return np.ascontiguousarray(np.broadcast_to(grey[:, :, None], (*grey.shape, 3)))
+    if picture.mode in ("La", "RGBa"):  # colours already multiplied by alpha
+        picture = picture.convert("LA" if picture.mode == "La" else "RGBA")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        background = image_module.new("RGBA", picture.size, (*_BACKGROUND, 255))
+        picture = image_module.alpha_composite(background, picture)
+    return np.ascontiguousarray(np.asarray(picture.convert("RGB"), dtype=np.uint8))
+
+
+def _deep_to_8_bit(samples: np.ndarray, mode: str, name: str) -> np.ndarray:
+    """Grey samples of more than 8 bits to uint8, by the range of their type and never by their content."""
+    if mode == "F":
+        if not np.isfinite(samples).all():
+            raise PictureError(f"{name}: floating-point samples: expected finite values, got NaN or infinity")
+        low, high = float(samples.min()), float(samples.max())
+        if low < 0 or high > 255:
+            raise PictureError(f"{name}: floating-point samples: expected 0..1 or 0..255, got {low:g}..{high:g}")
+        scaled = samples * (255.0 if high <= 1 else 1.0)
+    else:  # "I;16*" and "I", which holds 16-bit samples too
+        low, high = int(samples.min()), int(samples.max())
+        if low < 0 or high > 65535:
+            raise PictureError(f"{name}: grey samples: expected 0..65535, got {low}..{high}")
+        scaled = samples / 257.0
+    return np.rint(scaled).astype(np.uint8)

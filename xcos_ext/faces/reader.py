@@ -1,0 +1,98 @@
+"""From a picture file to one aligned face."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from xcos_ext.errors import PictureError
+
+from .alignment import align_face
+from .detector import Detector, Face
+from .pictures import MAX_PIXELS, display_name, read_picture
+from .selection import choose_face
+
+__all__ = ["AlignedFace", "extract_face", "read_face"]
+
+
+@dataclass(frozen=True, eq=False)
+class AlignedFace:
+    """A face, ready for a recogniser.
+
+    Attributes:
+        rgb: uint8 [height, width, 3].
+        name: of the picture, printable.
+        face: where it was found; None if the picture already was an aligned crop.
+        found: number of faces in the picture.
+    """
+
+    rgb: np.ndarray
+    name: str
+    face: Face | None
+    found: int
+
+
+def read_face(
+    path: str | os.PathLike[str],
+    detector: Detector | None,
+    *,
+    policy: str = "prominent",
+    size: tuple[int, int] = (112, 112),
+    max_pixels: int = MAX_PIXELS,
+) -> AlignedFace:
+    """Read a picture, find the face and cut it out.
+
+    Args:
+        path: the picture.
+        detector, policy, size: see :func:`extract_face`.
+        max_pixels: see :func:`~xcos_ext.faces.read_picture`.
+
+    Raises:
+        PictureError: as :func:`~xcos_ext.faces.read_picture` and :func:`extract_face`. The message starts
+            with the file's name.
+    """
+    rgb = read_picture(path, max_pixels=max_pixels)
+    return extract_face(rgb, detector, name=display_name(path), policy=policy, size=size)
+
+
+def extract_face(
+    rgb: np.ndarray,
+    detector: Detector | None,
+    *,
+    name: str = "picture",
+    policy: str = "prominent",
+    size: tuple[int, int] = (112, 112),
+) -> AlignedFace:
+    """Find the face of a picture and cut it out.
+
+    Args:
+        rgb: uint8 [H, W, 3].
+        detector: finds the faces; None if the picture is an aligned crop of exactly ``size``.
+        name: of the picture, for messages.
+        policy: which of several faces; see :func:`~xcos_ext.faces.choose_face`.
+        size: (height, width) of the crop.
+
+    Raises:
+        PictureError: the picture has no face, has several under the policy ``only``, or is not of the size of
+            an aligned crop. The message starts with ``name``.
+    """
+    height, width = rgb.shape[:2]
+    if detector is None:
+        if (height, width) != size:
+            raise PictureError(
+                f"{name}: expected an aligned crop of {size[1]} x {size[0]} pixels, got {width} x {height}; for an "
+                "ordinary photograph leave out --aligned"
+            )
+        return AlignedFace(rgb, name, None, 1)
+    faces = detector.detect(rgb)
+    if not faces:
+        raise PictureError(
+            f"{name}: no face found in {width} x {height} pixels; try another detector (--detector yunet.onnx), or "
+            "--aligned if the picture is an aligned crop"
+        )
+    face = choose_face(faces, (height, width), policy, name=name)
+    if face.landmarks is None:
+        raise PictureError(f"{name}: the detector gives no landmarks, so the face cannot be aligned")
+    return AlignedFace(align_face(rgb, face.landmarks, size), name, face, len(faces))

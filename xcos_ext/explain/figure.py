@@ -1,0 +1,263 @@
+"""The picture of one decision: two faces, where they agree, what counted, and how the score came about."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from xcos_ext.faces._optional import need
+
+from .decision import Maps, contribution, one_pair
+from .files import check_output, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["FIGURE_SUFFIXES", "check_figure_path", "save_figure", "verification_figure"]
+
+#: What :func:`save_figure` writes.
+FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
+
+# ColorBrewer's red-blue stays apart under every common colour vision deficiency; blue speaks for the same
+# person.
+_DIVERGING = "RdBu"
+_SEQUENTIAL = "YlGn"
+_FOR, _AGAINST = "#2166ac", "#b2182b"
+_INK, _FAINT = "#222222", "#6b6b6b"
+
+
+def verification_figure(
+    face_a: np.ndarray | None,
+    face_b: np.ndarray | None,
+    result: Any,
+    threshold: float,
+    *,
+    names: tuple[str, str] = ("A", "B"),
+    heading: str | None = None,
+    note: str = "",
+) -> Figure:
+    """Draw a decision and what it is made of.
+
+    Both faces with the grid of cells; the similarity S, its colours centred on the threshold; the attention
+    W; and the signed contribution W * (S - t), which adds up to score - threshold.
+
+    Args:
+        face_a: the first aligned face, uint8 RGB [height, width, 3], or None to leave the faces out.
+        face_b: the second.
+        result: an ``XCosScore`` of one pair, or anything with ``score``, ``similarity`` and ``attention``.
+        threshold: t: the same person if score >= t.
+        names: of the two pictures.
+        heading: instead of the verdict, e.g. for data that are not faces.
+        note: a small line at the bottom: the model, the origin of the data.
+
+    Returns:
+        A figure on the Agg canvas; nothing is registered with pyplot. Write it with :func:`save_figure`.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+        ValueError: other shapes or types, values or a threshold that are not finite.
+    """
+    maps = one_pair(result)
+    if not math.isfinite(threshold):
+        raise ValueError(f"threshold: expected a finite number, got {threshold}")
+    faces = [face for face in (face_a, face_b) if face is not None]
+    if len(faces) == 1:
+        raise ValueError("face_a, face_b: expected two faces or none, got one")
+    for name, face in zip(("face_a", "face_b"), faces, strict=False):
+        if face.dtype != np.uint8 or face.ndim != 3 or face.shape[2] != 3 or face.size == 0:
+            raise ValueError(f"{name}: expected uint8 [H, W, 3], got {face.dtype} {list(face.shape)}")
+    figure_module = need("matplotlib.figure", "drawing")
+    need("matplotlib.backends.backend_agg", "drawing")
+    colors = need("matplotlib.colors", "drawing")
+
+    height = 6.95 if faces else 3.95
+    figure = figure_module.Figure(figsize=(10.2, height), layout=None, facecolor="white")
+    need("matplotlib.backends.backend_agg", "drawing").FigureCanvasAgg(figure)
+    left, width, gap = 0.032, 0.258, 0.071
+    inch = 1 / height
+
+    def panel(column: int, bottom: float, size: float = 2.632) -> Axes:
+        return figure.add_axes((left + column * (width + gap), bottom * inch, width, size * inch))
+
+    cells = maps.similarity.shape
+    upper, lower = 3.5, 0.42
+    if faces:
+        for column, (name, face) in enumerate(zip(names, faces, strict=True)):
+            _draw_face(panel(column, upper), face, cells, _shorten(name))
+        _draw_budget(panel(2, upper), maps, threshold)
+    parts = contribution(maps.similarity, maps.attention, threshold)
+    span = max(1 - threshold, 0.05)
+    # One scale for all figures with this threshold, so that they can be compared; rarer, lower values
+    # saturate.
+    similarity_norm = colors.Normalize(threshold - span, threshold + span)
+    _draw_map(panel(0, lower), maps.similarity, _DIVERGING, similarity_norm, "similarity S", "{:.2f}", mark=threshold)
+    percent = 100 * maps.attention
+    attention_norm = colors.Normalize(min(0.0, float(percent.min())), max(float(percent.max()), 1e-7))
+    _draw_map(panel(1, lower), percent, _SEQUENTIAL, attention_norm, "attention W, %", "{:.1f}")
+    most = max(float(np.abs(parts).max()), 1e-9)
+    _draw_map(
+        panel(2, lower),
+        100 * parts,
+        _DIVERGING,
+        colors.Normalize(-100 * most, 100 * most),
+        "contribution W (S \u2212 threshold), \u00d7 100",
+        "{:+.1f}",
+        mark=0.0,
+    )
+    same = maps.score >= threshold
+    top = height - 0.33
+    _text(
+        figure,
+        left,
+        top * inch,
+        heading or ("same person" if same else "different people"),
+        fontsize=17,
+        fontweight="bold",
+        color=_INK if heading else _FOR if same else _AGAINST,
+    )
+    sign = "\u2265" if same else "<"
+    summary = f"score {_number(maps.score)} {sign} threshold {_number(threshold)}"
+    _text(figure, 1 - left + 0.005, top * inch, summary, fontsize=14, color=_INK, ha="right")
+    if note:
+        _text(figure, left, 0.1 * inch, note, fontsize=8, color=_FAINT)
+    return figure
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}".replace("-", "\u2212")
+
+
+def _shorten(name: str, most: int = 30) -> str:
+    return name if len(name) <= most else name[: most // 2 - 1] + "\u2026" + name[-most // 2 :]
+
+
+def _text(owner: Any, x: float, y: float, text: str, **how: Any) -> None:
+    # File names may hold dollar signs, which would start a formula.
+    owner.text(x, y, text, parse_math=False, **how)
+
+
+def _plain(axes: Axes) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _draw_face(axes: Axes, face: np.ndarray, cells: tuple[int, ...], name: str) -> None:
+    rows, columns = cells
+    axes.imshow(face, extent=(0, columns, rows, 0), interpolation="bicubic", aspect="auto")
+    for dark, line in (("#000000", 1.3), ("#ffffff", 0.5)):  # two strokes show on any face
+        for x in range(1, columns):
+            axes.axvline(x, color=dark, linewidth=line, alpha=0.28)
+        for y in range(1, rows):
+            axes.axhline(y, color=dark, linewidth=line, alpha=0.28)
+    axes.set_xlim(0, columns)
+    axes.set_ylim(rows, 0)
+    _plain(axes)
+    axes.set_title(name, fontsize=10, color=_INK, loc="left", parse_math=False)
+
+
+def _draw_map(
+    axes: Axes, values: np.ndarray, colours: str, norm: Any, title: str, form: str, mark: float | None = None
+) -> None:
+    rows, columns = values.shape
+    image = axes.imshow(values, cmap=colours, norm=norm, extent=(0, columns, rows, 0), aspect="auto")
+    axes.vlines(range(1, columns), 0, rows, color="white", linewidth=0.8)
+    axes.hlines(range(1, rows), 0, columns, color="white", linewidth=0.8)
+    _plain(axes)
+    axes.set_title(title, fontsize=10, color=_INK, loc="left", parse_math=False)
+    size = min(8.6, 60 / max(rows, columns))
+    if size >= 4:  # smaller print helps nobody
+        for (row, column), value in np.ndenumerate(values):
+            red, green, blue, _ = image.cmap(norm(value))
+            dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.52
+            text = form.format(value)
+            if float(text) == 0:  # no "-0.0"
+                text = form.format(0).lstrip("+")
+            text = text.replace("-", "\u2212")
+            axes.text(
+                column + 0.5,
+                row + 0.5,
+                text,
+                ha="center",
+                va="center",
+                fontsize=size,
+                color="white" if dark else "#1a1a1a",
+            )
+    bar_axes = axes.inset_axes((1.02, 0.0, 0.035, 1.0))
+    extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[
+        (bool(values.min() < norm.vmin), bool(values.max() > norm.vmax))
+    ]
+    bar = axes.figure.colorbar(image, cax=bar_axes, extend=extend)
+    bar.outline.set_visible(False)
+    bar_axes.tick_params(labelsize=7.5, length=2, color=_FAINT, labelcolor=_INK)
+    if mark is not None:
+        bar_axes.axhline(mark, color="black", linewidth=1.2)
+
+
+def _draw_budget(axes: Axes, maps: Maps, threshold: float) -> None:
+    """Threshold, plus what speaks for, minus what speaks against, is the score."""
+    parts = contribution(maps.similarity, maps.attention, threshold)
+    gain, loss = float(parts[parts > 0].sum()), float(parts[parts < 0].sum())
+    steps = [
+        ("threshold", 0.0, threshold, "#8a8a8a", _number(threshold)),
+        (f"{int((parts > 0).sum())} cells for", threshold, gain, _FOR, f"+{gain:.3f}"),
+        (f"{int((parts < 0).sum())} cells against", threshold + gain, loss, _AGAINST, f"\u2212{abs(loss):.3f}"),
+        ("score", 0.0, maps.score, _INK, _number(maps.score)),
+    ]
+    ends = [0.0, *(start + length for _, start, length, _, _ in steps), *(start for _, start, *_ in steps)]
+    low, high = min(ends), max(ends)
+    room = max(high - low, 1e-6)
+    for y, (label, start, length, colour, text) in enumerate(steps):
+        axes.barh(y, length, left=start, height=0.42, color=colour)
+        _text(axes, low, y - 0.33, label, fontsize=9, color=_INK, va="bottom")
+        _text(
+            axes,
+            max(start, start + length) + 0.015 * room,
+            y,
+            text,
+            fontsize=9,
+            color=colour,
+            va="center",
+            fontweight="bold",
+        )
+    axes.axvline(threshold, color="#8a8a8a", linewidth=1, linestyle=(0, (3, 2)), zorder=0)
+    axes.set_xlim(low - 0.01 * room, high + 0.22 * room)
+    axes.set_ylim(3.4, -0.75)
+    _plain(axes)
+    axes.set_title("from threshold to score", fontsize=10, color=_INK, loc="left")
+
+
+def check_figure_path(path: str | os.PathLike[str]) -> str:
+    """Check that a figure can be written, before the work for it is done.
+
+    Raises:
+        OutputError: a suffix other than :data:`FIGURE_SUFFIXES`, or a file that cannot be written.
+    """
+    return check_output(path, FIGURE_SUFFIXES)
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150) -> None:
+    """Write a figure, atomically, in the format of its suffix.
+
+    Args:
+        figure: from :func:`verification_figure`.
+        path: ``.png``, ``.pdf`` or ``.svg``.
+        dpi: pixels per inch of a PNG.
+
+    Raises:
+        OutputError: another suffix, or a file that cannot be written.
+    """
+    target = check_figure_path(path)
+    kind = os.path.splitext(target if target.lower().endswith(FIGURE_SUFFIXES) else os.fspath(path))[1][1:].lower()
+    # Without a date the same decision gives the same file.
+    metadata = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[kind]
+    with warnings.catch_warnings():
+        # Names in scripts that the font lacks are drawn as boxes; that is no reason to alarm anyone.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        write_atomically(target, lambda file: figure.savefig(file, format=kind, dpi=dpi, metadata=metadata))

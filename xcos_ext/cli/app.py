@@ -1,0 +1,140 @@
+"""The command line's grammar. What the subcommands do is in a module each, imported when they run."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import click
+
+from .console import CommandGroup
+
+__all__ = ["xcos"]
+
+_MODEL_HELP = "Weights: an xCos model, or a recogniser to be plugged in (.pt, .pth, .safetensors)."
+
+
+class _Finite(click.ParamType):
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            self.fail(f"expected a number, got {value!r}", param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"expected a finite number, got {value}", param, ctx)
+        return number
+
+
+def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from xcos_ext import __version__
+
+        click.echo(f"xcos {__version__}")
+        ctx.exit()
+
+
+@click.group(cls=CommandGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version and exit."
+)
+@click.pass_context
+def xcos(ctx: click.Context) -> None:
+    """Explainable face similarity: a score, and the map of what it is made of.
+
+    Messages go to stderr. Exit status: 0 success, 2 trouble; verify: 0 the same person, 1 different people, 2
+    trouble. XCOS_DEBUG=1 shows tracebacks.
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@xcos.command()
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
+@click.option(
+    "--model", envvar="XCOS_MODEL", metavar="FILE", type=click.Path(), help=f"{_MODEL_HELP} [env: XCOS_MODEL]"
+)
+@click.option(
+    "--detector",
+    default="cascade",
+    show_default=True,
+    metavar="cascade|FILE.onnx",
+    help="OpenCV's bundled cascades, or a YuNet network.",
+)
+@click.option("--aligned", is_flag=True, help="The pictures are aligned crops already (112 x 112): detect nothing.")
+@click.option(
+    "--face",
+    "policy",
+    type=click.Choice(["prominent", "largest", "centre", "only"]),
+    default="prominent",
+    show_default=True,
+    help="Which of several faces: large and near the middle, the largest, the most central; or refuse.",
+)
+@click.option("--threshold", type=_Finite(), metavar="T", help="The same person if score >= T; by default the model's.")
+@click.option(
+    "--max-pixels", type=click.IntRange(min=1), metavar="N", help="Refuse larger pictures. [default: 100 million]"
+)
+@click.option("--out", metavar="FILE", type=click.Path(), help="Draw the decision: .png, .pdf or .svg.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(**options: Any) -> int:
+    """Are the faces of pictures A and B the same person's?"""
+    from .verify import Request, run
+
+    return run(Request(**options))
+
+
+@xcos.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def info(as_json: bool) -> int:
+    """What was built, what is installed, and what it runs on."""
+    from .info import run
+
+    return run(as_json)
+
+
+@xcos.command()
+@click.argument("pictures", nargs=-1, type=click.Path(), metavar="[A B]")
+@click.option(
+    "--model", envvar="XCOS_MODEL", metavar="FILE", type=click.Path(), help=f"{_MODEL_HELP} [env: XCOS_MODEL]"
+)
+@click.option("--out", metavar="FILE", type=click.Path(), help="The picture to draw. [default: xcos_demo.png]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def demo(pictures: tuple[str, ...], model: str | None, out: str | None, as_json: bool) -> int:
+    """Pair scoring, gradients and a gallery search on generated feature maps, timed beside plain torch.
+
+    With two photographs A B and a weights file it verifies them instead.
+    """
+    if len(pictures) not in (0, 2):
+        raise click.UsageError(f"expected two pictures or none, got {len(pictures)}", click.get_current_context())
+    from .demo import run
+
+    return run(pictures, model, out, as_json)
+
+
+@xcos.command()
+@click.argument("weights", type=click.Path())
+@click.option(
+    "--faces",
+    required=True,
+    metavar="DIR|ZIP",
+    type=click.Path(),
+    help="Aligned crops (112 x 112) of some hundred people: <person>/<picture>, in a folder or zip archive.",
+)
+@click.option("--out", required=True, metavar="FILE", type=click.Path(), help="The model to write: .safetensors.")
+@click.option("--project", type=click.IntRange(min=1), metavar="K", help="Keep K principal axes per cell, e.g. 32.")
+@click.option("--threshold", type=_Finite(), metavar="T", help="The decision threshold; by default from the faces.")
+@click.option(
+    "--limit", type=click.IntRange(min=2), metavar="N", default=1000, show_default=True, help="Use at most N people."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plug(**options: Any) -> int:
+    """Make an explainable model of a face recogniser, without training.
+
+    WEIGHTS is a recogniser's state dict. One picture of each person gives the mean of every cell; every pair
+    of different people gives the threshold.
+    """
+    from .plug import Request, run
+
+    return run(Request(**options))

@@ -1,0 +1,231 @@
+"""``xcos demo``: the operators at work on generated feature maps, beside plain torch."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from xcos_ext.errors import XCosError
+
+from .console import note, print_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["run"]
+
+_DEFAULT_OUT = "xcos_demo.png"
+_PAIRS, _GALLERY, _TOP = 4096, 20_000, 5
+_SHAPE = (32, 7, 7)
+_RUNS, _LEAST_RUNS, _ENOUGH_MS = 9, 3, 1500.0
+# fp32 sums of 1,568 products in another order
+_TOLERANCE = 2e-5
+_THRESHOLD = 0.25
+
+
+def run(pictures: Sequence[str], model: str | None, out: str | None, as_json: bool) -> int:
+    """Verify two pictures, or score, differentiate, search, time and draw generated feature maps."""
+    if pictures:
+        from .verify import Request
+        from .verify import run as verify
+
+        return verify(Request(a=pictures[0], b=pictures[1], model=model, out=out or _DEFAULT_OUT, as_json=as_json))
+    from xcos_ext.explain import OutputError, check_figure_path
+
+    try:
+        check_figure_path(out or _DEFAULT_OUT)
+        target: str | None = out or _DEFAULT_OUT
+    except OutputError as error:
+        if out is not None:
+            raise
+        note(f"{error}; no picture is drawn (choose a place with --out)")
+        target = None
+    data = measure()
+    if target is not None:
+        _draw(target)
+        data["picture"] = target
+    if as_json:
+        print_json(data)
+    else:
+        _print(data)
+    if not data["agree"]:
+        raise XCosError(
+            "the compiled operators and plain torch disagree; please report this with the output of xcos info"
+        )
+    return 0
+
+
+def generated_faces(people: int, pictures: int, seed: int) -> Tensor:
+    """Feature maps of ``people`` generated identities, ``pictures`` of each: [people, pictures, 32, 7, 7] fp32.
+
+    An identity is noise; its pictures are the identity plus weaker noise of their own. Cells near the middle
+    are longer, as they are in maps of real faces.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    identity = torch.randn(people, 1, *_SHAPE, generator=generator)
+    maps = identity + 0.8 * torch.randn(people, pictures, *_SHAPE, generator=generator)
+    axis = torch.linspace(-1, 1, _SHAPE[1])
+    length = torch.exp(-1.2 * (axis[:, None] ** 2 + axis[None, :] ** 2))
+    return maps * length
+
+
+def eager_score(a: Tensor, b: Tensor) -> Tensor:
+    """The score as it is usually written: normalise, cosine_similarity, multiply, sum; [N, C, H, W] -> [N]."""
+    import torch.nn.functional as functional
+
+    similarity = functional.cosine_similarity(functional.normalize(a, dim=1), functional.normalize(b, dim=1), dim=1)
+    weights = similarity.new_full(similarity.shape, 1 / similarity[0].numel())
+    return (weights * similarity).sum((1, 2))
+
+
+def _timed(work: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds: median, least and most of several runs (fewer if they are slow) after one to warm up."""
+    work()
+    taken: list[float] = []
+    while len(taken) < _RUNS and (len(taken) < _LEAST_RUNS or sum(taken) < _ENOUGH_MS):
+        start = time.perf_counter()
+        work()
+        taken.append(1e3 * (time.perf_counter() - start))
+    return {"median_ms": statistics.median(taken), "min_ms": min(taken), "max_ms": max(taken), "runs": len(taken)}
+
+
+def measure() -> dict[str, Any]:
+    """Time the three jobs both ways and compare the results."""
+    import torch
+
+    from xcos_ext import reference
+    from xcos_ext.ops import build_info, xcos_score
+
+    def search(score: Callable[..., Any]) -> Tensor:
+        return score(probes, gallery, "norm")
+
+    faces = generated_faces(_PAIRS, 2, seed=1)
+    a, b = faces[:, 0].contiguous(), faces[:, 1].contiguous()
+    leaf_a, leaf_b = a.clone().requires_grad_(), b.clone().requires_grad_()
+
+    def gradients(score: Callable[..., Any], *how: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(score(leaf_a, leaf_b, *how).sum(), (leaf_a, leaf_b))
+
+    gallery = generated_faces(_GALLERY, 1, seed=2)[:, 0].contiguous()
+    planted = 12_345
+    own = torch.randn(_SHAPE, generator=torch.Generator().manual_seed(3))
+    probe = (gallery[planted] + 0.5 * gallery[planted].std() * own).unsqueeze(0)
+    probes = probe.expand(_GALLERY, -1, -1, -1)
+
+    jobs: list[dict[str, Any]] = []
+
+    def job(name: str, ours: Callable[[], Any], plain: Callable[[], Any], difference: float) -> None:
+        fast, slow = _timed(ours), _timed(plain)
+        jobs.append(
+            {
+                "job": name,
+                "xcos_ext": fast,
+                "plain_torch": slow,
+                "speedup": slow["median_ms"] / fast["median_ms"],
+                "largest_difference": difference,
+                "agree": difference <= _TOLERANCE,
+            }
+        )
+
+    def apart(ours: Sequence[Tensor], plain: Sequence[Tensor]) -> float:
+        """Largest difference, relative to the largest value."""
+        return max(
+            float((x - y).detach().abs().max() / y.detach().abs().max()) for x, y in zip(ours, plain, strict=True)
+        )
+
+    job(
+        f"score {_PAIRS:,} pairs",
+        lambda: xcos_score(a, b),
+        lambda: eager_score(a, b),
+        apart([xcos_score(a, b)], [eager_score(a, b)]),
+    )
+    job(
+        f"{_PAIRS:,} pairs with gradients",
+        lambda: gradients(xcos_score),
+        lambda: gradients(eager_score),
+        apart(gradients(xcos_score), gradients(eager_score)),
+    )
+    scores = search(xcos_score)
+    job(
+        f"search {_GALLERY:,} faces",
+        lambda: search(xcos_score).topk(_TOP),
+        lambda: search(reference.xcos_score).topk(_TOP),
+        apart([scores], [search(reference.xcos_score)]),
+    )
+    best = scores.topk(_TOP)
+    return {
+        "data": "generated feature maps",
+        "shape": list(_SHAPE),
+        "dtype": "float32",
+        "threads": torch.get_num_threads(),
+        "instruction_set": build_info().get("isa"),
+        "jobs": jobs,
+        "search": {
+            "planted": planted,
+            "found": int(best.indices[0]) == planted,
+            "top": [{"face": int(i), "score": float(s)} for s, i in zip(best.values, best.indices, strict=True)],
+        },
+        "agree": all(entry["agree"] for entry in jobs) and int(best.indices[0]) == planted,
+    }
+
+
+def _draw(path: str) -> None:
+    """A generated pair of the same identity, one picture of which has a region of somebody else's."""
+    from xcos_ext.explain import save_figure, verification_figure
+    from xcos_ext.ops import xcos_score
+
+    maps = generated_faces(2, 2, seed=3)
+    a, b = maps[0, :1].clone(), maps[0, 1:].clone()
+    b[:, :, 4:6, 2:5] = maps[1, :1, :, 4:6, 2:5]
+    result = xcos_score(a, b, "norm", return_maps=True)
+    figure = verification_figure(
+        None,
+        None,
+        result,
+        _THRESHOLD,
+        heading="generated feature maps",
+        note="not faces: one generated identity, with six cells (rows 5 and 6, columns 3 to 5) of another",
+    )
+    save_figure(figure, path)
+
+
+def _print(data: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    click.echo(
+        f"{data['data']}, {' x '.join(map(str, data['shape']))}, {data['dtype']}, {data['threads']} threads, "
+        f"{data['instruction_set']}; medians of {_LEAST_RUNS} to {_RUNS} runs"
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for title in ("xcos_ext, ms", "plain torch, ms", "speed-up", "difference"):
+        table.add_column(title, justify="right")
+    for entry in data["jobs"]:
+        table.add_row(
+            entry["job"],
+            f"{entry['xcos_ext']['median_ms']:.2f}",
+            f"{entry['plain_torch']['median_ms']:.1f}",
+            f"{entry['speedup']:.1f} x",
+            f"{entry['largest_difference']:.0e}",
+        )
+    console = Console(width=88, highlight=False, soft_wrap=True)
+    with console.capture() as captured:
+        console.print(table)
+    click.echo(captured.get(), nl=False)
+    search = data["search"]
+    first = search["top"][0]
+    others = ", ".join(f"{entry['score']:.3f}" for entry in search["top"][1:])
+    click.echo(
+        f"search: the planted face {search['planted']} is {'first' if search['found'] else 'NOT first'}: face "
+        f"{first['face']} scores {first['score']:.3f}, the next {others}"
+    )
+    click.echo(f"results agree: {'yes' if data['agree'] else 'NO'}")
+    if "picture" in data:
+        click.echo(f"picture: {data['picture']}")

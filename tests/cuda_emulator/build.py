@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -87,17 +88,18 @@ def build_driver() -> Path:
     for old in folder.parent.glob("*/driver"):
         shutil.rmtree(old.parent, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
+    # A folder of one's own until the driver is whole: test processes may build side by side.
+    with tempfile.TemporaryDirectory(dir=folder) as own, ThreadPoolExecutor(max_workers=2) as pool:
 
-    def compile_one(source: Path) -> str:
-        target = folder / f"{source.name}.o"
-        _run([compiler, *FLAGS, "-x", "c++", "-c", str(source), "-o", str(target)])
-        return str(target)
+        def compile_one(source: Path) -> str:
+            target = Path(own) / f"{source.name}.o"
+            _run([compiler, *FLAGS, "-x", "c++", "-c", str(source), "-o", str(target)])
+            return str(target)
 
-    with ThreadPoolExecutor(max_workers=2) as pool:
         objects = list(pool.map(compile_one, sorted(SOURCES, key=lambda path: -path.stat().st_size)))
-    fresh = folder / f"driver-{os.getpid()}.tmp"
-    _run([compiler, *SANITIZERS, *objects, "-o", str(fresh)])
-    os.replace(fresh, driver)
+        fresh = Path(own) / "driver"
+        _run([compiler, *SANITIZERS, *objects, "-o", str(fresh)])
+        os.replace(fresh, driver)
     return driver
 
 

@@ -2,8 +2,9 @@
 
     python examples/readme_picture.py WEIGHTS [OUT]
 
-The photograph is scikit-image's `astronaut` (Eileen Collins; NASA, public domain), so nobody's private picture is shown.
-The copy is darker, turned by six degrees, and wears a surgical mask drawn over nose, mouth and chin; the map should say so.
+The photograph is scikit-image's `astronaut` (Eileen Collins; NASA, public domain), so nobody's private picture is
+shown. The copy is darker, turned by six degrees, and wears a surgical mask drawn over nose, mouth and chin; the map
+should say so.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ def test_arguments_of_the_wrong_kind():
 
 def test_numbers_in_tensors_are_refused_instead_of_waited_for():
     a = torch.zeros(A)
-    with pytest.raises(TypeError, match="temperature: expected a number, got a tensor, .*divide the logits by it"):
+    with pytest.raises(TypeError, match=r"temperature: expected a number, got a tensor, .*divide the logits by it"):
         xcos_ext.xcos_score(a, a, a[0, 0], logits=True, temperature=torch.tensor(0.5))
     for call_op in (xcos_ext.xcos_score, xcos_ext.grid_cosine):
         with pytest.raises(TypeError, match="eps: expected a number, got a tensor"):

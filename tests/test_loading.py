@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from xcos_ext.nn import (
     XCosAttention,
     XCosHead,
     XCosModel,
+    fingerprint_weights,
     load_model,
     load_recogniser,
     plug,
@@ -34,23 +36,22 @@ def mobilefacenet_state(name: str = "mobilefacenet") -> State:
     return backbones.create(name).state_dict()
 
 
+def constants(module: backbones.Recogniser | XCosHead, prefix: str = "") -> State:
+    """A state dict of ones that takes no space: every tensor is an expanded scalar, in the file as well."""
+    return {
+        prefix + key: torch.ones((), dtype=value.dtype).expand(value.shape)
+        for key, value in module.state_dict().items()
+    }
+
+
 @pytest.fixture(scope="module")
 def official() -> State:
-    """A checkpoint in the published layout with random weights; the unused parts are expanded scalars (tiny files)."""
-    torch.manual_seed(5)
-    state: State = {}
-    body = backbones.create("ir_se_50", output=False)
-    head = XCosHead()
-    state |= {f"backbone.{k}": v for k, v in body.state_dict().items()}
-    state |= {f"backbone.{k}": v for k, v in head.state_dict().items() if k.startswith("conv1x1.")}
-    state |= {k: v for k, v in head.state_dict().items() if k.startswith("attention.")}
+    """A checkpoint in the published layout."""
     with torch.device("meta"):
-        whole = backbones.create("ir_se_50")
-    for key, value in whole.state_dict().items():
-        empty = torch.ones((), dtype=value.dtype).expand(value.shape)
-        state[f"backbone_target.{key}"] = empty
-        if key.startswith("output_layer."):
-            state[f"backbone.{key}"] = empty
+        net, head = backbones.create("ir_se_50"), XCosHead()
+    state = constants(net, "backbone.") | constants(net, "backbone_target.")
+    for key, value in constants(head).items():
+        state[f"backbone.{key}" if key.startswith("conv1x1.") else key] = value
     state["head.kernel"] = torch.ones(()).expand(1568, 9999)
     return state
 
@@ -59,16 +60,14 @@ def official() -> State:
 
 
 @pytest.mark.parametrize("name", ["mobilefacenet", "mobilefacenet_relu"])
-@pytest.mark.parametrize("suffix", [".pt", ".pth", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_recognisers(tmp_path: Path, name: str, suffix: str) -> None:
     net = backbones.create(name).eval()
     path = tmp_path / f"net{suffix}"
     save_file(net.state_dict(), path) if suffix == ".safetensors" else torch.save(net.state_dict(), path)
     loaded = load_recogniser(path)
     assert loaded.architecture == name and not loaded.training
-    images = torch.randn(2, 3, 112, 112)
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(images), net(images))
+    assert fingerprint_weights(loaded) == fingerprint_weights(net)
     with pytest.warns(UserWarning, match="no statistics are known for these"):
         model = load_model(path)
     assert isinstance(model.head, ClosedFormHead) and model.threshold is None and model.head.mean is None
@@ -77,11 +76,10 @@ def test_recognisers(tmp_path: Path, name: str, suffix: str) -> None:
 
 def test_irse_recogniser_by_depth(tmp_path: Path) -> None:
     with torch.device("meta"):
-        keys = backbones.create("ir_100").state_dict()
-    state = {k: torch.ones((), dtype=v.dtype).expand(v.shape) for k, v in keys.items()}
-    torch.save(state, tmp_path / "net.pt")
+        net = backbones.create("ir_50")
+    torch.save(constants(net), tmp_path / "net.pt")
     loaded = load_recogniser(tmp_path / "net.pt")
-    assert loaded.architecture == "ir_100" and loaded.embedding_size == 512
+    assert loaded.architecture == "ir_50" and loaded.embedding_size == 512
 
 
 @pytest.mark.parametrize(
@@ -103,6 +101,14 @@ def test_wrapped_state_dicts(tmp_path: Path, wrap: Callable[[State], Any]) -> No
     assert all(p.dtype == torch.float32 and p.requires_grad for p in loaded.parameters())
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors", ".ckpt", ""])
+def test_the_name_does_not_matter(tmp_path: Path, suffix: str) -> None:
+    torch.save(mobilefacenet_state(), tmp_path / f"a{suffix}")
+    save_file(mobilefacenet_state(), tmp_path / f"b{suffix}")
+    for name in "ab":
+        assert load_recogniser(tmp_path / f"{name}{suffix}").architecture == "mobilefacenet"
+
+
 def test_embedding_size_is_read_from_the_weights(tmp_path: Path) -> None:
     torch.save(backbones.create("mobilefacenet", embedding_size=512).state_dict(), tmp_path / "net.pt")
     assert load_recogniser(tmp_path / "net.pt").embedding_size == 512
@@ -122,31 +128,42 @@ def test_official_xcos_checkpoint(tmp_path: Path, official: State, parts: str) -
     model = load_model(tmp_path / "xcos.pth")
     assert model.architecture == "ir_se_50" and isinstance(model.head, XCosHead) and not model.training
     assert model.head.attention is not None and model.head.attention.config() == XCosAttention().config()
-    if parts != "released":
-        return
-    body = backbones.create("ir_se_50", output=False)
-    body.load_state_dict({k: official[f"backbone.{k}"] for k in body.state_dict()})
-    conv = XCosHead().conv1x1
-    conv.load_state_dict({k: official[f"backbone.conv1x1.{k}"] for k in conv.state_dict()})
-    attention = XCosAttention()
-    attention.load_state_dict({k: official[f"attention.{k}"] for k in attention.state_dict()})
-    images = torch.randn(2, 3, 112, 112)
+
+
+def test_official_weights_land_where_they_belong(tmp_path: Path, official: State) -> None:
+    torch.manual_seed(5)
+    body, head = backbones.create("ir_se_50", output=False), XCosHead()
+    state = official | {f"backbone.{k}": v for k, v in body.state_dict().items()}
+    for key, value in head.state_dict().items():
+        state[f"backbone.{key}" if key.startswith("conv1x1.") else key] = value
+    torch.save({"state_dict": state}, tmp_path / "xcos.pth")
+    model = load_model(tmp_path / "xcos.pth")
+    expected = XCosModel(body, head).eval()
+    assert model.fingerprint() == expected.fingerprint()
+    image = torch.randn(1, 3, 112, 112)
     with torch.no_grad():
-        features = conv.eval()(body.eval().grid(images))
-        torch.testing.assert_close(model.features(images), features)
-        result = model(images, images.flip(0))
-        torch.testing.assert_close(result.attention, attention.eval()(features, features.flip(0)))
+        features = model.features(image)
+        torch.testing.assert_close(features, head.conv1x1(body.grid(image)))
+    pair = torch.randn(2, 32, 7, 7)
+    torch.testing.assert_close(model.score(pair, pair.flip(0)), head.score(pair, pair.flip(0)))
 
 
 # --- our own files
 
 
 def closed_form() -> XCosModel:
-    torch.manual_seed(3)
     net = backbones.create("mobilefacenet")
     model = plug(net, [torch.randn(6, 3, 112, 112)], threshold=0.31, name="mine", project=4)
     model.fmr_thresholds = {1e-3: 0.4, 0.1: 0.2}
     return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A closed-form model in a file."""
+    path = tmp_path_factory.mktemp("saved") / "model.safetensors"
+    save_model(closed_form(), path)
+    return path
 
 
 OWN: dict[str, Callable[[], XCosModel]] = {
@@ -225,14 +242,11 @@ def test_save_refusals(tmp_path: Path) -> None:
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
-def test_own_files_with_wrong_metadata(tmp_path: Path, change: dict[str, str], message: str) -> None:
-    from safetensors import safe_open
-
+def test_own_files_with_wrong_metadata(tmp_path: Path, saved: Path, change: dict[str, str], message: str) -> None:
     path = tmp_path / "model.safetensors"
-    save_model(closed_form(), path)
-    with safe_open(str(path), "pt") as opened:
+    with safe_open(str(saved), "pt") as opened:
         metadata = opened.metadata()
-    save_file(load_file(path), path, metadata | change)
+    save_file(load_file(saved), path, metadata | change)
     with pytest.raises(ModelError, match=message) as caught:
         load_model(path)
     assert str(path) in str(caught.value)

@@ -66,7 +66,17 @@ def convolutional() -> backbones.Recogniser:
     return backbones.SplitRecogniser(body, output, grid_shape=(3, 7, 7), embedding_size=7)
 
 
+def narrow_irse() -> backbones.Recogniser:
+    """IR-SE's output block with fewer channels; the real one is tested where its size matters."""
+    output = nn.Sequential(
+        nn.BatchNorm2d(16), nn.Dropout(0.6), nn.Flatten(), nn.Linear(16 * 49, 24), nn.BatchNorm1d(24)
+    )
+    body = nn.Sequential(nn.Conv2d(3, 16, 16, 16), nn.ReLU())
+    return backbones.SplitRecogniser(body, output, grid_shape=(16, 7, 7), embedding_size=24)
+
+
 BLOCKS = {
+    "narrow_irse": narrow_irse,
     "ir_se_50": lambda: OutputOnly(irse_block()),
     "mobilefacenet": lambda: OutputOnly(backbones.create("mobilefacenet")),
     "mobilefacenet_relu": lambda: OutputOnly(backbones.create("mobilefacenet_relu", embedding_size=64)),
@@ -92,7 +102,7 @@ def network(name: str) -> backbones.Recogniser:
     return net
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name != "ir_se_50"])
 def test_double_sum_over_cells_is_the_inner_product_of_embeddings(name: str) -> None:
     """sum_ij sum_kl e_ij(A).e_kl(B) + c.(sum e(A) + sum e(B)) + c.c = emb(A).emb(B), in fp64."""
     net = network(name).double()

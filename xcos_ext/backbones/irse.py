@@ -77,18 +77,14 @@ class IRSE(Recogniser):
 
     output_prefixes: ClassVar[tuple[str, ...]] = ("output_layer.",)
 
-    def __init__(
-        self, depth: int = 50, *, squeeze: bool = True, output: bool = True, dropout: float = 0.6
-    ) -> None:
+    def __init__(self, depth: int = 50, *, squeeze: bool = True, output: bool = True, dropout: float = 0.6) -> None:
         super().__init__()
         if depth not in _UNITS:
             raise ValueError(f"depth: expected one of {sorted(_UNITS)}, got {depth}")
         self.architecture = f"ir_se_{depth}" if squeeze else f"ir_{depth}"
         self.grid_shape = (512, 7, 7)
         self.preprocessing = ARCFACE
-        self.input_layer = nn.Sequential(
-            nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64)
-        )
+        self.input_layer = nn.Sequential(nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.PReLU(64))
         units: list[nn.Module] = []
         channels_in = 64
         for channels, count in zip(_CHANNELS, _UNITS[depth], strict=True):

@@ -64,9 +64,7 @@ class Preprocessing:
             if face.dtype != np.uint8:
                 raise TypeError(f"faces[{i}]: expected a uint8 array, got {face.dtype}")
             if face.shape != (height, width, 3):
-                raise ValueError(
-                    f"faces[{i}]: expected an aligned RGB crop ({height}, {width}, 3), got {face.shape}"
-                )
+                raise ValueError(f"faces[{i}]: expected an aligned RGB crop ({height}, {width}, 3), got {face.shape}")
         if not items:
             return torch.empty(0, 3, height, width)
         pixels = torch.from_numpy(np.stack(items)).permute(0, 3, 1, 2).float()

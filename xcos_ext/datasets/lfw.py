@@ -44,9 +44,7 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not a text file ({error.reason})") from error
-    rows = [
-        (number, line.split("\t") if "\t" in line else line.split()) for number, line in enumerate(lines, 1)
-    ]
+    rows = [(number, line.split("\t") if "\t" in line else line.split()) for number, line in enumerate(lines, 1)]
     rows = [(number, fields) for number, fields in rows if any(fields)]
     try:
         (_, header), body = rows[0], rows[1:]
@@ -74,9 +72,7 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
                 pair = Pair(person_a, int(number_a), person_b, int(number_b), False, fold)
         except ValueError as error:
             expected = "person number number" if genuine else "person number person number"
-            raise ValueError(
-                f"{file}, line {number}: expected '{expected}', got {' '.join(fields)!r}"
-            ) from error
+            raise ValueError(f"{file}, line {number}: expected '{expected}', got {' '.join(fields)!r}") from error
         pairs.append(pair)
     return pairs
 

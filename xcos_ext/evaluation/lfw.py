@@ -66,9 +66,7 @@ _CELLS: dict[str, tuple[dict[str, Any], str | None]] = {
 _PAIRS_AT_ONCE = 256
 
 
-def iterate_pictures(
-    pictures: PersonFolder, keys: Sequence[str], batch_size: int = 32
-) -> Iterator[NDArray[np.uint8]]:
+def iterate_pictures(pictures: PersonFolder, keys: Sequence[str], batch_size: int = 32) -> Iterator[NDArray[np.uint8]]:
     """Decoded pictures in batches, uint8 RGB [n, H, W, 3]; all must have the same size."""
     for first in range(0, len(keys), batch_size):
         yield np.stack([pictures.read(key) for key in keys[first : first + batch_size]])
@@ -178,6 +176,7 @@ def compare_forms(
     statistics: Mapping[float, PlugStatistics],
     *,
     forms: Sequence[str] = tuple(FORMS),
+    spreads: Sequence[float] = (),
     batch_size: int = 32,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, NDArray[np.float64]]:
@@ -188,6 +187,7 @@ def compare_forms(
         lfw: the protocol.
         statistics: spread -> statistics, with 32 axes where a form is projected.
         forms: keys of :data:`FORMS`.
+        spreads: further spreads of centred cells; their forms are called ``"spread=0.5"`` and so on.
         batch_size: pictures per forward pass.
         progress: called with one line per fold.
 
@@ -213,6 +213,11 @@ def compare_forms(
                 options = {**options, "statistics": statistics[options.get("spread", DEFAULT_SPREAD)]}
             features[form] = plug(recogniser, **options).head.features
             scores[form] = _plain(xcos_score, attention=mode)
+    for spread in spreads:
+        # The mean serves every spread, so any statistics will do.
+        any_statistics = next(iter(statistics.values()))
+        features[f"spread={spread:g}"] = plug(recogniser, statistics=any_statistics, spread=spread).head.features
+        scores[f"spread={spread:g}"] = _plain(xcos_score, attention="norm")
     recogniser.eval()
 
     def extract(pictures: NDArray[np.uint8]) -> dict[str, Tensor]:
@@ -235,9 +240,7 @@ def _table(
     ]
     for form, report in reports.items():
         accuracy = (
-            ""
-            if report.accuracy is None
-            else f"{100 * report.accuracy.mean:.2f} ± {100 * report.accuracy.std:.2f}"
+            "" if report.accuracy is None else f"{100 * report.accuracy.mean:.2f} ± {100 * report.accuracy.std:.2f}"
         )
         tar = next(point for point in report.operating_points if point.requested == 1e-2).tar
         correlation = "" if plain is None else f"{np.corrcoef(plain, scores[form])[0, 1]:.3f}"
@@ -257,7 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what.add_argument("--weights", help="recogniser whose forms are compared")
     what.add_argument("--model", help="model that is scored with its own threshold")
     parser.add_argument("--folds", type=int, nargs="+", help="folds to use, numbered from 1 (default: all)")
-    parser.add_argument("--forms", nargs="+", choices=tuple(FORMS), default=list(FORMS))
+    parser.add_argument("--forms", nargs="*", choices=tuple(FORMS), default=list(FORMS))
+    parser.add_argument("--spreads", type=float, nargs="*", default=[], help="further spreads to compare")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="also write all figures here")
     options = parser.parse_args(arguments)
@@ -282,18 +286,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(f"accuracy at its threshold {model.threshold:.4f}: {100 * share:.2f} %")
     else:
         recogniser = load_recogniser(options.weights)
-        spreads = {_CELLS[form][0].get("spread", DEFAULT_SPREAD) for form in options.forms if form in _CELLS}
-        statistics = {
-            spread: lfw_statistics(recogniser, lfw, project=32, spread=spread) for spread in spreads
-        }
+        # spread -> axes wanted; the mean is the same for all of them.
+        wanted: dict[float, int | None] = {}
+        for form in options.forms:
+            if form in _CELLS:
+                cells = _CELLS[form][0]
+                spread = cells.get("spread", DEFAULT_SPREAD)
+                wanted[spread] = cells.get("project") or wanted.get(spread)
+        wanted = wanted or {DEFAULT_SPREAD: None}
+        statistics = {s: lfw_statistics(recogniser, lfw, project=axes, spread=s) for s, axes in wanted.items()}
         note = next((s.note for s in statistics.values()), "")
         say(f"statistics: {note}")
-        scores = compare_forms(recogniser, lfw, statistics, forms=options.forms, progress=say)
-        titles = FORMS
+        scores = compare_forms(recogniser, lfw, statistics, forms=options.forms, spreads=options.spreads, progress=say)
+        titles = {**FORMS, **{f"spread={s:g}": f"cells centred, norm W, spread {s:g}" for s in options.spreads}}
         result |= {"weights": Path(options.weights).name, "statistics": note}
     reports = {
-        form: verification(values, lfw.genuine, lfw.folds if count > 1 else None)
-        for form, values in scores.items()
+        form: verification(values, lfw.genuine, lfw.folds if count > 1 else None) for form, values in scores.items()
     }
     print(_table(reports, scores, titles))
     result["forms"] = {form: report.as_dict() for form, report in reports.items()}

@@ -43,9 +43,7 @@ def _split(scores: ArrayLike, genuine: ArrayLike) -> tuple[Floats, NDArray[np.bo
     values = np.asarray(scores, dtype=np.float64)
     labels = np.asarray(genuine)
     if values.ndim != 1 or labels.shape != values.shape:
-        raise ValueError(
-            f"scores, genuine: expected two equal lengths, got {values.shape} and {labels.shape}"
-        )
+        raise ValueError(f"scores, genuine: expected two equal lengths, got {values.shape} and {labels.shape}")
     if labels.dtype != np.bool_:
         if not np.isin(labels, (0, 1)).all():
             raise ValueError("genuine: expected booleans or 0 and 1")
@@ -54,9 +52,7 @@ def _split(scores: ArrayLike, genuine: ArrayLike) -> tuple[Floats, NDArray[np.bo
     if bad:
         raise ValueError(f"scores: {bad} of {values.size} are NaN or infinite")
     if labels.all() or not labels.any():
-        raise ValueError(
-            f"genuine: expected pairs of both kinds, got {int(labels.sum())} genuine of {labels.size}"
-        )
+        raise ValueError(f"genuine: expected pairs of both kinds, got {int(labels.sum())} genuine of {labels.size}")
     return values, labels
 
 
@@ -151,11 +147,7 @@ def best_threshold(scores: ArrayLike, genuine: ArrayLike, candidates: ArrayLike 
         if options.size == 0 or not np.isfinite(options).all():
             raise ValueError("candidates: expected at least one finite threshold and no others")
     impostors, genuines = np.sort(values[~labels]), np.sort(values[labels])
-    right = (
-        genuines.size
-        - np.searchsorted(genuines, options, "left")
-        + np.searchsorted(impostors, options, "left")
-    )
+    right = genuines.size - np.searchsorted(genuines, options, "left") + np.searchsorted(impostors, options, "left")
     winners = options[right == right.max()]
     return float(winners[(winners.size - 1) // 2])
 
@@ -219,9 +211,7 @@ def fmr_upper_bound(false_matches: int, impostors: int, confidence: float = 0.95
         confidence: in (0, 1).
     """
     if not 0 <= false_matches <= impostors or impostors < 1:
-        raise ValueError(
-            f"false_matches, impostors: expected 0 <= a <= b and b >= 1, got {false_matches}, {impostors}"
-        )
+        raise ValueError(f"false_matches, impostors: expected 0 <= a <= b and b >= 1, got {false_matches}, {impostors}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence: expected a number in (0, 1), got {confidence}")
     if false_matches == impostors:

@@ -16,9 +16,7 @@ __all__ = ["CellMatrices", "cell_matrices", "separate", "spread_matrix"]
 
 _ROWS_AT_ONCE = 32  # rows of M per backward pass; bounds the memory of the 25,088-wide IR-SE block
 _AFFINE_TOLERANCE = 1e-9  # relative, in fp64; a rectifier or a norm in the block misses it by orders
-_SEPARABLE_TOLERANCE = (
-    1e-10  # relative, in fp64: a depthwise block is separable up to rounding, others are far off
-)
+_SEPARABLE_TOLERANCE = 1e-10  # relative, in fp64: a depthwise block is separable up to rounding, others are far off
 
 
 class CellMatrices(NamedTuple):
@@ -59,9 +57,7 @@ def cell_matrices(recogniser: Recogniser) -> CellMatrices:
     block = _OutputBlock(recogniser)
     prefixes = tuple(f"recogniser.{p}" for p in recogniser.output_prefixes) or ("recogniser.",)
     state = {
-        name: tensor.detach().to(
-            "cpu", torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True
-        )
+        name: tensor.detach().to("cpu", torch.float64 if tensor.is_floating_point() else tensor.dtype, copy=True)
         for name, tensor in block.state_dict().items()
         if name.startswith(prefixes)
     }
@@ -81,8 +77,7 @@ def cell_matrices(recogniser: Recogniser) -> CellMatrices:
             expected = embed(probe)
         if constant.dim() != 2 or expected.shape != (4, constant.shape[1]):
             raise ModelError(
-                f"{recogniser.architecture}: the output block must give [N, D], got {list(constant.shape)} "
-                "for one map"
+                f"{recogniser.architecture}: the output block must give [N, D], got {list(constant.shape)} for one map"
             )
         constant = constant[0]
         dim = constant.shape[0]

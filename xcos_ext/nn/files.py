@@ -110,9 +110,7 @@ def read_weights(path: StrPath) -> tuple[dict[str, Any], dict[str, str]]:
     if safe or file.suffix == ".safetensors":
         raise ModelError(f"{file}: damaged or truncated safetensors file ({size} bytes)")
     if file.suffix == ".onnx":
-        raise ModelError(
-            f"{file}: this is an ONNX graph; expected PyTorch weights (.pt, .pth or .safetensors)"
-        )
+        raise ModelError(f"{file}: this is an ONNX graph; expected PyTorch weights (.pt, .pth or .safetensors)")
     raise ModelError(
         f"{file}: not a weights file (starts with {head[:4]!r}); expected a PyTorch state dict (.pt, .pth) "
         "or .safetensors"
@@ -126,13 +124,12 @@ def _first_line(error: BaseException) -> str:
 
 def _torch_load(file: Path) -> dict[str, Any]:
     try:
-        with warnings.catch_warnings():
+        # A stream, because torch would choose the reader by the file's name.
+        with file.open("rb") as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about archives that it then refuses anyway
-            contents = torch.load(file, map_location="cpu", weights_only=True)
+            contents = torch.load(stream, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(
-            r"[Cc]lass(?:es)? ([\w.]+)", str(error)
-        )
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"[Cc]lass(?:es)? ([\w.]+)", str(error))
         what = f"it asks for {wanted.group(1)!r}" if wanted else "it holds more than tensors"
         raise ModelError(
             f"{file}: refused, because the pickle could run code ({what}); nothing in it was executed. "

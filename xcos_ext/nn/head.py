@@ -58,9 +58,7 @@ class XCosHead(nn.Module):
         super().__init__()
         self.in_channels = in_channels
         self.channels = channels
-        self.conv1x1 = nn.Sequential(
-            nn.Conv2d(in_channels, channels, 1), nn.BatchNorm2d(channels), nn.PReLU(channels)
-        )
+        self.conv1x1 = nn.Sequential(nn.Conv2d(in_channels, channels, 1), nn.BatchNorm2d(channels), nn.PReLU(channels))
         self.attention: XCosAttention | None = None
         self.fixed_attention: Literal["uniform", "norm"] | None = None
         if attention is None:
@@ -72,9 +70,7 @@ class XCosHead(nn.Module):
         elif attention in ("uniform", "norm"):
             self.fixed_attention = attention
         else:
-            raise ValueError(
-                f"attention: expected an XCosAttention, 'uniform', 'norm' or None, got {attention!r}"
-            )
+            raise ValueError(f"attention: expected an XCosAttention, 'uniform', 'norm' or None, got {attention!r}")
 
     def config(self) -> dict[str, Any]:
         """What is needed to build the same head again, as plain values."""
@@ -87,9 +83,7 @@ class XCosHead(nn.Module):
     def features(self, grid: Tensor) -> Tensor:
         """The backbone's map [N, in_channels, H, W] -> grid feature F [N, channels, H, W]."""
         if grid.dim() != 4 or grid.shape[1] != self.in_channels:
-            raise ValueError(
-                f"grid: expected [N, {self.in_channels}, H, W], got {list(grid.shape)} (XCosHead)"
-            )
+            raise ValueError(f"grid: expected [N, {self.in_channels}, H, W], got {list(grid.shape)} (XCosHead)")
         return self.conv1x1(grid)
 
     def identity(self, features: Tensor) -> Tensor:
@@ -97,9 +91,7 @@ class XCosHead(nn.Module):
         return F.normalize(features.flatten(1), dim=1)
 
     @overload
-    def score(
-        self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[False] = ...
-    ) -> Tensor: ...
+    def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[False] = ...) -> Tensor: ...
 
     @overload
     def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[True]) -> XCosScore: ...
@@ -107,9 +99,7 @@ class XCosHead(nn.Module):
     @overload
     def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: bool) -> Tensor | XCosScore: ...
 
-    def score(
-        self, features_a: Tensor, features_b: Tensor, *, return_maps: bool = False
-    ) -> Tensor | XCosScore:
+    def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: bool = False) -> Tensor | XCosScore:
         """xCos of two batches of grid features.
 
         Args:
@@ -186,9 +176,7 @@ class ClosedFormHead(nn.Module):
         channels, height, width = grid_shape
         cells = height * width
         if weight.dim() < 2:
-            raise ValueError(
-                f"weight: expected [D, C] or [P, D, C], got {list(weight.shape)} (ClosedFormHead)"
-            )
+            raise ValueError(f"weight: expected [D, C] or [P, D, C], got {list(weight.shape)} (ClosedFormHead)")
         dim = weight.shape[-2]
         axes = dim if basis is None or basis.dim() != 3 else basis.shape[1]
         for name, tensor, shape in (
@@ -243,9 +231,7 @@ class ClosedFormHead(nn.Module):
         return total if self.mean is None else total + self.mean.sum((1, 2))
 
     @overload
-    def score(
-        self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[False] = ...
-    ) -> Tensor: ...
+    def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[False] = ...) -> Tensor: ...
 
     @overload
     def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[True]) -> XCosScore: ...
@@ -253,9 +239,7 @@ class ClosedFormHead(nn.Module):
     @overload
     def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: bool) -> Tensor | XCosScore: ...
 
-    def score(
-        self, features_a: Tensor, features_b: Tensor, *, return_maps: bool = False
-    ) -> Tensor | XCosScore:
+    def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: bool = False) -> Tensor | XCosScore:
         """Score of two batches of cell features with norm attention.
 
         Args:

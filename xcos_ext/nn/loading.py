@@ -137,8 +137,7 @@ def _irse_name(state: Mapping[str, Tensor], path: StrPath) -> str:
     depth = {24: 50, 49: 100, 50: 152}.get(len(units))
     if depth is None:
         raise ModelError(
-            f"{path}: an IR network with {len(units)} residual units; known are 24 (IR-50), 49 (IR-100) and "
-            "50 (IR-152)"
+            f"{path}: an IR network with {len(units)} residual units; known are 24 (IR-50), 49 (IR-100) and 50 (IR-152)"
         )
     squeeze = any(".res_layer.5." in key for key in state)
     return f"ir_se_{depth}" if squeeze else f"ir_{depth}"
@@ -203,8 +202,7 @@ def _from_official(state: State, path: StrPath) -> XCosModel:
     # One module with every key that the layout may have, so that one check names all that does not fit.
     whole = _meta(nn.Module)
     has = {
-        group: any(key.startswith(group) for key in state)
-        for group in ("backbone.output_layer.", "backbone_target.")
+        group: any(key.startswith(group) for key in state) for group in ("backbone.output_layer.", "backbone_target.")
     }
     whole.backbone = _meta(lambda: backbones.create(name, output=has["backbone.output_layer."]))
     head = _meta(XCosHead)
@@ -410,9 +408,7 @@ def load_model(
         raise _unknown(state, path)
     if statistics is None and find_statistics(fingerprint_weights(recogniser)) is None:
         if project is not None:
-            raise ModelError(
-                f"{path}: project={project} needs statistics, and none are known for these weights"
-            )
+            raise ModelError(f"{path}: project={project} needs statistics, and none are known for these weights")
         warnings.warn(
             f"{path}: no statistics are known for these {recogniser.architecture} weights, so the cells are "
             "not centred and there is no decision threshold; compute them with xcos_ext.nn.plug_statistics",

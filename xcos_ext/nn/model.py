@@ -97,9 +97,7 @@ class XCosModel(nn.Module):
         return self._features(images, "images")
 
     @overload
-    def score(
-        self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[False] = ...
-    ) -> Tensor: ...
+    def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[False] = ...) -> Tensor: ...
 
     @overload
     def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[True]) -> XCosScore: ...
@@ -107,9 +105,7 @@ class XCosModel(nn.Module):
     @overload
     def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: bool) -> Tensor | XCosScore: ...
 
-    def score(
-        self, features_a: Tensor, features_b: Tensor, *, return_maps: bool = False
-    ) -> Tensor | XCosScore:
+    def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: bool = False) -> Tensor | XCosScore:
         """Similarity of two batches of grid features.
 
         Args:

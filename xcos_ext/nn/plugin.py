@@ -134,9 +134,7 @@ def plug(
         torch.float64 if parameter.dtype == torch.float64 else torch.float32,
         sharing,
         known.mean.double() if known is not None and centre else None,
-        known.basis[:, :project]
-        if known is not None and known.basis is not None and project is not None
-        else None,
+        known.basis[:, :project] if known is not None and known.basis is not None and project is not None else None,
     )
     calibration = None if known is None else known.calibration(centre=centre, spread=spread, project=project)
     if threshold is None and calibration is not None:
@@ -175,8 +173,7 @@ def _statistics(
         known, origin = load_or_pass(statistics)
         if known.fingerprint != fingerprint:
             raise ModelError(
-                f"{origin}: these statistics belong to weights {known.fingerprint}, the recogniser's are "
-                f"{fingerprint}"
+                f"{origin}: these statistics belong to weights {known.fingerprint}, the recogniser's are {fingerprint}"
             )
     else:
         found = find_statistics(fingerprint)

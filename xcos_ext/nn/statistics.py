@@ -143,18 +143,12 @@ class PlugStatistics:
         """
         tensors, metadata = read_safetensors(path)
         if metadata.get("xcos_format") != _FORMAT:
-            raise ModelError(
-                f"{path}: not a plug-in statistics file (format {metadata.get('xcos_format')!r})"
-            )
+            raise ModelError(f"{path}: not a plug-in statistics file (format {metadata.get('xcos_format')!r})")
         if metadata.get("version") != _VERSION:
-            raise ModelError(
-                f"{path}: format {metadata.get('version')!r}; this version of xcos_ext reads {_VERSION!r}"
-            )
+            raise ModelError(f"{path}: format {metadata.get('version')!r}; this version of xcos_ext reads {_VERSION!r}")
         unexpected = set(tensors) - {"mean", "basis"}
         if "mean" not in tensors or unexpected:
-            raise ModelError(
-                f"{path}: expected the tensors mean and, optionally, basis, got {sorted(tensors)}"
-            )
+            raise ModelError(f"{path}: expected the tensors mean and, optionally, basis, got {sorted(tensors)}")
         mean, basis = tensors["mean"].float(), tensors.get("basis")
         basis = None if basis is None else basis.float()
         if mean.dim() != 3 or not torch.isfinite(mean).all():
@@ -162,9 +156,7 @@ class PlugStatistics:
         if basis is not None:
             dim, height, width = mean.shape
             if basis.dim() != 3 or basis.shape[0] != height * width or basis.shape[2] != dim:
-                raise ModelError(
-                    f"{path}: basis: expected [{height * width}, K, {dim}], got {list(basis.shape)}"
-                )
+                raise ModelError(f"{path}: basis: expected [{height * width}, K, {dim}], got {list(basis.shape)}")
             if not torch.isfinite(basis).all():
                 raise ModelError(f"{path}: basis: values are not finite")
         try:

@@ -216,7 +216,7 @@ def iterate_batches(recogniser: Recogniser, faces: Faces, batch_size: int) -> It
                     f"faces: expected floating-point batches [N, 3, {height}, {width}], got {item.dtype} "
                     f"{list(item.shape)}"
                 )
-            yield item.float()
+            yield item
         elif isinstance(item, np.ndarray):
             waiting.extend(item if item.ndim == 4 else [item])
             while len(waiting) >= batch_size:
@@ -258,7 +258,7 @@ def compute_statistics(
     matrices = cells.matrices.float()
     dim, _, height, width = matrices.shape
     per_cell = matrices.flatten(2).permute(2, 0, 1).contiguous()  # [P, D, C]
-    device = next(iter(recogniser.parameters())).device
+    parameter = next(iter(recogniser.parameters()))
     sharing = spread_matrix((height, width), spread)
     sharing = None if sharing is None else sharing.float()
     count = 0
@@ -268,7 +268,7 @@ def compute_statistics(
     offset = torch.zeros(height * width, dim, dtype=torch.float64)
     second = torch.zeros(height * width, dim, dim, dtype=torch.float64) if project else None
     for images in iterate_batches(recogniser, faces, batch_size):
-        grid = recogniser.grid(images.to(device)).to("cpu", torch.float32)
+        grid = recogniser.grid(images.to(parameter.device, parameter.dtype)).to("cpu", torch.float32)
         e = torch.bmm(grid.flatten(2).permute(2, 0, 1), per_cell.transpose(1, 2))  # [P, N, D]
         total += e.double().sum(1)
         if second is not None:

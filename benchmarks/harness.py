@@ -1,7 +1,7 @@
 """Measuring: contenders side by side in one run, medians with spread, results as JSON.
 
-Contenders of a case take turns round by round, so that a drift of the machine's speed meets all of them; ratios are
-taken within a round and their median is reported.
+Contenders of a case take turns round by round, so that a drift of the machine's speed meets all of them, each after one
+call that is not timed; ratios are taken within a round and their median is reported.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ def measure(case: Case) -> dict[str, Any]:
     begin, rounds = time.perf_counter(), 0
     while rounds < 7 or (time.perf_counter() - begin < case.budget and rounds < 101):
         for name, function in case.contenders.items():
+            function()  # not timed: what the one before left in caches and in the allocator is not this one's
             samples[name].append(_time_once(function, repeats[name], case.device))
         rounds += 1
     timings = {name: _summary(values) for name, values in samples.items()}

@@ -361,11 +361,11 @@ class PairState {
     clear_padding(moments.yy, p.shape.cells);
   }
 
-  // `last` is the end of the caller's range, past which nothing is fetched ahead.
-  XCOS_INLINE void compute(int64_t pair, int64_t last, bool weights) {
+  // `next` is the pair that will be asked for after this one, negative if there is none.
+  XCOS_INLINE void compute(int64_t pair, int64_t next, bool weights) {
     Ahead ahead;
-    if (fetch_ahead_ && pair + 1 < last)
-      ahead = {reinterpret_cast<const char*>(a(pair + 1)), reinterpret_cast<const char*>(b(pair + 1)), 0};
+    if (fetch_ahead_ && next >= 0)
+      ahead = {reinterpret_cast<const char*>(a(next)), reinterpret_cast<const char*>(b(next)), 0};
     pair_moments<T, A>(a(pair), b(pair), problem_, layout_, moments, ahead);
     cell_cosines(moments, problem_.shape.cells, positive<A>(problem_.eps), cell);
     if (weights) cell_weights(problem_, pair, cell);
@@ -402,7 +402,7 @@ void score_range(const PairProblem& p, const XcosScoreOutputs& out, int64_t begi
   A* attention = static_cast<A*>(out.attention);
   const bool weights = score != nullptr || attention != nullptr;
   for (int64_t n = begin; n < end; ++n) {
-    state.compute(n, end, weights);
+    state.compute(n, n + 1 < end ? n + 1 : -1, weights);
     const A* s = state.cell.cosine;
     const A* w = state.cell.weight;
     if (score != nullptr) score[n] = sum_cells<A>(cells, [&](int64_t i) { return w[i] * s[i]; });
@@ -586,8 +586,9 @@ void score_backward_range(const PairProblem& p, const XcosScoreGradients& in,
   const bool stream = run && streams<T, N>(p.shape, out.a) && streams<T, N>(p.shape, out.b);
   const bool weights = grad_score != nullptr || grad_attention_map != nullptr || grad_given != nullptr;
 
-  for (int64_t n = begin; n < end; ++n) {
-    state.compute(n, end, weights);
+  // Last pair first: what the forward pass read last is what the caches still hold.
+  for (int64_t n = end - 1; n >= begin; --n) {
+    state.compute(n, n > begin ? n - 1 : -1, weights);
     const Cells<A>& cell = state.cell;
     const A g = grad_score != nullptr ? grad_score[n * in.score_stride] : A(0);
     for (int64_t i = 0; i < cells; ++i) {

@@ -361,11 +361,13 @@ class PairState {
     clear_padding(moments.yy, p.shape.cells);
   }
 
-  // `next` is the pair that will be asked for after this one, negative if there is none.
-  XCOS_INLINE void compute(int64_t pair, int64_t next, bool weights) {
-    Ahead ahead;
-    if (fetch_ahead_ && next >= 0)
-      ahead = {reinterpret_cast<const char*>(a(next)), reinterpret_cast<const char*>(b(next)), 0};
+  // What to fetch ahead while a pair is worked on: the next one of a range that ends at `end`.
+  XCOS_INLINE Ahead after(int64_t pair, int64_t end) const {
+    if (!fetch_ahead_ || pair + 1 >= end) return {};
+    return {reinterpret_cast<const char*>(a(pair + 1)), reinterpret_cast<const char*>(b(pair + 1)), 0};
+  }
+
+  XCOS_INLINE void compute(int64_t pair, const Ahead& ahead, bool weights) {
     pair_moments<T, A>(a(pair), b(pair), problem_, layout_, moments, ahead);
     cell_cosines(moments, problem_.shape.cells, positive<A>(problem_.eps), cell);
     if (weights) cell_weights(problem_, pair, cell);
@@ -402,7 +404,7 @@ void score_range(const PairProblem& p, const XcosScoreOutputs& out, int64_t begi
   A* attention = static_cast<A*>(out.attention);
   const bool weights = score != nullptr || attention != nullptr;
   for (int64_t n = begin; n < end; ++n) {
-    state.compute(n, n + 1 < end ? n + 1 : -1, weights);
+    state.compute(n, state.after(n, end), weights);
     const A* s = state.cell.cosine;
     const A* w = state.cell.weight;
     if (score != nullptr) score[n] = sum_cells<A>(cells, [&](int64_t i) { return w[i] * s[i]; });
@@ -458,10 +460,11 @@ XCOS_INLINE void combine_over_cells(const T* self, const T* other, int64_t self_
 // are read at (position mod cells) from arrays that repeat their beginning past their end.
 template <typename T, typename A, int N, bool kStream>
 XCOS_INLINE void combine_run(const T* a, const T* b, T* grad_a, T* grad_b, const PairShape& shape,
-                             const Coefficients<A>& k) {
+                             const Coefficients<A>& k, Ahead ahead) {
   const int64_t cells = shape.cells, size = shape.channels * cells;
   int64_t at = 0, cell = 0;
   for (; at + N <= size; at += N) {
+    ahead.fetch_until((at + N) * static_cast<int64_t>(sizeof(T)));
     const Vec<A, N> x = load<N>(a + at), y = load<N>(b + at);
     store_result<kStream, N>(grad_a + at, y * load<N>(k.x_from_y + cell) + x * load<N>(k.x_from_x + cell));
     store_result<kStream, N>(grad_b + at, x * load<N>(k.y_from_x + cell) + y * load<N>(k.y_from_y + cell));
@@ -586,9 +589,10 @@ void score_backward_range(const PairProblem& p, const XcosScoreGradients& in,
   const bool stream = run && streams<T, N>(p.shape, out.a) && streams<T, N>(p.shape, out.b);
   const bool weights = grad_score != nullptr || grad_attention_map != nullptr || grad_given != nullptr;
 
-  // Last pair first: what the forward pass read last is what the caches still hold.
-  for (int64_t n = end - 1; n >= begin; --n) {
-    state.compute(n, n > begin ? n - 1 : -1, weights);
+  for (int64_t n = begin; n < end; ++n) {
+    // Where gradients are written in one run the next pair is fetched meanwhile, so that reading overlaps
+    // writing.
+    state.compute(n, run ? Ahead{} : state.after(n, end), weights);
     const Cells<A>& cell = state.cell;
     const A g = grad_score != nullptr ? grad_score[n * in.score_stride] : A(0);
     for (int64_t i = 0; i < cells; ++i) {
@@ -611,9 +615,9 @@ void score_backward_range(const PairProblem& p, const XcosScoreGradients& in,
       T* grad_a = static_cast<T*>(out.a.data) + n * out.a.pair_stride;
       T* grad_b = static_cast<T*>(out.b.data) + n * out.b.pair_stride;
       if (stream)
-        combine_run<T, A, N, true>(state.a(n), state.b(n), grad_a, grad_b, p.shape, k);
+        combine_run<T, A, N, true>(state.a(n), state.b(n), grad_a, grad_b, p.shape, k, state.after(n, end));
       else
-        combine_run<T, A, N, false>(state.a(n), state.b(n), grad_a, grad_b, p.shape, k);
+        combine_run<T, A, N, false>(state.a(n), state.b(n), grad_a, grad_b, p.shape, k, state.after(n, end));
       continue;
     }
     if (out.a.data != nullptr) write_gradient<T, A>(p.a, p.b, out.a, n, p.shape, k.x_from_x, k.x_from_y);

@@ -29,13 +29,36 @@ _EYES = ("eye", "eye_tree_eyeglasses")
 # Cascades for the eye of one side; asked where the others found nothing.
 _SPLITS = ("righteye_2splits", "lefteye_2splits")
 _MOUTH = "smile"
+# Thresholds of the frontal cascades' last stages, from their files: a detection's weight less this is its margin.
+_LAST_STAGE = {
+    "frontalface_alt2": 53.7555694580,
+    "frontalface_alt": 105.7611007690,
+    "frontalface_default": -2.9928278923,
+}
 
-_SEARCH = (640, 1280)  # longer side of the copy that is searched
-_SMALLEST = 24  # face box in that copy
-_ROLLS = ((0.0,), (-20.0, 20.0), (-40.0, 40.0), (90.0, -90.0), (180.0,))  # degrees tried, until faces are found
-# Of 150 true faces all but four scored 0.75 or more, of 100 false ones all but ten less (docs/faces.md).
-_CERTAIN = 0.8  # ends the search
-_HOPELESS = 0.25  # not worth a second look
+
+class Search(NamedTuple):
+    """One way of going over the whole picture."""
+
+    cascade: str
+    longest: int  # longer side of the copy that is searched
+    smallest: int  # face box in that copy
+    rolls: tuple[float, ...]  # degrees by which the copy is turned
+
+
+# Tried in this order until a face is certain: the usual case first; then other cascades, turned heads, small faces in
+# large pictures, pictures that have lost their EXIF rotation.
+_SEARCHES = (
+    Search("frontalface_alt2", 640, 24, (0.0,)),
+    Search("frontalface_default", 640, 30, (0.0,)),
+    Search("frontalface_alt2", 480, 36, (-20.0, 20.0)),
+    Search("frontalface_alt2", 1280, 24, (0.0,)),
+    Search("frontalface_alt2", 480, 36, (-40.0, 40.0)),
+    Search("frontalface_alt2", 480, 36, (-90.0, 90.0)),
+    Search("frontalface_alt2", 480, 36, (180.0,)),
+)
+_CERTAIN = 0.9  # a score that ends the search
+_HOPELESS = 0.02  # not worth a second look
 _MOST = 24  # boxes of one search that are looked at closely
 
 # Cues are sought in a square crop in which the template's unit is this many pixels.
@@ -62,6 +85,8 @@ class CascadeAlignment:
         correct it.
         eye_sd: scatter (x, y) of an eye found by one cascade, and by two or more.
         mouth_sd: scatter (x, y) of the mouth.
+        confidence: log-odds that it is a face: constant, and weights of the three cascades' margins (mean over mirror
+            images), of the number of eye detections (0 to 4) and of mouth detections (0 to 2).
     """
 
     box_width: Mapping[str, float] = field(
@@ -84,12 +109,13 @@ class CascadeAlignment:
     roll_sd: float = 0.12
     eye_sd: tuple[tuple[float, float], tuple[float, float]] = ((2.9, 2.3), (1.8, 1.7))
     mouth_sd: tuple[float, float] = (1.7, 2.4)
+    confidence: tuple[float, ...] = (-12.8, 1.3, 1.8, 0.5, 0.9, 0.6)
 
 
 class Cues(NamedTuple):
     """What was found around one face, in template coordinates and not yet corrected by :class:`CascadeAlignment`."""
 
-    boxes: list[tuple[str, np.ndarray, float]]  # cascade, centre, width
+    boxes: list[tuple[str, np.ndarray, float, float]]  # cascade, centre, width, margin over its last stage
     eyes: tuple[list[tuple[str, np.ndarray]], list[tuple[str, np.ndarray]]]  # left and right: cascade, centre
     mouth: list[np.ndarray]
 
@@ -102,7 +128,7 @@ class CascadeDetector:
     confirmed the face.
 
     Args:
-        min_score: least share of confirming cues, in [0, 1].
+        min_score: least score of a face, in [0, 1].
         alignment: other constants, e.g. fitted to other photographs.
 
     Raises:
@@ -111,7 +137,7 @@ class CascadeDetector:
         ValueError: ``min_score`` outside [0, 1].
     """
 
-    def __init__(self, *, min_score: float = 0.55, alignment: CascadeAlignment | None = None) -> None:
+    def __init__(self, *, min_score: float = 0.3, alignment: CascadeAlignment | None = None) -> None:
         if not 0 <= min_score <= 1:
             raise ValueError(f"min_score: expected a number between 0 and 1, got {min_score}")
         self._min_score = min_score
@@ -119,49 +145,50 @@ class CascadeDetector:
         self._cascades = {name: _load(name) for name in (*_FRONTAL, *_EYES, *_SPLITS, _MOUTH)}
 
     # --- finding
-    # -----------------------------------------------------------------------------------------------
 
     def detect(self, rgb: np.ndarray) -> list[Face]:
         """See :class:`~xcos_ext.faces.Detector`."""
         check_picture(rgb)
         cv2 = need("cv2", "face detection")
         grey = cv2.cvtColor(np.ascontiguousarray(rgb), cv2.COLOR_RGB2GRAY)
-        for longest in _SEARCH:
-            faces: list[Face] = []
-            for rolls in _ROLLS:
-                for roll in rolls:
-                    faces += self._at_roll(grey, longest, roll)
-                if any(face.score >= _CERTAIN for face in faces):
-                    break
-            if faces or max(grey.shape) <= longest:
-                return _distinct(faces)
-        return []
+        faces: list[Face] = []
+        for search in _SEARCHES:
+            if search.longest > _SEARCHES[0].longest and max(grey.shape) <= _SEARCHES[0].longest:
+                continue  # it would not show more
+            for roll in search.rolls:
+                faces.extend(self._search(grey, search, roll))
+            if any(face.score >= _CERTAIN for face in faces):
+                break
+        return _distinct(faces)
 
-    def _at_roll(self, grey: np.ndarray, longest: int, roll: float) -> list[Face]:
-        """Faces of the picture turned by ``roll`` degrees."""
-        faces = []
-        for start in self._candidates(grey, longest, roll):
+    def _search(self, grey: np.ndarray, search: Search, roll: float) -> Iterator[Face]:
+        for start in self.candidates(grey, search, roll):
             cues = self.cues(grey, start)
-            if _confirmation(cues) < _HOPELESS:
+            if self.confidence(cues) < _HOPELESS:
                 continue
             fit = compose(self.fit(cues), start)
             # Once more from upright: eyes of a rolled head are found where they were missed before.
             cues = self.cues(grey, fit)
             fit = compose(self.fit(cues), fit)
-            score = _confirmation(cues)
+            score = self.confidence(cues)
             if score < self._min_score:
                 continue
             centre = apply_transform(invert(fit), _CENTRE[None])[0]
             side = self._alignment.box_width[_FRONTAL[0]] / float(np.sqrt(np.linalg.det(fit[:, :2])))
             box = (float(centre[0] - side / 2), float(centre[1] - side / 2), side, side)
-            faces.append(Face(box, apply_transform(invert(fit), ARCFACE_TEMPLATE), score))
-        return faces
+            yield Face(box, apply_transform(invert(fit), ARCFACE_TEMPLATE), score)
 
-    def _candidates(self, grey: np.ndarray, longest: int, roll: float) -> Iterator[np.ndarray]:
-        """Rough transforms to the template, from the boxes of the first frontal cascade that finds any."""
+    def candidates(self, grey: np.ndarray, search: Search = _SEARCHES[0], roll: float = 0.0) -> Iterator[np.ndarray]:
+        """Rough transforms [2, 3] from the picture to the template, one for each box of the search.
+
+        Args:
+            grey: the picture, uint8 [H, W].
+            search: how to go over it.
+            roll: degrees by which to turn it.
+        """
         import cv2
 
-        copy, factor = scaled_copy(grey, longest, enlarge=max(grey.shape) < longest // 2)
+        copy, factor = scaled_copy(grey, search.longest, enlarge=2.0)
         height, width = copy.shape
         # A border, because faces that fill the picture are found by what is around them; and room to turn in.
         border = max(height, width) // 8
@@ -174,14 +201,10 @@ class CascadeDetector:
         turned = cv2.warpAffine(copy, turn, (out_w, out_h), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         shrink = np.array([[factor[0], 0, (factor[0] - 1) / 2], [0, factor[1], (factor[1] - 1) / 2]])
         to_turned = compose(turn, shrink)
-        for name in (_FRONTAL[0], _FRONTAL[2]):
-            boxes, weights = self._run(name, turned, 1.08, 3, _SMALLEST, max(out_w, out_h))
-            if not len(boxes):
-                continue
-            strongest = np.argsort(-weights * boxes[:, 2], kind="stable")[:_MOST]
-            for box in boxes[strongest]:
-                yield compose(self._from_box(name, box), to_turned)
-            return
+        boxes, weights = self._run(search.cascade, turned, 1.08, 3, search.smallest, max(out_w, out_h))
+        strongest = np.argsort(-weights * boxes[:, 2], kind="stable")[:_MOST]
+        for box in boxes[strongest]:
+            yield compose(self._from_box(search.cascade, box), to_turned)
 
     def _from_box(self, name: str, box: np.ndarray) -> np.ndarray:
         scale = self._alignment.box_width[name] / box[2]
@@ -199,7 +222,6 @@ class CascadeDetector:
         return np.asarray(boxes, np.float64).reshape(-1, 4), np.asarray(weights, np.float64).reshape(-1)
 
     # --- aligning
-    # ----------------------------------------------------------------------------------------------
 
     def cues(self, grey: np.ndarray, matrix: np.ndarray) -> Cues:
         """Everything that the cascades find around one face.
@@ -210,7 +232,7 @@ class CascadeDetector:
         """
         crop = warp(grey, compose(_TO_CROP, matrix), (_CROP, _CROP), extend=True)
         back = invert(_TO_CROP)
-        boxes: list[tuple[str, np.ndarray, float]] = []
+        boxes: list[tuple[str, np.ndarray, float, float]] = []
         mouth: list[np.ndarray] = []
         for mirror in (False, True):
             image = np.ascontiguousarray(crop[:, ::-1]) if mirror else crop
@@ -218,7 +240,8 @@ class CascadeDetector:
                 nominal = self._alignment.box_width[name] * _ZOOM
                 found, weights = self._run(name, image, 1.04, 2, int(0.7 * nominal), int(1.4 * nominal))
                 for box in _best(found, weights):
-                    boxes.append((name, _centre(box, (0, 0), back, mirror), box[2] / _ZOOM))
+                    margin = float(weights.max()) - _LAST_STAGE[name]
+                    boxes.append((name, _centre(box, (0, 0), back, mirror), box[2] / _ZOOM, margin))
             for part, box in self._in_region(_MOUTH, image, (26, 78, 86, 118), 3, 18, 70):
                 mouth.append(_centre(box, part, back, mirror))
         eyes: tuple[list[tuple[str, np.ndarray]], list[tuple[str, np.ndarray]]] = ([], [])
@@ -277,9 +300,9 @@ class CascadeDetector:
             scatter.append(sd)
 
         if cues.boxes:
-            offsets = [centre - [0.0, c.box_y[name] - _CENTRE[1]] for name, centre, _ in cues.boxes]
+            offsets = [centre - [0.0, c.box_y[name] - _CENTRE[1]] for name, centre, *_ in cues.boxes]
             centre = np.median(offsets, 0)
-            scale = float(np.median([c.box_width[name] / width for name, _, width in cues.boxes]))
+            scale = float(np.median([c.box_width[name] / width for name, _, width, _ in cues.boxes]))
             loose = 1.0
         else:  # only the search's box is known: what it gave, less precisely
             centre, scale, loose = _CENTRE, 1.0, 1.5
@@ -303,6 +326,17 @@ class CascadeDetector:
             weights = 1 / (sd * np.sqrt(1 + (residuals / 2.5) ** 2))
         a, b, x, y = solution
         return np.array([[a, -b, x], [b, a, y]])
+
+    def confidence(self, cues: Cues) -> float:
+        """Probability that the cues come from a face; logistic in :func:`evidence`."""
+        log_odds = float(np.dot(self._alignment.confidence, evidence(cues)))
+        return float(1 / (1 + np.exp(-np.clip(log_odds, -30, 30))))
+
+
+def evidence(cues: Cues) -> np.ndarray:
+    """What :attr:`CascadeAlignment.confidence` weighs, [6]: 1, three margins, eyes, mouths."""
+    margins = [sum(margin for at, _, _, margin in cues.boxes if at == name) / 2 for name in _FRONTAL]
+    return np.array([1.0, *margins, sum(len(found) for found in cues.eyes), len(cues.mouth)])
 
 
 def _load(name: str) -> Any:
@@ -330,14 +364,6 @@ def _centre(box: np.ndarray, part: tuple[int, int], back: np.ndarray, mirror: bo
     if mirror:
         at[0] = _CROP - 1 - at[0]
     return apply_transform(back, at[None])[0]
-
-
-def _confirmation(cues: Cues) -> float:
-    """Share of what a clear frontal face gives: three boxes, twice; two eyes, each by two; the mouth, twice."""
-    boxes = len(cues.boxes) / (2 * len(_FRONTAL))
-    eyes = sum(min(len(found), len(_EYES)) for found in cues.eyes) / (2 * len(_EYES))
-    mouth = len(cues.mouth) / 2
-    return 0.45 * boxes + 0.45 * eyes + 0.1 * mouth
 
 
 def _distinct(faces: list[Face]) -> list[Face]:

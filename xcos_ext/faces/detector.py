@@ -85,18 +85,18 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.prod(np.maximum(high - low, 0)) / max(min(a[2] * a[3], b[2] * b[3]), 1e-9))
 
 
-def scaled_copy(image: np.ndarray, longest: int, *, enlarge: bool) -> tuple[np.ndarray, np.ndarray]:
-    """A copy whose longer side is ``longest`` (only ever smaller than the picture unless ``enlarge``).
+def scaled_copy(image: np.ndarray, longest: int, *, enlarge: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """A copy whose longer side is ``longest``, or less if that takes more than ``enlarge`` times the picture's size.
 
     Returns:
-        The copy, and the factors [x, y] from picture to copy; a point p (pixel centres at whole coordinates)
-        becomes (p + 0.5) * factor - 0.5.
+        The copy, and the factors [x, y] from picture to copy; a point p (pixel centres at whole coordinates) becomes
+        (p + 0.5) * factor - 0.5.
     """
     import cv2
 
     height, width = image.shape[:2]
-    factor = longest / max(height, width)
-    if factor == 1 or (factor > 1 and not enlarge):
+    factor = min(longest / max(height, width), enlarge)
+    if factor == 1:
         return image, np.ones(2)
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
     method = cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC

@@ -76,7 +76,7 @@ class YuNetDetector:
         """See :class:`~xcos_ext.faces.Detector`."""
         check_picture(rgb)
         for longest in _SEARCH:
-            copy, factor = scaled_copy(rgb, longest, enlarge=longest == _SEARCH[0])
+            copy, factor = scaled_copy(rgb, longest, enlarge=3.0 if longest == _SEARCH[0] else 1.0)
             # A border, because faces that fill the picture are found by what is around them.
             border = longest // 8
             framed = np.zeros((copy.shape[0] + 2 * border, copy.shape[1] + 2 * border, 3), np.uint8)

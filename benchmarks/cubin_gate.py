@@ -56,9 +56,7 @@ def find_nvcc() -> str | None:
     """Path of nvcc: $CUDACXX, then $CUDA_HOME and $CUDA_PATH, then PATH, then the usual place."""
     places = [os.environ.get("CUDACXX", "")]
     places += [
-        os.path.join(os.environ[name], "bin", "nvcc")
-        for name in ("CUDA_HOME", "CUDA_PATH")
-        if name in os.environ
+        os.path.join(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ
     ]
     places += ["nvcc", "/usr/local/cuda/bin/nvcc"]
     return next((found for place in places if place and (found := shutil.which(place))), None)
@@ -88,9 +86,7 @@ def parse(architecture: int, text: str) -> list[KernelReport]:
     blocks = re.split(r"Compiling entry function '", text)[1:]
     for block in blocks:
         mangled = block.split("'", 1)[0]
-        stack = re.search(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block
-        )
+        stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block)
         used = re.search(r"Used (\d+) registers", block)
         if stack is None or used is None:
             raise CompilerError(f"cannot read what ptxas says about {mangled}:\n{block[:500]}")
@@ -143,9 +139,7 @@ def violations(reports: Iterable[KernelReport]) -> list[str]:
         if r.stack_bytes:
             found.append(f"{where}: has a stack frame of {r.stack_bytes} bytes, expected none")
         if r.static_shared_bytes:
-            found.append(
-                f"{where}: {r.static_shared_bytes} bytes of static shared memory, expected dynamic only"
-            )
+            found.append(f"{where}: {r.static_shared_bytes} bytes of static shared memory, expected dynamic only")
         family = r.name.split("_")[0]
         if family not in REGISTER_LIMITS:
             found.append(f"{where}: a kernel of no known family; give it a limit in benchmarks/cubin_gate.py")
@@ -162,16 +156,12 @@ def violations(reports: Iterable[KernelReport]) -> list[str]:
 def table(reports: Sequence[KernelReport]) -> str:
     """Registers of each kernel, a column for each architecture; ``!`` marks a spill or stack frame."""
     architectures = sorted({r.architecture for r in reports})
-    cells = {
-        (r.name, r.architecture): f"{r.registers}{'!' if r.spill_bytes or r.stack_bytes else ''}"
-        for r in reports
-    }
+    cells = {(r.name, r.architecture): f"{r.registers}{'!' if r.spill_bytes or r.stack_bytes else ''}" for r in reports}
     names = sorted({r.name for r in reports})
     width = max(len(name) for name in names)
     lines = [" ".join(["registers".ljust(width), *(f"sm_{a}".rjust(6) for a in architectures)])]
     lines += [
-        " ".join([name.ljust(width), *(cells.get((name, a), "-").rjust(6) for a in architectures)])
-        for name in names
+        " ".join([name.ljust(width), *(cells.get((name, a), "-").rjust(6) for a in architectures)]) for name in names
     ]
     return "\n".join(lines)
 
@@ -179,9 +169,7 @@ def table(reports: Sequence[KernelReport]) -> str:
 def main() -> int:
     """Entry point; 0 when every kernel is within its limits, 1 when not, 2 without nvcc."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "-a", "--architecture", type=int, action="append", help="compute capability such as 90"
-    )
+    parser.add_argument("-a", "--architecture", type=int, action="append", help="compute capability such as 90")
     parser.add_argument("-j", "--jobs", type=int, default=2, help="compilations at a time")
     parser.add_argument("--json", type=Path, help="write the reports to this file")
     options = parser.parse_args()

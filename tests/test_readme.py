@@ -1,0 +1,51 @@
+"""README keeps its word: its code runs, its links lead somewhere, its tables are those of the results files."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+README = REPOSITORY / "README.md"
+
+pytestmark = pytest.mark.skipif(not README.is_file(), reason="needs the source folder")
+
+
+def test_links_lead_somewhere():
+    for name in ("README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))):
+        page = REPOSITORY / name
+        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+            if not target.startswith(("http://", "https://")):
+                assert (page.parent / target).exists(), f"{name}: {target} does not exist"
+
+
+@pytest.mark.real_data
+def test_the_screen_of_code_runs(shared_data):
+    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    block = block.replace('"mobilefacenet_arcface.pt"', f'"{shared_data / "mobilefacenet_arcface.pt"}"')
+    a, b = (torch.randn(4, 32, 7, 7, requires_grad=True) for _ in range(2))
+    names = {
+        "a": a,
+        "b": b,
+        "w": torch.rand(7, 7),
+        "logits": torch.randn(4, 7, 7),
+        "probe": torch.randn(1, 32, 7, 7),
+        "gallery": torch.randn(9, 32, 7, 7),
+        "images_a": torch.rand(2, 3, 112, 112),
+        "images_b": torch.rand(2, 3, 112, 112),
+    }
+    exec(block, names)
+    assert a.grad is not None
+    assert names["probe_scores"].shape == (9,)
+    assert names["result"].similarity.shape == (2, 7, 7)
+
+
+def test_tables_are_those_of_the_results_files():
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "render.py"), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout

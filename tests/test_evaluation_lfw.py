@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,15 @@ from xcos_ext.nn import plug, save_model
 Image = pytest.importorskip("PIL.Image")
 
 PEOPLE = 12  # the last four are in no pair
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small work: on a busy machine waiting for a second thread costs more than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +108,7 @@ def test_command(faces: Path, tmp_path: Path, what: str, capsys: pytest.CaptureF
         "--threads",
         "1",
     ]
-    threads = torch.get_num_threads()
-    try:
-        status = protocol.main([*common, f"--{what}", str(path), *options])
-    finally:
-        torch.set_num_threads(threads)
+    status = protocol.main([*common, f"--{what}", str(path), *options])
     assert status == 0
     table = capsys.readouterr().out.strip().splitlines()
     assert len(table) == 2 + rows and all(line.count("|") == 7 for line in table)

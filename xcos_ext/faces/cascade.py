@@ -19,7 +19,7 @@ import numpy as np
 from xcos_ext.errors import XCosError
 
 from ._optional import need
-from .alignment import ARCFACE_TEMPLATE, apply_transform, compose, invert, warp
+from .alignment import ARCFACE_TEMPLATE, apply_transform, compose, invert, similarity_transform, warp
 from .detector import Face, check_picture, overlap, scaled_copy
 
 __all__ = ["CascadeAlignment", "CascadeDetector"]
@@ -173,6 +173,8 @@ class CascadeDetector:
             score = self.confidence(cues)
             if score < self._min_score:
                 continue
+            landmarks = apply_transform(invert(fit), ARCFACE_TEMPLATE)
+            fit = similarity_transform(landmarks, ARCFACE_TEMPLATE)  # rounded sizes leave it a hair off one
             centre = apply_transform(invert(fit), _CENTRE[None])[0]
             side = self._alignment.box_width[_FRONTAL[0]] / float(np.sqrt(np.linalg.det(fit[:, :2])))
             box = (float(centre[0] - side / 2), float(centre[1] - side / 2), side, side)
@@ -318,12 +320,12 @@ class CascadeDetector:
         if cues.mouth:
             point(np.mean(cues.mouth, 0), (_CENTRE[0], c.mouth_y), c.mouth_sd)
         design, wanted, sd = np.array(rows, np.float64), np.array(values), np.array(scatter)
-        weights = 1 / sd
-        solution = np.array([1.0, 0, 0, 0])
-        for _ in range(8):
-            solution = np.linalg.lstsq(design * weights[:, None], wanted * weights, rcond=None)[0]
+        # From the boxes alone: a false eye must not have its way in the first step already.
+        solution = np.array([scale, 0.0, _CENTRE[0] - scale * centre[0], _CENTRE[1] - scale * centre[1]])
+        for _ in range(10):
             residuals = (design @ solution - wanted) / sd
             weights = 1 / (sd * np.sqrt(1 + (residuals / 2.5) ** 2))
+            solution = np.linalg.lstsq(design * weights[:, None], wanted * weights, rcond=None)[0]
         a, b, x, y = solution
         return np.array([[a, -b, x], [b, a, y]])
 

@@ -1,0 +1,298 @@
+"""Detectors on drawn faces, the choice of a face, and reading one; real photographs are in test_faces_real.py."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drawn import background, draw_face, portrait
+from PIL import Image
+
+from xcos_ext.errors import ModelError, PictureError, XCosError
+from xcos_ext.faces import (
+    ARCFACE_TEMPLATE,
+    CascadeDetector,
+    Detector,
+    Face,
+    MissingPackageError,
+    YuNetDetector,
+    align_face,
+    apply_transform,
+    choose_face,
+    create_detector,
+    extract_face,
+    read_face,
+    similarity_transform,
+)
+from xcos_ext.faces._optional import need
+from xcos_ext.faces.cascade import Cues
+
+
+@pytest.fixture(scope="module")
+def cascade() -> CascadeDetector:
+    return CascadeDetector()
+
+
+def error(face: Face, truth: np.ndarray) -> float:
+    """RMS distance of the landmarks, in pixels of the aligned crop."""
+    assert face.landmarks is not None
+    matrix = similarity_transform(truth, ARCFACE_TEMPLATE)
+    difference = apply_transform(matrix, face.landmarks) - apply_transform(matrix, truth)
+    return float(np.sqrt((difference**2).sum(1).mean()))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size", "degrees"),
+    [
+        (360, 320, 150, 0),
+        (360, 320, 150, 14),
+        (360, 320, 150, -33),
+        (320, 360, 150, 90),
+        (320, 360, 150, 180),
+        (240, 240, 50, 0),  # a small face
+        (112, 112, 100, 0),  # one that fills the picture
+        (2400, 3200, 1500, 6),  # a large photograph: detection runs on a small copy
+        (2000, 3000, 100, 0),  # a small face in a large photograph
+    ],
+)
+def test_cascade_finds_and_aligns(
+    cascade: CascadeDetector, height: int, width: int, size: float, degrees: float
+) -> None:
+    canvas = background(height, width)
+    truth = draw_face(canvas, (0.47 * width, 0.52 * height), size, degrees)
+    faces = cascade.detect(canvas)
+    assert len(faces) == 1
+    assert error(faces[0], truth) < 3
+    assert 0.3 <= faces[0].score <= 1
+    left, top, box_width, box_height = faces[0].box
+    assert left < truth[:, 0].min() and truth[:, 0].max() < left + box_width
+    assert top < truth[:, 1].max() < top + 1.2 * box_height
+    assert 0.6 * size < box_width < 1.4 * size
+
+
+def test_cascade_is_the_same_from_colour_and_grey_and_each_time(cascade: CascadeDetector) -> None:
+    image = portrait()
+    first, second = cascade.detect(image), cascade.detect(image)
+    assert np.array_equal(first[0].landmarks, second[0].landmarks)
+    assert np.array_equal(first[0].landmarks, CascadeDetector().detect(image)[0].landmarks)
+    assert cascade.detect(np.asfortranarray(image))[0].box == first[0].box
+
+
+def test_landmarks_are_the_template_moved(cascade: CascadeDetector) -> None:
+    landmarks = cascade.detect(portrait(degrees=8))[0].landmarks
+    assert landmarks is not None
+    matrix = similarity_transform(landmarks, ARCFACE_TEMPLATE)
+    np.testing.assert_allclose(apply_transform(matrix, landmarks), ARCFACE_TEMPLATE, atol=1e-9)
+
+
+def test_several_faces(cascade: CascadeDetector) -> None:
+    canvas = background(400, 900)
+    truths = [draw_face(canvas, (x, 200), 150, tint=tint) for x, tint in ((150, 1.0), (450, 0.85), (740, 1.05))]
+    faces = sorted(cascade.detect(canvas), key=lambda face: face.box[0])
+    assert [error(face, truth) < 3 for face, truth in zip(faces, truths, strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (5000, 1), (3, 200), (30, 30)])
+def test_hardly_any_picture(cascade: CascadeDetector, shape: tuple[int, int]) -> None:
+    assert cascade.detect(np.zeros((*shape, 3), np.uint8)) == []
+
+
+def test_no_face(cascade: CascadeDetector) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    start = time.perf_counter()
+    assert cascade.detect(noise) == []
+    assert cascade.detect(background(600, 800)) == []
+    assert time.perf_counter() - start < 30
+
+
+@pytest.mark.parametrize(
+    "rgb",
+    [
+        np.zeros((9, 9), np.uint8),
+        np.zeros((9, 9, 4), np.uint8),
+        np.zeros((9, 9, 3)),
+        np.zeros((0, 9, 3), np.uint8),
+        [1],
+    ],
+)
+def test_detectors_refuse_other_arrays(cascade: CascadeDetector, rgb: object) -> None:
+    with pytest.raises(ValueError, match="rgb: expected"):
+        cascade.detect(rgb)  # type: ignore[arg-type]
+
+
+def test_min_score(cascade: CascadeDetector) -> None:
+    with pytest.raises(ValueError, match="min_score"):
+        CascadeDetector(min_score=1.5)
+    assert CascadeDetector(min_score=1).detect(background(200, 200)) == []
+    assert isinstance(cascade, Detector)
+
+
+def test_fit_without_any_cue_keeps_the_box(cascade: CascadeDetector) -> None:
+    np.testing.assert_allclose(cascade.fit(Cues([], ([], []), [])), np.eye(2, 3), atol=1e-6)
+
+
+def test_fit_follows_eyes_and_ignores_a_wild_one(cascade: CascadeDetector) -> None:
+    from xcos_ext.faces import CascadeAlignment
+
+    constants = CascadeAlignment()
+    turn = np.deg2rad(9)
+    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    middle = np.array([56.0, 63.5])
+
+    def eye(side: int, name: str) -> tuple[str, np.ndarray]:
+        offset = np.array(constants.eye[name]) * [-1 if side == 0 else 1, 1]
+        return name, rotation @ (ARCFACE_TEMPLATE[side] + offset - middle) + middle
+
+    box = [("frontalface_alt2", np.array([56, constants.box_y["frontalface_alt2"]]), 95.6, 3.0)]
+    names = ("eye", "eye_tree_eyeglasses")
+    both = Cues(box, ([eye(0, n) for n in names], [eye(1, n) for n in names]), [])
+    fitted = cascade.fit(both)
+    assert np.rad2deg(np.arctan2(fitted[1, 0], fitted[0, 0])) == pytest.approx(-9, abs=3)
+    wild = Cues(box, ([("eye", np.array([55.0, 75.0]))], []), [])
+    moved = apply_transform(cascade.fit(wild), ARCFACE_TEMPLATE) - ARCFACE_TEMPLATE
+    assert np.abs(moved).max() < 3
+
+
+# --- which detector
+
+
+def test_create_detector(tmp_path: Path) -> None:
+    assert isinstance(create_detector("cascade"), CascadeDetector)
+    with pytest.raises(
+        ValueError, match=r"detector: expected 'cascade' or the path of a YuNet \.onnx file, got 'mtcnn'"
+    ):
+        create_detector("mtcnn")
+    with pytest.raises(ModelError, match=r"none\.onnx: no detector network can be read there"):
+        create_detector(str(tmp_path / "none.onnx"))
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(ModelError, match="not a regular file"):
+        create_detector(str(tmp_path / "folder.onnx"))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a network", bytes(5000)])
+def test_yunet_refuses_other_files(tmp_path: Path, content: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.onnx").write_bytes(content)
+    with pytest.raises(ModelError, match=r"a\.onnx: not a YuNet network"):
+        YuNetDetector(tmp_path / "a.onnx")
+    with pytest.raises(ValueError, match="min_score"):
+        YuNetDetector(tmp_path / "a.onnx", min_score=0)
+
+
+def test_opencv_without_cascades(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cv2
+
+    monkeypatch.setattr(cv2.data, "haarcascades", "/nonexistent/")
+    with pytest.raises(XCosError, match=r"comes without face cascades.*opencv-python-headless>=4\.10,<5"):
+        CascadeDetector()
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(MissingPackageError, match=r"face detection needs opencv-python-headless.*xcos_ext\[cli\]"):
+        need("cv2", "face detection")
+    with pytest.raises(MissingPackageError, match=r"drawing needs no_such_package_here, which is not installed"):
+        need("no_such_package_here.part", "drawing")
+
+
+# --- which face
+
+
+def faces() -> list[Face]:
+    """Largest, most central, and prominent (second in both) in a picture of 1000 x 800."""
+    return [
+        Face((0, 0, 300, 300), None, 0.9),
+        Face((480, 380, 40, 40), None, 0.9),
+        Face((300, 250, 250, 250), None, 0.9),
+    ]
+
+
+@pytest.mark.parametrize(("policy", "index"), [("largest", 0), ("centre", 1), ("prominent", 2)])
+def test_choice(policy: str, index: int) -> None:
+    found = faces()
+    assert choose_face(found, (800, 1000), policy) is found[index]
+
+
+def test_choice_of_only_one() -> None:
+    found = faces()
+    assert choose_face(found[:1], (800, 1000), "only") is found[0]
+    with pytest.raises(PictureError, match=r"team\.jpg: expected one face, found 3"):
+        choose_face(found, (800, 1000), "only", name="team.jpg")
+    with pytest.raises(ValueError, match="policy: expected one of prominent, largest, centre, only, got 'best'"):
+        choose_face(found, (800, 1000), "best")
+    with pytest.raises(ValueError, match="faces: expected at least one"):
+        choose_face([], (800, 1000))
+
+
+# --- reading
+
+
+def test_read_face(tmp_path: Path, cascade: CascadeDetector) -> None:
+    canvas = background(300, 500)
+    truth = draw_face(canvas, (200, 150), 120, 5)
+    Image.fromarray(canvas).save(tmp_path / "a.png")
+    face = read_face(tmp_path / "a.png", cascade)
+    assert face.rgb.shape == (112, 112, 3)
+    assert face.found == 1
+    assert face.name == str(tmp_path / "a.png")
+    expected = align_face(canvas, truth)
+    assert np.abs(face.rgb.astype(int) - expected).mean() < 12
+    assert read_face(tmp_path / "a.png", cascade, size=(96, 96)).rgb.shape == (96, 96, 3)
+
+
+def test_rotated_by_exif_gives_the_same_face(tmp_path: Path, cascade: CascadeDetector) -> None:
+    upright = portrait()
+    Image.fromarray(upright).save(tmp_path / "a.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.ascontiguousarray(np.rot90(upright))).save(tmp_path / "b.png", exif=exif)
+    a, b = read_face(tmp_path / "a.png", cascade), read_face(tmp_path / "b.png", cascade)
+    assert (a.rgb == b.rgb).all()
+
+
+def test_grey_alpha_and_sixteen_bits_give_nearly_the_same_face(tmp_path: Path, cascade: CascadeDetector) -> None:
+    grey = np.asarray(Image.fromarray(portrait()).convert("L"))
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "b.png")
+    Image.fromarray(np.dstack([grey] * 3 + [np.full_like(grey, 255)])).save(tmp_path / "c.png")
+    crops = [read_face(tmp_path / f"{name}.png", cascade).rgb for name in "abc"]
+    assert (crops[0] == crops[1]).all()
+    assert (crops[0] == crops[2]).all()
+
+
+def test_aligned_crops(tmp_path: Path) -> None:
+    crop = np.random.default_rng(0).integers(0, 256, (112, 112, 3), dtype=np.uint8)
+    Image.fromarray(crop).save(tmp_path / "a.png")
+    face = read_face(tmp_path / "a.png", None)
+    assert (face.rgb == crop).all()
+    assert face.face is None
+    Image.fromarray(crop[:1, :1]).save(tmp_path / "b.png")
+    with pytest.raises(PictureError, match=r"b\.png: expected an aligned crop of 112 x 112 pixels, got 1 x 1"):
+        read_face(tmp_path / "b.png", None)
+
+
+def test_a_picture_without_a_face_says_what_to_try(cascade: CascadeDetector) -> None:
+    with pytest.raises(PictureError, match=r"wall: no face found in 60 x 50 pixels; try .*--detector.*--aligned"):
+        extract_face(background(50, 60), cascade, name="wall")
+
+
+def test_a_detector_without_landmarks() -> None:
+    class Boxes:
+        def detect(self, rgb: np.ndarray) -> list[Face]:
+            return [Face((0, 0, 10, 10), None, 1.0)]
+
+    with pytest.raises(PictureError, match="x: the detector gives no landmarks"):
+        extract_face(background(50, 60), Boxes(), name="x")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files through /proc")
+def test_import_is_light() -> None:
+    """Neither OpenCV nor Pillow nor torch is imported until a face is read."""
+    import subprocess
+
+    code = "import sys, xcos_ext.faces; print([m for m in ('cv2', 'PIL', 'torch', 'matplotlib') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"

@@ -1,0 +1,327 @@
+"""Reading pictures: everything that a file can be gives an upright RGB array or one PictureError naming the file."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import socket
+import struct
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xcos_ext.errors import PictureError
+from xcos_ext.faces import display_name, read_picture
+
+
+def colours(height: int = 24, width: int = 40) -> np.ndarray:
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x * 6, y * 10, (x + y) * 3], 2).astype(np.uint8)
+
+
+def save(path: Path, array: np.ndarray, mode: str | None = None, **how: object) -> Path:
+    Image.fromarray(array, mode).save(path, **how) if mode is None else Image.fromarray(array).convert(mode).save(
+        path, **how
+    )
+    return path
+
+
+def refused(path: Path | str | bytes, *words: str, **how: int) -> str:
+    """The message of the error, which starts with the file's name, is one line and has the words."""
+    with pytest.raises(PictureError) as caught:
+        read_picture(path, **how)
+    message = str(caught.value)
+    assert message.startswith(display_name(path) + ": ")
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+    return message
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    assert time.perf_counter() - start < seconds
+
+
+# --- what is read
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "webp", "ppm", "gif"])
+def test_lossless_formats(tmp_path: Path, suffix: str) -> None:
+    expected = colours(8, 8)
+    how = {"lossless": True} if suffix == "webp" else {}
+    got = read_picture(save(tmp_path / f"a.{suffix}", expected, **how))
+    assert got.dtype == np.uint8
+    assert got.flags.c_contiguous
+    assert np.abs(got.astype(int) - expected).max() <= (0 if suffix != "gif" else 40)
+
+
+def test_suffix_does_not_matter(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", colours())
+    wrong = path.rename(tmp_path / "a.jpg")
+    assert (read_picture(wrong) == colours()).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation(tmp_path: Path, orientation: int) -> None:
+    upright = colours()
+    undo = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, 1),
+        7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda a: np.rot90(a, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / "a.png", np.ascontiguousarray(undo(upright)), exif=exif)
+    assert (read_picture(path) == upright).all()
+
+
+def test_damaged_exif_is_ignored(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jpg", colours(), exif=b"Exif\0\0MM\0*\0\0\xff\xff\xff\xff garbage")
+    assert read_picture(path).shape == (24, 40, 3)
+
+
+def test_grey_and_one_bit(tmp_path: Path) -> None:
+    grey = colours()[:, :, 0]
+    assert (read_picture(save(tmp_path / "a.png", grey)) == grey[:, :, None]).all()
+    bits = read_picture(save(tmp_path / "b.png", grey, "1"))
+    assert set(np.unique(bits)) == {0, 255}
+
+
+def test_palette(tmp_path: Path) -> None:
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([9, 8, 7, 200, 30, 40])
+    picture.putpixel((1, 0), 1)
+    picture.save(tmp_path / "a.png")
+    assert read_picture(tmp_path / "a.png").tolist() == [[[9, 8, 7], [200, 30, 40]]]
+
+
+def test_transparency_shows_neutral_grey(tmp_path: Path) -> None:
+    array = np.zeros((4, 4, 4), np.uint8)
+    array[..., 0] = 255
+    array[:2, :, 3] = 255
+    array[2, :, 3] = 128
+    got = read_picture(save(tmp_path / "a.png", array))
+    assert (got[:2] == (255, 0, 0)).all()
+    assert (np.abs(got[2].astype(int) - (192, 64, 64)) <= 1).all()
+    assert (got[3] == 128).all()
+
+
+def test_grey_with_alpha_and_transparent_colours(tmp_path: Path) -> None:
+    got = read_picture(save(tmp_path / "a.png", np.array([[[10, 255], [10, 0]]], np.uint8)))
+    assert got.tolist() == [[[10] * 3, [128] * 3]]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([9, 9, 9, 200, 100, 50])
+    palette.putpixel((1, 0), 1)
+    palette.save(tmp_path / "b.gif", transparency=0)
+    assert read_picture(tmp_path / "b.gif").tolist() == [[[128] * 3, [200, 100, 50]]]
+    Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8)).save(tmp_path / "c.png", transparency=(1, 2, 3))
+    assert read_picture(tmp_path / "c.png").tolist() == [[[128] * 3, [4, 5, 6]]]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_sixteen_bit_grey_is_scaled_by_its_full_range(tmp_path: Path, suffix: str) -> None:
+    deep = np.array([[0, 257, 128 * 257, 65535], [100, 200, 30000, 65000]], np.uint16)
+    got = read_picture(save(tmp_path / f"a.{suffix}", deep))
+    assert got.shape == (2, 4, 3)
+    assert (got[..., 0] == np.rint(deep / 257)).all()
+    assert (got[..., 0] == got[..., 2]).all()
+
+
+def test_sixteen_bit_colour(tmp_path: Path) -> None:
+    samples = np.array([[[0, 32896, 65535]]], ">u2")
+    (tmp_path / "a.png").write_bytes(png(1, 1, b"\0" + samples.tobytes(), depth=16, kind=2))
+    assert read_picture(tmp_path / "a.png").tolist() == [[[0, 128, 255]]]
+
+
+def test_thirty_two_bit_and_floating_point_grey(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.tiff", np.array([[0, 65535]], np.int32))
+    assert read_picture(path)[0, :, 0].tolist() == [0, 255]
+    refused(save(tmp_path / "b.tiff", np.array([[0, 70000]], np.int32)), "expected 0..65535", "70000")
+    assert read_picture(save(tmp_path / "c.tiff", np.array([[0, 0.5, 1]], np.float32)))[0, :, 0].tolist() == [
+        0,
+        128,
+        255,
+    ]
+    assert read_picture(save(tmp_path / "d.tiff", np.array([[0, 40, 255]], np.float32)))[0, :, 0].tolist() == [
+        0,
+        40,
+        255,
+    ]
+    refused(save(tmp_path / "e.tiff", np.array([[0, np.nan]], np.float32)), "NaN")
+    refused(save(tmp_path / "f.tiff", np.array([[-1, 900]], np.float32)), "-1..900")
+
+
+def test_cmyk(tmp_path: Path) -> None:
+    array = np.full((16, 16, 3), (200, 60, 30), np.uint8)
+    got = read_picture(save(tmp_path / "a.jpg", array, "CMYK", quality=95))
+    assert np.abs(got.astype(int) - array).max() <= 12
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
+def test_first_frame_of_an_animation(tmp_path: Path, suffix: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
+    how = {"lossless": True} if suffix == "webp" else {}
+    frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:], duration=50, **how)
+    assert (read_picture(tmp_path / f"a.{suffix}") == (250, 0, 0)).all()
+
+
+def test_one_pixel(tmp_path: Path) -> None:
+    assert read_picture(save(tmp_path / "a.png", np.array([[[1, 2, 3]]], np.uint8))).tolist() == [[[1, 2, 3]]]
+
+
+def test_link_to_a_picture(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", colours())
+    (tmp_path / "link").symlink_to(path)
+    assert read_picture(tmp_path / "link").shape == (24, 40, 3)
+
+
+def test_names_of_all_kinds(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", colours())
+    raw = os.fsencode(tmp_path) + b"/\xff\xfe name.png"
+    os.rename(path, raw)
+    assert read_picture(raw).shape == (24, 40, 3)
+    assert read_picture(os.fsdecode(raw)).shape == (24, 40, 3)
+    message = refused(os.fsencode(tmp_path) + b"/\xff\nmissing.png", "no such file")
+    message.encode("utf-8")
+    assert "\\xff" in message
+    assert "\\n" in message
+    refused("a\0b.png", "cannot be opened")
+
+
+# --- what is refused
+
+
+def png(width: int, height: int, pixels: bytes, depth: int = 8, kind: int = 0) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
+
+
+def test_decompression_bomb_is_refused_from_its_header(tmp_path: Path) -> None:
+    # 40,000 x 40,000 zeros compress to 200 KB; only a few of them are needed, as nothing is to be decoded.
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png(40_000, 40_000, bytes(1000)))
+    with within(2):
+        refused(path, "too large", "1,600,000,000 pixels", "at most 100,000,000")
+
+
+def test_size_limit_can_be_set(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", colours())
+    refused(path, "40 x 24 pixels", "at most 959", max_pixels=959)
+    assert read_picture(path, max_pixels=960).shape == (24, 40, 3)
+    with pytest.raises(ValueError, match="max_pixels: expected a positive number"):
+        read_picture(path, max_pixels=0)
+    big = tmp_path / "big.png"
+    big.write_bytes(png(11_000, 10_000, b""))
+    refused(big, "11,000 x 10,000")
+
+
+def test_pillow_s_own_limits_raise_no_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(png(9_900, 9_900, b""))
+    refused(path, "damaged or truncated PNG")  # within our limit, beyond Pillow's warning
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "tiff", "bmp"])
+@pytest.mark.parametrize("share", [0.03, 0.3, 0.9])
+def test_truncated(tmp_path: Path, suffix: str, share: float) -> None:
+    rng = np.random.default_rng(0)
+    path = save(tmp_path / f"a.{suffix}", rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    refused(path)
+
+
+def test_damaged_bytes_never_escape(tmp_path: Path) -> None:
+    """Whatever the damage, the result is an array or a PictureError."""
+    rng = np.random.default_rng(1)
+    for suffix in ("jpg", "png", "gif", "tiff", "webp", "bmp"):
+        buffer = io.BytesIO()
+        Image.fromarray(colours()).save(buffer, {"jpg": "jpeg"}.get(suffix, suffix))
+        for _ in range(25):
+            data = bytearray(buffer.getvalue())
+            for position in rng.integers(0, len(data), 6):
+                data[position] = rng.integers(0, 256)
+            (tmp_path / f"d.{suffix}").write_bytes(data)
+            with contextlib.suppress(PictureError):
+                assert read_picture(tmp_path / f"d.{suffix}").dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "empty file"),
+        (b"hello", "not a picture"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+        (b"\x89PNG\r\n\x1a\n", ""),
+        (b"\xff\xd8\xff\xe0", ""),
+        (bytes(100), "not a picture"),
+    ],
+)
+def test_not_a_picture(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(content)
+    refused(tmp_path / "a.jpg", words)
+
+
+def test_missing_directory_and_dangling_link(tmp_path: Path) -> None:
+    refused(tmp_path / "none.jpg", "no such file")
+    refused(tmp_path, "a directory")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    refused(tmp_path / "link", "link points to no file")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    refused(tmp_path / "loop", "cannot be opened")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such files there")
+def test_pipes_sockets_and_devices_do_not_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "random").symlink_to("/dev/random")
+    with within(2):
+        refused(tmp_path / "pipe", "a named pipe")
+        refused(tmp_path / "zero", "a device")
+        refused(tmp_path / "random", "a device")
+        refused("/dev/null", "a device")
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(tmp_path)  # socket names are short
+        server.bind("s")
+        refused("s", "a socket")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_no_permission(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", colours())
+    path.chmod(0)
+    refused(path, "no permission")
+
+
+def test_no_file_stays_open(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", colours())
+    (tmp_path / "b.png").write_bytes(b"not a picture")
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    for _ in range(20):
+        read_picture(tmp_path / "a.png")
+        for bad in ("b.png", ""):
+            with contextlib.suppress(PictureError):
+                read_picture(tmp_path / bad)
+    if before:
+        assert len(os.listdir("/proc/self/fd")) <= before + 1

@@ -46,8 +46,11 @@ def check_output(path: StrPath, suffixes: Sequence[str]) -> str:
         folder = os.path.dirname(target)
         if not os.path.isdir(folder):
             raise OutputError(f"{name}: cannot be written: there is no folder {_printable(folder)}")
-        if os.path.lexists(target):
-            mode = os.stat(target).st_mode
+        try:
+            mode: int | None = os.stat(target).st_mode
+        except FileNotFoundError:
+            mode = None
+        if mode is not None:
             if stat.S_ISDIR(mode):
                 raise OutputError(f"{name}: cannot be written: it is a directory")
             if not stat.S_ISREG(mode):  # it would be replaced by a regular file
@@ -72,10 +75,10 @@ def write_atomically(path: StrPath, write: Callable[[BinaryIO], None]) -> None:
         OutputError: the folder cannot be written, or the disk is full; nothing is left behind.
     """
     target = os.path.realpath(path)
-    folder, base = os.path.split(target)
+    folder = os.path.dirname(target)
     temporary: str | None = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{base}.", suffix=".tmp", dir=folder)
+        handle, temporary = tempfile.mkstemp(prefix=".xcos-", suffix=".tmp", dir=folder)
         with os.fdopen(handle, "wb") as file:
             write(file)
         umask = os.umask(0)

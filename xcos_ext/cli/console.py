@@ -99,6 +99,13 @@ def _describe(error: BaseException) -> str:
 class CommandGroup(click.Group):
     """A click group whose failures are one line on stderr and exit status 2; 130 after Ctrl-C."""
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click does, but Ctrl-C prints nothing."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise click.exceptions.Exit(INTERRUPTED) from None
+
     def main(
         self,
         args: Sequence[str] | None = None,
@@ -124,6 +131,8 @@ class CommandGroup(click.Group):
             return result if isinstance(result, int) else 0
         except (KeyboardInterrupt, click.Abort):
             return INTERRUPTED
+        except SystemExit:  # click ends the process itself, with 1, when the reader of a pipe has gone
+            _silence(sys.stdout)
         except click.ClickException as error:
             path = getattr(getattr(error, "ctx", None), "command_path", None) or prog_name or "xcos"
             hint = f" (see {path} --help)" if isinstance(error, click.UsageError) else ""

@@ -94,8 +94,10 @@ def run(request: Request) -> int:
 
     if request.out is not None:
         from xcos_ext.explain import check_figure_path
+        from xcos_ext.faces import need
 
         check_figure_path(request.out)
+        need("matplotlib", "drawing")
     model_path = check_model_path(request.model)
     max_pixels = request.max_pixels or MAX_PIXELS
     pictures = [read_picture(path, max_pixels=max_pixels) for path in (request.a, request.b)]

@@ -1,6 +1,6 @@
 """Reading pictures, finding faces in them, and cutting them out upright (needs the ``cli`` extra)."""
 
-from ._optional import MissingPackageError
+from ._optional import MissingPackageError, need
 from .alignment import ARCFACE_TEMPLATE, align_face, apply_transform, similarity_transform, template_for, warp
 from .cascade import CascadeAlignment, CascadeDetector
 from .detector import Detector, Face, create_detector
@@ -26,6 +26,7 @@ __all__ = [
     "create_detector",
     "display_name",
     "extract_face",
+    "need",
     "read_face",
     "read_picture",
     "similarity_transform",

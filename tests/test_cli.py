@@ -1,0 +1,572 @@
+"""The xcos command: verdicts, JSON, exit statuses, one-line messages; real photographs are in test_faces_real.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from drawn import background, draw_face, portrait
+from PIL import Image
+
+import xcos_ext
+from xcos_ext import backbones
+from xcos_ext.cli.app import xcos
+from xcos_ext.nn import load_model, plug, save_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def recogniser(folder: Path) -> Path:
+    """Weights of a small recogniser that has learnt nothing."""
+    torch.manual_seed(0)
+    network = backbones.create("mobilefacenet")
+    torch.save(network.state_dict(), folder / "recogniser.pt")
+    return folder / "recogniser.pt"
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path, recogniser: Path) -> Path:
+    """The same as an xCos model with a threshold."""
+    from xcos_ext.nn import load_recogniser
+
+    rng = np.random.default_rng(0)
+    faces = rng.integers(0, 256, (8, 112, 112, 3), dtype=np.uint8)
+    save_model(plug(load_recogniser(recogniser), faces, threshold=0.5), folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def photos(folder: Path) -> dict[str, str]:
+    """Names to paths: two drawn people, two of the first, a team, a wall, and crops."""
+    paths = {}
+
+    def save(name: str, rgb: np.ndarray) -> None:
+        Image.fromarray(rgb).save(folder / f"{name}.png")
+        paths[name] = str(folder / f"{name}.png")
+
+    save("a", portrait())
+    save("b", portrait(tint=0.8, degrees=6))
+    team = background(300, 600)
+    draw_face(team, (140, 150), 110)
+    draw_face(team, (430, 150), 140)
+    save("team", team)
+    save("wall", background(200, 200))
+    rng = np.random.default_rng(1)
+    for name in ("crop1", "crop2"):
+        save(name, rng.integers(0, 256, (112, 112, 3), dtype=np.uint8))
+    save("pixel", np.zeros((1, 1, 3), np.uint8))
+    return paths
+
+
+def run(*arguments: str | Path, env: dict[str, str | None] | None = None) -> Result:
+    runner = CliRunner(env={"XCOS_MODEL": None, "XCOS_DEBUG": None, **(env or {})})
+    return runner.invoke(xcos, [str(a) for a in arguments])
+
+
+def trouble(result: Result, *words: str) -> str:
+    """The one line that a failure prints on stderr."""
+    assert result.exit_code == 2, (result.exit_code, result.output)
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("xcos: ")
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+    return lines[0]
+
+
+def strict(text: str) -> Any:
+    """JSON without NaN or infinities."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+# --- verify
+
+
+def test_same_picture_is_the_same_person(photos: dict[str, str], model: Path) -> None:
+    result = run("verify", photos["a"], photos["a"], "--model", model)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^score +1\.0000$", result.stdout, re.M)
+    assert re.search(r"^threshold +0\.5000$", result.stdout, re.M)
+    assert re.search(r"^verdict +same person$", result.stdout, re.M)
+    assert result.stderr == ""
+
+
+def test_threshold_decides(photos: dict[str, str], model: Path) -> None:
+    result = run("verify", photos["a"], photos["b"], "--model", model, "--threshold", "0.999999")
+    assert result.exit_code == 1
+    assert re.search(r"^verdict +different people$", result.stdout, re.M)
+    assert run("verify", photos["a"], photos["b"], "--model", model, "--threshold", "-1").exit_code == 0
+
+
+def test_json(photos: dict[str, str], model: Path) -> None:
+    result = run("verify", photos["a"], photos["b"], "--model", model, "--json", "--threshold", "0.3")
+    data = strict(result.stdout)
+    assert {"score", "threshold", "same", "similarity", "attention", "contribution", "model"} <= set(data)
+    assert data["same"] is (data["score"] >= 0.3)
+    assert result.exit_code == (0 if data["same"] else 1)
+    s, w, c = (np.array(data[key]) for key in ("similarity", "attention", "contribution"))
+    assert s.shape == w.shape == c.shape == (7, 7)
+    assert w.sum() == pytest.approx(1, abs=1e-5)
+    assert (w * s).sum() == pytest.approx(data["score"], abs=1e-5)
+    np.testing.assert_allclose(c, w * (s - 0.3), atol=1e-12)
+    assert c.sum() == pytest.approx(data["score"] - 0.3, abs=1e-5)
+    assert data["model"]["fingerprint"] == load_model(model).fingerprint()
+    assert data["a"]["picture"] == photos["a"]
+    assert np.shape(data["a"]["landmarks"]) == (5, 2)
+
+
+def test_aligned_crops_score_as_the_library_does(photos: dict[str, str], model: Path) -> None:
+    data = strict(run("verify", photos["crop1"], photos["crop2"], "--model", model, "--aligned", "--json").stdout)
+    loaded = load_model(model)
+    faces = [np.asarray(Image.open(photos[name])) for name in ("crop1", "crop2")]
+    with torch.no_grad():
+        expected = loaded(loaded.preprocessing(faces[:1]), loaded.preprocessing(faces[1:]))
+    assert data["score"] == pytest.approx(float(expected.score), abs=1e-6)
+    np.testing.assert_allclose(data["similarity"], expected.similarity[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
+def test_picture(photos: dict[str, str], model: Path, tmp_path: Path, suffix: str) -> None:
+    out = tmp_path / f"out.{suffix}"
+    result = run("verify", photos["crop1"], photos["crop1"], "--model", model, "--aligned", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert os.listdir(tmp_path) == [out.name]
+    assert out.stat().st_size > 5000
+    assert str(out) in result.stdout
+
+
+def test_model_from_the_environment(photos: dict[str, str], model: Path) -> None:
+    result = run("verify", photos["crop1"], photos["crop1"], "--aligned", env={"XCOS_MODEL": str(model)})
+    assert result.exit_code == 0
+
+
+def test_several_faces(photos: dict[str, str], model: Path) -> None:
+    result = run("verify", photos["team"], photos["a"], "--model", model, "--json")
+    assert "2 faces found, took the most prominent" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    first = strict(result.stdout)["a"]
+    assert first["faces"] == 2
+    largest = strict(run("verify", photos["team"], photos["a"], "--model", model, "--face", "largest", "--json").stdout)
+    assert largest["a"]["box"][0] > 300
+    trouble(
+        run("verify", photos["team"], photos["a"], "--model", model, "--face", "only"),
+        photos["team"],
+        "expected one face, found 2",
+    )
+
+
+def test_recogniser_without_known_statistics_needs_a_threshold(photos: dict[str, str], recogniser: Path) -> None:
+    arguments = ("verify", photos["crop1"], photos["crop2"], "--aligned", "--model", recogniser)
+    result = run(*arguments)
+    assert result.exit_code == 2
+    notes = result.stderr.splitlines()
+    assert len(notes) == 2 and all(line.startswith("xcos: ") for line in notes)
+    assert "no statistics are known" in notes[0]
+    assert "knows no decision threshold; give --threshold" in notes[1]
+    assert run(*arguments, "--threshold", "0.4").exit_code in (0, 1)
+
+
+# --- trouble
+
+
+def test_pictures_that_cannot_be_used(photos: dict[str, str], model: Path, tmp_path: Path) -> None:
+    def verify(path: str | Path, *more: str) -> Result:
+        return run("verify", photos["a"], path, "--model", model, *more)
+
+    (tmp_path / "text.jpg").write_text("hello")
+    data = Path(photos["a"]).read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    trouble(verify(tmp_path / "none.jpg"), "none.jpg: no such file")
+    trouble(verify(tmp_path), f"{tmp_path}: expected a picture file, got a directory")
+    trouble(verify(tmp_path / "text.jpg"), "text.jpg: not a picture")
+    trouble(verify(tmp_path / "cut.png"), "cut.png: damaged or truncated PNG")
+    trouble(verify("/dev/zero"), "/dev/zero: expected a picture file, got a device")
+    trouble(verify(photos["pixel"]), "pixel.png: no face found in 1 x 1 pixels", "--aligned", "--detector")
+    trouble(verify(photos["wall"]), "wall.png: no face found")
+    trouble(verify(photos["a"], "--aligned"), "expected an aligned crop of 112 x 112 pixels, got 320 x 360")
+    trouble(verify(photos["a"], "--max-pixels", "1000"), "too large: 320 x 360 pixels, at most 1,000")
+
+
+def test_models_that_cannot_be_used(photos: dict[str, str], tmp_path: Path) -> None:
+    def verify(path: str | Path) -> Result:
+        return run("verify", photos["crop1"], photos["crop2"], "--aligned", "--model", path)
+
+    trouble(run("verify", photos["crop1"], photos["crop2"], "--aligned"), "no model: give --model FILE", "XCOS_MODEL")
+    trouble(verify(tmp_path / "none.pt"), "none.pt", "cannot be read")
+    trouble(verify(tmp_path), "expected a weights file")
+    (tmp_path / "bad.pt").write_bytes(b"not weights")
+    trouble(verify(tmp_path / "bad.pt"), "bad.pt")
+    torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "other.pt")
+    trouble(verify(tmp_path / "other.pt"), "other.pt")
+
+
+def test_code_in_a_weights_file_is_not_run(photos: dict[str, str], tmp_path: Path) -> None:
+    import pickle
+
+    class Harm:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Harm()))
+    trouble(run("verify", photos["crop1"], photos["crop2"], "--aligned", "--model", tmp_path / "evil.pt"), "evil.pt")
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("out", ["a.jpg", "none/a.png", "noname"])
+def test_output_is_checked_before_any_work(tmp_path: Path, out: str) -> None:
+    """Nothing else given is there, and still the output is what the message is about."""
+    start = time.perf_counter()
+    trouble(run("verify", "no1.jpg", "no2.jpg", "--model", "none.pt", "--out", tmp_path / out), os.path.basename(out))
+    assert time.perf_counter() - start < 2
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["verify"], "Missing argument"),
+        (["verify", "a.jpg"], "Missing argument"),
+        (["verify", "a", "b", "c"], "unexpected extra argument"),
+        (["verify", "a", "b", "--threshold", "high"], "expected a number, got 'high'"),
+        (["verify", "a", "b", "--threshold", "nan"], "expected a finite number, got nan"),
+        (["verify", "a", "b", "--face", "best"], "best"),
+        (["verify", "a", "b", "--max-pixels", "0"], "0"),
+        (["verify", "a", "b", "--nonsense"], "--nonsense"),
+        (["nonsense"], "nonsense"),
+        (["demo", "one.jpg"], "expected two pictures or none, got 1"),
+        (["plug", "w.pt"], "Missing option"),
+    ],
+)
+def test_usage_errors(arguments: list[str], words: str) -> None:
+    line = trouble(run(*arguments), words)
+    assert "--help" in line
+
+
+def test_detector_setting(photos: dict[str, str], model: Path, tmp_path: Path) -> None:
+    (tmp_path / "y.onnx").write_bytes(b"no network")
+    for spec, words in (
+        ("mtcnn", "detector: expected 'cascade' or the path of a YuNet .onnx file, got 'mtcnn'"),
+        (str(tmp_path / "none.onnx"), "no detector network can be read"),
+        (str(tmp_path / "y.onnx"), "not a YuNet network"),
+    ):
+        trouble(run("verify", photos["a"], photos["a"], "--model", model, "--detector", spec), words)
+
+
+def test_any_exception_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from xcos_ext.cli import info
+
+    def fail(as_json: bool) -> int:
+        raise RuntimeError("first line\nsecond \x1b[31mline")
+
+    monkeypatch.setattr(info, "run", fail)
+    line = trouble(run("info"), "RuntimeError: first line second")
+    assert "\x1b" not in line
+    debug = run("info", env={"XCOS_DEBUG": "1"})
+    assert debug.exit_code == 2
+    assert "Traceback" in debug.stderr
+
+
+def test_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    from xcos_ext.cli import info
+
+    def interrupted(as_json: bool) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "run", interrupted)
+    result = run("info")
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "")
+
+
+def test_json_refuses_what_it_cannot_hold() -> None:
+    from xcos_ext.cli.console import print_json
+    from xcos_ext.errors import XCosError
+
+    with pytest.raises(XCosError, match="not finite"):
+        print_json({"a": float("nan")})
+
+
+# --- info, demo, plug
+
+
+def test_info() -> None:
+    result = run("info")
+    assert result.exit_code == 0
+    for word in ("library: isa", "library: cuda", "torch", "python", "pillow", "GPU", "processor"):
+        assert word in result.stdout
+    data = strict(run("info", "--json").stdout)
+    assert data["xcos_ext"] == xcos_ext.__version__
+    assert data["library"]["isa"] in data["library"]["isa_compiled"]
+    assert data["torch"]["version"] == torch.__version__
+    assert isinstance(data["gpus"], list)
+
+
+def test_info_survives_failing_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from xcos_ext.cli import info
+
+    def fail() -> None:
+        raise OSError("probe broken")
+
+    for name in ("_torch", "_gpus", "_processor", "_cascades"):
+        monkeypatch.setattr(info, name, fail)
+    result = run("info")
+    assert result.exit_code == 0
+    assert result.stdout.count("failed: OSError: probe broken") == 4
+    assert strict(run("info", "--json").stdout)["torch"] == {"error": "OSError: probe broken"}
+    monkeypatch.setattr(info, "_library", fail)
+    assert run("info").exit_code == 2
+
+
+def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xcos_ext.cli import demo
+
+    for name, value in (("_PAIRS", 64), ("_GALLERY", 13_000), ("_RUNS", 3), ("_ENOUGH_MS", 100.0)):
+        monkeypatch.setattr(demo, name, value)
+    monkeypatch.chdir(tmp_path)
+    result = run("demo")
+    assert result.exit_code == 0, result.output
+    assert "the planted face 12345 is first" in result.stdout
+    assert "results agree: yes" in result.stdout
+    assert os.listdir(tmp_path) == ["xcos_demo.png"]
+    data = strict(run("demo", "--json", "--out", "d.svg").stdout)
+    assert data["agree"] is True
+    assert data["search"]["found"] is True
+    assert [job["agree"] for job in data["jobs"]] == [True] * 3
+    assert all(job["largest_difference"] < 2e-5 for job in data["jobs"])
+    trouble(run("demo", "--out", "d.gif"), "d.gif: expected a file ending in .png")
+
+
+def test_demo_says_when_results_disagree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xcos_ext.cli import demo
+
+    for name, value in (("_PAIRS", 16), ("_GALLERY", 12_400), ("_RUNS", 3), ("_ENOUGH_MS", 10.0)):
+        monkeypatch.setattr(demo, name, value)
+    monkeypatch.setattr(demo, "eager_score", lambda a, b: demo_score(a, b) + 0.01)
+    result = run("demo", "--out", tmp_path / "d.png")
+    assert result.exit_code == 2
+    assert "disagree" in result.stderr
+
+
+def demo_score(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cosine_similarity(a, b, dim=1).mean((1, 2))
+
+
+def test_demo_of_two_pictures(photos: dict[str, str], model: Path, tmp_path: Path) -> None:
+    result = run("demo", photos["a"], photos["a"], "--model", model, "--out", tmp_path / "v.png")
+    assert result.exit_code == 0, result.output
+    assert "same person" in result.stdout
+    assert (tmp_path / "v.png").exists()
+    trouble(run("demo", photos["a"], photos["a"], "--out", tmp_path / "v.png"), "no model")
+
+
+@pytest.fixture(scope="module")
+def people(folder: Path) -> Path:
+    rng = np.random.default_rng(3)
+    for i in range(24):
+        (folder / "people" / f"p{i:02d}").mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 256, (112, 112, 3), dtype=np.uint8)).save(
+            folder / "people" / f"p{i:02d}" / "1.png"
+        )
+    return folder / "people"
+
+
+def test_plug(recogniser: Path, people: Path, photos: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "m.safetensors"
+    result = run("plug", recogniser, "--faces", people, "--out", out, "--threshold", "0.4", "--project", "16")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^threshold +0\.4000 \(given\)$", result.stdout, re.M)
+    loaded = load_model(out)
+    assert loaded.threshold == 0.4
+    assert loaded.features(torch.zeros(1, 3, 112, 112)).shape == (1, 16, 7, 7)
+    assert run("verify", photos["crop1"], photos["crop1"], "--aligned", "--model", out).exit_code == 0
+    few = run("plug", recogniser, "--faces", people, "--out", out, "--json")
+    assert strict(few.stdout)["threshold"] is None
+    assert "24 people are too few to find a threshold" in few.stderr
+
+
+def test_plug_finds_a_threshold(
+    recogniser: Path, people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xcos_ext.cli import plug as command
+
+    monkeypatch.setattr(command, "_EXPECTED_MATCHES", 0.1)
+    # The library's own guard against too few pairs, of which these few pictures make 276.
+    import xcos_ext.evaluation as evaluation
+    from xcos_ext.nn import Calibration
+
+    seen: dict[str, Any] = {}
+
+    def calibrate(model: Any, features: torch.Tensor, names: list[str], **how: Any) -> Calibration:
+        seen.update(how, features=features, names=names)
+        scores = evaluation.all_pair_scores(model, features, names)[0]
+        return Calibration(centre=True, spread=0.7, project=None, threshold=float(np.quantile(scores, 0.9)), rule="")
+
+    monkeypatch.setattr(evaluation, "calibrate", calibrate)
+    result = run("plug", recogniser, "--faces", people, "--out", tmp_path / "m.safetensors")
+    assert result.exit_code == 0, result.output
+    assert seen["features"].shape[0] == len(seen["names"]) == 24
+    assert seen["fmrs"] == [1e-1, 1e-2, 1e-3]
+    assert "false match rate 0.005 over 276 impostor pairs" in result.stdout
+    assert load_model(tmp_path / "m.safetensors").threshold is not None
+
+
+def test_plug_trouble(recogniser: Path, model: Path, people: Path, photos: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "m.safetensors"
+    trouble(run("plug", recogniser, "--faces", people, "--out", tmp_path / "m.pt"), "m.pt: expected a file ending in")
+    trouble(run("plug", recogniser, "--faces", tmp_path / "none", "--out", out), "none")
+    trouble(run("plug", recogniser, "--faces", recogniser, "--out", out), "recogniser.pt")
+    trouble(run("plug", tmp_path / "none.pt", "--faces", people, "--out", out), "none.pt")
+    trouble(run("plug", model, "--faces", people, "--out", out), "model.safetensors")
+    trouble(run("plug", recogniser, "--faces", people, "--out", out, "--limit", "5"), "at least 20 people")
+    trouble(run("plug", recogniser, "--faces", people, "--out", out, "--project", "30"), "30 axes")
+    (tmp_path / "x" / "p").mkdir(parents=True)
+    for i in range(20):
+        (tmp_path / "x" / f"p{i}").mkdir()
+        Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(tmp_path / "x" / f"p{i}" / "1.png")
+    trouble(
+        run("plug", recogniser, "--faces", tmp_path / "x", "--out", out),
+        "p0/1.png: expected an aligned crop of 112 x 112 pixels, got 50 x 50",
+    )
+    assert not out.exists()
+
+
+# --- as a process
+
+
+def process(*arguments: str, **how: Any) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **how.pop("env", {})}
+    env.pop("XCOS_MODEL", None)
+    return subprocess.run(
+        [sys.executable, "-m", "xcos_ext", *arguments],
+        text=True,
+        env=env,
+        timeout=120,
+        **{"capture_output": True, **how},
+    )
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    process("--help")  # compiles what is not compiled
+    start = time.perf_counter()
+    result = process("--help")
+    assert time.perf_counter() - start < 1.5
+    assert result.returncode == 0
+    assert {"verify", "info", "demo", "plug"} <= set(result.stdout.split())
+    code = (
+        "import sys, xcos_ext.cli.app; "
+        "print([m for m in ('torch', 'cv2', 'numpy', 'PIL', 'matplotlib', 'rich') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+def test_version_and_no_arguments() -> None:
+    assert run("--version").stdout == f"xcos {xcos_ext.__version__}\n"
+    assert run().exit_code == 0
+    assert "Usage: " in run().stdout
+    for command in ("verify", "info", "demo", "plug"):
+        assert run(command, "--help").exit_code == 0
+
+
+def test_statuses_of_the_process(photos: dict[str, str], model: Path) -> None:
+    same = process("verify", photos["crop1"], photos["crop1"], "--aligned", "--model", str(model), "--json")
+    assert (same.returncode, same.stderr) == (0, "")
+    assert strict(same.stdout)["same"] is True
+    different = process(
+        "verify", photos["crop1"], photos["crop2"], "--aligned", "--model", str(model), "--threshold", "1"
+    )
+    assert different.returncode == 1
+    missing = process("verify", "none.jpg", "none.jpg", "--model", str(model))
+    assert (missing.returncode, missing.stdout) == (2, "")
+    assert missing.stderr == "xcos: none.jpg: no such file\n"
+
+
+def test_names_that_are_not_utf8(photos: dict[str, str], model: Path, tmp_path: Path) -> None:
+    raw = os.fsencode(tmp_path) + b"/\xff\xfe.png"
+    Path(os.fsdecode(raw)).write_bytes(Path(photos["crop1"]).read_bytes())
+    arguments = ("verify", os.fsdecode(raw), os.fsdecode(raw), "--aligned", "--model", str(model), "--json")
+    for env in ({"LC_ALL": "C.UTF-8"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+        result = process(*arguments, env=env)
+        assert result.returncode == 0, result.stderr
+        assert strict(result.stdout)["a"]["picture"].endswith("\\xff\\xfe.png")
+
+
+def test_closed_full_and_broken_stdout(photos: dict[str, str], model: Path, tmp_path: Path) -> None:
+    command = f"{sys.executable} -m xcos_ext"
+    verify = f"verify {photos['crop1']} {photos['crop1']} --aligned --model {model} --out {tmp_path}/o.png"
+
+    def shell(text: str) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(["bash", "-c", text], capture_output=True, text=True, env=env, timeout=120)
+
+    closed = shell(f"{command} {verify} >&-")
+    assert (closed.returncode, closed.stderr) == (0, "")
+    assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")  # nothing was printed into it
+    assert shell(f"{command} {verify} 2>&- >&- <&-").returncode == 0
+    broken = shell(f"{command} info | true; exit ${{PIPESTATUS[0]}}")
+    assert (broken.returncode, broken.stderr) == (2, "")
+    if os.path.exists("/dev/full"):
+        full = shell(f"{command} info > /dev/full")
+        assert full.returncode == 2
+        assert full.stderr == "xcos: No space left on device\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals differ there")
+def test_ctrl_c() -> None:
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import xcos_ext.cli.info as i, time; i.run = lambda j: time.sleep(60); "
+            "import sys; sys.argv = ['xcos', 'info']; from xcos_ext.cli import main; "
+            "print('ready', flush=True); main()",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    time.sleep(0.7)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=30)
+    assert (child.returncode, out, err) == (130, "", "")
+
+
+def test_missing_packages_are_named() -> None:
+    def without(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        code = (
+            f"import sys; sys.modules[{module!r}] = None; sys.argv = ['xcos', *{list(arguments)!r}]; "
+            "from xcos_ext.cli import main; main()"
+        )
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+    for module, package, arguments in (
+        ("click", "click", ("--help",)),
+        ("PIL", "pillow", ("verify", __file__, __file__, "--model", __file__)),
+        ("matplotlib", "matplotlib", ("verify", __file__, __file__, "--model", __file__, "--out", "a.png")),
+    ):
+        result = without(module, *arguments)
+        assert result.returncode == 2
+        assert len(result.stderr.splitlines()) == 1
+        assert package in result.stderr and "pip install 'xcos_ext[cli]'" in result.stderr, result.stderr

@@ -3,7 +3,8 @@
 from ._optional import MissingPackageError, need
 from .alignment import ARCFACE_TEMPLATE, align_face, apply_transform, similarity_transform, template_for, warp
 from .cascade import CascadeAlignment, CascadeDetector
-from .detector import Detector, Face, create_detector
+from .detector import Detector, Face
+from .factory import create_detector
 from .pictures import MAX_PIXELS, display_name, read_picture
 from .reader import AlignedFace, extract_face, read_face
 from .selection import POLICIES, choose_face

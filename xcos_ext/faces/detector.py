@@ -1,14 +1,13 @@
-"""What a face detector gives, and which detectors there are."""
+"""What a face detector gives, and what detectors share."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-__all__ = ["Detector", "Face", "create_detector"]
+__all__ = ["Detector", "Face"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,28 +53,6 @@ def check_picture(rgb: np.ndarray) -> None:
         raise ValueError(f"rgb: expected a uint8 array [H, W, 3], got {got}")
     if rgb.size == 0:
         raise ValueError(f"rgb: expected pixels, got an empty picture {list(rgb.shape)}")
-
-
-def create_detector(spec: str | os.PathLike[str] = "cascade") -> Detector:
-    """The detector for a setting as a user writes it.
-
-    Args:
-        spec: ``"cascade"`` for :class:`CascadeDetector`, or the path of a YuNet network (``.onnx``) for
-            :class:`YuNetDetector`.
-
-    Raises:
-        ModelError: the file cannot be used as a YuNet detector.
-        ValueError: neither of the two.
-    """
-    if spec == "cascade":
-        from .cascade import CascadeDetector
-
-        return CascadeDetector()
-    if str(spec).lower().endswith(".onnx"):
-        from .yunet import YuNetDetector
-
-        return YuNetDetector(spec)
-    raise ValueError(f"detector: expected 'cascade' or the path of a YuNet .onnx file, got {str(spec)!r}")
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> float:

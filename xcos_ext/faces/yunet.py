@@ -20,7 +20,7 @@ __all__ = ["YuNetDetector"]
 # Longer side of the copy that is searched: the network knows faces from about 10 to 300 pixels.
 _SEARCH = (640, 1280)
 # The landmarks are read again from upright crops of this size with this many pixels between the eyes,
-# mirrored too, and averaged. docs/faces.md has what that gains.
+# mirrored too, and averaged.
 _CROP = 320
 _EYE_DISTANCES = (36.0, 64.0, 80.0)
 _REFINED = 16  # largest faces of a picture that get this second reading; a crowd would take seconds

@@ -1,8 +1,9 @@
 """Attention, heads, margin heads, models, the closed-form plug-in, and loading."""
 
+from xcos_ext.fingerprint import fingerprint_weights
+
 from .attention import XCosAttention
 from .cells import CellMatrices, cell_matrices
-from .fingerprint import fingerprint_weights
 from .head import ClosedFormHead, XCosHead
 from .loading import load_model, load_recogniser, save_model
 from .margin import ArcFaceHead, CosFaceHead

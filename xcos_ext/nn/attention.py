@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from xcos_ext.templates import (
+    AttentionParameters,
+    AttentionState,
+    Role,
+    Templates,
+    check_features,
+    check_role,
+    check_storage,
+    in_chunks,
+    result_dtype,
+    unit_cells,
+)
 
 __all__ = ["XCosAttention"]
 
@@ -22,6 +38,37 @@ def _min_shift(logits: Tensor) -> Tensor:
     weights = shifted / torch.where(total > 0, total, torch.ones_like(total))
     weights = torch.where(total > 0, weights, torch.full_like(weights, 1.0 / flat.shape[1]))
     return weights.view_as(logits)
+
+
+@contextlib.contextmanager
+def _exact_convolutions(device: torch.device) -> Iterator[None]:
+    """fp32 convolutions in fp32: a GPU would use TF32, whose rounding a template would keep for good."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        settings: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        before = settings.fp32_precision
+        settings.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            settings.fp32_precision = before
+
+
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution with the batch norm behind it, as it is in evaluation mode."""
+    mean, variance = norm.running_mean, norm.running_var
+    if mean is None or variance is None:
+        raise RuntimeError("templates: expected batch norms with running statistics, got track_running_stats=False")
+    scale = (variance.to(dtype) + norm.eps).rsqrt()
+    shift = -mean.to(dtype) if conv.bias is None else conv.bias.to(dtype) - mean.to(dtype)
+    if norm.weight is not None:
+        scale = scale * norm.weight.to(dtype)
+    shift = shift * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.to(dtype)
+    return conv.weight.to(dtype) * scale.view(-1, 1, 1, 1), shift
 
 
 class XCosAttention(nn.Module):
@@ -139,6 +186,92 @@ class XCosAttention(nn.Module):
         if self.symmetric:
             weights = (weights + self._weights(self._logits(embedded_b, embedded_a))) / 2
         return weights
+
+    def templates(self, features: Tensor, role: Role = "probe", dtype: torch.dtype | None = None) -> Templates:
+        """What all-pairs scoring needs of each face: unit features and this network's share of that face.
+
+        Exact: ``xcos_matrix`` of templates gives the scores of :meth:`forward` in evaluation mode. Computed in fp32
+        (fp64 for fp64 features or parameters) and, where nothing is differentiated, in bounded memory; otherwise
+        differentiable to the features and to every parameter, so wrap a gallery that is not trained in
+        ``torch.no_grad()``. Autocast has no effect.
+
+        Args:
+            features: grid features [N, C, H, W], floating-point.
+            role: ``"probe"`` for the first face of the pairs, ``"gallery"`` for the second, ``"both"`` for either.
+            dtype: how to store features and half-projections: float16, bfloat16, float32 or float64; None: as
+                ``features``.
+
+        Returns:
+            :class:`xcos_ext.Templates`.
+
+        Raises:
+            RuntimeError: a batch norm is in training mode, so there are no fixed statistics to fold.
+            ValueError: a wrong shape or role.
+            TypeError: not a tensor, or a dtype that is not floating-point.
+        """
+        where = "templates"
+        check_features(features, self.channels, where)
+        check_role(role, where)
+        storage = features.dtype if dtype is None else dtype
+        check_storage(storage, "dtype", where)
+        if any(norm.training for norm in self._norms()):
+            raise RuntimeError(
+                "templates: expected batch norms in evaluation mode, got training mode: a template folds their "
+                "statistics, which change with every batch there; call .eval() first, which fixes the statistics and "
+                "leaves all parameters trainable"
+            )
+        exact = torch.promote_types(torch.promote_types(features.dtype, storage), torch.float32)
+        for parameter in self.parameters():
+            exact = torch.promote_types(exact, parameter.dtype)
+        wide = result_dtype(storage)
+        needs_grad = features.requires_grad or any(p.requires_grad for p in self.parameters())
+        with _exact_convolutions(features.device):
+            parts, weight = self._face_parts(role, storage, exact)
+            unit, norms, projection, bias = in_chunks(parts, features, whole=torch.is_grad_enabled() and needs_grad)
+        parameters = AttentionParameters(
+            weight=weight.to(wide),
+            slope=cast(nn.PReLU, self.attention[5]).weight.to(wide),
+            temperature=self.temperature,
+            normalize=self.normalize,
+            symmetric=self.symmetric,
+            state=AttentionState.of(self, self.config() | {"eps": [norm.eps for norm in self._norms()]}),
+        )
+        grid = (features.shape[2], features.shape[3])
+        return Templates(unit, norms, grid, parameters, role, projection, bias)
+
+    def _norms(self) -> list[nn.BatchNorm2d]:
+        return [cast(nn.BatchNorm2d, norm) for norm in (self.embedding_net[1], self.attention[1], self.attention[4])]
+
+    def _face_parts(
+        self, role: Role, storage: torch.dtype, exact: torch.dtype
+    ) -> tuple[Callable[[Tensor], Sequence[Tensor]], Tensor]:
+        """The function from features to a template's tensors, and the pairs' weight [hidden, 3, 3]."""
+        convolutions = (cast(nn.Conv2d, conv) for conv in (self.embedding_net[0], self.attention[0], self.attention[3]))
+        folded = [_folded(conv, norm, exact) for conv, norm in zip(convolutions, self._norms(), strict=True)]
+        (embed_weight, embed_bias), (weight, shift), (last_weight, last_shift) = folded
+        embed_slope = cast(nn.PReLU, self.embedding_net[2]).weight.to(exact)
+        slope = cast(nn.PReLU, self.attention[2]).weight.to(exact).view(1, -1, 1, 1)
+        if self.symmetric:
+            layers = {"probe": "uv", "gallery": "vu", "both": "uvu"}[role]
+        else:
+            layers = {"probe": "u", "gallery": "v", "both": "uv"}[role]
+
+        def compute(part: Tensor) -> Sequence[Tensor]:
+            part = part.to(exact)
+            unit, norms = unit_cells(part)
+            embedded = F.prelu(F.conv2d(part, embed_weight, embed_bias, padding=1), embed_slope)
+            made: dict[str, tuple[Tensor, Tensor]] = {}
+            if "u" in layers:
+                u = F.conv2d(embedded, weight[:, : self.hidden], shift, padding=1)
+                made["u"] = u, F.conv2d(slope * u, last_weight, last_shift, padding=1)
+            if "v" in layers:
+                v = F.conv2d(embedded, weight[:, self.hidden :], None, padding=1)
+                made["v"] = -v, F.conv2d(v, last_weight, None, padding=1)
+            projection = torch.stack([made[name][0].flatten(2).to(storage) for name in layers], 1)
+            bias = torch.stack([made[name][1].flatten(1).to(result_dtype(storage)) for name in layers], 1)
+            return unit.to(storage), norms.to(result_dtype(storage)), projection, bias
+
+        return compute, (1 - slope.view(-1, 1, 1)) * last_weight[0]
 
     def extra_repr(self) -> str:
         return f"normalize={self.normalize!r}, temperature={self.temperature}, symmetric={self.symmetric}"

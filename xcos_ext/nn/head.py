@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xcos_ext.ops import XCosScore, xcos_score
+from xcos_ext.templates import Role, Templates, check_features, check_role
 
 from .attention import XCosAttention
 
@@ -28,6 +29,15 @@ def _score(
     if return_maps:
         return xcos_score(a, b, attention, logits=logits, temperature=scale, return_maps=True)
     return xcos_score(a, b, attention, logits=logits, temperature=scale)
+
+
+def _fixed_templates(
+    features: Tensor, channels: int, role: Role, dtype: torch.dtype | None, attention: Literal["uniform", "norm"]
+) -> Templates:
+    """Templates without learned attention: they serve both sides, whatever the role."""
+    check_features(features, channels, "templates")
+    check_role(role, "templates")
+    return Templates.from_features(features, dtype, attention)
 
 
 class XCosHead(nn.Module):
@@ -117,6 +127,34 @@ class XCosHead(nn.Module):
             logits = self.attention.logits(features_a, features_b)
             return _score(features_a, features_b, logits, return_maps, self.attention.temperature)
         return _score(features_a, features_b, self.attention(features_a, features_b), return_maps)
+
+    def templates(self, features: Tensor, role: Role = "probe", dtype: torch.dtype | None = None) -> Templates:
+        """Templates of faces, for scoring all pairs of them; see :meth:`XCosAttention.templates`.
+
+        Args:
+            features: F [N, C, H, W].
+            role: ``"probe"``, ``"gallery"`` or ``"both"``. With uniform or norm attention templates serve both sides
+                whatever is asked for.
+            dtype: how to store them; None: as ``features``.
+
+        Returns:
+            :class:`xcos_ext.Templates`.
+
+        Raises:
+            RuntimeError: the head is in training mode, where batch norms have no fixed statistics to fold.
+            ValueError: a wrong shape or role.
+            TypeError: not a tensor, or a dtype that is not floating-point.
+        """
+        if self.training:
+            raise RuntimeError(
+                "templates: expected a head in evaluation mode, got training mode: templates fold the statistics of "
+                "batch norm, which change with every batch there; call .eval() on the head first, which fixes the "
+                "statistics and leaves all parameters trainable"
+            )
+        if self.attention is None:
+            assert self.fixed_attention is not None
+            return _fixed_templates(features, self.channels, role, dtype, self.fixed_attention)
+        return self.attention.templates(features, role, dtype)
 
     def forward(self, grid_a: Tensor, grid_b: Tensor) -> XCosScore:
         """Two maps [N, in_channels, H, W] -> score, similarity and attention."""
@@ -251,6 +289,23 @@ class ClosedFormHead(nn.Module):
             Scores [N], or ``XCosScore(score [N], similarity [N, H, W], attention [N, H, W])``.
         """
         return _score(features_a, features_b, "norm", return_maps)
+
+    def templates(self, features: Tensor, role: Role = "probe", dtype: torch.dtype | None = None) -> Templates:
+        """Templates of faces, for scoring all pairs of them with norm attention.
+
+        Args:
+            features: F [N, D, H, W].
+            role: ``"probe"``, ``"gallery"`` or ``"both"``; these templates serve both sides whatever is asked for.
+            dtype: how to store them; None: as ``features``.
+
+        Returns:
+            :class:`xcos_ext.Templates`, differentiable to ``features``.
+
+        Raises:
+            ValueError: a wrong shape or role.
+            TypeError: not a tensor, or a dtype that is not floating-point.
+        """
+        return _fixed_templates(features, self.channels, role, dtype, "norm")
 
     def forward(self, grid_a: Tensor, grid_b: Tensor) -> XCosScore:
         """Two maps [N, C, H, W] -> score, similarity and attention."""

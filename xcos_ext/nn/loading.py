@@ -17,10 +17,10 @@ from xcos_ext import backbones
 from xcos_ext.backbones.preprocessing import Preprocessing
 from xcos_ext.backbones.recogniser import Recogniser
 from xcos_ext.errors import ModelError
+from xcos_ext.fingerprint import fingerprint_weights
 
 from .attention import XCosAttention
 from .files import StrPath, read_weights, write_safetensors
-from .fingerprint import fingerprint_weights
 from .head import ClosedFormHead, XCosHead
 from .model import XCosModel
 from .plugin import DEFAULT_SPREAD, plug

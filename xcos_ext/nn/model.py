@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Literal, overload
 
+import torch
 from torch import Tensor, nn
 
 from xcos_ext.backbones.preprocessing import ARCFACE, Preprocessing
 from xcos_ext.backbones.recogniser import Recogniser
+from xcos_ext.fingerprint import fingerprint_state
 from xcos_ext.ops import XCosScore
+from xcos_ext.templates import Role, Templates
 
-from .fingerprint import fingerprint_state
 from .head import ClosedFormHead, XCosHead
 
 __all__ = ["Preprocessing", "XCosModel"]
@@ -117,6 +119,24 @@ class XCosModel(nn.Module):
             Scores [N], or ``XCosScore(score [N], similarity [N, H, W], attention [N, H, W])``.
         """
         return self.head.score(features_a, features_b, return_maps=return_maps)
+
+    def templates(self, features: Tensor, role: Role = "probe", dtype: torch.dtype | None = None) -> Templates:
+        """Templates of faces for all-pairs scoring, search and training: :func:`xcos_ext.xcos_matrix`, ``xcos_topk``.
+
+        Args:
+            features: F [N, C, H, W], from :meth:`features`.
+            role: ``"probe"`` for the first face of the pairs, ``"gallery"`` for the second, ``"both"`` for either.
+            dtype: how to store them: float16, bfloat16, float32 or float64; None: as ``features``.
+
+        Returns:
+            :class:`xcos_ext.Templates`.
+
+        Raises:
+            RuntimeError: the head is in training mode.
+            ValueError: a wrong shape or role.
+            TypeError: not a tensor, or a dtype that is not floating-point.
+        """
+        return self.head.templates(features, role, dtype)
 
     def forward(self, images_a: Tensor, images_b: Tensor) -> XCosScore:
         """Two batches of images [N, 3, height, width] -> score [N], similarity and attention [N, H, W]."""

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from xcos_ext.backbones.recogniser import Recogniser
 from xcos_ext.errors import ModelError
+from xcos_ext.fingerprint import fingerprint_weights
 
 from .cells import CellMatrices, cell_matrices, separate, spread_matrix
 from .files import StrPath
-from .fingerprint import fingerprint_weights
 from .head import ClosedFormHead
 from .model import XCosModel
 from .statistics import (

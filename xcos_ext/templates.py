@@ -14,12 +14,13 @@ csrc/core/xcos_matrix.h for the formula that the operators compute from it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -252,6 +253,22 @@ def in_chunks(compute: Callable[[Tensor], Sequence[Tensor]], faces: Tensor, *, w
         for output, part in zip(outputs, parts, strict=True):
             output[start : start + CHUNK] = part
     return outputs
+
+
+@contextlib.contextmanager
+def exact_convolutions(device: torch.device) -> Iterator[None]:
+    """fp32 convolutions in fp32: a GPU would use TF32, whose rounding a template would keep for good."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        settings: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        before = settings.fp32_precision
+        settings.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            settings.fp32_precision = before
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, slots=True)

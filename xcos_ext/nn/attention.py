@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, cast
+from collections.abc import Callable, Sequence
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from xcos_ext.templates import (
     check_features,
     check_role,
     check_storage,
+    exact_convolutions,
     in_chunks,
     result_dtype,
     unit_cells,
@@ -38,22 +38,6 @@ def _min_shift(logits: Tensor) -> Tensor:
     weights = shifted / torch.where(total > 0, total, torch.ones_like(total))
     weights = torch.where(total > 0, weights, torch.full_like(weights, 1.0 / flat.shape[1]))
     return weights.view_as(logits)
-
-
-@contextlib.contextmanager
-def _exact_convolutions(device: torch.device) -> Iterator[None]:
-    """fp32 convolutions in fp32: a GPU would use TF32, whose rounding a template would keep for good."""
-    with torch.autocast(device.type, enabled=False):
-        if device.type != "cuda":
-            yield
-            return
-        settings: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-        before = settings.fp32_precision
-        settings.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            settings.fp32_precision = before
 
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -225,7 +209,7 @@ class XCosAttention(nn.Module):
             exact = torch.promote_types(exact, parameter.dtype)
         wide = result_dtype(storage)
         needs_grad = features.requires_grad or any(p.requires_grad for p in self.parameters())
-        with _exact_convolutions(features.device):
+        with exact_convolutions(features.device):
             parts, weight = self._face_parts(role, storage, exact)
             unit, norms, projection, bias = in_chunks(parts, features, whole=torch.is_grad_enabled() and needs_grad)
         parameters = AttentionParameters(

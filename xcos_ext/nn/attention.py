@@ -214,7 +214,7 @@ class XCosAttention(nn.Module):
             unit, norms, projection, bias = in_chunks(parts, features, whole=torch.is_grad_enabled() and needs_grad)
         parameters = AttentionParameters(
             weight=weight.to(wide),
-            slope=cast(nn.PReLU, self.attention[5]).weight.to(wide),
+            slope=cast(nn.PReLU, self.attention[5]).weight.to(wide, copy=True),  # not the live parameter
             temperature=self.temperature,
             normalize=self.normalize,
             symmetric=self.symmetric,

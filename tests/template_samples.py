@@ -1,0 +1,119 @@
+"""Heads and templates that the tests of the all-pairs functions share."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from test_nn_attention import randomised
+from torch import Tensor
+
+from xcos_ext.nn import XCosAttention, XCosHead
+from xcos_ext.templates import AttentionParameters, Templates, result_dtype
+
+# Options of XCosAttention that change what the kernels compute.
+KINDS: dict[str, dict[str, Any]] = {
+    "softmax": {},
+    "warm": {"temperature": 0.4},
+    "min-shift": {"normalize": "min-shift"},
+    "symmetric": {"symmetric": True, "temperature": 2.0},
+    "symmetric min-shift": {"symmetric": True, "normalize": "min-shift"},
+}
+
+F64 = torch.float64
+
+
+def attention(kind: str = "softmax", channels: int = 32, hidden: int = 16) -> XCosAttention:
+    """fp64, evaluation mode, batch norms and slopes away from their neutral values."""
+    module = randomised(XCosAttention(channels, hidden, **KINDS[kind]))
+    assert isinstance(module, XCosAttention)
+    return module
+
+
+def head(kind: str = "softmax", channels: int = 32, hidden: int = 16) -> XCosHead:
+    module = randomised(XCosHead(8, channels, attention=XCosAttention(channels, hidden, **KINDS[kind])))
+    assert isinstance(module, XCosHead)
+    return module
+
+
+def features(faces: int, channels: int = 32, grid: tuple[int, int] = (7, 7), dtype: torch.dtype = F64) -> Tensor:
+    return torch.randn(faces, channels, *grid, dtype=F64).to(dtype)
+
+
+def eager(module: XCosHead | XCosAttention, a: Tensor, b: Tensor) -> Tensor:
+    """Scores [P, G] of the eager network, pair by pair."""
+    p, g = len(a), len(b)
+    first, second = a.repeat_interleave(g, 0), b.repeat(p, 1, 1, 1)
+    if isinstance(module, XCosHead):
+        return module.score(first, second).view(p, g)
+    similarity = torch.nn.functional.cosine_similarity(first, second, dim=1)
+    return (module(first, second) * similarity).sum((1, 2)).view(p, g)
+
+
+def random_parameters(kind: str = "softmax", hidden: int = 16, dtype: torch.dtype = F64) -> AttentionParameters:
+    options = KINDS[kind]
+    return AttentionParameters(
+        weight=(torch.randn(hidden, 3, 3, dtype=F64) / hidden**0.5).to(result_dtype(dtype)),
+        slope=torch.tensor([0.2], dtype=result_dtype(dtype)),
+        **options,
+    )
+
+
+def random_templates(
+    faces: int,
+    role: str = "probe",
+    *,
+    parameters: AttentionParameters | str = "uniform",
+    channels: int = 32,
+    grid: tuple[int, int] = (7, 7),
+    dtype: torch.dtype = F64,
+) -> Templates:
+    """Templates of any shape, without a network behind them."""
+    t = Templates.from_features(features(faces, channels, grid), dtype=dtype)
+    if isinstance(parameters, str):
+        return dataclasses.replace(t, attention=parameters, role=role)
+    layers, cells = parameters.orders + (role == "both"), grid[0] * grid[1]
+    return dataclasses.replace(
+        t,
+        attention=parameters,
+        role=role,
+        projection=torch.randn(faces, layers, parameters.hidden, cells, dtype=F64).to(dtype),
+        bias=torch.randn(faces, layers, cells, dtype=F64).to(result_dtype(dtype)),
+    )
+
+
+def sides(
+    probes: int,
+    gallery: int,
+    kind: str = "softmax",
+    *,
+    hidden: int = 16,
+    dtype: torch.dtype = F64,
+    device: str = "cpu",
+    **shape: Any,
+) -> tuple[Templates, Templates]:
+    """Random probes and gallery with learned attention."""
+    parameters = random_parameters(kind, hidden, dtype)
+    p = random_templates(probes, "probe", parameters=parameters, dtype=dtype, **shape)
+    g = random_templates(gallery, "gallery", parameters=parameters, dtype=dtype, **shape)
+    return p.to(device), g.to(device)
+
+
+NAMES = ("features", "projection", "bias")
+
+
+def leaves(probes: Templates, gallery: Templates, dtype: torch.dtype | None = None) -> tuple[Any, Any, list[Tensor]]:
+    """Both sides with fresh leaves that require gradients, optionally in another dtype, and these eight leaves:
+    features, projection and bias of the probes and of the gallery, weight, slope."""
+    if dtype is not None:
+        probes, gallery = probes.to(dtype), gallery.to(dtype)
+    old = probes.parameters
+    weight, slope = (t.detach().clone().requires_grad_() for t in (old.weight, old.slope))
+    parameters = dataclasses.replace(old, weight=weight, slope=slope)
+    made, tensors = [], []
+    for side in (probes, gallery):
+        parts = {name: getattr(side, name).detach().clone().requires_grad_() for name in NAMES}
+        tensors += list(parts.values())
+        made.append(dataclasses.replace(side, attention=parameters, **parts))
+    return made[0], made[1], [*tensors, weight, slope]

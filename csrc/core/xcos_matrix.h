@@ -68,6 +68,25 @@ struct MatrixGradients {
   void* slope;   // of result_scalar
 };
 
+// All pairs whose attention is gallery-independent: score = sum_k probe[k] gallery[k], the probe's rows
+// holding the attention already. With norms: the same sum over gallery cells scaled by their norms, divided
+// by sum_i probe_norms[i] gallery_norms[i]; 0 where that is 0. That is attention proportional to |a_i||b_i|.
+struct FixedMatrixProblem {
+  int64_t cells;
+  int64_t channels;
+  Scalar scalar;
+  int64_t probes;
+  const void* probe_rows;  // [probes, cells, channels], a probe's values dense
+  int64_t probe_stride;
+  int64_t gallery;
+  const void* gallery_features;  // [gallery, cells, channels], a face's values dense
+  int64_t gallery_stride;
+  const void* probe_norms;  // [probes, cells], of result_scalar; null: no norms
+  int64_t probe_norms_stride;
+  const void* gallery_norms;  // [gallery, cells]
+  int64_t gallery_norms_stride;
+};
+
 // Merges a block of scores into running top-k lists, best first. A list's order: higher score first, among
 // equal scores the lower index; NaN is no candidate. Empty places hold -inf and index -1.
 struct TopkUpdate {

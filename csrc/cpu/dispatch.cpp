@@ -5,12 +5,16 @@
 
 #include "cpu/grid_cosine.h"
 #include "cpu/isa.h"
+#include "cpu/xcos_matrix.h"
+#include "cpu/xcos_matrix_fixed.h"
 #include "cpu/xcos_score.h"
 
 namespace xcos::cpu {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::avx512vnni:
+      return "avx512vnni";
     case Isa::avx512:
       return "avx512";
     case Isa::avx2:
@@ -37,8 +41,9 @@ bool isa_supported(Isa isa) {
   const bool avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (isa == Isa::avx2) return avx2;
-  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return avx512 && (isa == Isa::avx512 || __builtin_cpu_supports("avx512vnni"));
 #else
   return false;
 #endif
@@ -47,7 +52,7 @@ bool isa_supported(Isa isa) {
 namespace {
 
 Isa choose_isa() {
-  const Isa all[] = {Isa::avx512, Isa::avx2, Isa::baseline};
+  const Isa all[] = {Isa::avx512vnni, Isa::avx512, Isa::avx2, Isa::baseline};
   const char* wanted = std::getenv("XCOS_CPU_ISA");
   if (wanted == nullptr || *wanted == '\0') {
     for (Isa isa : all)
@@ -59,7 +64,8 @@ Isa choose_isa() {
     throw std::runtime_error(std::string("XCOS_CPU_ISA: ") + wanted + " is not available: " +
                              (isa_compiled(isa) ? "this processor lacks it" : "not built"));
   }
-  throw std::runtime_error(std::string("XCOS_CPU_ISA: expected baseline, avx2 or avx512, got ") + wanted);
+  throw std::runtime_error(std::string("XCOS_CPU_ISA: expected baseline, avx2, avx512 or avx512vnni, got ") +
+                           wanted);
 }
 
 }  // namespace
@@ -70,14 +76,16 @@ Isa selected_isa() {
 }
 
 #if defined(XCOS_HAVE_X86_ISAS)
-#define XCOS_CALL(name, ...)              \
-  switch (selected_isa()) {               \
-    case Isa::avx512:                     \
-      return avx512::name(__VA_ARGS__);   \
-    case Isa::avx2:                       \
-      return avx2::name(__VA_ARGS__);     \
-    default:                              \
-      return baseline::name(__VA_ARGS__); \
+#define XCOS_CALL(name, ...)                \
+  switch (selected_isa()) {                 \
+    case Isa::avx512vnni:                   \
+      return avx512vnni::name(__VA_ARGS__); \
+    case Isa::avx512:                       \
+      return avx512::name(__VA_ARGS__);     \
+    case Isa::avx2:                         \
+      return avx2::name(__VA_ARGS__);       \
+    default:                                \
+      return baseline::name(__VA_ARGS__);   \
   }
 #else
 #define XCOS_CALL(name, ...) return baseline::name(__VA_ARGS__);
@@ -99,6 +107,19 @@ void grid_cosine(const PairProblem& problem, void* similarity, ParallelFor paral
 void grid_cosine_backward(const PairProblem& problem, const void* grad_similarity, MutableFeatureView grad_a,
                           MutableFeatureView grad_b, ParallelFor parallel_for) {
   XCOS_CALL(grid_cosine_backward, problem, grad_similarity, grad_a, grad_b, parallel_for)
+}
+
+void xcos_matrix(const MatrixProblem& problem, void* scores, ParallelFor parallel_for) {
+  XCOS_CALL(xcos_matrix, problem, scores, parallel_for)
+}
+
+void xcos_matrix_backward(const MatrixProblem& problem, const MatrixGradients& gradients,
+                          ParallelFor parallel_for) {
+  XCOS_CALL(xcos_matrix_backward, problem, gradients, parallel_for)
+}
+
+void xcos_matrix_fixed(const FixedMatrixProblem& problem, void* scores, ParallelFor parallel_for) {
+  XCOS_CALL(xcos_matrix_fixed, problem, scores, parallel_for)
 }
 
 }  // namespace xcos::cpu

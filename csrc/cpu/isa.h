@@ -5,11 +5,13 @@
 
 namespace xcos::cpu {
 
-enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
+// avx512vnni: 16-bit fixed-point dot products and bfloat16 ones, as Zen 4, Sapphire Rapids and later have
+// both.
+enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512vnni = 3 };
 
 // The best set that both this build and this processor have; the environment variable XCOS_CPU_ISA (baseline,
-// avx2, avx512) lowers it. Read once. Throws std::runtime_error when the variable names an unknown or
-// unavailable set.
+// avx2, avx512, avx512vnni) lowers it. Read once. Throws std::runtime_error when the variable names an
+// unknown or unavailable set.
 Isa selected_isa();
 
 const char* isa_name(Isa isa);
@@ -31,6 +33,9 @@ bool isa_supported(Isa isa);
   void name parameters;                   \
   }                                       \
   namespace avx512 {                      \
+  void name parameters;                   \
+  }                                       \
+  namespace avx512vnni {                  \
   void name parameters;                   \
   }                                       \
   void name parameters;

@@ -19,4 +19,20 @@ STABLE_TORCH_LIBRARY(xcos_ext, m) {
       "Tensor? attention, int mode, float temperature, float eps, bool need_a, bool need_b, bool "
       "need_attention) -> "
       "(Tensor, Tensor, Tensor)");
+  // All pairs: both sides' features, projections and biases, then what all pairs share.
+  m.def(
+      "xcos_matrix(Tensor probe_features, Tensor probe_projection, Tensor probe_bias, Tensor "
+      "gallery_features, Tensor gallery_projection, Tensor gallery_bias, Tensor weight, Tensor slope, int "
+      "height, int width, int normalize, float temperature) -> Tensor");
+  m.def(
+      "xcos_matrix_backward(Tensor grad, Tensor probe_features, Tensor probe_projection, Tensor probe_bias, "
+      "Tensor gallery_features, Tensor gallery_projection, Tensor gallery_bias, Tensor weight, Tensor slope, "
+      "int height, int width, int normalize, float temperature, int need_mask) -> (Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "xcos_matrix_fixed(Tensor probe_rows, Tensor gallery_features, Tensor? probe_norms, Tensor? "
+      "gallery_norms) -> Tensor");
+  m.def(
+      "xcos_topk_update(Tensor(a!) values, Tensor(b!) indices, Tensor scores, int first_index, float "
+      "min_score, Tensor? exclude_indices, Tensor? exclude_mask) -> ()");
 }

@@ -167,6 +167,16 @@ inline Tensor readable_map(const Tensor& t) {
   return cells_evenly_spaced(t) ? t : torch::stable::contiguous(t);
 }
 
+// Templates as the all-pairs kernels read them: a face's own values side by side, faces at any distance.
+inline Tensor dense_faces(const Tensor& t) {
+  int64_t step = 1;
+  for (int64_t d = t.dim() - 1; d > 0; --d) {
+    if (t.size(d) != 1 && t.stride(d) != step) return torch::stable::contiguous(t);
+    step *= t.size(d);
+  }
+  return t;
+}
+
 inline FeatureView feature_view(const Tensor& t) {
   return {t.const_data_ptr(), t.stride(0), t.stride(1), cell_stride(t)};
 }

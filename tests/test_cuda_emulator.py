@@ -18,6 +18,9 @@ GROUPS = [
     "large",
     "launch",
     "many",
+    "matrix_launch",
+    "matrix_nan",
+    "matrix_plain",
     "nan",
     "plan",
     "reference",
@@ -25,6 +28,7 @@ GROUPS = [
     "shapes_full",
     "shapes_half",
     "sizes",
+    "topk",
     "tuned",
 ]
 

@@ -3,11 +3,12 @@
 //   driver GROUP      runs a group of cases; status 0 when all agree
 //   driver planted NAME
 //   driver list       names of groups and planted faults
+#include "driver.h"
+
 #include <sys/mman.h>
 
 #include <algorithm>
 #include <cinttypes>
-#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -21,98 +22,16 @@
 #include "cuda/pair_plan.h"
 #include "cuda/runtime.h"
 #include "cuda/xcos_score.h"
-#include "cuda_bf16.h"
-#include "cuda_fp16.h"
 #include "cuda_runtime.h"
 #include "planted.h"
 #include "reference.h"
 
 namespace {
 
+using namespace driver;
 using xcos::Attention;
-using xcos::Scalar;
 
-using Random = std::mt19937_64;
-
-const char* const kScalarNames[] = {"f16", "bf16", "f32", "f64"};
 const char* const kModeNames[] = {"uniform", "norm", "weights", "logits"};
-
-int64_t failures = 0;
-int64_t cases = 0;
-std::string current_case;
-
-__attribute__((format(printf, 1, 2))) void complain(const char* format, ...) {
-  if (++failures <= 20) {
-    va_list list;
-    va_start(list, format);
-    std::fprintf(stderr, "FAILED %s: ", current_case.c_str());
-    std::vfprintf(stderr, format, list);
-    std::fputc('\n', stderr);
-    va_end(list);
-  }
-}
-
-double get(Scalar scalar, const void* data, int64_t index) {
-  switch (scalar) {
-    case Scalar::f16:
-      return __half2float(static_cast<const __half*>(data)[index]);
-    case Scalar::bf16:
-      return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[index]);
-    case Scalar::f32:
-      return static_cast<const float*>(data)[index];
-    default:
-      return static_cast<const double*>(data)[index];
-  }
-}
-
-void set(Scalar scalar, void* data, int64_t index, double value) {
-  switch (scalar) {
-    case Scalar::f16:
-      static_cast<__half*>(data)[index] = __float2half_rn(float(value));
-      break;
-    case Scalar::bf16:
-      static_cast<__nv_bfloat16*>(data)[index] = __float2bfloat16_rn(float(value));
-      break;
-    case Scalar::f32:
-      static_cast<float*>(data)[index] = float(value);
-      break;
-    default:
-      static_cast<double*>(data)[index] = value;
-  }
-}
-
-// Exactly as large as what it holds, so that AddressSanitizer sees the first byte beyond; full of 0xff, a NaN
-// of every type, until written.
-class Memory {
- public:
-  Memory() = default;
-  Memory(int64_t count, Scalar scalar, bool unaligned = false) : scalar_(scalar) {
-    const int64_t size = xcos::scalar_size(scalar);
-    bytes_.reset(static_cast<unsigned char*>(std::malloc(size_t((count + unaligned) * size))));
-    length_ = size_t((count + unaligned) * size);
-    std::memset(bytes_.get(), 0xff, length_);
-    data_ = bytes_.get() + (unaligned ? size : 0);
-  }
-
-  void* data() const { return data_; }
-  double at(int64_t index) const { return get(scalar_, data_, index); }
-  void put(int64_t index, double value) const { set(scalar_, data_, index, value); }
-  bool untouched(int64_t index) const {
-    const int64_t size = xcos::scalar_size(scalar_);
-    const unsigned char* at = data_ + index * size;
-    return std::all_of(at, at + size, [](unsigned char byte) { return byte == 0xff; });
-  }
-  std::vector<unsigned char> copy() const { return {bytes_.get(), bytes_.get() + length_}; }
-
- private:
-  struct Free {
-    void operator()(unsigned char* p) const { std::free(p); }
-  };
-  Scalar scalar_ = Scalar::f32;
-  std::unique_ptr<unsigned char, Free> bytes_;
-  size_t length_ = 0;
-  unsigned char* data_ = nullptr;
-};
 
 enum class Layout {
   contiguous,
@@ -211,15 +130,6 @@ struct Case {
     return text;
   }
 };
-
-// |got - expected| is bounded by absolute + relative |expected|; NaN only where NaN is expected.
-void compare(const char* what, int64_t pair, int64_t index, double got, double expected, double absolute,
-             double relative) {
-  if (std::isnan(expected) && std::isnan(got)) return;
-  if (!(std::fabs(got - expected) <= absolute + relative * std::fabs(expected)) && got != expected) {
-    complain("%s[%" PRId64 ", %" PRId64 "] is %.9g, expected %.9g", what, pair, index, got, expected);
-  }
-}
 
 class Runner {
  public:
@@ -493,13 +403,7 @@ class Runner {
 
 void run(const Case& c) { Runner(c).run(); }
 
-constexpr Scalar kScalars[] = {Scalar::f16, Scalar::bf16, Scalar::f32, Scalar::f64};
 constexpr Attention kModes[] = {Attention::uniform, Attention::norm, Attention::weights, Attention::logits};
-
-template <typename T, size_t kCount>
-T pick(Random& random, const T (&values)[kCount]) {
-  return values[random() % kCount];
-}
 
 // Everything that a case may vary besides type and shape.
 Case vary(Random& random, Case c) {
@@ -727,11 +631,6 @@ void group_large() {
   }
 }
 
-void expect(bool condition, const char* what) {
-  ++cases;
-  if (!condition) complain("%s", what);
-}
-
 // Launch geometry and errors: the emulator's own limits, and what launchers make of a refusal.
 void group_launch() {
   current_case = "launch";
@@ -919,7 +818,7 @@ void group_reference() {
   }
 }
 
-const std::map<std::string, void (*)()> kGroups = {
+const Groups kPairGroups = {
     {"conversions", group_conversions},
     {"large", group_large},
     {"launch", group_launch},
@@ -937,9 +836,13 @@ const std::map<std::string, void (*)()> kGroups = {
 }  // namespace
 
 int main(int argc, char** argv) {
+  Groups groups = kPairGroups;
+  for (const Groups& more : {matrix_groups(), matrix_backward_groups(), topk_groups()}) {
+    groups.insert(more.begin(), more.end());
+  }
   const std::string group = argc > 1 ? argv[1] : "";
   if (group == "list") {
-    for (const auto& [name, function] : kGroups) std::printf("%s\n", name.c_str());
+    for (const auto& [name, function] : groups) std::printf("%s\n", name.c_str());
     for (const std::string& name : planted_names()) std::printf("planted %s\n", name.c_str());
     return 0;
   }
@@ -948,8 +851,8 @@ int main(int argc, char** argv) {
     std::printf("planted fault %s went undetected\n", argv[2]);
     return 0;
   }
-  const auto found = kGroups.find(group);
-  if (found == kGroups.end()) {
+  const auto found = groups.find(group);
+  if (found == groups.end()) {
     std::fprintf(stderr, "usage: %s list | GROUP | planted NAME\n", argv[0]);
     return 2;
   }

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -29,7 +30,8 @@ int64_t max_grid = 0x7fffffff;
 namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;
-constexpr size_t kSharedBytes = 48 * 1024;  // of a block that did not ask for more
+constexpr size_t kDefaultSharedBytes = 48 * 1024;  // of a block that did not ask for more
+constexpr size_t kSharedBytes = 227 * 1024;        // the most that any device grants
 constexpr unsigned kWarp = 32;
 
 struct PendingCopy {
@@ -57,6 +59,8 @@ struct Warp {
   int operation = 0;
   uint64_t values[kWarp];
   uint64_t results[kWarp];
+  uint32_t fragments[kWarp][6];
+  uint32_t ready_fragments[kWarp][6];
 };
 
 cudaError_t last_error = cudaSuccess;
@@ -64,6 +68,10 @@ std::vector<Fiber> fibers;
 std::vector<Warp> warps;
 unsigned threads = 0;
 unsigned at_block_barrier = 0;
+const char* barrier_kind = nullptr;  // of the barrier that the first thread has reached
+int barrier_votes = 0;
+int barrier_result = 0;
+std::map<const void*, size_t> granted;  // shared memory that kernels asked for beyond the default
 Fiber* current = nullptr;
 ucontext_t scheduler_context;
 void* scheduler_fake_stack = nullptr;
@@ -179,7 +187,14 @@ cudaError_t refuse(cudaError_t error) {
 
 }  // namespace
 
-cudaError_t launch(const std::function<void()>& kernel, dim3 grid, dim3 block, size_t shared_bytes) {
+cudaError_t grant(const void* kernel, int bytes) {
+  if (bytes < 0 || bytes > settings.shared_bytes) return refuse(cudaErrorInvalidValue);
+  granted[kernel] = size_t(bytes);
+  return cudaSuccess;
+}
+
+cudaError_t launch(const void* address, const std::function<void()>& kernel, dim3 grid, dim3 block,
+                   size_t shared_bytes) {
   ++launches;
   last_grid = grid;
   last_block = block;
@@ -194,7 +209,9 @@ cudaError_t launch(const std::function<void()>& kernel, dim3 grid, dim3 block, s
     return refuse(cudaErrorInvalidConfiguration);
   if (block.x > 1024 || block.y > 1024 || block.z > 64) return refuse(cudaErrorInvalidConfiguration);
   if (uint64_t{block.x} * block.y * block.z > 1024) return refuse(cudaErrorInvalidConfiguration);
-  if (shared_bytes > kSharedBytes) return refuse(cudaErrorInvalidValue);
+  const auto found = granted.find(address);
+  const size_t most = found == granted.end() ? kDefaultSharedBytes : found->second;
+  if (shared_bytes > std::max(most, kDefaultSharedBytes)) return refuse(cudaErrorInvalidValue);
 
   gridDim = grid;
   blockDim = block;
@@ -264,20 +281,72 @@ uint64_t exchange(int operation, unsigned mask, uint64_t value, int step) {
   return warp.results[self.lane ^ unsigned(step)];
 }
 
+void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*widen)(uint16_t)) {
+  Fiber& self = *current;
+  Warp& warp = warps[self.warp];
+  std::copy(a, a + 4, warp.fragments[self.lane]);
+  std::copy(b, b + 2, warp.fragments[self.lane] + 4);
+  // The last lane to come finds everybody's fragments; nobody can replace them before all lanes are through,
+  // because that takes another operation of the whole warp.
+  if (__builtin_popcount(warp.arrived) == int(kWarp) - 1) {
+    std::memcpy(warp.ready_fragments, warp.fragments, sizeof(warp.fragments));
+  }
+  exchange(kMmaOperation, 0xffffffffu, 0, 0);
+  const auto element = [&](unsigned lane, int word, unsigned half) {
+    return widen(uint16_t(warp.ready_fragments[lane][word] >> 16 * half));
+  };
+  for (unsigned out = 0; out < 4; ++out) {
+    const unsigned row = self.lane / 4 + (out >= 2 ? 8 : 0), column = self.lane % 4 * 2 + out % 2;
+    for (unsigned k = 0; k < 16; ++k) {
+      const float left = element(row % 8 * 4 + k % 8 / 2, int(row / 8 + k / 8 * 2), k % 2);
+      const float right = element(column * 4 + k % 8 / 2, 4 + int(k / 8), k % 2);
+      d[out] += left * right;
+    }
+  }
+}
+
 }  // namespace emulator
 
 using namespace emulator;
 
 void __syncwarp(unsigned mask) { exchange(0, mask, 0, 0); }
 
-void __syncthreads() {
+static int block_barrier(const char* kind, int vote) {
+  if (at_block_barrier == 0) {
+    barrier_kind = kind;
+    barrier_votes = 0;
+  } else if (barrier_kind != kind) {
+    fail("threads of a block diverged: they wait at different kinds of barriers");
+  }
+  barrier_votes |= vote;
   if (++at_block_barrier == threads) {
     at_block_barrier = 0;
+    barrier_result = barrier_votes;
     for (unsigned i = 0; i < threads; ++i) fibers[i].state = State::ready;
   } else {
     current->state = State::at_block_barrier;
     to_scheduler(false);
   }
+  // Nobody can change it before all threads have read it: that takes another barrier.
+  return barrier_result;
+}
+
+static const char kPlainBarrier[] = "plain";
+static const char kVoteBarrier[] = "vote";
+
+void __syncthreads() { block_barrier(kPlainBarrier, 0); }
+
+int __syncthreads_or(int predicate) { return block_barrier(kVoteBarrier, predicate != 0); }
+
+int atomicAdd(int* address, int value) {
+  const int old = *address;
+  *address += value;
+  return old;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? settings.capability / 10 : settings.shared_bytes;
+  return cudaSuccess;
 }
 
 cudaError_t cudaGetDevice(int* device) {

@@ -55,6 +55,8 @@ struct Settings {
   Order order = Order::forward;
   uint64_t seed = 1;                      // of Order::shuffled
   cudaError_t next_launch = cudaSuccess;  // what the next launch returns instead of running, once
+  int capability = 90;                    // of the device
+  int shared_bytes = 227 * 1024;          // the most that a block may ask for, at most 227 KB
 };
 extern Settings settings;
 extern uint64_t launches;
@@ -64,7 +66,12 @@ extern dim3 last_block;
 // The build defines XCOS_CUDA_MAX_GRID as this, so that a test can force kernels to loop over their pairs.
 extern int64_t max_grid;
 
-cudaError_t launch(const std::function<void()>& kernel, dim3 grid, dim3 block, size_t shared_bytes);
+// address: what grant() knows the kernel by.
+cudaError_t launch(const void* address, const std::function<void()>& kernel, dim3 grid, dim3 block,
+                   size_t shared_bytes);
+
+// Lets a kernel be launched with so much shared memory.
+cudaError_t grant(const void* address, int bytes);
 
 unsigned char* dynamic_shared();
 
@@ -75,9 +82,17 @@ void copy_async_wait();
 // Every lane of mask hands in a value and gets the one of lane ^ step.
 uint64_t exchange(int operation, unsigned mask, uint64_t value, int step);
 
+constexpr int kMmaOperation = 1000;
+
+// The tensor cores' mma.m16n8k16 of two 16-bit types with sums in fp32, all lanes of a warp together: d += A
+// B, with the fragments laid out as the PTX manual says. widen: from an element's bits to its value.
+void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*widen)(uint16_t));
+
 }  // namespace emulator
 
 void __syncthreads();
+int __syncthreads_or(int predicate);
+int atomicAdd(int* address, int value);
 void __syncwarp(unsigned mask = 0xffffffffu);
 
 template <typename T>
@@ -94,16 +109,26 @@ template <class Params>
 cudaError_t cudaLaunchKernel(void (*kernel)(Params), dim3 grid, dim3 block, void** arguments,
                              size_t shared_bytes, cudaStream_t) {
   const Params& params = *static_cast<const Params*>(arguments[0]);
-  return emulator::launch([&] { kernel(params); }, grid, block, shared_bytes);
+  return emulator::launch(
+      reinterpret_cast<const void*>(kernel), [&] { kernel(params); }, grid, block, shared_bytes);
 }
 
-enum cudaFuncAttribute { cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributePreferredSharedMemoryCarveout = 9
+};
 enum { cudaSharedmemCarveoutMaxShared = 100 };
 
 template <class Params>
-cudaError_t cudaFuncSetAttribute(void (*kernel)(Params), cudaFuncAttribute, int) {
-  return kernel != nullptr ? cudaSuccess : cudaErrorInvalidValue;
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Params), cudaFuncAttribute attribute, int value) {
+  if (kernel == nullptr) return cudaErrorInvalidValue;
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  return emulator::grant(reinterpret_cast<const void*>(kernel), value);
 }
+
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaGetLastError();

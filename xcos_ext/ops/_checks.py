@@ -54,6 +54,11 @@ def check_features(op: str, a: Tensor, b: Tensor) -> None:
         _fail(op, f"b: expected device {a.device} like a, got {b.device}")
 
 
+def check_shape(op: str, name: str, tensor: Tensor, sizes: tuple[int, ...]) -> None:
+    if tensor.dim() != len(sizes) or any(x != y for x, y in zip(tensor.shape, sizes, strict=True)):
+        _fail(op, f"{name}: expected shape {shape_string(sizes)}, got {shape_string(tensor.shape)}")
+
+
 def check_positive(op: str, name: str, value: float) -> None:
     if not (math.isfinite(value) and value > 0):
         _fail(op, f"{name}: expected a finite number above 0, got {value:g}")

@@ -97,7 +97,9 @@ def promote_under_autocast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def backward_function(name: str, op: Any, vmap_rule: Callable[..., Any]) -> type[torch.autograd.Function]:
+def backward_function(
+    name: str, op: Any, vmap_rule: Callable[..., Any] | None = None
+) -> type[torch.autograd.Function]:
     """The backward operator ``op`` as a function of its own, which refuses to be differentiated again.
 
     Without it, a gradient penalty on a constant incoming gradient would silently get no gradient at all.
@@ -120,10 +122,10 @@ def backward_function(name: str, op: Any, vmap_rule: Callable[..., Any]) -> type
                 "any number of times"
             )
 
-        vmap = staticmethod(vmap_rule)
-
     library.impl(f"{name}_backward", Backward.apply, "Autograd")
-    torch.library.register_vmap(op, vmap_rule, lib=library)
+    if vmap_rule is not None:
+        Backward.vmap = staticmethod(vmap_rule)  # type: ignore[method-assign]
+        torch.library.register_vmap(op, vmap_rule, lib=library)
     return Backward
 
 

@@ -90,7 +90,7 @@ def _learned(first: Templates, second: Templates, pairs: Tensor, parameters: Att
         u, minus_v = one, two
     # At a tie -v takes the gradient, as in xcos_matrix.
     hidden = torch.where((u > minus_v) | u.isnan(), u, minus_v).flatten(0, 1).unflatten(2, first.grid)
-    shared = F.conv2d(hidden, parameters.weight[None], padding=1).view(len(p), parameters.orders, -1)
+    shared = F.conv2d(hidden, parameters.weight[None], padding=1).view(len(p), parameters.orders, one.shape[3])
     logits = F.prelu(first.bias[p] + second.bias[g] + shared, parameters.slope)
     return torch.stack([_normalised(order, parameters) for order in logits.unbind(1)]).mean(0)
 

@@ -61,6 +61,10 @@ __device__ inline double root(double v) { return sqrt(v); }
 __device__ inline float exponential(float v) { return expf(v); }
 __device__ inline double exponential(double v) { return exp(v); }
 
+// a * b, never fused with an addition.
+__device__ inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+__device__ inline double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+
 // Threads that work on one pair. sum and maximum give every thread the same bits, in an order that is fixed.
 struct WarpGroup {
   int rank;

@@ -129,9 +129,11 @@ struct RunningScore {
   }
 };
 
+// The activation. Its product is rounded by itself: fused with a subtraction of the smallest such value,
+// equal cells would not cancel.
 template <typename R>
 __device__ inline R parametric(R y, R slope) {
-  return y > R(0) ? y : slope * y;
+  return y > R(0) ? y : rounded_product(slope, y);
 }
 
 inline int64_t ceil_divide(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }

@@ -38,6 +38,9 @@ inline float __uint_as_float(uint32_t bits) {
   return value;
 }
 
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+
 // Of the fiber that runs.
 extern dim3 threadIdx;
 extern dim3 blockIdx;

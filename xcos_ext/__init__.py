@@ -19,15 +19,30 @@ if TYPE_CHECKING:
     from xcos_ext import reference as reference
     from xcos_ext.errors import ModelError, PictureError, XCosError
     from xcos_ext.nn import ArcFaceHead, CosFaceHead, XCosAttention, XCosHead, XCosModel, load_model, plug
-    from xcos_ext.ops import XCosScore, build_info
+    from xcos_ext.ops import XCosMaps, XCosScore, XCosTopk, build_info
     from xcos_ext.ops.grid_cosine import grid_cosine
+    from xcos_ext.ops.xcos_maps import xcos_maps
+    from xcos_ext.ops.xcos_matrix import xcos_matrix
     from xcos_ext.ops.xcos_score import xcos_score
+    from xcos_ext.ops.xcos_topk import xcos_topk
+    from xcos_ext.templates import Templates
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "xcos_ext.ops": ("XCosScore", "build_info", "grid_cosine", "xcos_score"),
+    "xcos_ext.ops": (
+        "XCosMaps",
+        "XCosScore",
+        "XCosTopk",
+        "build_info",
+        "grid_cosine",
+        "xcos_maps",
+        "xcos_matrix",
+        "xcos_score",
+        "xcos_topk",
+    ),
     "xcos_ext.errors": ("ModelError", "PictureError", "XCosError"),
+    "xcos_ext.templates": ("Templates",),
     "xcos_ext.nn": (
         "ArcFaceHead",
         "CosFaceHead",
@@ -45,17 +60,23 @@ __all__ = [
     "CosFaceHead",
     "ModelError",
     "PictureError",
+    "Templates",
     "XCosAttention",
     "XCosError",
     "XCosHead",
+    "XCosMaps",
     "XCosModel",
     "XCosScore",
+    "XCosTopk",
     "build_info",
     "grid_cosine",
     "load_model",
     "plug",
     "reference",
+    "xcos_maps",
+    "xcos_matrix",
     "xcos_score",
+    "xcos_topk",
 ]
 
 

@@ -6,11 +6,15 @@ Same signatures, contracts and results as :mod:`xcos_ext.ops`; slower, larger, a
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from xcos_ext.ops.xcos_maps import XCosMaps
 from xcos_ext.ops.xcos_score import XCosScore
+from xcos_ext.ops.xcos_topk import XCosTopk
+from xcos_ext.templates import AttentionParameters, Templates, check_sides, resolve_attention
 
-__all__ = ["cell_norm", "grid_cosine", "xcos_score"]
+__all__ = ["cell_norm", "grid_cosine", "xcos_maps", "xcos_matrix", "xcos_score", "xcos_topk"]
 
 
 def _accumulate(x: Tensor) -> Tensor:
@@ -62,3 +66,96 @@ def xcos_score(
             weights = (weights / temperature).flatten(1).softmax(1).view_as(similarity)
     score = (weights * similarity).sum((1, 2))
     return XCosScore(score, similarity, weights) if return_maps else score
+
+
+def _learned_weights(probes: Templates, gallery: Templates, parameters: AttentionParameters) -> Tensor:
+    """W [P, G, cells] of learned attention, from what the templates keep (see csrc/core/xcos_matrix.h)."""
+    first, second = probes.as_probe(), gallery.as_gallery()
+    projection_p, projection_g = first.projection, second.projection
+    bias_p, bias_g = first.bias, second.bias
+    assert projection_p is not None and projection_g is not None and bias_p is not None and bias_g is not None
+    weights = []
+    for order in range(parameters.orders):
+        u, minus_v = _accumulate(projection_p[:, None, order]), _accumulate(projection_g[None, :, order])
+        if order == 1:  # the gallery face comes first
+            u, minus_v = minus_v, u
+        # At a tie -v takes the gradient, as in the kernels and, for the activation at 0, in torch's PReLU.
+        hidden = torch.where((u > minus_v) | u.isnan(), u, minus_v)
+        maps = hidden.flatten(0, 1).unflatten(2, probes.grid)
+        shared = F.conv2d(maps, parameters.weight[None], padding=1).view(len(probes), len(gallery), u.shape[-1])
+        logits = F.prelu(bias_p[:, None, order] + bias_g[None, :, order] + shared, parameters.slope)
+        if parameters.normalize == "softmax":
+            weights.append((logits / parameters.temperature).softmax(2))
+        else:
+            shifted = logits - logits.amin(2, keepdim=True)
+            total = shifted.sum(2, keepdim=True)
+            equal = total == 0  # all cells alike
+            weights.append(torch.where(equal, 1.0 / logits.shape[2], shifted / torch.where(equal, 1.0, total)))
+    return torch.stack(weights).mean(0)
+
+
+def _all_maps(op: str, probes: Templates, gallery: Templates, attention: Tensor | str) -> tuple[Tensor, Tensor]:
+    """S and W of all pairs, [P, G, cells] each."""
+    check_sides(op, probes, gallery, attention)
+    how = resolve_attention(op, attention, probes, gallery)
+    similarity = torch.einsum("pic,gic->pgi", _accumulate(probes.features), _accumulate(gallery.features))
+    if how.parameters is not None:
+        return similarity, _learned_weights(probes, gallery, how.parameters)
+    if how.weights is not None:
+        return similarity, how.weights[:, None].expand_as(similarity)
+    product = probes.norms[:, None] * gallery.norms[None]
+    total = product.sum(2, keepdim=True)
+    nothing = total == 0  # no norm to weigh by
+    return similarity, torch.where(nothing, 1.0 / product.shape[2], product / torch.where(nothing, 1.0, total))
+
+
+def xcos_matrix(probes: Templates, gallery: Templates, attention: Tensor | str = "own") -> Tensor:
+    """score[p, g] = sum over cells of W * S for all pairs, [P, G]."""
+    similarity, weights = _all_maps("xcos_matrix", probes, gallery, attention)
+    return (weights * similarity).sum(2)
+
+
+def xcos_topk(
+    probes: Templates,
+    gallery: Templates,
+    k: int,
+    attention: Tensor | str = "own",
+    *,
+    min_score: float | None = None,
+    exclude: Tensor | None = None,
+    first_index: int = 0,
+) -> XCosTopk:
+    """Each probe's k best gallery faces, best first, the lower index first among equal scores; NaN is no hit."""
+    scores = xcos_matrix(probes, gallery, attention)
+    indices = torch.arange(first_index, first_index + len(gallery), device=scores.device).expand_as(scores)
+    allowed = ~scores.isnan()
+    if min_score is not None:
+        allowed &= scores >= min_score
+    if exclude is not None and exclude.dtype == torch.bool:
+        allowed &= ~exclude
+    elif exclude is not None:
+        unwanted = exclude if exclude.dim() == 2 else exclude[:, None]
+        allowed &= ~(indices[:, :, None] == unwanted[:, None, :]).any(2)
+    missing = scores.shape[1] - k
+    scores = torch.where(allowed, scores, -torch.inf)
+    indices = torch.where(allowed, indices, -1)
+    if missing < 0:
+        scores, indices = F.pad(scores, (0, -missing), value=-torch.inf), F.pad(indices, (0, -missing), value=-1)
+    values, order = scores.sort(dim=1, descending=True, stable=True)
+    return XCosTopk(values[:, :k], indices.gather(1, order)[:, :k])
+
+
+def xcos_maps(
+    probes: Templates,
+    gallery: Templates,
+    index_pairs: Tensor,
+    attention: Tensor | str = "own",
+    *,
+    threshold: float | None = None,
+) -> XCosMaps:
+    """Score, S, W and W * (S - threshold) of the pairs (probe, gallery) in the rows of ``index_pairs``."""
+    maps = _all_maps("xcos_maps", probes, gallery, attention)
+    p, g = index_pairs.unbind(1)
+    similarity, weights = (part[p, g].unflatten(1, probes.grid) for part in maps)
+    contribution = None if threshold is None else weights * (similarity - threshold)
+    return XCosMaps((weights * similarity).sum((1, 2)), similarity, weights, contribution)

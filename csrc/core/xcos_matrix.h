@@ -74,9 +74,9 @@ struct MatrixGradients {
 struct FixedMatrixProblem {
   int64_t cells;
   int64_t channels;
-  Scalar scalar;
+  Scalar scalar;  // of the gallery
   int64_t probes;
-  const void* probe_rows;  // [probes, cells, channels], a probe's values dense
+  const void* probe_rows;  // [probes, cells, channels] of result_scalar, a probe's values dense
   int64_t probe_stride;
   int64_t gallery;
   const void* gallery_features;  // [gallery, cells, channels], a face's values dense

@@ -152,11 +152,11 @@ class FixedTask {
       const W* probes = probe_memory.get();
       int64_t probe_stride = padded_;
       if (probes_in_place()) {
-        probes = reinterpret_cast<const W*>(face<T>(m_.probe_rows, m_.probe_stride, first));
+        probes = face<W>(m_.probe_rows, m_.probe_stride, first);
         probe_stride = m_.probe_stride;
       } else {
         for (int64_t i = 0; i < count; ++i)
-          widen(face<T>(m_.probe_rows, m_.probe_stride, first + i), nullptr,
+          widen(face<A>(m_.probe_rows, m_.probe_stride, first + i), nullptr,
                 probe_memory.get() + i * padded_);
       }
       if (norms)
@@ -205,7 +205,7 @@ class FixedTask {
   }
 
  private:
-  bool probes_in_place() const { return std::is_same_v<T, W> && padded_ == length_; }
+  bool probes_in_place() const { return std::is_same_v<A, W> && padded_ == length_; }
 
   void products(const W* probes, int64_t probe_stride, int64_t count, const W* faces, int64_t stride, int n,
                 A* out, const char* ahead, int64_t bytes) const {
@@ -221,22 +221,17 @@ class FixedTask {
   }
 
   // A face's row as W, cells times their norms if there are such, padded with zeros.
-  void widen(const T* in, const A* norms, W* out) const {
-    if (norms == nullptr) {
-      if constexpr (std::is_same_v<T, W>)
-        memcpy(out, in, static_cast<size_t>(length_) * sizeof(W));
-      else
-        convert<W>(in, length_, out);
-    } else {
-      constexpr int N = native_lanes<A>();
-      for (int64_t cell = 0; cell < m_.cells; ++cell) {
-        const Vec<A, N> norm = broadcast_value<Vec<A, N>>(norms[cell]);
-        const T* from = in + cell * m_.channels;
-        W* to = out + cell * m_.channels;
-        int64_t c = 0;
-        for (; c + N <= m_.channels; c += N) store<N>(to + c, load<N>(from + c) * norm);
-        for (; c < m_.channels; ++c) store_one(to + c, load_one(from + c) * norms[cell]);
-      }
+  template <typename In>
+  void widen(const In* in, const A* norms, W* out) const {
+    constexpr int N = native_lanes<A>();
+    for (int64_t cell = 0; cell < m_.cells; ++cell) {
+      const A norm = norms == nullptr ? A(1) : norms[cell];
+      const In* from = in + cell * m_.channels;
+      W* to = out + cell * m_.channels;
+      int64_t c = 0;
+      for (; c + N <= m_.channels; c += N)
+        store<N>(to + c, load<N>(from + c) * broadcast_value<Vec<A, N>>(norm));
+      for (; c < m_.channels; ++c) store_one(to + c, load_one(from + c) * norm);
     }
     memset(static_cast<void*>(out + length_), 0, static_cast<size_t>(padded_ - length_) * sizeof(W));
   }

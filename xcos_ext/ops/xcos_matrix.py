@@ -48,9 +48,7 @@ def _fake_backward(grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 def _fake_fixed(
     probe_rows: Tensor, gallery_features: Tensor, probe_norms: Tensor | None, gallery_norms: Tensor | None
 ) -> Tensor:
-    return probe_rows.new_empty(
-        (probe_rows.shape[0], gallery_features.shape[0]), dtype=result_dtype(probe_rows.dtype)
-    )
+    return probe_rows.new_empty((probe_rows.shape[0], gallery_features.shape[0]))
 
 
 def _check_like(op: str, name: str, tensor: Tensor, dtype: torch.dtype, first: Tensor) -> None:
@@ -161,8 +159,7 @@ class AllPairs:
             return
         # What of the probes does not depend on the gallery is multiplied once.
         scale = probes.norms if self.how.weights is None else self.how.weights
-        rows = probes.features.to(self.dtype) * scale.unsqueeze(2)
-        self.rows = rows if rows.requires_grad else rows.to(probes.dtype)
+        self.rows = probes.features.to(self.dtype) * scale.unsqueeze(2)
 
     def scores(self, probes: slice = slice(None), gallery: slice = slice(None)) -> Tensor:
         """Scores [P', G'] of a part of the probes against a part of the gallery."""
@@ -179,7 +176,7 @@ class AllPairs:
             return _fixed(rows, features, *(norms or (None, None)))
         if norms is not None:
             features = (features * norms[1].unsqueeze(2)).to(features.dtype)
-        scores = _product(rows.flatten(1), features.flatten(1).T, self.dtype)
+        scores = _product(rows.flatten(1).to(features.dtype), features.flatten(1).T, self.dtype)
         return scores if norms is None else _divided(scores, *norms)
 
     def _learned(self, chosen: slice, gallery: slice) -> Tensor:
@@ -199,7 +196,7 @@ class AllPairs:
         if norms is not None:
             features = features * norms[1].unsqueeze(2)
         with torch.autocast(rows.device.type, enabled=False):
-            scores = rows.to(self.dtype).flatten(1) @ features.flatten(1).T
+            scores = rows.flatten(1) @ features.flatten(1).T
             return scores if norms is None else _divided(scores, *norms)
 
 

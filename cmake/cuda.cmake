@@ -56,7 +56,7 @@ find_package(CUDAToolkit REQUIRED)
 
 set(XCOS_CUDA_SOURCES csrc/cuda/runtime.cu csrc/cuda/grid_cosine.cu csrc/cuda/xcos_score.cu
     csrc/cuda/xcos_score_backward.cu csrc/cuda/xcos_matrix.cu
-    csrc/cuda/xcos_matrix_backward.cu csrc/cuda/xcos_topk.cu)
+    csrc/cuda/xcos_matrix_mma.cu csrc/cuda/xcos_matrix_backward.cu csrc/cuda/xcos_topk.cu)
 set(XCOS_CUDA_LIBRARIES CUDA::cudart_static)
 string(REPLACE ";" " " architectures "${wanted}")
 set(XCOS_CUDA_DEFINITIONS XCOS_WITH_CUDA XCOS_CUDA_COMPILER="nvcc ${CMAKE_CUDA_COMPILER_VERSION}"

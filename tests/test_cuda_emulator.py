@@ -20,6 +20,7 @@ GROUPS = [
     "many",
     "matrix_backward",
     "matrix_launch",
+    "matrix_mma",
     "matrix_nan",
     "matrix_plain",
     "matrix_reference",

@@ -4,6 +4,7 @@
 // taken, and spread over the three output rows that it touches. An output row that is complete meets its
 // cosines and disappears in a running score, so nothing grows with the map.
 #include "cuda/matrix_kernels.cuh"
+#include "cuda/matrix_mma.h"
 #include "cuda/xcos_matrix.h"
 
 namespace xcos::cuda {
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kPlainThreads, sizeof(typename Element<T>::Res
       RunningScore<R> running[kOwn];
 #pragma unroll
       for (int n = 0; n < kOwn; ++n) running[n].clear();
-      R seen = 0;  // cells, of every pair
+      int64_t seen = 0;  // cells, of every pair
       for (int64_t left = 0; left < p.width; left += kColumns) {
         const int columns = static_cast<int>(p.width - left < kColumns ? p.width - left : kColumns);
         // Input columns left - 1 + j, j in [low, high).
@@ -186,11 +187,11 @@ __global__ void __launch_bounds__(kPlainThreads, sizeof(typename Element<T>::Res
                 if (p.softmax) {
                   running[n].add_exponential(rows[n][0][j], cosine[n][j], p.inverse_temperature);
                 } else {
-                  running[n].add_shifted(rows[n][0][j], cosine[n][j], seen + R(j));
+                  running[n].add_shifted(rows[n][0][j], cosine[n][j], static_cast<R>(seen + j));
                 }
               }
             }
-            seen += R(columns);
+            seen += columns;
           }
 #pragma unroll
           for (int n = 0; n < kOwn; ++n) {
@@ -204,7 +205,7 @@ __global__ void __launch_bounds__(kPlainThreads, sizeof(typename Element<T>::Res
         }
       }
 #pragma unroll
-      for (int n = 0; n < kOwn; ++n) score[n] += running[n].result(p.softmax, seen);
+      for (int n = 0; n < kOwn; ++n) score[n] += running[n].result(p.softmax, static_cast<R>(p.cells));
     }
 #pragma unroll
     for (int n = 0; n < kOwn; ++n) {
@@ -233,6 +234,7 @@ Status plain(const MatrixProblem& problem, void* scores, Stream stream) {
 
 Status xcos_matrix(const MatrixProblem& problem, void* scores, Stream stream) {
   if (problem.probes.faces == 0 || problem.gallery.faces == 0) return 0;
+  if (matrix_mma_takes(problem)) return matrix_mma(problem, scores, stream);
   switch (problem.scalar) {
     case Scalar::f16:
       return plain<__half>(problem, scores, stream);

@@ -1,4 +1,5 @@
 // Scores of all pairs, against reference_matrix.h.
+#include "cuda/matrix_mma.h"
 #include "cuda/xcos_matrix.h"
 #include "cuda_runtime.h"
 #include "driver.h"
@@ -16,10 +17,19 @@ Memory launch(const MatrixData& data) {
   return scores;
 }
 
-void run(const MatrixCase& c) {
+void run(const MatrixCase& c, bool tensor_cores = false) {
   ++cases;
   current_case = c.name();
-  const MatrixData data(c);
+  MatrixData data(c);
+  if (xcos::cuda::matrix_mma_takes(data.problem) != tensor_cores) complain("takes the wrong path");
+  if (tensor_cores) {
+    // What tensor cores multiply is of the features' type, the weights too.
+    for (double& w : data.reference.weight) {
+      unsigned char bits[2];
+      set(c.scalar, bits, 0, w);
+      w = get(c.scalar, bits, 0);
+    }
+  }
   const auto before = data.copy();
   emulator::settings.order = emulator::Order::forward;
   const Memory scores = launch(data);
@@ -98,8 +108,67 @@ void group_matrix_nan() {
         c.orders = 1 + int64_t(seed % 2);
         c.logits = 100;
         c.seed = seed++;
+        // Unaligned features keep halves off the tensor cores.
+        c.unaligned = true;
         run(c);
+        if (xcos::scalar_size(scalar) != 2) continue;
+        c.unaligned = false;
+        run(c, true);
       }
+    }
+  }
+}
+
+// The tensor cores' path: the tuned shape and others, groups of probes and tiles that do not fill, every
+// mode.
+void group_matrix_mma() {
+  Random random(2);
+  const int64_t shapes[][4] = {{32, 16, 7, 7}, {32, 16, 7, 7}, {32, 16, 7, 7}, {16, 32, 3, 8},
+                               {48, 16, 1, 1}, {64, 16, 2, 5}, {32, 16, 8, 3}, {16, 48, 4, 2}};
+  const int64_t counts[][2] = {{1, 1}, {5, 17}, {4, 16}, {9, 3}, {3, 35}};
+  uint64_t round = 0;
+  for (Scalar scalar : {Scalar::f16, Scalar::bf16}) {
+    for (const auto& [channels, hidden, height, width] : shapes) {
+      MatrixCase c;
+      c.scalar = scalar;
+      c.channels = channels;
+      c.hidden = hidden;
+      c.height = height;
+      c.width = width;
+      c.probes = counts[round % 5][0];
+      c.gallery = counts[round % 5][1];
+      ++round;
+      c = vary(random, c);
+      c.gap = c.gap > 0 ? 8 : 0;
+      c.unaligned = false;
+      run(c, true);
+    }
+    // More groups than warps; a device whose blocks have little shared memory; one with hardly enough.
+    MatrixCase c;
+    c.scalar = scalar;
+    c.probes = 39;
+    c.gallery = 18;
+    c.seed = 6;
+    run(c, true);
+    emulator::settings.shared_bytes = 99 * 1024;
+    c.probes = 13;
+    c.orders = 1;
+    run(c, true);
+    emulator::settings.shared_bytes = 64 * 1024;
+    c.probes = 3;
+    run(c, false);
+    emulator::settings.shared_bytes = 227 * 1024;
+    // What this path leaves to the other.
+    for (int n = 0; n < 5; ++n) {
+      MatrixCase other;
+      other.scalar = scalar;
+      other.height = 2;
+      if (n == 0) other.channels = 24;
+      if (n == 1) other.hidden = 8;
+      if (n == 2) other.width = 9;
+      if (n == 3) other.gap = 4;
+      if (n == 4) other.unaligned = true;
+      run(other, false);
     }
   }
 }
@@ -134,6 +203,7 @@ void group_matrix_launch() {
 
 Groups matrix_groups() {
   return {{"matrix_launch", group_matrix_launch},
+          {"matrix_mma", group_matrix_mma},
           {"matrix_nan", group_matrix_nan},
           {"matrix_plain", group_matrix_plain}};
 }

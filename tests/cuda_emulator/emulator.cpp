@@ -281,11 +281,23 @@ uint64_t exchange(int operation, unsigned mask, uint64_t value, int step) {
   return warp.results[self.lane ^ unsigned(step)];
 }
 
-void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*widen)(uint16_t)) {
+uint32_t packed_maximum(uint32_t a, uint32_t b, float (*widen)(uint16_t)) {
+  uint32_t out = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const uint16_t left = uint16_t(a >> shift), right = uint16_t(b >> shift);
+    const float x = widen(left), y = widen(right);
+    const uint16_t larger = std::isnan(x) || std::isnan(y) ? 0x7fff : x > y ? left : right;
+    out |= uint32_t(larger) << shift;
+  }
+  return out;
+}
+
+void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint2 b, float (*widen)(uint16_t)) {
   Fiber& self = *current;
   Warp& warp = warps[self.warp];
   std::copy(a, a + 4, warp.fragments[self.lane]);
-  std::copy(b, b + 2, warp.fragments[self.lane] + 4);
+  warp.fragments[self.lane][4] = b.x;
+  warp.fragments[self.lane][5] = b.y;
   // The last lane to come finds everybody's fragments; nobody can replace them before all lanes are through,
   // because that takes another operation of the whole warp.
   if (__builtin_popcount(warp.arrived) == int(kWarp) - 1) {

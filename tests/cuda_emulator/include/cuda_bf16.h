@@ -31,3 +31,8 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
   return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
 }
+
+template <>
+inline float emulator::widen<__nv_bfloat16>(uint16_t bits) {
+  return __bfloat162float({bits});
+}

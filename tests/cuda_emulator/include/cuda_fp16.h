@@ -50,3 +50,8 @@ inline __half __float2half_rn(float value) {
 
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
 inline float2 __half22float2(__half2 h) { return {__half2float(h.x), __half2float(h.y)}; }
+
+template <>
+inline float emulator::widen<__half>(uint16_t bits) {
+  return __half2float({bits});
+}

@@ -27,6 +27,22 @@ struct float2 {
   float x, y;
 };
 
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
 // The values are CUDA's own.
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 
@@ -89,7 +105,14 @@ constexpr int kMmaOperation = 1000;
 
 // The tensor cores' mma.m16n8k16 of two 16-bit types with sums in fp32, all lanes of a warp together: d += A
 // B, with the fragments laid out as the PTX manual says. widen: from an element's bits to its value.
-void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float (*widen)(uint16_t));
+void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint2 b, float (*widen)(uint16_t));
+
+// An element's value from its bits; cuda_fp16.h and cuda_bf16.h know them.
+template <typename T>
+float widen(uint16_t bits);
+
+// The larger halves of two words; NaN if either is.
+uint32_t packed_maximum(uint32_t a, uint32_t b, float (*widen)(uint16_t));
 
 }  // namespace emulator
 

@@ -1,0 +1,633 @@
+// Scores of all pairs on the tensor cores. A block keeps a tile of 16 gallery faces in shared memory; each of
+// its warps scores groups of four probes against it.
+//
+// The 3x3 sum over hidden channels of the maximum is a product for every input cell: A [16 faces, 16 hidden
+// channels] is max(u, v), made in registers, and B [16 channels, 8 columns] is the band of weights that leads
+// from this input cell to the output cells of one row. Each input cell so feeds the rows above, of and below
+// it. A row that is complete has its logits in the accumulators: lane (q, t) holds faces q and q + 8, cells
+// 2t and 2t + 1. Cosines come out in the same place: A is the gallery faces' features of one cell, and B has
+// the features of two probes in the two columns of the lane that owns the cell, zeros elsewhere. PReLU and a
+// running softmax follow in registers; four lanes merge at the end.
+//
+// The order of channels in a product is free as long as both sides agree: lane t takes channels 4t .. 4t + 3
+// of 16 (or 8t .. 8t + 7 of 32), which lie side by side in memory.
+#include "cuda/matrix_kernels.cuh"
+#include "cuda/matrix_mma.h"
+
+namespace xcos::cuda {
+namespace {
+
+constexpr int kTile = 16;  // gallery faces of a block
+constexpr int kGroup = 4;  // probes of a warp
+constexpr int kMostWarps = 8;
+constexpr int kColumns = 8;  // of a product, and the widest map
+constexpr int kMostChannels = 1024;
+constexpr int kMostCells = 1024;
+constexpr int kTunedChannels = 32;
+constexpr int kTunedHidden = 16;
+constexpr int kTunedSide = 7;
+constexpr int kBandBytes = 3 * kColumns * kWarp * 8;  // of 16 hidden channels
+constexpr int kZeroBytes = 16;
+constexpr int kDefaultShared = 48 * 1024;
+
+// Shared memory in bytes from its beginning, and strides from face to face.
+struct MmaLayout {
+  int channels;
+  int hidden;
+  int height;
+  int width;
+  int projection_stride;
+  int features_stride;
+  int features;  // projections of the tile come first, [orders, faces, cells, hidden]
+  int bias;      // [orders, height, lanes, 4]
+  int zero;
+  int band;            // [hidden / 16, 3, columns, lanes]; of the tuned shape only while it is built
+  int probes;          // a warp's part each
+  int probe_features;  // within it, after the projections: one row, [kGroup, width, channels]
+  int probe_bias;      // [height, kGroup, columns]
+  int warp_bytes;
+  int warps;
+  int bytes;
+};
+
+constexpr int align(int value, int unit) { return (value + unit - 1) / unit * unit; }
+
+// Faces so far apart that the 8 lanes (of 8 faces' pieces of 32 bytes, four at a time) meet different banks.
+constexpr int spread_stride(int bytes) { return align(bytes - 32, 128) + 32; }
+
+constexpr bool is_tuned(int channels, int hidden, int height, int width) {
+  return channels == kTunedChannels && hidden == kTunedHidden && height == kTunedSide && width == kTunedSide;
+}
+
+constexpr MmaLayout mma_layout(int channels, int hidden, int height, int width, int orders, int warps) {
+  MmaLayout l = {};
+  const int cells = height * width;
+  l.channels = channels;
+  l.hidden = hidden;
+  l.height = height;
+  l.width = width;
+  l.projection_stride = spread_stride(cells * hidden * 2);
+  const bool tuned = is_tuned(channels, hidden, height, width);
+  // The tuned shape reads 64 bytes of a cell at a time, two faces' at once.
+  l.features_stride = tuned ? cells * channels * 2 : spread_stride(cells * channels * 2);
+  l.features = orders * kTile * l.projection_stride;
+  l.bias = l.features + kTile * l.features_stride;
+  l.zero = l.bias + orders * height * kWarp * 16;
+  l.band = l.zero + kZeroBytes;
+  const int band_bytes = hidden / 16 * kBandBytes;
+  l.probes = tuned ? l.band : l.band + band_bytes;
+  l.probe_features = kGroup / 2 * cells * hidden / 16 * 64;
+  l.probe_bias = l.probe_features + kGroup * width * channels * 2;
+  l.warp_bytes = l.probe_bias + height * kGroup * kColumns * 4;
+  l.warps = warps;
+  l.bytes = l.probes + warps * l.warp_bytes;
+  if (l.bytes < l.band + band_bytes) l.bytes = l.band + band_bytes;
+  return l;
+}
+
+template <typename T>
+struct MmaParams {
+  MatrixParams<T, float> matrix;
+  MmaLayout layout;
+  float exponent;       // log2(e) / temperature
+  int64_t tiles;        // of the gallery
+  int64_t groups;       // of the probes
+  int64_t part_groups;  // groups that a block scores at a time
+  int64_t parts;
+};
+
+template <bool kTuned>
+struct MmaShape {
+  const MmaLayout& l;
+
+  static constexpr int kTunedStride = spread_stride(kTunedSide * kTunedSide * kTunedHidden * 2);
+
+  __device__ int channels() const { return kTuned ? kTunedChannels : l.channels; }
+  __device__ int hidden() const { return kTuned ? kTunedHidden : l.hidden; }
+  __device__ int height() const { return kTuned ? kTunedSide : l.height; }
+  __device__ int width() const { return kTuned ? kTunedSide : l.width; }
+  __device__ int cells() const { return height() * width(); }
+  __device__ int hidden_blocks() const { return hidden() / 16; }
+  __device__ int projection_stride() const { return kTuned ? kTunedStride : l.projection_stride; }
+  __device__ int features_stride() const {
+    return kTuned ? kTunedSide * kTunedSide * kTunedChannels * 2 : l.features_stride;
+  }
+  // Bands of the tuned shape stay in registers.
+  static constexpr int kBands = kTuned ? 3 * kTunedSide : 1;
+};
+
+template <typename W>
+__device__ inline W load_shared(const unsigned char* at) {
+  return *reinterpret_cast<const W*>(at);
+}
+
+// Four channels of one cell and order, packed, from a projection that lies [hidden, cells] in memory.
+template <typename T>
+__device__ inline uint2 gather_channels(const T* projection, int cells, int channel, int cell) {
+  T four[4];
+#pragma unroll
+  for (int n = 0; n < 4; ++n) four[n] = projection[(channel + n) * cells + cell];
+  uint2 out;
+  memcpy(&out, four, sizeof(out));
+  return out;
+}
+
+// The gallery tile: projections turned to [cells, hidden], features as they are, bias as accumulators hold
+// it. Faces beyond the last are that one again. copy_async_wait() and a barrier finish it.
+template <typename T, bool kTuned>
+__device__ inline void stage_gallery(const MmaParams<T>& p, const MmaShape<kTuned>& shape, int64_t tile,
+                                     unsigned char* shared) {
+  const MatrixSide<T, float>& side = p.matrix.gallery;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int threads = static_cast<int>(blockDim.x);
+  const int64_t first = tile * kTile;
+  const auto face_of = [&](int slot) { return first + slot < side.faces ? first + slot : side.faces - 1; };
+  const int face_chunks = shape.cells() * shape.channels() / 8;
+  for (int e = thread; e < kTile * face_chunks; e += threads) {
+    const int slot = e / face_chunks;
+    const int chunk = e - slot * face_chunks;
+    copy_async<16>(shared + p.layout.features + slot * shape.features_stride() + chunk * 16,
+                   side.features + face_of(slot) * side.features_stride + chunk * 8);
+  }
+  const int quads = shape.hidden() / 4;
+  for (int e = thread; e < p.matrix.orders * kTile * shape.cells() * quads; e += threads) {
+    const int quad = e % quads;
+    const int cell = e / quads % shape.cells();
+    const int face = e / quads / shape.cells();  // of order 0, then of order 1
+    const int order = face / kTile;
+    const T* from = side.projection + face_of(face % kTile) * side.projection_stride +
+                    order * shape.hidden() * shape.cells();
+    *reinterpret_cast<uint2*>(shared + face * shape.projection_stride() + cell * shape.hidden() * 2 +
+                              quad * 8) = gather_channels(from, shape.cells(), 4 * quad, cell);
+  }
+  for (int e = thread; e < p.matrix.orders * shape.height() * kWarp; e += threads) {
+    const int lane = e % kWarp;
+    const int row = e / kWarp;  // of order 0, then of order 1
+    const int column = lane % 4 * 2;
+    float values[4];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const float* from = side.bias + face_of(lane / 4 + n / 2 * 8) * side.bias_stride + row * shape.width();
+      values[n] = column + n % 2 < shape.width() ? from[column + n % 2] : 0.0f;
+    }
+    *reinterpret_cast<float4*>(shared + p.layout.bias + e * 16) =
+        make_float4(values[0], values[1], values[2], values[3]);
+  }
+}
+
+// A warp's four probes: projections of two beside each other, and bias by rows.
+template <typename T, bool kTuned>
+__device__ inline void stage_probes(const MmaParams<T>& p, const MmaShape<kTuned>& shape, int64_t group,
+                                    int order, unsigned char* own, int lane) {
+  const MatrixSide<T, float>& side = p.matrix.probes;
+  const auto face_of = [&](int slot) {
+    const int64_t face = group * kGroup + slot;
+    return face < side.faces ? face : side.faces - 1;
+  };
+  const int quads = shape.hidden() / 4;
+  const int64_t offset = int64_t{order} * shape.hidden() * shape.cells();
+#pragma unroll
+  for (int pair = 0; pair < kGroup / 2; ++pair) {
+    const T* a = side.projection + face_of(2 * pair) * side.projection_stride + offset;
+    const T* b = side.projection + face_of(2 * pair + 1) * side.projection_stride + offset;
+    unsigned char* to = own + pair * shape.cells() * quads * 16;
+    for (int e = lane; e < shape.cells() * quads; e += kWarp) {
+      const int cell = e / quads;
+      const int channel = 4 * (e - cell * quads);
+      const uint2 x = gather_channels(a, shape.cells(), channel, cell);
+      const uint2 y = gather_channels(b, shape.cells(), channel, cell);
+      *reinterpret_cast<uint4*>(to + e * 16) = make_uint4(x.x, x.y, y.x, y.y);
+    }
+  }
+  float* bias = reinterpret_cast<float*>(own + p.layout.probe_bias);
+  for (int e = lane; e < shape.height() * kGroup * kColumns; e += kWarp) {
+    const int column = e % kColumns;
+    const int row = e / kColumns / kGroup;
+    const float* from = side.bias + face_of(e / kColumns % kGroup) * side.bias_stride + order * shape.cells();
+    bias[e] = column < shape.width() ? from[row * shape.width() + column] : 0.0f;
+  }
+}
+
+// Starts copying one row of the four probes' features.
+template <typename T, bool kTuned>
+__device__ inline void stage_probe_row(const MmaParams<T>& p, const MmaShape<kTuned>& shape, int64_t group,
+                                       int row, unsigned char* own, int lane) {
+  const MatrixSide<T, float>& side = p.matrix.probes;
+  const int chunks = shape.width() * shape.channels() / 8;  // of a probe
+  for (int e = lane; e < kGroup * chunks; e += kWarp) {
+    const int slot = e / chunks;
+    const int64_t face = group * kGroup + slot;
+    const T* from = side.features + (face < side.faces ? face : side.faces - 1) * side.features_stride +
+                    row * shape.width() * shape.channels() + (e - slot * chunks) * 8;
+    copy_async<16>(own + p.layout.probe_features + e * 16, from);
+  }
+}
+
+// The weights of every band, rounded to T, as B fragments: band (r, j) leads from input column j to output
+// row row - 1 + r.
+template <typename T, bool kTuned>
+__device__ inline void build_bands(const MmaParams<T>& p, const MmaShape<kTuned>& shape,
+                                   unsigned char* bands) {
+  for (int e = static_cast<int>(threadIdx.x); e < shape.hidden_blocks() * 3 * kColumns * kWarp;
+       e += static_cast<int>(blockDim.x)) {
+    const int lane = e % kWarp;
+    const int j = e / kWarp % kColumns;
+    const int r = e / kWarp / kColumns % 3;
+    const int block = e / kWarp / kColumns / 3;
+    const int column = lane / 4;   // of the output
+    const int l = j - column + 1;  // of the weight
+    const int channel = 16 * block + lane % 4 * 4;
+    T four[4];
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      const bool inside = l >= 0 && l < 3 && column < shape.width() && j < shape.width();
+      four[n] = Element<T>::store(inside ? p.matrix.weight[(channel + n) * 9 + 3 * (2 - r) + l] : 0.0f);
+    }
+    memcpy(bands + e * 8, four, 8);
+  }
+}
+
+// Running scores of a lane: probe n, faces q (0) and q + 8 (1). As RunningScore, exponents in powers of two.
+struct MmaScores {
+  float extreme[kGroup][2];
+  float total[kGroup][2];
+  float weighted[kGroup][2];
+  float plain[kGroup][2];
+};
+
+// One order's scores of a warp's four probes against the tile, in result[probe][face q or q + 8] of every
+// lane.
+template <typename T, bool kTuned>
+__device__ inline void score_group(const MmaParams<T>& p, const MmaShape<kTuned>& shape,
+                                   const uint2 (&kept_bands)[MmaShape<kTuned>::kBands],
+                                   const unsigned char* shared, unsigned char* own, int64_t group, int order,
+                                   float slope, int lane, float (&result)[kGroup][2]) {
+  constexpr float kLowest = RunningScore<float>::kLowest;
+  const int q = lane / 4;
+  const int t = lane % 4;
+  const int width = shape.width();
+  const int height = shape.height();
+  const int hidden_blocks = shape.hidden_blocks();
+  const bool softmax = p.matrix.softmax;
+  const int cell_bytes = shape.hidden() * 2;
+  const unsigned char* const projection = shared + (order * kTile + q) * shape.projection_stride() + t * 8;
+  const unsigned char* const projection_8 = projection + 8 * shape.projection_stride();
+  constexpr int kLaneBytes = kTuned ? 16 : 8;  // of features that a lane takes at a time
+  const unsigned char* const features =
+      shared + p.layout.features + q * shape.features_stride() + t * kLaneBytes;
+  const unsigned char* const features_8 = features + 8 * shape.features_stride();
+  const unsigned char* const probe_row =
+      own + p.layout.probe_features + q % 2 * width * shape.channels() * 2 + t * kLaneBytes;
+  const unsigned char* const zero = shared + p.layout.zero;
+
+  MmaScores state;
+#pragma unroll
+  for (int n = 0; n < kGroup; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      state.extreme[n][half] = kLowest;
+      state.total[n][half] = state.weighted[n][half] = state.plain[n][half] = 0.0f;
+    }
+  }
+  float rows[kGroup][3][4];  // logits of rows row - 1, row, row + 1
+#pragma unroll
+  for (int n = 0; n < kGroup; ++n) {
+#pragma unroll
+    for (int r = 0; r < 3; ++r) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) rows[n][r][k] = 0.0f;
+    }
+  }
+  float seen = 0.0f;  // cells of this lane
+#pragma unroll 1
+  for (int row = 0; row <= height; ++row) {
+    if (row > 0) stage_probe_row(p, shape, group, row - 1, own, lane);
+    if (row < height) {
+#pragma unroll
+      for (int j = 0; j < (kTuned ? kTunedSide : kColumns); ++j) {
+        if (j >= width) break;
+        const int cell = row * width + j;
+#pragma unroll 1
+        for (int block = 0; block < hidden_blocks; ++block) {
+          const uint2 v = load_shared<uint2>(projection + cell * cell_bytes + block * 32);
+          const uint2 v_8 = load_shared<uint2>(projection_8 + cell * cell_bytes + block * 32);
+          uint32_t h[kGroup][4];
+#pragma unroll
+          for (int pair = 0; pair < kGroup / 2; ++pair) {
+            const uint4 u = load_shared<uint4>(
+                own + ((pair * shape.cells() + cell) * hidden_blocks + block) * 64 + t * 16);
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+              const uint2 one = n == 0 ? make_uint2(u.x, u.y) : make_uint2(u.z, u.w);
+              h[2 * pair + n][0] = packed_maximum<T>(v.x, one.x);
+              h[2 * pair + n][1] = packed_maximum<T>(v_8.x, one.x);
+              h[2 * pair + n][2] = packed_maximum<T>(v.y, one.y);
+              h[2 * pair + n][3] = packed_maximum<T>(v_8.y, one.y);
+            }
+          }
+#pragma unroll
+          for (int r = 0; r < 3; ++r) {
+            uint2 band;
+            if constexpr (kTuned) {
+              band = kept_bands[r * kTunedSide + j];
+            } else {
+              band = load_shared<uint2>(shared + p.layout.band +
+                                        (((block * 3 + r) * kColumns + j) * kWarp + lane) * 8);
+            }
+            const bool inside = r == 0 ? row > 0 : r == 1 || row + 1 < height;
+#pragma unroll
+            for (int n = 0; n < kGroup; ++n) multiply_tiles<T>(rows[n][r], h[n], band, inside);
+          }
+        }
+      }
+    }
+
+    if (row > 0) {
+      copy_async_wait();
+      __syncwarp();
+      float cosines[kGroup / 2][2][4];  // of two probes, at cells 2t and 2t + 1
+#pragma unroll
+      for (int pair = 0; pair < kGroup / 2; ++pair) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) cosines[pair][0][k] = cosines[pair][1][k] = 0.0f;
+      }
+#pragma unroll
+      for (int j = 0; j < (kTuned ? kTunedSide : kColumns); ++j) {
+        if (j >= width) break;
+        const int at = ((row - 1) * width + j) * shape.channels() * 2;
+        const bool owner = q / 2 == j / 2;
+        if constexpr (kTuned) {
+          const uint4 x = load_shared<uint4>(features + at);
+          const uint4 x_8 = load_shared<uint4>(features_8 + at);
+          const uint32_t low[4] = {x.x, x_8.x, x.y, x_8.y};
+          const uint32_t high[4] = {x.z, x_8.z, x.w, x_8.w};
+#pragma unroll
+          for (int pair = 0; pair < kGroup / 2; ++pair) {
+            const uint4 y =
+                load_shared<uint4>(owner ? probe_row + (2 * pair * width + j) * shape.channels() * 2 : zero);
+            multiply_tiles<T>(cosines[pair][j % 2], low, make_uint2(y.x, y.y));
+            multiply_tiles<T>(cosines[pair][j % 2], high, make_uint2(y.z, y.w));
+          }
+        } else {
+#pragma unroll 1
+          for (int c = 0; c < shape.channels() * 2; c += 32) {
+            const uint2 x = load_shared<uint2>(features + at + c);
+            const uint2 x_8 = load_shared<uint2>(features_8 + at + c);
+            const uint32_t a[4] = {x.x, x_8.x, x.y, x_8.y};
+#pragma unroll
+            for (int pair = 0; pair < kGroup / 2; ++pair) {
+              multiply_tiles<T>(
+                  cosines[pair][j % 2], a,
+                  load_shared<uint2>(owner ? probe_row + (2 * pair * width + j) * shape.channels() * 2 + c
+                                           : zero));
+            }
+          }
+        }
+      }
+      __syncwarp();  // the row is read until here
+
+      const float4 tile_bias =
+          load_shared<float4>(shared + p.layout.bias + ((order * height + row - 1) * kWarp + lane) * 16);
+      const bool first = 2 * t < width;
+      const bool second = 2 * t + 1 < width;
+#pragma unroll
+      for (int n = 0; n < kGroup; ++n) {
+        const float2 bias = load_shared<float2>(own + p.layout.probe_bias +
+                                                (((row - 1) * kGroup + n) * kColumns + 2 * t) * 4);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float y_0 = (bias.x + (half == 0 ? tile_bias.x : tile_bias.z)) + rows[n][0][2 * half];
+          const float y_1 = (bias.y + (half == 0 ? tile_bias.y : tile_bias.w)) + rows[n][0][2 * half + 1];
+          const float cosine_0 = cosines[n / 2][0][2 * half + n % 2];
+          const float cosine_1 = cosines[n / 2][1][2 * half + n % 2];
+          float z_0 = parametric(y_0, slope);
+          float z_1 = parametric(y_1, slope);
+          float& extreme = state.extreme[n][half];
+          float& total = state.total[n][half];
+          float& weighted = state.weighted[n][half];
+          if (softmax) {
+            z_0 = first ? z_0 : kLowest;
+            z_1 = second ? z_1 : kLowest;
+            float largest = z_0 > extreme ? z_0 : extreme;
+            largest = z_1 > largest ? z_1 : largest;
+            const float scale = power_of_two((extreme - largest) * p.exponent);
+            const float e_0 = power_of_two((z_0 - largest) * p.exponent);
+            const float e_1 = power_of_two((z_1 - largest) * p.exponent);
+            total = total * scale + (e_0 + e_1);
+            weighted = weighted * scale + (e_0 * cosine_0 + e_1 * cosine_1);
+            extreme = largest;
+          } else {
+            RunningScore<float> running = {extreme, total, weighted, state.plain[n][half]};
+            if (first) running.add_shifted(z_0, cosine_0, seen);
+            if (second) running.add_shifted(z_1, cosine_1, seen + 1.0f);
+            extreme = running.extreme;
+            total = running.total;
+            weighted = running.weighted;
+            state.plain[n][half] = running.plain;
+          }
+        }
+      }
+      seen += (first ? 1.0f : 0.0f) + (second ? 1.0f : 0.0f);
+    }
+#pragma unroll
+    for (int n = 0; n < kGroup; ++n) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        rows[n][0][k] = rows[n][1][k];
+        rows[n][1][k] = rows[n][2][k];
+        rows[n][2][k] = 0.0f;
+      }
+    }
+  }
+
+  // The four lanes of a face have different cells.
+#pragma unroll
+  for (int step = 1; step <= 2; step *= 2) {
+    const float other_seen = __shfl_xor_sync(kFullWarp, seen, step);
+#pragma unroll
+    for (int n = 0; n < kGroup; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float& extreme = state.extreme[n][half];
+        float& total = state.total[n][half];
+        float& weighted = state.weighted[n][half];
+        float& plain = state.plain[n][half];
+        const float other_extreme = __shfl_xor_sync(kFullWarp, extreme, step);
+        const float other_total = __shfl_xor_sync(kFullWarp, total, step);
+        const float other_weighted = __shfl_xor_sync(kFullWarp, weighted, step);
+        if (softmax) {
+          const float largest = other_extreme > extreme ? other_extreme : extreme;
+          const float own_scale = power_of_two((extreme - largest) * p.exponent);
+          const float other_scale = power_of_two((other_extreme - largest) * p.exponent);
+          total = total * own_scale + other_total * other_scale;
+          weighted = weighted * own_scale + other_weighted * other_scale;
+          extreme = largest;
+        } else {
+          const float other_plain = __shfl_xor_sync(kFullWarp, plain, step);
+          // A lane without cells has no smallest value.
+          const float smallest =
+              seen == 0.0f || (other_seen > 0.0f && other_extreme < extreme) ? other_extreme : extreme;
+          const float own_step = seen == 0.0f ? 0.0f : extreme - smallest;
+          const float other_step = other_seen == 0.0f ? 0.0f : other_extreme - smallest;
+          total = (total + own_step * seen) + (other_total + other_step * other_seen);
+          weighted = (weighted + own_step * plain) + (other_weighted + other_step * other_plain);
+          plain += other_plain;
+          extreme = smallest;
+        }
+      }
+    }
+    seen += other_seen;
+  }
+#pragma unroll
+  for (int n = 0; n < kGroup; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const RunningScore<float> running = {state.extreme[n][half], state.total[n][half],
+                                           state.weighted[n][half], state.plain[n][half]};
+      result[n][half] += running.result(softmax, seen);
+    }
+  }
+}
+
+template <typename T, bool kTuned>
+__global__ void __launch_bounds__(kMostWarps* kWarp, 1)
+    matrix_tensor(const __grid_constant__ MmaParams<T> p) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  const MmaShape<kTuned> shape = {p.layout};
+  unsigned char* const shared = dynamic_shared();
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int warps = static_cast<int>(blockDim.x) / kWarp;
+  unsigned char* const own = shared + p.layout.probes + warp * p.layout.warp_bytes;
+  const float slope = p.matrix.slope[0];
+  const int q = lane / 4;
+  const int t = lane % 4;
+
+  build_bands(p, shape, shared + p.layout.band);
+  if (threadIdx.x < kZeroBytes / 4) reinterpret_cast<float*>(shared + p.layout.zero)[threadIdx.x] = 0.0f;
+  __syncthreads();
+  uint2 bands[MmaShape<kTuned>::kBands] = {};
+  if constexpr (kTuned) {
+#pragma unroll
+    for (int n = 0; n < MmaShape<kTuned>::kBands; ++n) {
+      const int r = n / kTunedSide;
+      const int j = n % kTunedSide;
+      bands[n] = load_shared<uint2>(shared + p.layout.band + ((r * kColumns + j) * kWarp + lane) * 8);
+    }
+  }
+
+  int64_t staged = -1;  // the group and order that the warp's part holds
+  for (int64_t item = blockIdx.x; item < p.tiles * p.parts; item += gridDim.x) {
+    const int64_t tile = item / p.parts;
+    const int64_t part = item - tile * p.parts;
+    __syncthreads();  // bands, or a former tile, may still be read
+    stage_gallery(p, shape, tile, shared);
+    copy_async_wait();
+    __syncthreads();
+    const int64_t end = (part + 1) * p.part_groups < p.groups ? (part + 1) * p.part_groups : p.groups;
+    for (int64_t group = part * p.part_groups + warp; group < end; group += warps) {
+      float result[kGroup][2] = {};
+      for (int order = 0; order < p.matrix.orders; ++order) {
+        if (staged != group * p.matrix.orders + order) {
+          staged = group * p.matrix.orders + order;
+          __syncwarp();  // the former group may still be read
+          stage_probes(p, shape, group, order, own, lane);
+          __syncwarp();
+        }
+        score_group(p, shape, bands, shared, own, group, order, slope, lane, result);
+      }
+      const float share = p.matrix.orders == 2 ? 0.5f : 1.0f;
+#pragma unroll
+      for (int n = 0; n < kGroup; ++n) {
+        const int64_t probe = group * kGroup + n;
+        if (t != n || probe >= p.matrix.probes.faces) continue;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int64_t face = tile * kTile + q + 8 * half;
+          if (face >= p.matrix.gallery.faces) continue;
+          p.matrix.scores[probe * p.matrix.gallery.faces + face] = result[n][half] * share;
+        }
+      }
+    }
+  }
+#endif
+}
+
+// The layout with as many warps as there is shared memory for, at most `wanted`; warps 0: none fits.
+MmaLayout fitting_layout(const MatrixProblem& problem, int wanted) {
+  int device = 0;
+  int major = 0;
+  int most = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());
+    return {};
+  }
+  if (major < 8) return {};
+  for (int warps = wanted; warps > 0; --warps) {
+    const MmaLayout layout = mma_layout(static_cast<int>(problem.channels), static_cast<int>(problem.hidden),
+                                        static_cast<int>(problem.height), static_cast<int>(problem.width),
+                                        static_cast<int>(problem.orders), warps);
+    if (layout.bytes <= most) return layout;
+  }
+  return {};
+}
+
+template <typename T>
+Status launch_mma(const MatrixProblem& problem, void* scores, Stream stream) {
+  MmaParams<T> p = {};
+  p.matrix = matrix_params<T, float>(problem);
+  p.matrix.scores = static_cast<float*>(scores);
+  p.exponent = static_cast<float>(1.4426950408889634 / problem.temperature);
+  if (!(p.exponent < std::numeric_limits<float>::max())) p.exponent = std::numeric_limits<float>::max();
+  p.tiles = ceil_divide(problem.gallery.faces, kTile);
+  p.groups = ceil_divide(problem.probes.faces, kGroup);
+  // Two warps at least, for staging.
+  const int wanted = static_cast<int>(p.groups < 2 ? 2 : p.groups < kMostWarps ? p.groups : kMostWarps);
+  p.layout = fitting_layout(problem, wanted);
+  // All probes against a tile while it is at hand, unless that leaves multiprocessors without work.
+  const int64_t rounds = ceil_divide(p.groups, p.layout.warps);
+  const int64_t parts = p.tiles >= 512 ? 1 : ceil_divide(512, p.tiles);
+  const int64_t part_rounds = parts >= rounds ? 1 : ceil_divide(rounds, parts);
+  p.part_groups = part_rounds * p.layout.warps;
+  p.parts = ceil_divide(p.groups, p.part_groups);
+  const bool tuned = is_tuned(p.layout.channels, p.layout.hidden, p.layout.height, p.layout.width);
+  const auto kernel = tuned ? matrix_tensor<T, true> : matrix_tensor<T, false>;
+  if (p.layout.bytes > kDefaultShared) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.layout.bytes);
+    if (error != cudaSuccess) {
+      static_cast<void>(cudaGetLastError());
+      return static_cast<Status>(error);
+    }
+  }
+  const int threads = p.layout.warps * kWarp;
+  if (tuned)
+    return launch_blocks<matrix_tensor<T, true>>(p.tiles * p.parts, threads, p.layout.bytes, p, stream);
+  return launch_blocks<matrix_tensor<T, false>>(p.tiles * p.parts, threads, p.layout.bytes, p, stream);
+}
+
+bool reaches_vectors(const TemplateView& side) {
+  return reinterpret_cast<uintptr_t>(side.features) % 16 == 0 &&
+         (side.faces == 1 || side.features_stride % 8 == 0);
+}
+
+}  // namespace
+
+bool matrix_mma_takes(const MatrixProblem& problem) {
+  if (scalar_size(problem.scalar) != 2) return false;
+  if (problem.channels % 16 != 0 || problem.hidden % 16 != 0 || problem.width > kColumns) return false;
+  // The bounds keep the layout's products from overflowing.
+  if (problem.channels > kMostChannels || problem.hidden > kMostChannels || problem.height > kMostCells)
+    return false;
+  if (!reaches_vectors(problem.probes) || !reaches_vectors(problem.gallery)) return false;
+  return fitting_layout(problem, 1).warps > 0;
+}
+
+Status matrix_mma(const MatrixProblem& problem, void* scores, Stream stream) {
+  if (problem.scalar == Scalar::f16) return launch_mma<__half>(problem, scores, stream);
+  return launch_mma<__nv_bfloat16>(problem, scores, stream);
+}
+
+}  // namespace xcos::cuda

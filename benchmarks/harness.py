@@ -34,8 +34,13 @@ class Case:
         name: Unique, e.g. ``xcos_score/forward/fp32``.
         contenders: Function by name; "xcos_ext" is ours.
         bytes_moved: Bytes a contender must read and write, by name, for the ones where bandwidth is of interest.
-        targets: ``(contender, bound, text)``: how many times faster than it ours should be.
+        targets: ``(contender, bound, text)``: how many times faster than it ours should be. Instead of a contender,
+            "seconds" (at most), "bandwidth" (share, at least), "pairs" (a second, at least), or a fact (at most).
         budget: Seconds to spend on the case.
+        scale: Factor by contender, for one too slow to run whole: it runs a part, and its time is multiplied.
+        pairs: Pairs of faces a call scores; gives pairs/s.
+        multiply_adds: Multiply-adds of a call, by contender, for the ones where arithmetic is of interest.
+        facts: Whatever else was measured on the way: errors, memory.
     """
 
     name: str
@@ -45,6 +50,10 @@ class Case:
     device: str = "cpu"
     budget: float = 8.0
     note: str = ""
+    scale: dict[str, float] = field(default_factory=dict)
+    pairs: int | None = None
+    multiply_adds: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -90,7 +99,8 @@ def measure(case: Case) -> dict[str, Any]:
     while rounds < 7 or (time.perf_counter() - begin < case.budget and rounds < 101):
         for name, function in case.contenders.items():
             function()  # not timed: what the one before left in caches and in the allocator is not this one's
-            samples[name].append(_time_once(function, repeats[name], case.device))
+            seconds = _time_once(function, repeats[name], case.device)
+            samples[name].append(seconds * case.scale.get(name, 1.0))
         rounds += 1
     timings = {name: _summary(values) for name, values in samples.items()}
     row: dict[str, Any] = {
@@ -101,6 +111,10 @@ def measure(case: Case) -> dict[str, Any]:
         "speedup": {},
         "bandwidth": {},
         "targets": [],
+        "pairs": case.pairs,
+        "scaled": sorted(case.scale),
+        "multiply_adds": {name: count / timings[name].median for name, count in case.multiply_adds.items()},
+        "facts": case.facts,
     }
     ours = samples["xcos_ext"]
     for name in case.contenders:
@@ -115,6 +129,13 @@ def measure(case: Case) -> dict[str, Any]:
     for peer, bound, text in case.targets:
         if peer == "seconds":
             reached, met = timings["xcos_ext"].median, timings["xcos_ext"].median <= bound
+        elif peer in case.facts:
+            reached = case.facts[peer]
+            met = reached <= bound
+        elif peer == "pairs":
+            assert case.pairs is not None
+            reached = case.pairs / timings["xcos_ext"].median
+            met = reached >= bound
         elif peer == "bandwidth":
             reached = row["bandwidth_share"]["median"]
             met = reached >= bound
@@ -196,7 +217,13 @@ def describe(row: dict[str, Any]) -> str:
             text += f"  ours is {row['speedup'][name]['median']:.2f}x"
         if name in row["bandwidth"]:
             text += f"  {row['bandwidth'][name] / 1e9:.1f} GB/s"
+        if name in row["multiply_adds"]:
+            text += f"  {row['multiply_adds'][name] / 1e9:.1f} Gmac/s"
+        if name == "xcos_ext" and row["pairs"]:
+            text += f"  {row['pairs'] / timing['median'] / 1e6:.3g} M pairs/s"
         lines.append(text)
+    for name, value in row["facts"].items():
+        lines.append(f"    {name}: {value:.3g}")
     for target in row["targets"]:
         lines.append(f"    {'met   ' if target['met'] else 'MISSED'} {target['text']}: {target['reached']:.3g}")
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 
@@ -19,6 +19,18 @@ def lean(a: Tensor, b: Tensor, attention: Tensor) -> Tensor:
     dot, aa, bb = (a * b).sum(1), (a * a).sum(1), (b * b).sum(1)
     scale = aa.sqrt().clamp_min(1e-6) * bb.sqrt().clamp_min(1e-6)
     return (dot / scale * attention).sum((1, 2))
+
+
+def eager_matrix(head: nn.Module, a: Tensor, b: Tensor) -> Tensor:
+    """All pairs [P, G] as the public xCos implementation has them: its attention network on every pair.
+
+    The embedding of a face is shared by its pairs, which is kinder than running it for each.
+    """
+    p, g = len(a), len(b)
+    embedded = head.embed(a).repeat_interleave(g, 0), head.embed(b).repeat(p, 1, 1, 1)
+    logits = head.attention(torch.cat(embedded, 1)).squeeze(1)
+    weights = logits.flatten(1).softmax(1).view_as(logits)
+    return eager(a.repeat_interleave(g, 0), b.repeat(p, 1, 1, 1), weights).view(p, g)
 
 
 def eager_grid(a: Tensor, b: Tensor) -> Tensor:

@@ -15,12 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import bench_grid_cosine
 import bench_xcos_score
+import bench_xcos_topk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _cases():
-    for suite in (bench_xcos_score, bench_grid_cosine):
+    for suite in (bench_xcos_score, bench_grid_cosine, bench_xcos_topk):
         yield from suite.cases(DEVICE, pairs=1024)
 
 

@@ -1,0 +1,281 @@
+"""Cases of xcos_topk and xcos_matrix: a search in a large gallery, and all pairs of a training batch.
+
+64 probes against 100,000 gallery faces (on a GPU 256 against 1,000,000), 32x7x7, hidden 16, the ten best. Faces are
+random, with people among them: a tenth of the gallery looks like some probe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import Case
+from peers import eager_matrix, with_gradients
+from torch import Tensor
+
+import xcos_ext
+from xcos_ext.nn import XCosAttention
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SHAPE = (32, 7, 7)
+K = 10
+
+# Of a pair, all terms inside the border: the second convolution and the cosines.
+MULTIPLY_ADDS = 16 * 19 * 19 + 32 * 49
+COSINE = 32 * 49
+
+
+def _attention(device: str, **options: Any) -> XCosAttention:
+    """Seeded weights; batch norms as after training, so that attention differs from cell to cell and pair to pair."""
+    torch.manual_seed(11)
+    attention = XCosAttention(SHAPE[0], 16, **options).eval()
+    with torch.no_grad():
+        a, b = (torch.randn(256, *SHAPE) for _ in range(2))
+        attention.train()
+        for _ in range(20):
+            attention(a, b)  # running statistics of this kind of input
+        attention.eval()
+    return attention.to(device)
+
+
+def _faces(probes: int, gallery: int, device: str) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(7)
+    a = torch.randn(probes, *SHAPE)
+    b = torch.randn(gallery, *SHAPE)
+    alike = torch.arange(0, gallery, 10)
+    b[alike] += torch.rand(len(alike), 1, 1, 1) * 1.5 * a[torch.arange(len(alike)) % probes]
+    return a.to(device), b.to(device)
+
+
+def _accuracy(attention: XCosAttention, a: Tensor, b: Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """Scores of stored templates against the network itself in fp64, on a part of the pairs."""
+    p, g = 32, 1000
+    a, b = a[:p], b[:g]
+    exact = XCosAttention(**attention.config()).to(a.device).double().eval()  # type: ignore[arg-type]
+    exact.load_state_dict({name: t.double() for name, t in attention.state_dict().items()})
+    rows = [eager_matrix(exact, a[i : i + 1].double(), b.double()) for i in range(p)]
+    truth = torch.cat(rows)
+    probes, gallery = attention.templates(a, "probe", dtype), attention.templates(b, "gallery", dtype)
+    error = (xcos_ext.xcos_matrix(probes, gallery).double() - truth).abs()
+    mine = xcos_ext.xcos_topk(probes, gallery, K).indices
+    best = truth.topk(K).indices
+    agreement = (mine.unsqueeze(2) == best.unsqueeze(1)).any(2).double().mean()
+    return {
+        "largest error": error.max().item(),
+        "mean error": error.mean().item(),
+        f"top-{K} agreement": agreement.item(),
+    }
+
+
+def extra_memory(function: Callable[[], Any], device: str) -> float | None:
+    """Bytes that a call needed at its peak beyond what was there before; None where nobody says."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return float(torch.cuda.max_memory_allocated() - before)
+
+    def status(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+    with contextlib.suppress(OSError, StopIteration, AttributeError):
+        function()  # what the first call alone needs is not the call's
+        ctypes.CDLL(None).malloc_trim(0)  # or memory kept from the first call would serve the second
+        Path("/proc/self/clear_refs").write_text("5")  # peak := now
+        before = status("VmRSS")
+        function()
+        return float(status("VmHWM") - before)
+    return None
+
+
+def _one_thread(function: Callable[[], Any]) -> Callable[[], Any]:
+    def run() -> Any:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function()
+        finally:
+            torch.set_num_threads(threads)
+
+    return run
+
+
+def _faiss(gallery: Tensor, probes: Tensor) -> dict[str, Callable[[], Any]]:
+    """IndexFlatIP, where faiss is installed."""
+    try:
+        import faiss
+    except ImportError:
+        return {}
+    index = faiss.IndexFlatIP(gallery.shape[1])
+    index.add(gallery.numpy())
+    queries = probes.numpy()
+
+    def run() -> Any:
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        return index.search(queries, K)
+
+    return {"faiss": run}
+
+
+@torch.no_grad()
+def _search(device: str, probes: int, gallery: int) -> Iterator[Case]:
+    gpu = device == "cuda"
+    pairs = probes * gallery
+    note = f"{probes} probes x {gallery} faces, top {K}"
+    a, b = _faces(probes, gallery, device)
+    attention = _attention(device)
+    p, g = attention.templates(a, "probe"), attention.templates(b, "gallery")
+    a1, b1 = p.features.flatten(1), g.features.flatten(1)
+    part = min(128, gallery)
+    square = torch.randn(2048, COSINE, device=device), torch.randn(COSINE, 4096, device=device)
+
+    for name, dtype in DTYPES.items():
+        stored = p.to(dtype), g.to(dtype)
+        learned = {
+            "xcos_ext": lambda s=stored: xcos_ext.xcos_topk(*s, K),
+            "eager": lambda: eager_matrix(attention, a[:16], b[:part]),
+            "cosine fp32": lambda: (a1 @ b1.T).topk(K),
+        }
+        if gpu:
+            half = a1.to(dtype), b1.to(dtype)
+            learned[f"cosine {name}"] = lambda h=half: (h[0] @ h[1].T).topk(K)
+        matrices = tuple(t.to(dtype) for t in square)
+        learned["gemm"] = lambda m=matrices: m[0] @ m[1]
+        facts = _accuracy(attention, a, b, dtype)
+        targets: list[tuple[str, float, str]] = []
+        if gpu:
+            if name == "fp16":
+                targets = [("pairs", 1.5e9, "learned: pairs/s >= 1.5e9"), ("pairs", 5e9, "learned: pairs/s >= 5e9")]
+        else:
+            if name == "fp32":
+                learned["one thread"] = _one_thread(learned["xcos_ext"])
+            memory = extra_memory(learned["xcos_ext"], device)
+            if memory is not None:
+                facts["extra MB"] = memory / 1e6
+                targets.append(("extra MB", 64.0, "learned: extra memory under 64 MB"))
+            factor = {"fp32": 200.0, "bf16": 350.0, "fp16": 350.0}[name]
+            targets += [
+                ("eager", factor, f"learned: times eager >= {factor:.0f}"),
+                ("cosine fp32", 0.5, "learned: speed of torch's fp32 cosine top-k >= 0.5"),
+            ]
+        yield Case(
+            f"xcos_topk/learned/{name}",
+            learned,
+            {},
+            targets,
+            device,
+            note=note,
+            scale={"eager": pairs / (16 * part)},
+            pairs=pairs,
+            multiply_adds={
+                "xcos_ext": pairs * MULTIPLY_ADDS,
+                "gemm": square[0].numel() * square[1].shape[1],
+                "cosine fp32": pairs * COSINE,
+            },
+            facts=facts,
+        )
+        del learned
+
+        plain = a1.to(dtype), b1.to(dtype)
+        fixed = {
+            "xcos_ext": lambda s=stored: xcos_ext.xcos_topk(*s, K, "uniform"),
+            "matmul": lambda m=plain: (m[0] @ m[1].T).topk(K),
+        }
+        targets = [
+            ("matmul", 0.8 if gpu else 1 / 1.15, f"fixed map: speed of matmul + top-k >= {0.8 if gpu else 0.87}")
+        ]
+        if name == "fp32" and not gpu:
+            faiss = _faiss(b1, a1)
+            fixed |= faiss
+            targets += [("faiss", 1.0, "fixed map: faster than faiss")] if faiss else []
+        yield Case(f"xcos_topk/fixed/{name}", fixed, {}, targets, device, note=note, pairs=pairs)
+        if gpu:
+            few = stored[0][:4]
+            size = stored[1].features.numel() * stored[1].features.element_size()
+            target = torch.empty_like(stored[1].features)
+            yield Case(
+                f"xcos_topk/fixed, 4 probes/{name}",
+                {
+                    "xcos_ext": lambda s=stored, f=few: xcos_ext.xcos_topk(f, s[1], K, "uniform"),
+                    "copy": lambda s=stored, t=target: t.copy_(s[1].features),
+                },
+                {"xcos_ext": size, "copy": 2 * size},
+                [("bandwidth", 0.8, "fixed map, 4 probes: share of bandwidth >= 0.8")],
+                device,
+                note=f"4 probes x {gallery} faces, top {K}",
+                pairs=4 * gallery,
+            )
+            del target, few
+        del fixed, plain
+
+        one = stored[0][:1]
+        single = {
+            "xcos_ext": lambda s=stored, o=one: xcos_ext.xcos_topk(o, s[1], K),
+            "cosine fp32": lambda: (a1[:1] @ b1.T).topk(K),
+        }
+        yield Case(
+            f"xcos_topk/learned, 1 probe/{name}", single, {}, [], device,
+            note=f"1 probe x {gallery} faces, top {K}", pairs=gallery,
+        )  # fmt: skip
+        del single, one, stored
+
+    yield Case(
+        "xcos_topk/norm/fp32",
+        {
+            "xcos_ext": lambda: xcos_ext.xcos_topk(p, g, K, "norm"),
+            "matmul": lambda: (a1 @ b1.T).topk(K),
+        },
+        {}, [], device, note=note, pairs=pairs,
+    )  # fmt: skip
+
+    both = _attention(device, symmetric=True)
+    ps, gs = both.templates(a, "probe"), both.templates(b, "gallery")
+    yield Case(
+        "xcos_topk/symmetric/fp32",
+        {
+            "xcos_ext": lambda: xcos_ext.xcos_topk(ps, gs, K),
+            "one order": lambda: xcos_ext.xcos_topk(p, g, K),
+        },
+        {}, [("one order", 0.5, "symmetric: under twice the cost of one order (speed > 0.5)")], device, note=note,
+        pairs=pairs,
+    )  # fmt: skip
+
+
+def _training(device: str, batch: int) -> Iterator[Case]:
+    attention = _attention(device)
+    for parameter in attention.parameters():
+        parameter.requires_grad_(True)
+    features = torch.randn(batch, *SHAPE, device=device, requires_grad=True)
+
+    def ours(f: Tensor) -> Tensor:
+        templates = attention.templates(f, "both")
+        return xcos_ext.xcos_matrix(templates, templates)
+
+    def theirs(f: Tensor) -> Tensor:
+        return eager_matrix(attention, f, f)
+
+    facts = {}
+    for name, function in (("extra MB", ours), ("extra MB of eager", theirs)):
+        memory = extra_memory(with_gradients(function, features), device)
+        if memory is not None:
+            facts[name] = memory / 1e6
+    yield Case(
+        "xcos_matrix/forward+backward/fp32",
+        {"xcos_ext": with_gradients(ours, features), "eager": with_gradients(theirs, features)},
+        {}, [], device, note=f"all pairs of {batch} faces, to the features", pairs=batch * batch, facts=facts,
+    )  # fmt: skip
+
+
+def cases(device: str, pairs: int | None = None) -> Iterator[Case]:
+    """Every case for a device; ``pairs`` bounds the search's size."""
+    gpu = device == "cuda"
+    probes, gallery = (256, 1_000_000) if gpu else (64, 100_000)
+    if pairs is not None:
+        probes, gallery = min(probes, 16), max(16, pairs // 16)
+    yield from _search(device, probes, gallery)
+    yield from _training(device, 64 if pairs is None else 8)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from pathlib import Path
 from typing import Any
 
 import torch
 from test_nn_attention import randomised
 from torch import Tensor
 
-from xcos_ext.nn import XCosAttention, XCosHead
+from xcos_ext.datasets.pictures import PersonFolder
+from xcos_ext.nn import XCosAttention, XCosHead, load_recogniser
 from xcos_ext.templates import AttentionParameters, Templates, result_dtype
 
 # Options of XCosAttention that change what the kernels compute.
@@ -22,6 +25,42 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 F64 = torch.float64
+
+# Scores of stored templates against the eager network in fp64: what storing costs.
+EAGER_ATOL = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,  # logits of some tens, of 144 terms each, and their softmax
+    torch.float16: 3e-3,  # half an ulp, 2^-11, of every unit feature and of projections of some units
+    torch.bfloat16: 2e-2,  # half an ulp is 2^-8
+}
+
+# Scores against the fp64 reference on the very same stored values: what computing costs. Half-precision templates may
+# be computed with in 16 bits of their own (fixed point for learned attention, bfloat16 products for fixed one), finer
+# than bfloat16 stores them: some ten steps of 2^-14 of the largest projection in logits, far less in scores.
+PAIRS_ATOL = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.float16: 2e-3,
+    torch.bfloat16: 2e-3,
+}
+
+# The mean of the same errors over many pairs.
+PAIRS_MEAN = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-4}
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def real_features(data: Path, faces: int) -> tuple[XCosHead, Tensor]:
+    """An untrained head in fp64 and its F [N, 32, 7, 7] of LFW faces through MobileFaceNet's body."""
+    pictures = PersonFolder(data / "lfw112.zip")
+    network = load_recogniser(data / "mobilefacenet_arcface.pt")
+    torch.manual_seed(5)
+    built = randomised(XCosHead(512, 32))
+    assert isinstance(built, XCosHead)
+    with torch.no_grad():
+        grid = network.grid(network.preprocessing([pictures.read(key) for key in pictures.keys[:faces]]))
+        return built, built.features(grid.double())
 
 
 def attention(kind: str = "softmax", channels: int = 32, hidden: int = 16) -> XCosAttention:

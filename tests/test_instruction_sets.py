@@ -22,8 +22,12 @@ def test_operators_on_every_instruction_set(isa, request):
         pytest.skip("the set in use: the whole suite runs on it")
     # A process of its own: the choice is made once, at the first call.
     folder = request.path.parent
-    files = [str(folder / name) for name in ("test_grid_cosine.py", "test_xcos_score.py", "test_contracts.py")]
-    chosen = "contiguous or channels_last or gradcheck or zero_cells or bounded or nan"
+    names = ("grid_cosine", "xcos_score", "contracts", "xcos_matrix", "xcos_topk")
+    files = [str(folder / f"test_{name}.py") for name in names]
+    chosen = (
+        "contiguous or channels_last or gradcheck or zero_cells or bounded or nan or any_shape or fill_no_tile or "
+        "matches_the_reference or large_logits or threads or alone or best_of_the_matrix or any_request"
+    )
     result = _run(isa, "-m", "pytest", "-q", "-x", "-k", chosen, "-p", "no:cacheprovider", *files)
     assert result.returncode == 0, result.stdout[-3000:]
 
@@ -37,4 +41,4 @@ def test_choice_is_reported(isa):
 def test_unknown_instruction_set_is_refused():
     result = _run("sse9", "-c", "import torch, xcos_ext; x = torch.zeros(1, 1, 1, 1); xcos_ext.grid_cosine(x, x)")
     assert result.returncode != 0
-    assert "XCOS_CPU_ISA: expected baseline, avx2 or avx512, got sse9" in result.stderr
+    assert "XCOS_CPU_ISA: expected baseline, avx2, avx512 or avx512vnni, got sse9" in result.stderr

@@ -701,14 +701,16 @@ def check_sides(op: str, probes: Templates, gallery: Templates, attention: Any =
         if not isinstance(side, Templates):
             hint = "; make them with head.templates(features, role)" if isinstance(side, Tensor) else ""
             raise TypeError(f"{op}: {name}: expected Templates, got {type(side).__name__}{hint}")
-    for what, expected, got in (
-        ("channels", probes.channels, gallery.channels),
-        ("grid", "{}x{}".format(*probes.grid), "{}x{}".format(*gallery.grid)),
-        ("dtype", _name(probes.dtype), _name(gallery.dtype)),
-        ("device", probes.device, gallery.device),
-    ):
+    # Compared before they are put into words: traced sizes have none.
+    compared: tuple[tuple[str, Any, Any, Callable[[Any], str]], ...] = (
+        ("channels", probes.channels, gallery.channels, str),
+        ("grid", probes.grid, gallery.grid, lambda grid: "{}x{}".format(*grid)),
+        ("dtype", probes.dtype, gallery.dtype, _name),
+        ("device", probes.device, gallery.device, str),
+    )
+    for what, expected, got, words in compared:
         if expected != got:
-            raise RuntimeError(f"{op}: gallery: expected {what} {expected} like probes, got {got}")
+            raise RuntimeError(f"{op}: gallery: expected {what} {words(expected)} like probes, got {words(got)}")
     own = isinstance(attention, str) and attention == "own"
     if own or (probes.learned and gallery.learned):
         problem = _other_attention(probes, gallery)

@@ -246,8 +246,8 @@ def _refuse_what_does_not_fit(probes: Templates, gallery: Templates) -> None:
     if free is not None and size > free:
         raise RuntimeError(
             f"{_OP}: probes, gallery: expected a matrix that fits in memory, got [{len(probes)}, {len(gallery)}] "
-            f"{_checks.dtype_name(wide)}, which takes {_bytes(size)} where {_bytes(free)} are free; xcos_topk finds the "
-            "best of each row without it"
+            f"{_checks.dtype_name(wide)}, which takes {_bytes(size)} where {_bytes(free)} are free; "
+            "xcos_topk finds the best of each row without it"
         )
 
 

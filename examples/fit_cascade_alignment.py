@@ -214,21 +214,20 @@ def report_rolls(pictures: list[np.ndarray], yunet: YuNetDetector, rolls: list[f
             assert landmarks is not None
             matrix = cv2.getRotationMatrix2D(((width - 1) / 2, (height - 1) / 2), degrees, 1.0)
             truth = similarity_transform(apply_transform(matrix, landmarks), ARCFACE_TEMPLATE)
-            found = detector.detect(turned(rgb, degrees))
-            if not found:
+            faces = detector.detect(turned(rgb, degrees))
+            if not faces:
                 missed += 1
                 continue
             errors = sorted(
                 rms(compose(similarity_transform(face.landmarks, ARCFACE_TEMPLATE), invert(truth)), np.eye(2, 3))
-                for face in found
+                for face in faces
                 if face.landmarks is not None
             )
             distances.append(errors[0])
             false += len(errors) - 1
         wrong = sum(distance > 8 for distance in distances)
-        print(
-            f"| {roll:g}° | {len(pictures) - missed} of {len(pictures)} | {np.median(distances):.2f} | {wrong} | {false} |"
-        )
+        found = f"{len(pictures) - missed} of {len(pictures)}"
+        print(f"| {roll:g}° | {found} | {np.median(distances):.2f} | {wrong} | {false} |")
 
 
 def main() -> int:

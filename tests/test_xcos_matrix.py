@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,7 +145,7 @@ class TestValues:
         p, g = sides(probes, gallery, kind, hidden=hidden, dtype=dtype, channels=channels, grid=grid)
         assert_scores(xcos_ext.xcos_matrix(p, g), p, g)
 
-    @settings(max_examples=60, deadline=None, derandomize=True)
+    @settings(max_examples=200, deadline=None, derandomize=True)
     @given(
         probes=st.integers(0, 40),
         gallery=st.integers(0, 70),
@@ -343,7 +346,7 @@ class TestGradients:
         p, g = sides(*counts, kind, dtype=dtype, device=device)
         compare_gradients(p, g, torch.randn(counts, dtype=F64))
 
-    @settings(max_examples=40, deadline=None, derandomize=True)
+    @settings(max_examples=120, deadline=None, derandomize=True)
     @given(
         counts=st.tuples(st.integers(0, 20), st.integers(0, 35)),
         channels=st.integers(1, 40),
@@ -421,6 +424,28 @@ class TestGradients:
             grads.append(torch.autograd.grad(scores, wanted, grad.to(scores.dtype)))
         for one, other in zip(*grads, strict=True):
             assert_gradient_close(one, other, one.dtype)
+
+    def test_memory_does_not_grow_with_the_pairs(self) -> None:
+        """512 x 512 pairs forward and backward; what is between u, v and the score would be 0.8 GB."""
+        script = """
+import resource, sys
+sys.path.insert(0, {folder!r})
+import torch, xcos_ext
+from template_samples import leaves, sides
+
+torch.manual_seed(0)
+p, g, tensors = leaves(*sides(512, 512, dtype=torch.float32))
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+xcos_ext.xcos_matrix(p[:8], g[:8]).sum().backward()
+before = peak()
+torch.autograd.grad(xcos_ext.xcos_matrix(p, g).square().sum(), tensors)
+print(peak() - before)
+"""
+        code = script.format(folder=str(Path(__file__).parent))
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+        assert run.returncode == 0, run.stderr
+        # The gradients themselves take 10 MB.
+        assert int(run.stdout) < 64 * 1024, f"{run.stdout.strip()} KiB more at the peak"
 
     def test_only_the_wanted_gradients_are_computed(self, device: str) -> None:
         p, g = sides(3, 4, dtype=torch.float32, device=device)

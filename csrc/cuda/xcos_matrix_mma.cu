@@ -247,13 +247,83 @@ __device__ inline void build_bands(const MmaParams<T>& p, const MmaShape<kTuned>
   }
 }
 
-// Running scores of a lane: probe n, faces q (0) and q + 8 (1). As RunningScore, exponents in powers of two.
-struct MmaScores {
-  float extreme[kGroup][2];
-  float total[kGroup][2];
-  float weighted[kGroup][2];
-  float plain[kGroup][2];
+// A lane's part of one pair's running score: RunningScore without branches, two cells at a time, and with
+// exponentials as powers of two. A lane of a narrow map may have one cell in a row, or none.
+struct LaneScore {
+  float extreme;
+  float total;
+  float weighted;
+  float plain;
+
+  static constexpr float kHighest = std::numeric_limits<float>::max();
+
+  __device__ void clear(bool softmax) {
+    extreme = softmax ? -kHighest : kHighest;
+    total = weighted = plain = 0.0f;
+  }
+
+  __device__ void add_softmax(const float (&logits)[2], float cosine_0, float cosine_1, bool first,
+                              bool second, float exponent) {
+    const float z_0 = first ? logits[0] : -kHighest;
+    const float z_1 = second ? logits[1] : -kHighest;
+    float largest = z_0 > extreme ? z_0 : extreme;
+    largest = z_1 > largest ? z_1 : largest;
+    const float scale = power_of_two((extreme - largest) * exponent);
+    const float e_0 = power_of_two((z_0 - largest) * exponent);
+    const float e_1 = power_of_two((z_1 - largest) * exponent);
+    total = total * scale + (e_0 + e_1);
+    weighted = weighted * scale + (e_0 * cosine_0 + e_1 * cosine_1);
+    extreme = largest;
+  }
+
+  // seen: cells that came before.
+  __device__ void add_min_shift(const float (&logits)[2], float cosine_0, float cosine_1, bool first,
+                                bool second, float seen) {
+    float smallest = first && logits[0] < extreme ? logits[0] : extreme;
+    smallest = second && logits[1] < smallest ? logits[1] : smallest;
+    const float step = seen > 0.0f ? extreme - smallest : 0.0f;
+    const float d_0 = first ? logits[0] - smallest : 0.0f;
+    const float d_1 = second ? logits[1] - smallest : 0.0f;
+    total = (total + step * seen) + (d_0 + d_1);
+    weighted = (weighted + step * plain) + (d_0 * cosine_0 + d_1 * cosine_1);
+    plain += cosine_0 + cosine_1;
+    extreme = smallest;
+  }
+
+  // With the lane whose number differs in bit `step`.
+  __device__ void merge_softmax(int step, float exponent) {
+    const float other = __shfl_xor_sync(kFullWarp, extreme, step);
+    const float largest = other > extreme ? other : extreme;
+    const float own_scale = power_of_two((extreme - largest) * exponent);
+    const float other_scale = power_of_two((other - largest) * exponent);
+    total = total * own_scale + __shfl_xor_sync(kFullWarp, total, step) * other_scale;
+    weighted = weighted * own_scale + __shfl_xor_sync(kFullWarp, weighted, step) * other_scale;
+    extreme = largest;
+  }
+
+  __device__ void merge_min_shift(int step, float seen, float other_seen) {
+    const float other = __shfl_xor_sync(kFullWarp, extreme, step);
+    const float other_plain = __shfl_xor_sync(kFullWarp, plain, step);
+    const float smallest = other < extreme ? other : extreme;
+    const float own_step = seen > 0.0f ? extreme - smallest : 0.0f;
+    const float other_step = other_seen > 0.0f ? other - smallest : 0.0f;
+    total = (total + own_step * seen) + (__shfl_xor_sync(kFullWarp, total, step) + other_step * other_seen);
+    weighted = (weighted + own_step * plain) +
+               (__shfl_xor_sync(kFullWarp, weighted, step) + other_step * other_plain);
+    plain += other_plain;
+    extreme = smallest;
+  }
 };
+
+// body(probe, half): half 0 is face q of the tile, 1 is face q + 8.
+template <class Body>
+__device__ inline void for_each_score(const Body& body) {
+#pragma unroll
+  for (int n = 0; n < kGroup; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) body(n, half);
+  }
+}
 
 // One order's scores of a warp's four probes against the tile, in result[probe][face q or q + 8] of every
 // lane.
@@ -262,7 +332,6 @@ __device__ inline void score_group(const MmaParams<T>& p, const MmaShape<kTuned>
                                    const uint2 (&kept_bands)[MmaShape<kTuned>::kBands],
                                    const unsigned char* shared, unsigned char* own, int64_t group, int order,
                                    float slope, int lane, float (&result)[kGroup][2]) {
-  constexpr float kLowest = RunningScore<float>::kLowest;
   const int q = lane / 4;
   const int t = lane % 4;
   const int width = shape.width();
@@ -280,15 +349,8 @@ __device__ inline void score_group(const MmaParams<T>& p, const MmaShape<kTuned>
       own + p.layout.probe_features + q % 2 * width * shape.channels() * 2 + t * kLaneBytes;
   const unsigned char* const zero = shared + p.layout.zero;
 
-  MmaScores state;
-#pragma unroll
-  for (int n = 0; n < kGroup; ++n) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      state.extreme[n][half] = kLowest;
-      state.total[n][half] = state.weighted[n][half] = state.plain[n][half] = 0.0f;
-    }
-  }
+  LaneScore state[kGroup][2];
+  for_each_score([&](int n, int half) { state[n][half].clear(softmax); });
   float rows[kGroup][3][4];  // logits of rows row - 1, row, row + 1
 #pragma unroll
   for (int n = 0; n < kGroup; ++n) {
@@ -390,42 +452,26 @@ __device__ inline void score_group(const MmaParams<T>& p, const MmaShape<kTuned>
           load_shared<float4>(shared + p.layout.bias + ((order * height + row - 1) * kWarp + lane) * 16);
       const bool first = 2 * t < width;
       const bool second = 2 * t + 1 < width;
+      float logits[kGroup][2][2];  // by probe, face and cell
 #pragma unroll
       for (int n = 0; n < kGroup; ++n) {
         const float2 bias = load_shared<float2>(own + p.layout.probe_bias +
                                                 (((row - 1) * kGroup + n) * kColumns + 2 * t) * 4);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float y_0 = (bias.x + (half == 0 ? tile_bias.x : tile_bias.z)) + rows[n][0][2 * half];
-          const float y_1 = (bias.y + (half == 0 ? tile_bias.y : tile_bias.w)) + rows[n][0][2 * half + 1];
-          const float cosine_0 = cosines[n / 2][0][2 * half + n % 2];
-          const float cosine_1 = cosines[n / 2][1][2 * half + n % 2];
-          float z_0 = parametric(y_0, slope);
-          float z_1 = parametric(y_1, slope);
-          float& extreme = state.extreme[n][half];
-          float& total = state.total[n][half];
-          float& weighted = state.weighted[n][half];
-          if (softmax) {
-            z_0 = first ? z_0 : kLowest;
-            z_1 = second ? z_1 : kLowest;
-            float largest = z_0 > extreme ? z_0 : extreme;
-            largest = z_1 > largest ? z_1 : largest;
-            const float scale = power_of_two((extreme - largest) * p.exponent);
-            const float e_0 = power_of_two((z_0 - largest) * p.exponent);
-            const float e_1 = power_of_two((z_1 - largest) * p.exponent);
-            total = total * scale + (e_0 + e_1);
-            weighted = weighted * scale + (e_0 * cosine_0 + e_1 * cosine_1);
-            extreme = largest;
-          } else {
-            RunningScore<float> running = {extreme, total, weighted, state.plain[n][half]};
-            if (first) running.add_shifted(z_0, cosine_0, seen);
-            if (second) running.add_shifted(z_1, cosine_1, seen + 1.0f);
-            extreme = running.extreme;
-            total = running.total;
-            weighted = running.weighted;
-            state.plain[n][half] = running.plain;
-          }
-        }
+        logits[n][0][0] = parametric((bias.x + tile_bias.x) + rows[n][0][0], slope);
+        logits[n][0][1] = parametric((bias.y + tile_bias.y) + rows[n][0][1], slope);
+        logits[n][1][0] = parametric((bias.x + tile_bias.z) + rows[n][0][2], slope);
+        logits[n][1][1] = parametric((bias.y + tile_bias.w) + rows[n][0][3], slope);
+      }
+      if (softmax) {
+        for_each_score([&](int n, int half) {
+          state[n][half].add_softmax(logits[n][half], cosines[n / 2][0][2 * half + n % 2],
+                                     cosines[n / 2][1][2 * half + n % 2], first, second, p.exponent);
+        });
+      } else {
+        for_each_score([&](int n, int half) {
+          state[n][half].add_min_shift(logits[n][half], cosines[n / 2][0][2 * half + n % 2],
+                                       cosines[n / 2][1][2 * half + n % 2], first, second, seen);
+        });
       }
       seen += (first ? 1.0f : 0.0f) + (second ? 1.0f : 0.0f);
     }
@@ -444,49 +490,18 @@ __device__ inline void score_group(const MmaParams<T>& p, const MmaShape<kTuned>
 #pragma unroll
   for (int step = 1; step <= 2; step *= 2) {
     const float other_seen = __shfl_xor_sync(kFullWarp, seen, step);
-#pragma unroll
-    for (int n = 0; n < kGroup; ++n) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float& extreme = state.extreme[n][half];
-        float& total = state.total[n][half];
-        float& weighted = state.weighted[n][half];
-        float& plain = state.plain[n][half];
-        const float other_extreme = __shfl_xor_sync(kFullWarp, extreme, step);
-        const float other_total = __shfl_xor_sync(kFullWarp, total, step);
-        const float other_weighted = __shfl_xor_sync(kFullWarp, weighted, step);
-        if (softmax) {
-          const float largest = other_extreme > extreme ? other_extreme : extreme;
-          const float own_scale = power_of_two((extreme - largest) * p.exponent);
-          const float other_scale = power_of_two((other_extreme - largest) * p.exponent);
-          total = total * own_scale + other_total * other_scale;
-          weighted = weighted * own_scale + other_weighted * other_scale;
-          extreme = largest;
-        } else {
-          const float other_plain = __shfl_xor_sync(kFullWarp, plain, step);
-          // A lane without cells has no smallest value.
-          const float smallest =
-              seen == 0.0f || (other_seen > 0.0f && other_extreme < extreme) ? other_extreme : extreme;
-          const float own_step = seen == 0.0f ? 0.0f : extreme - smallest;
-          const float other_step = other_seen == 0.0f ? 0.0f : other_extreme - smallest;
-          total = (total + own_step * seen) + (other_total + other_step * other_seen);
-          weighted = (weighted + own_step * plain) + (other_weighted + other_step * other_plain);
-          plain += other_plain;
-          extreme = smallest;
-        }
-      }
+    if (softmax) {
+      for_each_score([&](int n, int half) { state[n][half].merge_softmax(step, p.exponent); });
+    } else {
+      for_each_score([&](int n, int half) { state[n][half].merge_min_shift(step, seen, other_seen); });
     }
     seen += other_seen;
   }
-#pragma unroll
-  for (int n = 0; n < kGroup; ++n) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const RunningScore<float> running = {state.extreme[n][half], state.total[n][half],
-                                           state.weighted[n][half], state.plain[n][half]};
-      result[n][half] += running.result(softmax, seen);
-    }
-  }
+  for_each_score([&](int n, int half) {
+    const LaneScore& last = state[n][half];
+    result[n][half] +=
+        RunningScore<float>{last.extreme, last.total, last.weighted, last.plain}.result(softmax, seen);
+  });
 }
 
 template <typename T, bool kTuned>

@@ -97,9 +97,7 @@ def promote_under_autocast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a, b
 
 
-def backward_function(
-    name: str, op: Any, vmap_rule: Callable[..., Any] | None = None
-) -> type[torch.autograd.Function]:
+def backward_function(name: str, op: Any, vmap_rule: Callable[..., Any] | None = None) -> type[torch.autograd.Function]:
     """The backward operator ``op`` as a function of its own, which refuses to be differentiated again.
 
     Without it, a gradient penalty on a constant incoming gradient would silently get no gradient at all.

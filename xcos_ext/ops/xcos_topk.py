@@ -71,8 +71,7 @@ def _checked_exclude(exclude: Any, probes: Templates, gallery: Templates) -> tup
     elif exclude.dtype == torch.int64:
         if not (1 <= exclude.dim() <= 2 and shape[0] == p):
             raise RuntimeError(
-                f"{_OP}: exclude: expected int64 of shape [{p}] or [{p}, E], "
-                f"got {_checks.shape_string(exclude.shape)}"
+                f"{_OP}: exclude: expected int64 of shape [{p}] or [{p}, E], got {_checks.shape_string(exclude.shape)}"
             )
         mask, indices = None, exclude if exclude.dim() == 2 else exclude.unsqueeze(1)
     else:

@@ -3,7 +3,8 @@
     python benchmarks/render.py            rewrite README.md between its results markers
     python benchmarks/render.py --check    fail if README.md does not show what the files say
 
-A table is named by a marker ``<!-- results: cpu -->`` ... ``<!-- /results -->``; ``gpu`` takes every other file.
+A table is named by a marker ``<!-- results: cpu pairs -->`` ... ``<!-- /results -->``: ``cpu`` or ``gpu`` (every other
+file), and ``pairs`` (operators on N pairs), ``matrix`` (all pairs) or ``all`` (both).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-MARKER = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+MARKER = re.compile(r"(<!-- results: (\w+) (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+ALL_PAIRS = ("xcos_topk/", "xcos_matrix/")
 
 
 def _time(seconds: float) -> str:
@@ -33,17 +35,33 @@ def _cell(timing: dict[str, Any] | None) -> str:
     return f"{_time(timing['median'])} ({_time(timing['low'])} – {_time(timing['high'])})"
 
 
-def _table(results: dict[str, Any]) -> str:
+def _heading(results: dict[str, Any]) -> list[str]:
     machine, rows = results["machine"], results["cases"]
     where = (
         machine["gpu"]["name"]
         if rows[0]["device"] == "cuda"
         else f"{machine['processor']}, {machine['threads']} threads"
     )
-    lines = [
+    return [
         f"{where}; torch {machine['torch']}; commit `{machine['commit'][:10]}`, {machine['date'][:10]}. "
         "Median and quartiles; peers in the same run.",
         "",
+    ]
+
+
+def _targets(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for row in rows:
+        for target in row["targets"]:
+            reached = target["reached"]
+            text = _time(reached) if "under 10 us" in target["text"] else f"{reached:.3g}"
+            verdict = "met" if target["met"] else "missed"
+            lines.append(f"| {row['name'].split('/')[-1]}: {target['text']} | {text} | {verdict} |")
+    return ["", "| target | reached | |", "|---|---|---|", *lines] if lines else []
+
+
+def _pairs_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
         "| case | xcos_ext | eager | torch.compile | times eager | times compile | bandwidth |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -62,15 +80,59 @@ def _table(results: dict[str, Any]) -> str:
             f"| {row['name']} | {_cell(seconds['xcos_ext'])} | {_cell(seconds.get('eager'))} | "
             f"{_cell(seconds.get('torch.compile'))} | {times('eager')} | {times('torch.compile')} | {bandwidth} |"
         )
-    targets = [(row["name"], target) for row in rows for target in row["targets"]]
-    if targets:
-        lines += ["", "| target | reached | |", "|---|---|---|"]
-        for name, target in targets:
-            reached = _time(target["reached"]) if "under" in target["text"] else f"{target['reached']:.2f}"
-            lines.append(
-                f"| {name.split('/')[-1]}: {target['text']} | {reached} | {'met' if target['met'] else 'missed'} |"
-            )
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def _share_of_gemm(row: dict[str, Any]) -> str:
+    rates = row["multiply_adds"]
+    if "gemm" not in rates:
+        return ""
+    return f"{rates['xcos_ext'] / 1e9:.0f} G/s, {rates['xcos_ext'] / rates['gemm']:.2f} of a GEMM"
+
+
+def _matrix_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| case | xcos_ext | pairs/s | against peers: their time, times faster ours is | multiply-adds | error against "
+        "fp64, largest / mean; top-10 agreement | extra memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        facts = row["facts"]
+        peers = "; ".join(
+            f"{name}{' (scaled)' if name in row['scaled'] else ''} {_time(row['seconds'][name]['median'])}, "
+            f"**{_times(speed['median'])}**"
+            for name, speed in row["speedup"].items()
+            if name != "gemm"
+        )
+        error = ""
+        if "largest error" in facts:
+            agreement = facts["top-10 agreement"]
+            error = f"{facts['largest error']:.1e} / {facts['mean error']:.1e}; {100 * agreement:.1f} %"
+        memory = f"{facts['extra MB']:.0f} MB" if "extra MB" in facts else ""
+        if "extra MB of eager" in facts:
+            memory += f" (eager {facts['extra MB of eager']:.0f} MB)"
+        rate = row["pairs"] / row["seconds"]["xcos_ext"]["median"]
+        lines.append(
+            f"| {row['name']}: {row['note']} | {_cell(row['seconds']['xcos_ext'])} | {_rate(rate)} | {peers} | "
+            f"{_share_of_gemm(row)} | {error} | {memory} |"
+        )
+    return lines
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.0f}" if ratio >= 20 else f"{ratio:.2f}"
+
+
+def _rate(rate: float) -> str:
+    return f"{rate / 1e9:.3g} billion" if rate >= 1e9 else f"{rate / 1e6:.3g} million"
+
+
+def _table(results: dict[str, Any], kind: str) -> str:
+    rows = [row for row in results["cases"] if row["name"].startswith(ALL_PAIRS) == (kind == "matrix")]
+    if not rows:
+        return "Pending: not in the committed results file yet.\n"
+    body = _matrix_table(rows) if kind == "matrix" else _pairs_table(rows)
+    return "\n".join([*_heading(results), *body, *_targets(rows)]) + "\n"
 
 
 def render(text: str) -> str:
@@ -81,10 +143,11 @@ def render(text: str) -> str:
             files = [RESULTS / "cpu.json"]
         else:
             files = sorted(path for path in RESULTS.glob("*.json") if path.name != "cpu.json")
-        tables = [_table(json.loads(path.read_text())) for path in files if path.is_file()]
+        kinds = ["pairs", "matrix"] if match[3] == "all" else [match[3]]
+        tables = [_table(json.loads(path.read_text()), kind) for path in files if path.is_file() for kind in kinds]
         if not tables:
             tables = ["Pending: no results file of such a machine has been committed yet.\n"]
-        return match[1] + "\n".join(tables) + match[3]
+        return match[1] + "\n".join(tables) + match[4]
 
     return MARKER.sub(replace, text)
 

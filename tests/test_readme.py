@@ -38,11 +38,22 @@ def test_the_screen_of_code_runs(shared_data):
         "gallery": torch.randn(9, 32, 7, 7),
         "images_a": torch.rand(2, 3, 112, 112),
         "images_b": torch.rand(2, 3, 112, 112),
+        "features_a": torch.randn(3, 32, 7, 7),
+        "features_b": torch.randn(20, 32, 7, 7),
+        "pairs": torch.tensor([[0, 19], [2, 0]]),
     }
     exec(block, names)
     assert a.grad is not None
     assert names["probe_scores"].shape == (9,)
     assert names["result"].similarity.shape == (2, 7, 7)
+    assert names["hits"].indices.shape == (3, 10)
+
+
+def test_the_code_of_the_page_on_all_pairs_runs():
+    (block,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "all_pairs.md").read_text(), re.DOTALL)
+    names: dict[str, object] = {}
+    exec(block, names)
+    assert names["maps"].contribution.shape == (4, 7, 7)  # type: ignore[attr-defined]
 
 
 def test_tables_are_those_of_the_results_files():

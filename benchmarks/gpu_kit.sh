@@ -50,9 +50,13 @@ if command -v compute-sanitizer >/dev/null; then
   # Small on purpose: a kernel under the sanitizer runs some hundred times slower.
   chosen='(test_matches_the_reference or test_gradients_match_the_reference) and cuda and (contiguous or channels_last) and logits-'
   chosen+=' and (float16 or float32)'
+  chosen_matrix='cuda and (fill_no_tile or matches_the_reference or ties_go_to or test_min_score) and not float64'
   for tool in memcheck racecheck; do
     step "compute-sanitizer $tool" compute-sanitizer --tool "$tool" --error-exitcode 9 --target-processes application-only \
       "$python" -m pytest "${common[@]}" -x -k "$chosen" "$tests/test_xcos_score.py"
+    step "compute-sanitizer $tool, all pairs" timeout 240 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      --target-processes application-only "$python" -m pytest "${common[@]}" -x -k "$chosen_matrix" \
+      "$tests/test_xcos_matrix.py" "$tests/test_xcos_topk.py"
   done
 else
   echo "=== compute-sanitizer: not on this machine, left out" | tee -a "$log"

@@ -38,14 +38,18 @@ GROUPS = [
 # What has to be said about a fault planted on purpose.
 PLANTED = {
     "divergent-barrier": "deadlock: threads wait at a barrier",
+    "divergent-product": "deadlock: threads wait at a barrier",
     "divergent-shuffle": "lanes of a warp diverged",
     "global-overflow": "AddressSanitizer: heap-buffer-overflow",
     "global-overread": "AddressSanitizer: heap-buffer-overflow",
     "misaligned-copy": "asynchronous copy is not aligned",
     "misaligned-load": "misaligned address",
     "missing-barrier": "the result depends on the order of the threads",
+    "missing-face-mma": "AddressSanitizer: heap-buffer-overflow",
+    "missing-face-plain": "AddressSanitizer: heap-buffer-overflow",
     "missing-second-barrier": "the result depends on the order of the threads",
     "missing-wait": "asynchronous copies that it never waited for",
+    "mixed-barriers": "they wait at different kinds of barriers",
     "shared-overflow": "AddressSanitizer: use-after-poison",
     "wrong-mask": "mask lacks the calling lane",
 }

@@ -64,6 +64,9 @@ __device__ inline double root(double v) { return sqrt(v); }
 __device__ inline float exponential(float v) { return expf(v); }
 __device__ inline double exponential(double v) { return exp(v); }
 
+// The larger one; NaN is passed over.
+__device__ inline float larger(float a, float b) { return fmaxf(a, b); }
+
 // a * b, never fused with an addition.
 __device__ inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 __device__ inline double rounded_product(double a, double b) { return __dmul_rn(a, b); }
@@ -97,30 +100,27 @@ __device__ inline uint32_t packed_maximum(uint32_t a, uint32_t b) {
 #endif
 }
 
-// d += A B on the tensor cores if `on`, which is the same in all lanes: A [16, 16] and B [16, 8] of T, sums
-// in fp32. With q = lane / 4 and t = lane % 4, a lane holds
-//   a[0]: A[q, 2t .. 2t+1]  a[1]: A[q+8, 2t ..]  a[2]: A[q, 2t+8 ..]  a[3]: A[q+8, 2t+8 ..]
-//   b[0]: B[2t .. 2t+1, q]  b[1]: B[2t+8 .., q]
+// d += A B on the tensor cores: A [16, 16] and B [16, 8] of T, sums in fp32. With q = lane / 4 and t = lane %
+// 4, a lane holds
+//   a.x: A[q, 2t .. 2t+1]  a.y: A[q+8, 2t ..]  a.z: A[q, 2t+8 ..]  a.w: A[q+8, 2t+8 ..]
+//   b.x: B[2t .. 2t+1, q]  b.y: B[2t+8 .., q]
 //   d[0], d[1]: D[q, 2t .. 2t+1]  d[2], d[3]: D[q+8, 2t ..]
 // All lanes of the warp; sm_80 and later.
 template <typename T>
-__device__ inline void multiply_tiles(float (&d)[4], const uint32_t (&a)[4], uint2 b, bool on = true) {
+__device__ inline void multiply_tiles(float (&d)[4], const uint4& a, const uint2& b) {
 #if defined(XCOS_CUDA_EMULATOR)
-  if (on) emulator::mma_16x8x16(d, a, b, emulator::widen<T>);
+  emulator::mma_16x8x16(d, a, b, emulator::widen<T>);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   if constexpr (std::is_same_v<T, __half>) {
-    asm("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
-        "@p mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};\n}"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y), "r"(static_cast<int>(on)));
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
   } else {
-    asm("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
-        "@p mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
-        "%9}, "
-        "{%0, %1, %2, %3};\n}"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y), "r"(static_cast<int>(on)));
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
   }
 #endif
 }

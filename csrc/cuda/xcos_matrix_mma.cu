@@ -10,7 +10,8 @@
 // running softmax follow in registers; four lanes merge at the end.
 //
 // The order of channels in a product is free as long as both sides agree: lane t takes channels 4t .. 4t + 3
-// of 16 (or 8t .. 8t + 7 of 32), which lie side by side in memory.
+// of 16 (or 8t .. 8t + 7 of 32), which lie side by side in memory. The tile is kept as A fragments, 16 bytes
+// a lane.
 #include "cuda/matrix_kernels.cuh"
 #include "cuda/matrix_mma.h"
 
@@ -36,10 +37,10 @@ struct MmaLayout {
   int hidden;
   int height;
   int width;
-  int projection_stride;
-  int features_stride;
-  int features;  // projections of the tile come first, [orders, faces, cells, hidden]
-  int bias;      // [orders, height, lanes, 4]
+  int projection_stride;  // from cell to cell
+  int features_stride;    // the same
+  int features;           // projections of the tile come first, [orders, cells, hidden / 16, lanes, 4 words]
+  int bias;               // [orders, height, lanes, 4]
   int zero;
   int band;            // [hidden / 16, 3, columns, lanes]; of the tuned shape only while it is built
   int probes;          // a warp's part each
@@ -50,10 +51,9 @@ struct MmaLayout {
   int bytes;
 };
 
-constexpr int align(int value, int unit) { return (value + unit - 1) / unit * unit; }
-
-// Faces so far apart that the 8 lanes (of 8 faces' pieces of 32 bytes, four at a time) meet different banks.
-constexpr int spread_stride(int bytes) { return align(bytes - 32, 128) + 32; }
+// From cell to cell of a tile's fragments: 16 channels are 512 bytes; the rest spreads the stores of staging
+// over more banks.
+constexpr int fragment_stride(int channels) { return channels / 16 * 512 + 64; }
 
 constexpr bool is_tuned(int channels, int hidden, int height, int width) {
   return channels == kTunedChannels && hidden == kTunedHidden && height == kTunedSide && width == kTunedSide;
@@ -66,12 +66,11 @@ constexpr MmaLayout mma_layout(int channels, int hidden, int height, int width, 
   l.hidden = hidden;
   l.height = height;
   l.width = width;
-  l.projection_stride = spread_stride(cells * hidden * 2);
+  l.projection_stride = fragment_stride(hidden);
   const bool tuned = is_tuned(channels, hidden, height, width);
-  // The tuned shape reads 64 bytes of a cell at a time, two faces' at once.
-  l.features_stride = tuned ? cells * channels * 2 : spread_stride(cells * channels * 2);
-  l.features = orders * kTile * l.projection_stride;
-  l.bias = l.features + kTile * l.features_stride;
+  l.features_stride = fragment_stride(channels);
+  l.features = orders * cells * l.projection_stride;
+  l.bias = l.features + cells * l.features_stride;
   l.zero = l.bias + orders * height * kWarp * 16;
   l.band = l.zero + kZeroBytes;
   const int band_bytes = hidden / 16 * kBandBytes;
@@ -100,7 +99,8 @@ template <bool kTuned>
 struct MmaShape {
   const MmaLayout& l;
 
-  static constexpr int kTunedStride = spread_stride(kTunedSide * kTunedSide * kTunedHidden * 2);
+  static constexpr int kTunedProjection = fragment_stride(kTunedHidden);
+  static constexpr int kTunedFeatures = fragment_stride(kTunedChannels);
 
   __device__ int channels() const { return kTuned ? kTunedChannels : l.channels; }
   __device__ int hidden() const { return kTuned ? kTunedHidden : l.hidden; }
@@ -108,10 +108,8 @@ struct MmaShape {
   __device__ int width() const { return kTuned ? kTunedSide : l.width; }
   __device__ int cells() const { return height() * width(); }
   __device__ int hidden_blocks() const { return hidden() / 16; }
-  __device__ int projection_stride() const { return kTuned ? kTunedStride : l.projection_stride; }
-  __device__ int features_stride() const {
-    return kTuned ? kTunedSide * kTunedSide * kTunedChannels * 2 : l.features_stride;
-  }
+  __device__ int projection_stride() const { return kTuned ? kTunedProjection : l.projection_stride; }
+  __device__ int features_stride() const { return kTuned ? kTunedFeatures : l.features_stride; }
   // Bands of the tuned shape stay in registers.
   static constexpr int kBands = kTuned ? 3 * kTunedSide : 1;
 };
@@ -121,44 +119,58 @@ __device__ inline W load_shared(const unsigned char* at) {
   return *reinterpret_cast<const W*>(at);
 }
 
-// Four channels of one cell and order, packed, from a projection that lies [hidden, cells] in memory.
+// Two channels of one cell, packed, from a projection that lies [hidden, cells] in memory.
 template <typename T>
-__device__ inline uint2 gather_channels(const T* projection, int cells, int channel, int cell) {
-  T four[4];
-#pragma unroll
-  for (int n = 0; n < 4; ++n) four[n] = projection[(channel + n) * cells + cell];
-  uint2 out;
-  memcpy(&out, four, sizeof(out));
+__device__ inline uint32_t gather_channels(const T* at, int cells) {
+  const T two[2] = {at[0], at[cells]};
+  uint32_t out;
+  memcpy(&out, two, sizeof(out));
   return out;
 }
 
-// The gallery tile: projections turned to [cells, hidden], features as they are, bias as accumulators hold
-// it. Faces beyond the last are that one again. copy_async_wait() and a barrier finish it.
+// The gallery tile as A fragments, and its bias as accumulators hold it. Faces beyond the last are that one
+// again. copy_async_wait() and a barrier finish it.
 template <typename T, bool kTuned>
 __device__ inline void stage_gallery(const MmaParams<T>& p, const MmaShape<kTuned>& shape, int64_t tile,
                                      unsigned char* shared) {
   const MatrixSide<T, float>& side = p.matrix.gallery;
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
+  const int lane = thread % kWarp;
   const int64_t first = tile * kTile;
   const auto face_of = [&](int slot) { return first + slot < side.faces ? first + slot : side.faces - 1; };
-  const int face_chunks = shape.cells() * shape.channels() / 8;
-  for (int e = thread; e < kTile * face_chunks; e += threads) {
-    const int slot = e / face_chunks;
-    const int chunk = e - slot * face_chunks;
-    copy_async<16>(shared + p.layout.features + slot * shape.features_stride() + chunk * 16,
-                   side.features + face_of(slot) * side.features_stride + chunk * 8);
+  const int words = shape.channels() / 2;
+  for (int e = thread; e < kTile * words; e += threads) {
+    const int slot = e / words;
+    const int word = e - slot * words;
+    // Which lane t, which 16 channels, and which half of them.
+    const int t = kTuned ? word / 4 : word % 8 / 2;
+    const int block = kTuned ? word % 4 / 2 : word / 8;
+    unsigned char* to =
+        shared + p.layout.features + block * 512 + (slot % 8 * 4 + t) * 16 + (word % 2 * 2 + slot / 8) * 4;
+    const T* from = side.features + face_of(slot) * side.features_stride + 2 * word;
+#pragma unroll 8
+    for (int cell = 0; cell < shape.cells(); ++cell) {
+      copy_async<4>(to + cell * shape.features_stride(), from + cell * shape.channels());
+    }
   }
-  const int quads = shape.hidden() / 4;
-  for (int e = thread; e < p.matrix.orders * kTile * shape.cells() * quads; e += threads) {
-    const int quad = e % quads;
-    const int cell = e / quads % shape.cells();
-    const int face = e / quads / shape.cells();  // of order 0, then of order 1
-    const int order = face / kTile;
-    const T* from = side.projection + face_of(face % kTile) * side.projection_stride +
-                    order * shape.hidden() * shape.cells();
-    *reinterpret_cast<uint2*>(shared + face * shape.projection_stride() + cell * shape.hidden() * 2 +
-                              quad * 8) = gather_channels(from, shape.cells(), 4 * quad, cell);
+  // A warp takes a face at a time, its lanes 8 cells by 4 times 4 channels.
+  for (int slot = thread / kWarp; slot < p.matrix.orders * kTile; slot += threads / kWarp) {
+    const int order = slot / kTile;
+    const int face = slot % kTile;
+    const T* from = side.projection + face_of(face) * side.projection_stride +
+                    (order * shape.hidden() + lane % 4 * 4) * shape.cells();
+    unsigned char* to = shared + order * shape.cells() * shape.projection_stride() +
+                        (face % 8 * 4 + lane % 4) * 16 + face / 8 * 4;
+    for (int block = 0; block < shape.hidden_blocks(); ++block) {
+#pragma unroll 7
+      for (int cell = lane / 4; cell < shape.cells(); cell += kWarp / 4) {
+        unsigned char* at = to + cell * shape.projection_stride() + block * 512;
+        const T* four = from + block * 16 * shape.cells() + cell;
+        *reinterpret_cast<uint32_t*>(at) = gather_channels(four, shape.cells());
+        *reinterpret_cast<uint32_t*>(at + 8) = gather_channels(four + 2 * shape.cells(), shape.cells());
+      }
+    }
   }
   for (int e = thread; e < p.matrix.orders * shape.height() * kWarp; e += threads) {
     const int lane = e % kWarp;
@@ -184,19 +196,21 @@ __device__ inline void stage_probes(const MmaParams<T>& p, const MmaShape<kTuned
     const int64_t face = group * kGroup + slot;
     return face < side.faces ? face : side.faces - 1;
   };
-  const int quads = shape.hidden() / 4;
-  const int64_t offset = int64_t{order} * shape.hidden() * shape.cells();
+  const int64_t offset = (int64_t{order} * shape.hidden() + lane % 4 * 4) * shape.cells();
 #pragma unroll
   for (int pair = 0; pair < kGroup / 2; ++pair) {
     const T* a = side.projection + face_of(2 * pair) * side.projection_stride + offset;
     const T* b = side.projection + face_of(2 * pair + 1) * side.projection_stride + offset;
-    unsigned char* to = own + pair * shape.cells() * quads * 16;
-    for (int e = lane; e < shape.cells() * quads; e += kWarp) {
-      const int cell = e / quads;
-      const int channel = 4 * (e - cell * quads);
-      const uint2 x = gather_channels(a, shape.cells(), channel, cell);
-      const uint2 y = gather_channels(b, shape.cells(), channel, cell);
-      *reinterpret_cast<uint4*>(to + e * 16) = make_uint4(x.x, x.y, y.x, y.y);
+    unsigned char* to = own + pair * shape.cells() * shape.hidden_blocks() * 64 + lane % 4 * 16;
+    for (int block = 0; block < shape.hidden_blocks(); ++block) {
+#pragma unroll 2
+      for (int cell = lane / 4; cell < shape.cells(); cell += kWarp / 4) {
+        const int at = block * 16 * shape.cells() + cell;
+        const int half = at + 2 * shape.cells();
+        *reinterpret_cast<uint4*>(to + (cell * shape.hidden_blocks() + block) * 64) =
+            make_uint4(gather_channels(a + at, shape.cells()), gather_channels(a + half, shape.cells()),
+                       gather_channels(b + at, shape.cells()), gather_channels(b + half, shape.cells()));
+      }
     }
   }
   float* bias = reinterpret_cast<float*>(own + p.layout.probe_bias);
@@ -208,18 +222,17 @@ __device__ inline void stage_probes(const MmaParams<T>& p, const MmaShape<kTuned
   }
 }
 
-// Starts copying one row of the four probes' features.
+// Starts copying one row of the four probes' features; eight lanes have a probe. from: the probe's features,
+// at this lane's first chunk of 16 bytes.
 template <typename T, bool kTuned>
-__device__ inline void stage_probe_row(const MmaParams<T>& p, const MmaShape<kTuned>& shape, int64_t group,
-                                       int row, unsigned char* own, int lane) {
-  const MatrixSide<T, float>& side = p.matrix.probes;
+__device__ inline void stage_probe_row(const MmaShape<kTuned>& shape, const T* from, int row,
+                                       unsigned char* to, int lane) {
   const int chunks = shape.width() * shape.channels() / 8;  // of a probe
-  for (int e = lane; e < kGroup * chunks; e += kWarp) {
-    const int slot = e / chunks;
-    const int64_t face = group * kGroup + slot;
-    const T* from = side.features + (face < side.faces ? face : side.faces - 1) * side.features_stride +
-                    row * shape.width() * shape.channels() + (e - slot * chunks) * 8;
-    copy_async<16>(own + p.layout.probe_features + e * 16, from);
+  from += row * shape.width() * shape.channels();
+  to += (lane / 8 * chunks + lane % 8) * 16;
+#pragma unroll 4
+  for (int k = 0; k < (chunks + 7) / 8; ++k) {
+    if (8 * k + lane % 8 < chunks) copy_async<16>(to + 128 * k, from + 64 * k);
   }
 }
 
@@ -248,7 +261,8 @@ __device__ inline void build_bands(const MmaParams<T>& p, const MmaShape<kTuned>
 }
 
 // A lane's part of one pair's running score: RunningScore without branches, two cells at a time, and with
-// exponentials as powers of two. A lane of a narrow map may have one cell in a row, or none.
+// exponentials as powers of two (logits come multiplied by log2(e) / T). A lane of a narrow map may have one
+// cell in a row, or none.
 struct LaneScore {
   float extreme;
   float total;
@@ -263,14 +277,13 @@ struct LaneScore {
   }
 
   __device__ void add_softmax(const float (&logits)[2], float cosine_0, float cosine_1, bool first,
-                              bool second, float exponent) {
+                              bool second) {
     const float z_0 = first ? logits[0] : -kHighest;
     const float z_1 = second ? logits[1] : -kHighest;
-    float largest = z_0 > extreme ? z_0 : extreme;
-    largest = z_1 > largest ? z_1 : largest;
-    const float scale = power_of_two((extreme - largest) * exponent);
-    const float e_0 = power_of_two((z_0 - largest) * exponent);
-    const float e_1 = power_of_two((z_1 - largest) * exponent);
+    const float largest = larger(larger(z_0, z_1), extreme);
+    const float scale = power_of_two(extreme - largest);
+    const float e_0 = power_of_two(z_0 - largest);
+    const float e_1 = power_of_two(z_1 - largest);
     total = total * scale + (e_0 + e_1);
     weighted = weighted * scale + (e_0 * cosine_0 + e_1 * cosine_1);
     extreme = largest;
@@ -291,11 +304,11 @@ struct LaneScore {
   }
 
   // With the lane whose number differs in bit `step`.
-  __device__ void merge_softmax(int step, float exponent) {
+  __device__ void merge_softmax(int step) {
     const float other = __shfl_xor_sync(kFullWarp, extreme, step);
-    const float largest = other > extreme ? other : extreme;
-    const float own_scale = power_of_two((extreme - largest) * exponent);
-    const float other_scale = power_of_two((other - largest) * exponent);
+    const float largest = larger(other, extreme);
+    const float own_scale = power_of_two(extreme - largest);
+    const float other_scale = power_of_two(other - largest);
     total = total * own_scale + __shfl_xor_sync(kFullWarp, total, step) * other_scale;
     weighted = weighted * own_scale + __shfl_xor_sync(kFullWarp, weighted, step) * other_scale;
     extreme = largest;
@@ -325,6 +338,50 @@ __device__ inline void for_each_score(const Body& body) {
   }
 }
 
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
+
+// Adds what one input row gives to output rows row - 1 + r, r in [kFrom, kTo).
+template <typename T, bool kTuned, int kFrom, int kTo>
+__device__ inline void accumulate_row(const MmaParams<T>& p, const MmaShape<kTuned>& shape,
+                                      const uint2 (&kept_bands)[MmaShape<kTuned>::kBands],
+                                      const unsigned char* shared, const unsigned char* projection,
+                                      const unsigned char* own, int row, int lane,
+                                      float (&rows)[kGroup][3][4]) {
+  const int hidden_blocks = shape.hidden_blocks();
+#pragma unroll
+  for (int j = 0; j < (kTuned ? kTunedSide : kColumns); ++j) {
+    if (j >= shape.width()) break;
+    const int cell = row * shape.width() + j;
+#pragma unroll 1
+    for (int block = 0; block < hidden_blocks; ++block) {
+      const uint4 v = load_shared<uint4>(projection + cell * shape.projection_stride() + block * 512);
+      uint4 h[kGroup];
+#pragma unroll
+      for (int pair = 0; pair < kGroup / 2; ++pair) {
+        const uint4 u = load_shared<uint4>(
+            own + ((pair * shape.cells() + cell) * hidden_blocks + block) * 64 + lane % 4 * 16);
+        h[2 * pair] = make_uint4(packed_maximum<T>(v.x, u.x), packed_maximum<T>(v.y, u.x),
+                                 packed_maximum<T>(v.z, u.y), packed_maximum<T>(v.w, u.y));
+        h[2 * pair + 1] = make_uint4(packed_maximum<T>(v.x, u.z), packed_maximum<T>(v.y, u.z),
+                                     packed_maximum<T>(v.z, u.w), packed_maximum<T>(v.w, u.w));
+      }
+#pragma unroll
+      for (int r = kFrom; r < kTo; ++r) {
+        uint2 band;
+        if constexpr (kTuned) {
+          band = kept_bands[r * kTunedSide + j];
+        } else {
+          band = load_shared<uint2>(shared + p.layout.band +
+                                    (((block * 3 + r) * kColumns + j) * kWarp + lane) * 8);
+        }
+#pragma unroll
+        for (int n = 0; n < kGroup; ++n) multiply_tiles<T>(rows[n][r], h[n], band);
+      }
+    }
+  }
+}
+
 // One order's scores of a warp's four probes against the tile, in result[probe][face q or q + 8] of every
 // lane.
 template <typename T, bool kTuned>
@@ -336,19 +393,22 @@ __device__ inline void score_group(const MmaParams<T>& p, const MmaShape<kTuned>
   const int t = lane % 4;
   const int width = shape.width();
   const int height = shape.height();
-  const int hidden_blocks = shape.hidden_blocks();
   const bool softmax = p.matrix.softmax;
-  const int cell_bytes = shape.hidden() * 2;
-  const unsigned char* const projection = shared + (order * kTile + q) * shape.projection_stride() + t * 8;
-  const unsigned char* const projection_8 = projection + 8 * shape.projection_stride();
-  constexpr int kLaneBytes = kTuned ? 16 : 8;  // of features that a lane takes at a time
-  const unsigned char* const features =
-      shared + p.layout.features + q * shape.features_stride() + t * kLaneBytes;
-  const unsigned char* const features_8 = features + 8 * shape.features_stride();
+  const unsigned char* const projection =
+      shared + order * shape.cells() * shape.projection_stride() + lane * 16;
+  const unsigned char* const features = shared + p.layout.features + lane * 16;
   const unsigned char* const probe_row =
-      own + p.layout.probe_features + q % 2 * width * shape.channels() * 2 + t * kLaneBytes;
+      own + p.layout.probe_features + q % 2 * width * shape.channels() * 2 + t * (kTuned ? 16 : 8);
+  const MatrixSide<T, float>& probes = p.matrix.probes;
+  const int64_t copied =
+      group * kGroup + lane / 8 < probes.faces ? group * kGroup + lane / 8 : probes.faces - 1;
+  const T* const copied_features = probes.features + copied * probes.features_stride + lane % 8 * 8;
   const unsigned char* const zero = shared + p.layout.zero;
 
+  const float positive = softmax ? p.exponent : 1.0f;
+  const float negative = positive * slope;
+  // Rounded by itself, as parametric().
+  const auto scaled = [&](float y) { return rounded_product(y, y > 0.0f ? positive : negative); };
   LaneScore state[kGroup][2];
   for_each_score([&](int n, int half) { state[n][half].clear(softmax); });
   float rows[kGroup][3][4];  // logits of rows row - 1, row, row + 1
@@ -363,44 +423,19 @@ __device__ inline void score_group(const MmaParams<T>& p, const MmaShape<kTuned>
   float seen = 0.0f;  // cells of this lane
 #pragma unroll 1
   for (int row = 0; row <= height; ++row) {
-    if (row > 0) stage_probe_row(p, shape, group, row - 1, own, lane);
+    if (row > 0) stage_probe_row(shape, copied_features, row - 1, own + p.layout.probe_features, lane);
     if (row < height) {
-#pragma unroll
-      for (int j = 0; j < (kTuned ? kTunedSide : kColumns); ++j) {
-        if (j >= width) break;
-        const int cell = row * width + j;
-#pragma unroll 1
-        for (int block = 0; block < hidden_blocks; ++block) {
-          const uint2 v = load_shared<uint2>(projection + cell * cell_bytes + block * 32);
-          const uint2 v_8 = load_shared<uint2>(projection_8 + cell * cell_bytes + block * 32);
-          uint32_t h[kGroup][4];
-#pragma unroll
-          for (int pair = 0; pair < kGroup / 2; ++pair) {
-            const uint4 u = load_shared<uint4>(
-                own + ((pair * shape.cells() + cell) * hidden_blocks + block) * 64 + t * 16);
-#pragma unroll
-            for (int n = 0; n < 2; ++n) {
-              const uint2 one = n == 0 ? make_uint2(u.x, u.y) : make_uint2(u.z, u.w);
-              h[2 * pair + n][0] = packed_maximum<T>(v.x, one.x);
-              h[2 * pair + n][1] = packed_maximum<T>(v_8.x, one.x);
-              h[2 * pair + n][2] = packed_maximum<T>(v.y, one.y);
-              h[2 * pair + n][3] = packed_maximum<T>(v_8.y, one.y);
-            }
-          }
-#pragma unroll
-          for (int r = 0; r < 3; ++r) {
-            uint2 band;
-            if constexpr (kTuned) {
-              band = kept_bands[r * kTunedSide + j];
-            } else {
-              band = load_shared<uint2>(shared + p.layout.band +
-                                        (((block * 3 + r) * kColumns + j) * kWarp + lane) * 8);
-            }
-            const bool inside = r == 0 ? row > 0 : r == 1 || row + 1 < height;
-#pragma unroll
-            for (int n = 0; n < kGroup; ++n) multiply_tiles<T>(rows[n][r], h[n], band, inside);
-          }
-        }
+      const auto accumulate = [&](auto from, auto to) {
+        accumulate_row<T, kTuned, decltype(from)::value, decltype(to)::value>(
+            p, shape, kept_bands, shared, projection, own, row, lane, rows);
+      };
+      // Rows beyond the map take part in no sum that is read; the tuned shape does not compute them.
+      if (kTuned && row == 0) {
+        accumulate(Constant<1>{}, Constant<3>{});
+      } else if (kTuned && row + 1 == height) {
+        accumulate(Constant<0>{}, Constant<2>{});
+      } else {
+        accumulate(Constant<0>{}, Constant<3>{});
       }
     }
 
@@ -416,13 +451,11 @@ __device__ inline void score_group(const MmaParams<T>& p, const MmaShape<kTuned>
 #pragma unroll
       for (int j = 0; j < (kTuned ? kTunedSide : kColumns); ++j) {
         if (j >= width) break;
-        const int at = ((row - 1) * width + j) * shape.channels() * 2;
+        const unsigned char* const x = features + ((row - 1) * width + j) * shape.features_stride();
         const bool owner = q / 2 == j / 2;
         if constexpr (kTuned) {
-          const uint4 x = load_shared<uint4>(features + at);
-          const uint4 x_8 = load_shared<uint4>(features_8 + at);
-          const uint32_t low[4] = {x.x, x_8.x, x.y, x_8.y};
-          const uint32_t high[4] = {x.z, x_8.z, x.w, x_8.w};
+          const uint4 low = load_shared<uint4>(x);
+          const uint4 high = load_shared<uint4>(x + 512);
 #pragma unroll
           for (int pair = 0; pair < kGroup / 2; ++pair) {
             const uint4 y =
@@ -432,16 +465,12 @@ __device__ inline void score_group(const MmaParams<T>& p, const MmaShape<kTuned>
           }
         } else {
 #pragma unroll 1
-          for (int c = 0; c < shape.channels() * 2; c += 32) {
-            const uint2 x = load_shared<uint2>(features + at + c);
-            const uint2 x_8 = load_shared<uint2>(features_8 + at + c);
-            const uint32_t a[4] = {x.x, x_8.x, x.y, x_8.y};
+          for (int block = 0; block < shape.channels() / 16; ++block) {
+            const uint4 a = load_shared<uint4>(x + block * 512);
 #pragma unroll
             for (int pair = 0; pair < kGroup / 2; ++pair) {
-              multiply_tiles<T>(
-                  cosines[pair][j % 2], a,
-                  load_shared<uint2>(owner ? probe_row + (2 * pair * width + j) * shape.channels() * 2 + c
-                                           : zero));
+              const unsigned char* y = probe_row + (2 * pair * width + j) * shape.channels() * 2 + block * 32;
+              multiply_tiles<T>(cosines[pair][j % 2], a, load_shared<uint2>(owner ? y : zero));
             }
           }
         }
@@ -450,22 +479,22 @@ __device__ inline void score_group(const MmaParams<T>& p, const MmaShape<kTuned>
 
       const float4 tile_bias =
           load_shared<float4>(shared + p.layout.bias + ((order * height + row - 1) * kWarp + lane) * 16);
-      const bool first = 2 * t < width;
+      const bool first = kTuned || 2 * t < width;
       const bool second = 2 * t + 1 < width;
-      float logits[kGroup][2][2];  // by probe, face and cell
+      float logits[kGroup][2][2];  // by probe, face and cell; those of a softmax in powers of two
 #pragma unroll
       for (int n = 0; n < kGroup; ++n) {
         const float2 bias = load_shared<float2>(own + p.layout.probe_bias +
                                                 (((row - 1) * kGroup + n) * kColumns + 2 * t) * 4);
-        logits[n][0][0] = parametric((bias.x + tile_bias.x) + rows[n][0][0], slope);
-        logits[n][0][1] = parametric((bias.y + tile_bias.y) + rows[n][0][1], slope);
-        logits[n][1][0] = parametric((bias.x + tile_bias.z) + rows[n][0][2], slope);
-        logits[n][1][1] = parametric((bias.y + tile_bias.w) + rows[n][0][3], slope);
+        logits[n][0][0] = scaled((bias.x + tile_bias.x) + rows[n][0][0]);
+        logits[n][0][1] = scaled((bias.y + tile_bias.y) + rows[n][0][1]);
+        logits[n][1][0] = scaled((bias.x + tile_bias.z) + rows[n][0][2]);
+        logits[n][1][1] = scaled((bias.y + tile_bias.w) + rows[n][0][3]);
       }
       if (softmax) {
         for_each_score([&](int n, int half) {
           state[n][half].add_softmax(logits[n][half], cosines[n / 2][0][2 * half + n % 2],
-                                     cosines[n / 2][1][2 * half + n % 2], first, second, p.exponent);
+                                     cosines[n / 2][1][2 * half + n % 2], first, second);
         });
       } else {
         for_each_score([&](int n, int half) {
@@ -491,7 +520,7 @@ __device__ inline void score_group(const MmaParams<T>& p, const MmaShape<kTuned>
   for (int step = 1; step <= 2; step *= 2) {
     const float other_seen = __shfl_xor_sync(kFullWarp, seen, step);
     if (softmax) {
-      for_each_score([&](int n, int half) { state[n][half].merge_softmax(step, p.exponent); });
+      for_each_score([&](int n, int half) { state[n][half].merge_softmax(step); });
     } else {
       for_each_score([&](int n, int half) { state[n][half].merge_min_shift(step, seen, other_seen); });
     }
@@ -595,7 +624,8 @@ Status launch_mma(const MatrixProblem& problem, void* scores, Stream stream) {
   p.matrix = matrix_params<T, float>(problem);
   p.matrix.scores = static_cast<float*>(scores);
   p.exponent = static_cast<float>(1.4426950408889634 / problem.temperature);
-  if (!(p.exponent < std::numeric_limits<float>::max())) p.exponent = std::numeric_limits<float>::max();
+  // Smaller temperatures than this leave one cell; logits must not overflow.
+  if (!(p.exponent < 1e30f)) p.exponent = 1e30f;
   p.tiles = ceil_divide(problem.gallery.faces, kTile);
   p.groups = ceil_divide(problem.probes.faces, kGroup);
   // Two warps at least, for staging.

@@ -656,6 +656,14 @@ void group_launch() {
          "more than 1024 threads in all");
   expect(try_launch(dim3(1), dim3(32), 48 * 1024 + 1) == cudaErrorInvalidValue,
          "more than 48 KB of shared memory");
+  expect(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 60 * 1024) == cudaSuccess,
+         "more is granted on request");
+  expect(try_launch(dim3(1), dim3(32), 60 * 1024) == cudaSuccess, "what was granted");
+  expect(try_launch(dim3(1), dim3(32), 60 * 1024 + 1) == cudaErrorInvalidValue, "more than was granted");
+  expect(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 227 * 1024 + 1) ==
+             cudaErrorInvalidValue,
+         "more than the device has");
+  static_cast<void>(cudaGetLastError());
 
   // Nothing to do: no launch, no look at any pointer.
   const uint64_t before = emulator::launches;

@@ -292,12 +292,11 @@ uint32_t packed_maximum(uint32_t a, uint32_t b, float (*widen)(uint16_t)) {
   return out;
 }
 
-void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint2 b, float (*widen)(uint16_t)) {
+void mma_16x8x16(float (&d)[4], const uint4& a, const uint2& b, float (*widen)(uint16_t)) {
   Fiber& self = *current;
   Warp& warp = warps[self.warp];
-  std::copy(a, a + 4, warp.fragments[self.lane]);
-  warp.fragments[self.lane][4] = b.x;
-  warp.fragments[self.lane][5] = b.y;
+  const uint32_t own[6] = {a.x, a.y, a.z, a.w, b.x, b.y};
+  std::copy(own, own + 6, warp.fragments[self.lane]);
   // The last lane to come finds everybody's fragments; nobody can replace them before all lanes are through,
   // because that takes another operation of the whole warp.
   if (__builtin_popcount(warp.arrived) == int(kWarp) - 1) {

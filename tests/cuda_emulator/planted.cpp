@@ -1,12 +1,15 @@
 #include "planted.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
 #include <map>
 #include <vector>
 
+#include "cuda/xcos_matrix.h"
 #include "cuda_runtime.h"
+#include "matrix_case.h"
 
 namespace {
 
@@ -75,29 +78,67 @@ void missing_second_barrier(Params p) {
   p.data[threadIdx.x] = value;
 }
 
+// One lane stays away from the tensor cores.
+void divergent_product(Params p) {
+  float sums[4] = {};
+  if (threadIdx.x != 5) emulator::mma_16x8x16(sums, {1, 2, 3, 4}, {5, 6}, emulator::widen<__half>);
+  p.data[threadIdx.x] = sums[0];
+}
+
+void mixed_barriers(Params p) {
+  if (threadIdx.x < 32) {
+    __syncthreads();
+  } else {
+    p.data[threadIdx.x] = float(__syncthreads_or(1));
+  }
+}
+
 const std::map<std::string, void (*)(Params)> kKernels = {
     {"shared-overflow", shared_overflow},
     {"global-overflow", global_overflow},
     {"global-overread", global_overread},
     {"divergent-barrier", divergent_barrier},
+    {"divergent-product", divergent_product},
     {"divergent-shuffle", divergent_shuffle},
     {"wrong-mask", wrong_mask},
     {"missing-wait", missing_wait},
+    {"mixed-barriers", mixed_barriers},
     {"misaligned-copy", misaligned_copy},
     {"misaligned-load", misaligned_load},
     {"missing-barrier", missing_barrier},
     {"missing-second-barrier", missing_second_barrier},
 };
 
+// The real kernels, told of one gallery face more than there is: they have to be seen reading beyond the
+// memory.
+void score_one_face_too_many(xcos::Scalar scalar) {
+  driver::MatrixCase c;
+  c.scalar = scalar;
+  c.gallery = 16;
+  driver::MatrixData data(c);
+  data.problem.gallery.faces = 17;
+  const driver::Memory scores(c.probes * 17, data.result);
+  static_cast<void>(xcos::cuda::xcos_matrix(data.problem, scores.data(), nullptr));
+}
+
+const std::map<std::string, xcos::Scalar> kFaces = {{"missing-face-mma", xcos::Scalar::f16},
+                                                    {"missing-face-plain", xcos::Scalar::f32}};
+
 }  // namespace
 
 std::vector<std::string> planted_names() {
   std::vector<std::string> names;
   for (const auto& [name, kernel] : kKernels) names.push_back(name);
+  for (const auto& [name, scalar] : kFaces) names.push_back(name);
+  std::sort(names.begin(), names.end());
   return names;
 }
 
 bool run_planted(const std::string& name) {
+  if (kFaces.count(name) != 0) {
+    score_one_face_too_many(kFaces.at(name));
+    return true;
+  }
   std::vector<float> first;
   for (emulator::Order order : {emulator::Order::forward, emulator::Order::reverse}) {
     emulator::settings.order = order;

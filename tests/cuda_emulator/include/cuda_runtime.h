@@ -105,7 +105,7 @@ constexpr int kMmaOperation = 1000;
 
 // The tensor cores' mma.m16n8k16 of two 16-bit types with sums in fp32, all lanes of a warp together: d += A
 // B, with the fragments laid out as the PTX manual says. widen: from an element's bits to its value.
-void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint2 b, float (*widen)(uint16_t));
+void mma_16x8x16(float (&d)[4], const uint4& a, const uint2& b, float (*widen)(uint16_t));
 
 // An element's value from its bits; cuda_fp16.h and cuda_bf16.h know them.
 template <typename T>

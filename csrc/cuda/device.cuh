@@ -15,6 +15,13 @@ namespace xcos::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
+// Whether the code under compilation may use the tensor cores' products of halves.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr bool kTensorCores = false;
+#else
+constexpr bool kTensorCores = true;
+#endif
+
 // The block's dynamic shared memory, 16-byte aligned.
 __device__ inline unsigned char* dynamic_shared() {
 #if defined(XCOS_CUDA_EMULATOR)

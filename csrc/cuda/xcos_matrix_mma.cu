@@ -12,6 +12,9 @@
 // The order of channels in a product is free as long as both sides agree: lane t takes channels 4t .. 4t + 3
 // of 16 (or 8t .. 8t + 7 of 32), which lie side by side in memory. The tile is kept as A fragments, 16 bytes
 // a lane.
+#include <algorithm>
+#include <vector>
+
 #include "cuda/matrix_kernels.cuh"
 #include "cuda/matrix_mma.h"
 
@@ -536,7 +539,7 @@ __device__ inline void score_group(const MmaParams<T>& p, const MmaShape<kTuned>
 template <typename T, bool kTuned>
 __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
     matrix_tensor(const __grid_constant__ MmaParams<T> p) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  if (!kTensorCores) return;
   const MmaShape<kTuned> shape = {p.layout};
   unsigned char* const shared = dynamic_shared();
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -594,21 +597,31 @@ __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
       }
     }
   }
-#endif
+}
+
+// Whether the code that a device of this capability runs has the products in it: code for older devices,
+// compiled anew by the driver from PTX, has not.
+bool has_tensor_code(int capability) {
+  if (capability < 80) return false;
+  const std::vector<int> compiled = compiled_architectures();
+  return compiled.empty() || std::any_of(compiled.begin(), compiled.end(),
+                                         [&](int one) { return one >= 80 && one <= capability; });
 }
 
 // The layout with as many warps as there is shared memory for, at most `wanted`; warps 0: none fits.
 MmaLayout fitting_layout(const MatrixProblem& problem, int wanted) {
   int device = 0;
   int major = 0;
+  int minor = 0;
   int most = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
       cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
     static_cast<void>(cudaGetLastError());
     return {};
   }
-  if (major < 8) return {};
+  if (!has_tensor_code(10 * major + minor)) return {};
   for (int warps = wanted; warps > 0; --warps) {
     const MmaLayout layout = mma_layout(static_cast<int>(problem.channels), static_cast<int>(problem.hidden),
                                         static_cast<int>(problem.height), static_cast<int>(problem.width),

@@ -356,7 +356,17 @@ int atomicAdd(int* address, int value) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? settings.capability / 10 : settings.shared_bytes;
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = settings.capability / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = settings.capability % 10;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = settings.shared_bytes;
+      break;
+  }
   return cudaSuccess;
 }
 

@@ -17,12 +17,14 @@ XCOS_INLINE V if_tile_wins(V tile, V other, V value, bool ties) {
   return tile > other ? value : V{};
 }
 
+// Functions that are not inlined keep the registers of their innermost loops to themselves.
+
 // dL/dh of one grid row of a channel, from dL/dy of the rows around it: what spread_row did, backwards.
 template <class P, int... Q>
-XCOS_INLINE void gather_row(std::integer_sequence<int, Q...>, const typename P::Vector* grad_y, bool up,
-                            bool down, const typename P::Word* u, const typename P::Packed* v,
-                            const typename P::Word* weight, const Sizes& s, bool ties,
-                            typename P::Vector* grad_v) {
+__attribute__((noinline)) void gather_row(std::integer_sequence<int, Q...>, const typename P::Vector* grad_y,
+                                          bool up, bool down, const typename P::Word* u,
+                                          const typename P::Packed* v, const typename P::Word* weight,
+                                          const Sizes& s, bool ties, typename P::Vector* grad_v) {
   using V = typename P::Vector;
   constexpr int W = sizeof...(Q);
   // A border of zeros on either side.
@@ -235,7 +237,8 @@ class BackwardTask {
     }
   }
 
-  void weight_gradient(const typename P::Word* u, const typename P::Packed* v, State& state) const {
+  __attribute__((noinline)) void weight_gradient(const typename P::Word* u, const typename P::Packed* v,
+                                                 State& state) const {
     const Sizes& s = sizes_;
     for (int64_t c = 0; c < s.hidden; ++c) {
       V sums[9];
@@ -291,7 +294,8 @@ class BackwardTask {
     }
   }
 
-  void feature_gradients(const typename P::Word* const* features, int count, State& state) const {
+  __attribute__((noinline)) void feature_gradients(const typename P::Word* const* features, int count,
+                                                   State& state) const {
     const Sizes& s = sizes_;
     for (int64_t cell = 0; cell < s.cells; ++cell) {
       V grad[kProbeGroup];

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,16 @@ import xcos_ext
 from xcos_ext import reference
 from xcos_ext.templates import Templates, result_dtype
 
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small work: on a busy machine waiting for a second thread costs more than it saves. Some tests ask for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 IMPLEMENTATIONS = {"operator": xcos_ext.xcos_matrix, "reference": reference.xcos_matrix}
 
 # Alone, around the widths of vectors and of tiles, and more than one block of each.
@@ -53,7 +64,7 @@ def assert_scores(
     assert actual.shape == (len(p), len(g)) and actual.dtype == result_dtype(p.dtype)
     expected = exact(p, g, attention)
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=PAIRS_ATOL[p.dtype] * factor, equal_nan=True)
-    if actual.numel() >= 256:
+    if actual.numel() >= 256 and p.features.shape[1] * p.channels >= 256:  # enough terms for their errors to cancel
         mean = (actual - expected).abs().nanmean().item()
         assert mean <= PAIRS_MEAN[p.dtype] * factor, f"mean error {mean:.3g}"
 
@@ -162,9 +173,9 @@ class TestValues:
         shape = {"channels": channels, "grid": grid, "dtype": dtype}
         p, g = random_templates(probes, **shape), random_templates(gallery, **shape)
         weights = torch.rand(probes, *grid, dtype=result_dtype(dtype)) / (grid[0] * grid[1])
-        attention = {"map": torch.rand(grid, dtype=result_dtype(dtype)), "maps": weights}.get(kind, kind)
-        # Maps here sum to up to the number of cells; one cell alone has bfloat16's half ulp, 2^-8, twice.
-        factor = 5 if kind == "map" or dtype == torch.bfloat16 else 1
+        shared = torch.rand(grid, dtype=result_dtype(dtype)) / (grid[0] * grid[1])
+        attention = {"map": shared, "maps": weights}.get(kind, kind)
+        factor = 5 if dtype == torch.bfloat16 else 1  # one cell alone has its half ulp, 2^-8, twice
         assert_scores(xcos_ext.xcos_matrix(p, g, attention), p, g, attention, factor)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)

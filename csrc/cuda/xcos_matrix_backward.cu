@@ -14,26 +14,40 @@ namespace xcos::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kChunkFaces = 16;
-constexpr int kSharedLimit = 48 * 1024;
+constexpr int kChunkFaces = 32;
+constexpr int kScratch = kThreads / kWarp;  // a sum for each warp; keeps what follows 16-byte aligned
+constexpr int kQuad = 4;                    // channels that a thread owns at a time
+constexpr int kLanes = 8;                   // that share a cosine
+constexpr int kWeightPitch = 12;            // nine weights of a channel, in 16-byte vectors
+constexpr int kDefaultShared = 48 * 1024;
+constexpr int kSharedLimit = 64 * 1024;              // what every device since sm_75 grants
 constexpr int64_t kArenaLimit = int64_t{128} << 20;  // of all blocks, where sums do not fit shared memory
 constexpr int kMostArenas = 1024;
 
 // Where a block's sums lie, in elements of R.
 struct ArenaLayout {
   int64_t similarity;  // [kChunkFaces, cells]: S, later the factor of the other face's features
-  int64_t logits;      // [orders, kChunkFaces, cells]: y, later dL/dy
+  int64_t weights;     // [hidden, kWeightPitch]
+  int64_t positions;   // [cells], int: where a cell lies in a bordered map
+  int64_t logits;      // [orders, kChunkFaces, height + 2, width + 2]: y, later dL/dy, in a border of zeros
   int64_t features;    // [cells, channels]
   int64_t products;    // [orders, hidden, cells, 9]: D
   int64_t bias;        // [orders, cells]
   int64_t size;
 };
 
+template <typename R>
+struct alignas(16) Weights {
+  R k[kWeightPitch];
+};
+
 ArenaLayout arena_layout(const MatrixProblem& problem) {
   const int64_t cells = problem.height * problem.width;
   ArenaLayout a = {};
-  a.logits = a.similarity + kChunkFaces * cells;
-  a.features = a.logits + problem.orders * kChunkFaces * cells;
+  a.weights = ceil_divide(a.similarity + kChunkFaces * cells, 4) * 4;
+  a.positions = a.weights + problem.hidden * kWeightPitch;
+  a.logits = a.positions + cells;
+  a.features = a.logits + problem.orders * kChunkFaces * (problem.height + 2) * (problem.width + 2);
   a.products = a.features + cells * problem.channels;
   a.bias = a.products + problem.orders * problem.hidden * cells * 9;
   a.size = a.bias + problem.orders * cells;
@@ -59,26 +73,40 @@ struct BackwardPass {
   ArenaLayout layout;
 };
 
-// y of the chunk's pairs at one cell and order.
+// One column of a pair's y, from top to bottom: an input row reaches three outputs. bias: of the other face;
+// out: the column's first cell in the bordered map.
 template <typename T, typename R>
-__device__ inline R logit(const BackwardPass<T, R>& p, const T* own, const T* other, R bias, int64_t cell) {
-  const MatrixParams<T, R>& m = p.matrix;
-  const int row = static_cast<int>(cell / m.width);
-  const int column = static_cast<int>(cell - row * m.width);
-  R y = bias;
-  for (int64_t c = 0; c < m.hidden; ++c) {
+__device__ inline void column_logits(const MatrixParams<T, R>& m, const Weights<R>* weights, const T* own,
+                                     const T* other, const R* own_bias, const R* other_bias, int column,
+                                     R* out) {
+  const int height = static_cast<int>(m.height);
+  const int width = static_cast<int>(m.width);
+  R rows[3] = {};  // of rows row - 1, row, row + 1
+  for (int row = 0; row <= height; ++row) {
+    if (row < height) {
+      for (int64_t c = 0; c < m.hidden; ++c) {
+        const Weights<R> w = weights[c];
+        const int64_t at = c * m.cells + row * width + column;
 #pragma unroll
-    for (int k = 0; k < 9; ++k) {
-      const int r = row + k / 3 - 1;
-      const int l = column + k % 3 - 1;
-      if (r < 0 || r >= m.height || l < 0 || l >= m.width) continue;
-      const int64_t at = c * m.cells + r * m.width + l;
-      const R u = Element<T>::load(own[at]);
-      const R v = Element<T>::load(other[at]);
-      y += m.weight[c * 9 + k] * (u > v ? u : v);
+        for (int l = 0; l < 3; ++l) {
+          if (column + l < 1 || column + l > width) continue;
+          const R u = Element<T>::load(own[at + l - 1]);
+          const R v = Element<T>::load(other[at + l - 1]);
+          const R h = u > v ? u : v;
+#pragma unroll
+          for (int k = 0; k < 3; ++k) rows[2 - k] += w.k[3 * k + l] * h;
+        }
+      }
     }
+    if (row > 0) {
+      const int cell = (row - 1) * width + column;
+      *out = (own_bias[cell] + other_bias[cell]) + rows[0];
+      out += width + 2;
+    }
+    rows[0] = rows[1];
+    rows[1] = rows[2];
+    rows[2] = R(0);
   }
-  return y;
 }
 
 // What normalisation of one pair's logits needs to know, in every lane.
@@ -92,21 +120,21 @@ struct PairSums {
 };
 
 template <typename T, typename R>
-__device__ inline PairSums<R> pair_sums(const MatrixParams<T, R>& m, const R* y, const R* similarity, R slope,
-                                        const WarpGroup& group) {
+__device__ inline PairSums<R> pair_sums(const MatrixParams<T, R>& m, const int* at, const R* y,
+                                        const R* similarity, R slope, const WarpGroup& group) {
   const int cells = static_cast<int>(m.cells);
   PairSums<R> s = {};
   constexpr R kLowest = RunningScore<R>::kLowest;
   R sign = m.softmax ? R(1) : R(-1);
   R largest = kLowest;  // of sign * z
   for (int i = group.rank; i < cells; i += kWarp) {
-    const R z = sign * parametric(y[i], slope);
+    const R z = sign * parametric(y[at[i]], slope);
     largest = z > largest ? z : largest;
   }
   s.extreme = sign * group.maximum(largest);
   R sums[3] = {};
   for (int i = group.rank; i < cells; i += kWarp) {
-    const R z = parametric(y[i], slope);
+    const R z = parametric(y[at[i]], slope);
     const R e = m.softmax ? exponential((z - s.extreme) * m.inverse_temperature) : z - s.extreme;
     sums[0] += e;
     sums[1] += e * similarity[i];
@@ -128,17 +156,17 @@ __device__ inline PairSums<R> pair_sums(const MatrixParams<T, R>& m, const R* y,
 // Turns one pair's S and y, in place, into the factors of the features' gradients and into dL/dy. Returns the
 // lane's part of the slope's gradient.
 template <typename T, typename R>
-__device__ inline R pair_gradients(const BackwardPass<T, R>& p, R grad, R* similarity, R* y, R slope,
-                                   const WarpGroup& group) {
+__device__ inline R pair_gradients(const BackwardPass<T, R>& p, const int* at, R grad, R* similarity, R* y,
+                                   R slope, const WarpGroup& group) {
   const MatrixParams<T, R>& m = p.matrix;
   const int cells = static_cast<int>(m.cells);
-  const int64_t next_order = kChunkFaces * m.cells;
+  const int64_t next_order = kChunkFaces * (m.height + 2) * (m.width + 2);
   const R share = grad / static_cast<R>(m.orders);
   PairSums<R> sums[2];
 #pragma unroll
   for (int order = 0; order < 2; ++order) {
     if (order == m.orders) break;
-    sums[order] = pair_sums(m, y + order * next_order, similarity, slope, group);
+    sums[order] = pair_sums(m, at, y + order * next_order, similarity, slope, group);
   }
   R slope_sum = 0;
   for (int i = group.rank; i < cells; i += kWarp) {
@@ -148,7 +176,7 @@ __device__ inline R pair_gradients(const BackwardPass<T, R>& p, R grad, R* simil
     for (int order = 0; order < 2; ++order) {
       if (order == m.orders) break;
       const PairSums<R>& s = sums[order];
-      R& value = y[order * next_order + i];
+      R& value = y[order * next_order + at[i]];
       const R z = parametric(value, slope);
       R weight;
       R dz;
@@ -173,7 +201,7 @@ __device__ inline R pair_gradients(const BackwardPass<T, R>& p, R grad, R* simil
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, sizeof(typename Element<T>::Result) == 8 ? 1 : 2)
     matrix_backward(const __grid_constant__ BackwardPass<T, typename Element<T>::Result> p) {
   using R = typename Element<T>::Result;
   const MatrixParams<T, R>& m = p.matrix;
@@ -181,8 +209,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   const WarpGroup group = {thread % kWarp};
   const int warp = thread / kWarp;
   R* const scratch = reinterpret_cast<R*>(dynamic_shared());  // a sum for each warp
-  R* const arena = p.arenas == nullptr ? scratch + kThreads / kWarp : p.arenas + blockIdx.x * p.layout.size;
+  R* const arena = p.arenas == nullptr ? scratch + kScratch : p.arenas + blockIdx.x * p.layout.size;
   R* const similarity = arena + p.layout.similarity;
+  Weights<R>* const weights = reinterpret_cast<Weights<R>*>(arena + p.layout.weights);
+  int* const positions = reinterpret_cast<int*>(arena + p.layout.positions);
   R* const logits = arena + p.layout.logits;
   R* const features = arena + p.layout.features;
   R* const products = arena + p.layout.products;
@@ -191,6 +221,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t feature_size = m.cells * m.channels;
   const int64_t map_size = m.hidden * m.cells;  // of one order's projection
   const bool want_products = p.projection != nullptr || p.weight_parts != nullptr;
+  const int width = static_cast<int>(m.width);
+  const int border = width + 2;
+  const int64_t bordered = (m.height + 2) * border;  // a map
+  for (int64_t e = p.layout.logits + thread; e < p.layout.features; e += kThreads) arena[e] = R(0);
+  for (int64_t e = thread; e < 9 * m.hidden; e += kThreads) weights[e / 9].k[e % 9] = m.weight[e];
+  for (int cell = thread; cell < m.cells; cell += kThreads) {
+    positions[cell] = (cell / width + 1) * border + cell % width + 1;
+  }
 
   for (int64_t face = blockIdx.x; face < p.own.faces; face += gridDim.x) {
     const T* const own_features = p.own.features + face * p.own.features_stride;
@@ -203,28 +241,35 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int count =
           static_cast<int>(p.other.faces - first < kChunkFaces ? p.other.faces - first : kChunkFaces);
       __syncthreads();  // the former chunk may still be read
-      for (int64_t e = thread; e < count * m.cells; e += kThreads) {
-        const int64_t k = e / m.cells;
-        const int64_t cell = e - k * m.cells;
-        const T* const x = own_features + cell * m.channels;
-        const T* const y = p.other.features + (first + k) * p.other.features_stride + cell * m.channels;
+      const int64_t cosines = count * m.cells;
+      for (int64_t e = warp * (kWarp / kLanes); e < cosines; e += kThreads / kLanes) {
+        const int64_t pair_cell = e + group.rank / kLanes < cosines ? e + group.rank / kLanes : cosines - 1;
+        const int64_t k = pair_cell / m.cells;
+        const int64_t at = (pair_cell - k * m.cells) * m.channels;
+        const T* const other = p.other.features + (first + k) * p.other.features_stride + at;
         R sum = 0;
-        for (int64_t c = 0; c < m.channels; ++c) sum += Element<T>::load(x[c]) * Element<T>::load(y[c]);
-        similarity[e] = sum;
-        const T* const projection = p.other.projection + (first + k) * p.other.projection_stride;
-        const R* const other_bias = p.other.bias + (first + k) * p.other.bias_stride;
-        for (int order = 0; order < m.orders; ++order) {
-          const int64_t at = order * m.cells + cell;
-          // The sum of a pair is the same bits in both passes.
-          const R both = p.probes ? own_bias[at] + other_bias[at] : other_bias[at] + own_bias[at];
-          logits[order * kChunkFaces * m.cells + e] =
-              logit(p, own_projection + order * map_size, projection + order * map_size, both, cell);
+        for (int64_t c = group.rank % kLanes; c < m.channels; c += kLanes) {
+          sum += Element<T>::load(own_features[at + c]) * Element<T>::load(other[c]);
         }
+#pragma unroll
+        for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
+        if (group.rank % kLanes == 0) similarity[pair_cell] = sum;
+      }
+      for (int64_t e = thread; e < m.orders * count * m.width; e += kThreads) {
+        const int64_t map = e / m.width;
+        const int column = static_cast<int>(e - map * m.width);
+        const int order = map < count ? 0 : 1;
+        const int64_t k = map - order * count;
+        column_logits(m, weights, own_projection + order * map_size,
+                      p.other.projection + (first + k) * p.other.projection_stride + order * map_size,
+                      own_bias + order * m.cells,
+                      p.other.bias + (first + k) * p.other.bias_stride + order * m.cells, column,
+                      logits + (order * kChunkFaces + k) * bordered + border + column + 1);
       }
       __syncthreads();
       for (int k = warp; k < count; k += kThreads / kWarp) {
-        slope_sum[0] += pair_gradients(p, p.grad[face * p.grad_own + (first + k) * p.grad_other],
-                                       similarity + k * m.cells, logits + k * m.cells, slope, group);
+        slope_sum[0] += pair_gradients(p, positions, p.grad[face * p.grad_own + (first + k) * p.grad_other],
+                                       similarity + k * m.cells, logits + k * bordered, slope, group);
       }
       __syncthreads();
 
@@ -242,37 +287,52 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int64_t e = thread; p.bias != nullptr && e < m.orders * m.cells; e += kThreads) {
         const int64_t order = e / m.cells;
         R sum = bias[e];
-        for (int k = 0; k < count; ++k)
-          sum += logits[(order * kChunkFaces + k) * m.cells + e - order * m.cells];
+        const R* dy = logits + order * kChunkFaces * bordered + positions[e - order * m.cells];
+        for (int k = 0; k < count; ++k) sum += dy[k * bordered];
         bias[e] = sum;
       }
-      for (int64_t e = thread; want_products && e < m.orders * map_size; e += kThreads) {
-        const int64_t order = e / map_size;
-        const int64_t cell = e % m.cells;
-        const int row = static_cast<int>(cell / m.width);
-        const int column = static_cast<int>(cell - row * m.width);
-        const R own = Element<T>::load(own_projection[e]);
+      // A thread owns a cell of four channels, which share what they read of dL/dy.
+      const int64_t quads = (m.hidden + kQuad - 1) / kQuad;
+      for (int64_t item = thread; want_products && item < m.orders * quads * m.cells; item += kThreads) {
+        const int64_t map = item / m.cells;
+        const int64_t cell = item - map * m.cells;
+        const int64_t order = map / quads;
+        const int64_t channel = (map - order * quads) * kQuad;
+        const int64_t at = (order * m.hidden + channel) * m.cells + cell;
         // At a tie the second face of the order takes the gradient.
         const bool first_face = p.probes == (order == 0);
-        const T* other = p.other.projection + first * p.other.projection_stride + e;
-        const R* dy = logits + order * kChunkFaces * m.cells + cell;
-        R sums[9];
+        R own[kQuad] = {};
+        R sums[kQuad][9] = {};
 #pragma unroll
-        for (int k = 0; k < 9; ++k) sums[k] = products[e * 9 + k];
-        for (int n = 0; n < count; ++n, other += p.other.projection_stride, dy += m.cells) {
-          const R there = Element<T>::load(*other);
-          if (first_face ? !(own > there) : there > own) continue;
+        for (int n = 0; n < kQuad; ++n) {
+          if (channel + n >= m.hidden) break;
+          own[n] = Element<T>::load(own_projection[at + n * m.cells]);
 #pragma unroll
-          for (int k = 0; k < 9; ++k) {
-            // Input (row, column) is neighbour k of output (row + 1 - k / 3, column + 1 - k % 3).
-            const int r = row + 1 - k / 3;
-            const int l = column + 1 - k % 3;
-            if (r < 0 || r >= m.height || l < 0 || l >= m.width) continue;
-            sums[k] += dy[(1 - k / 3) * m.width + 1 - k % 3];
+          for (int k = 0; k < 9; ++k) sums[n][k] = products[(at + n * m.cells) * 9 + k];
+        }
+        const T* other = p.other.projection + first * p.other.projection_stride + at;
+        // Input (row, column) is neighbour k of output (row + 1 - k / 3, column + 1 - k % 3).
+        const R* dy = logits + order * kChunkFaces * bordered + positions[cell] + border + 1;
+        for (int pair = 0; pair < count; ++pair, other += p.other.projection_stride, dy += bordered) {
+          R near[9];
+#pragma unroll
+          for (int k = 0; k < 9; ++k) near[k] = dy[-(k / 3) * border - k % 3];
+#pragma unroll
+          for (int n = 0; n < kQuad; ++n) {
+            if (channel + n >= m.hidden) break;
+            const R there = Element<T>::load(other[n * m.cells]);
+            if (first_face ? own[n] > there : !(there > own[n])) {
+#pragma unroll
+              for (int k = 0; k < 9; ++k) sums[n][k] += near[k];
+            }
           }
         }
 #pragma unroll
-        for (int k = 0; k < 9; ++k) products[e * 9 + k] = sums[k];
+        for (int n = 0; n < kQuad; ++n) {
+          if (channel + n >= m.hidden) break;
+#pragma unroll
+          for (int k = 0; k < 9; ++k) products[(at + n * m.cells) * 9 + k] = sums[n][k];
+        }
       }
     }
 
@@ -357,7 +417,7 @@ WorkspacePlan plan_workspace(const MatrixProblem& problem, const MatrixGradients
   const int64_t faces = problem.probes.faces + problem.gallery.faces;
   const int64_t most =
       problem.probes.faces > problem.gallery.faces ? problem.probes.faces : problem.gallery.faces;
-  const int64_t scratch = kThreads / kWarp * size;
+  const int64_t scratch = kScratch * size;
   plan.shared = scratch + layout.size * size <= kSharedLimit;
   plan.shared_bytes = scratch + (plan.shared ? layout.size * size : 0);
   if (!plan.shared) {
@@ -405,21 +465,29 @@ Status backward(const MatrixProblem& problem, const MatrixGradients& gradients, 
                         p.weight_parts != nullptr || p.slope_parts != nullptr;
     if (!wanted || p.own.faces == 0) continue;
     const int64_t blocks = plan.blocks > 0 && plan.blocks < p.own.faces ? plan.blocks : p.own.faces;
+    if (plan.shared_bytes > kDefaultShared) {
+      const cudaError_t error =
+          cudaFuncSetAttribute(matrix_backward<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit);
+      if (error != cudaSuccess) {
+        static_cast<void>(cudaGetLastError());
+        return static_cast<Status>(error);
+      }
+    }
     const Status status = launch_blocks<matrix_backward<T>>(blocks, kThreads, plan.shared_bytes, p, stream);
     if (status != 0) return status;
   }
 
-  constexpr int64_t kScratch = BlockGroup<kThreads>::kScratch * sizeof(double);
+  constexpr int64_t kSumBytes = BlockGroup<kThreads>::kScratch * sizeof(double);
   if (gradients.weight != nullptr) {
     const PartsParams<R> sums = {weight_parts, p.matrix.probes.faces + p.matrix.gallery.faces,
                                  problem.hidden * 9, static_cast<R*>(gradients.weight)};
     const Status status =
-        launch_blocks<matrix_backward_sums<R>>(sums.columns, kThreads, kScratch, sums, stream);
+        launch_blocks<matrix_backward_sums<R>>(sums.columns, kThreads, kSumBytes, sums, stream);
     if (status != 0) return status;
   }
   if (gradients.slope != nullptr) {
     const PartsParams<R> sums = {slope_parts, p.matrix.probes.faces, 1, static_cast<R*>(gradients.slope)};
-    return launch_blocks<matrix_backward_sums<R>>(1, kThreads, kScratch, sums, stream);
+    return launch_blocks<matrix_backward_sums<R>>(1, kThreads, kSumBytes, sums, stream);
   }
   return 0;
 }

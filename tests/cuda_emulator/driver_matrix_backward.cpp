@@ -127,8 +127,8 @@ void group_matrix_backward() {
     run(vary(random, c));
     c.channels = 3;
     c.hidden = 2;
-    c.height = 33;
-    c.width = 31;
+    c.height = 17;
+    c.width = 19;
     c.probes = 2;
     c.gallery = 1;
     run(vary(random, c));

@@ -21,6 +21,7 @@ from template_samples import (
     KINDS,
     PAIRS_ATOL,
     PAIRS_MEAN,
+    SHARED_UNIT,
     eager,
     features,
     head,
@@ -271,10 +272,7 @@ class TestBadFaces:
         [
             torch.float64,
             torch.float32,
-            *(
-                pytest.param(d, marks=pytest.mark.xfail(strict=True, reason="neighbours share a fixed-point unit"))
-                for d in HALVES
-            ),
+            *(pytest.param(d, marks=SHARED_UNIT) for d in HALVES),
         ],
         ids=str,
     )

@@ -14,7 +14,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import DTYPES
-from template_samples import F64, KINDS, PAIRS_ATOL, features, head, random_templates, real_features, sides
+from template_samples import (
+    F64,
+    HALVES,
+    KINDS,
+    PAIRS_ATOL,
+    SHARED_UNIT,
+    features,
+    head,
+    random_templates,
+    real_features,
+    sides,
+)
 from torch import Tensor
 
 import xcos_ext
@@ -113,6 +124,25 @@ class TestOrder:
                     assert torch.equal(indices[row, start : start + 16].sort()[0], indices[row, start : start + 16])
                     assert (values[row, start : start + 16] == values[row, start]).all()
 
+    @pytest.mark.parametrize(
+        "dtype",
+        [
+            torch.float64,
+            torch.float32,
+            *(pytest.param(d, marks=SHARED_UNIT) for d in HALVES),
+        ],
+        ids=str,
+    )
+    def test_ties_among_faces_of_different_strength(self, dtype: torch.dtype) -> None:
+        """A face's score does not depend on its neighbours, so its second picture in the gallery comes right after."""
+        p, g = sides(8, 150, dtype=dtype)
+        g.projection.mul_(torch.linspace(0.3, 3, 150).view(-1, 1, 1, 1))
+        order = torch.randperm(150)
+        twice, face = Templates.cat([g, g[order]]), torch.cat((torch.arange(150), order))
+        indices = xcos_ext.xcos_topk(p, twice, 300).indices
+        assert torch.equal(face[indices[:, ::2]], face[indices[:, 1::2]])
+        assert (indices[:, ::2] < 150).all()
+
     @settings(max_examples=300, deadline=None, derandomize=True)
     @given(
         probes=st.integers(0, 20),
@@ -177,6 +207,11 @@ class TestPlaces:
         assert values.shape == indices.shape == (3, 5) and values.dtype == torch.float32
         values, indices = IMPLEMENTATIONS[name](p[:0], g, 5, attention)
         assert values.shape == indices.shape == (0, 5) and indices.dtype == torch.int64
+
+    def test_ties_across_blocks_of_scores(self, device: str) -> None:
+        p, g = sides(70, 6, dtype=torch.float32, device=device)
+        indices = xcos_ext.xcos_topk(p, g[torch.arange(9000) % 6], 1500).indices
+        assert torch.equal(indices, torch.arange(1500, device=device) * 6 + indices[:, :1])
 
     @pytest.mark.parametrize("k", [1, 2, 3, 31, 32, 33, 1000, 2047, 2048])
     def test_any_number_of_places(self, k: int, device: str) -> None:

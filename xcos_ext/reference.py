@@ -12,7 +12,7 @@ from torch import Tensor
 from xcos_ext.ops.xcos_maps import XCosMaps
 from xcos_ext.ops.xcos_score import XCosScore
 from xcos_ext.ops.xcos_topk import XCosTopk
-from xcos_ext.templates import AttentionParameters, Templates, check_sides, resolve_attention
+from xcos_ext.templates import AttentionParameters, Templates, check_sides, exact_convolutions, resolve_attention
 
 __all__ = ["cell_norm", "grid_cosine", "xcos_maps", "xcos_matrix", "xcos_score", "xcos_topk"]
 
@@ -82,7 +82,8 @@ def _learned_weights(probes: Templates, gallery: Templates, parameters: Attentio
         # At a tie -v takes the gradient, as in the kernels and, for the activation at 0, in torch's PReLU.
         hidden = torch.where((u > minus_v) | u.isnan(), u, minus_v)
         maps = hidden.flatten(0, 1).unflatten(2, probes.grid)
-        shared = F.conv2d(maps, parameters.weight[None], padding=1).view(len(probes), len(gallery), u.shape[-1])
+        with exact_convolutions(maps.device):
+            shared = F.conv2d(maps, parameters.weight[None], padding=1).view(len(probes), len(gallery), u.shape[-1])
         logits = F.prelu(bias_p[:, None, order] + bias_g[None, :, order] + shared, parameters.slope)
         if parameters.normalize == "softmax":
             weights.append((logits / parameters.temperature).softmax(2))

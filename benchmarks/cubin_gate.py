@@ -29,7 +29,8 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
 # Registers of one thread, by kernel family. Staged kernels hide latency with 24 warps an SM
 # (docs/cuda_kernels.md): 65,536 registers / (24 x 32 threads) = 85, in multiples of 8.
-# General kernels run two blocks of 256 threads an SM, matrix_plain and _backward too (one in fp64); a block of topk_update has 512.
+# General kernels run two blocks of 256 threads an SM, matrix_plain and matrix_backward too (one in fp64); a block of
+# topk_update has 512 threads.
 # matrix_tensor fills shared memory with one block of 256 and lives on independent products, not on many warps.
 REGISTER_LIMITS = {
     "staged": 80,

@@ -54,9 +54,10 @@ struct MmaLayout {
   int bytes;
 };
 
-// From cell to cell of a tile's fragments: 16 channels are 512 bytes; the rest spreads the stores of staging
-// over more banks.
-constexpr int fragment_stride(int channels) { return channels / 16 * 512 + 64; }
+// From cell to cell of a tile's fragments: 16 channels are 512 bytes. Projections are stored several cells at
+// a time; the rest spreads these stores over more banks.
+constexpr int projection_bytes(int hidden) { return hidden / 16 * 512 + 64; }
+constexpr int features_bytes(int channels) { return channels / 16 * 512; }
 
 constexpr bool is_tuned(int channels, int hidden, int height, int width) {
   return channels == kTunedChannels && hidden == kTunedHidden && height == kTunedSide && width == kTunedSide;
@@ -69,9 +70,9 @@ constexpr MmaLayout mma_layout(int channels, int hidden, int height, int width, 
   l.hidden = hidden;
   l.height = height;
   l.width = width;
-  l.projection_stride = fragment_stride(hidden);
+  l.projection_stride = projection_bytes(hidden);
   const bool tuned = is_tuned(channels, hidden, height, width);
-  l.features_stride = fragment_stride(channels);
+  l.features_stride = features_bytes(channels);
   l.features = orders * cells * l.projection_stride;
   l.bias = l.features + cells * l.features_stride;
   l.zero = l.bias + orders * height * kWarp * 16;
@@ -102,8 +103,8 @@ template <bool kTuned>
 struct MmaShape {
   const MmaLayout& l;
 
-  static constexpr int kTunedProjection = fragment_stride(kTunedHidden);
-  static constexpr int kTunedFeatures = fragment_stride(kTunedChannels);
+  static constexpr int kTunedProjection = projection_bytes(kTunedHidden);
+  static constexpr int kTunedFeatures = features_bytes(kTunedChannels);
 
   __device__ int channels() const { return kTuned ? kTunedChannels : l.channels; }
   __device__ int hidden() const { return kTuned ? kTunedHidden : l.hidden; }

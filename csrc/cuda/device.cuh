@@ -74,6 +74,18 @@ __device__ inline double exponential(double v) { return exp(v); }
 // The larger one; NaN is passed over.
 __device__ inline float larger(float a, float b) { return fmaxf(a, b); }
 
+// The larger one; NaN if either is.
+__device__ inline float larger_or_nan(float a, float b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float out;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
+  return out;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
+__device__ inline double larger_or_nan(double a, double b) { return a > b || a != a ? a : b; }
+
 // a * b, never fused with an addition.
 __device__ inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }
 __device__ inline double rounded_product(double a, double b) { return __dmul_rn(a, b); }

@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kPlainThreads, sizeof(typename Element<T>::Res
 #pragma unroll
                 for (int n = 0; n < kOwn; ++n) {
                   const R u = probe_tile[(c * kSpan + j) * probes + warp * kOwn + n];
-                  const R h = u > v ? u : v;
+                  const R h = larger_or_nan(u, v);
                   // weight[k, l] leads from input (row, j) to output (row + 1 - k, j - l), columns counted
                   // from the strip's first.
 #pragma unroll

@@ -92,7 +92,7 @@ __device__ inline void column_logits(const MatrixParams<T, R>& m, const Weights<
           if (column + l < 1 || column + l > width) continue;
           const R u = Element<T>::load(own[at + l - 1]);
           const R v = Element<T>::load(other[at + l - 1]);
-          const R h = u > v ? u : v;
+          const R h = larger_or_nan(u, v);
 #pragma unroll
           for (int k = 0; k < 3; ++k) rows[2 - k] += w.k[3 * k + l] * h;
         }

@@ -99,7 +99,8 @@ void group_matrix_nan() {
   uint64_t seed = 1;
   for (Scalar scalar : kScalars) {
     for (Normalize normalize : {Normalize::softmax, Normalize::min_shift}) {
-      for (MatrixCase::Bad bad : {MatrixCase::Bad::feature, MatrixCase::Bad::bias, MatrixCase::Bad::both}) {
+      for (MatrixCase::Bad bad :
+           {MatrixCase::Bad::feature, MatrixCase::Bad::bias, MatrixCase::Bad::projection}) {
         MatrixCase c;
         c.scalar = scalar;
         c.normalize = normalize;

@@ -24,8 +24,8 @@ struct MatrixCase {
   int64_t gap = 0;         // elements between faces
   bool unaligned = false;  // memory begins one element after an aligned address
   bool quantised = false;  // to few values, whose sums are exact: ties everywhere
-  enum class Bad { none, feature, bias, both } bad = Bad::none;  // NaN in one face of each side
-  double logits = 1.0;                                           // scale of bias and weight
+  enum class Bad { none, feature, bias, projection } bad = Bad::none;  // NaN in one face of each side
+  double logits = 1.0;                                                 // scale of bias and weight
   uint64_t seed = 1;
 
   std::string name() const {
@@ -146,12 +146,10 @@ struct MatrixData {
     }
     if (faces == 0 || c.bad == MatrixCase::Bad::none) return;
     const int64_t n = faces / 2;
-    if (c.bad != MatrixCase::Bad::bias) {
-      side.features.put(n, int64_t(random() % uint64_t(side.features.size)), NAN);
-    }
-    if (c.bad != MatrixCase::Bad::feature) {
-      side.bias.put(n, int64_t(random() % uint64_t(side.bias.size)), NAN);
-    }
+    const Faces& bad = c.bad == MatrixCase::Bad::feature ? side.features
+                       : c.bad == MatrixCase::Bad::bias  ? side.bias
+                                                         : side.projection;
+    bad.put(n, int64_t(random() % uint64_t(bad.size)), NAN);
   }
 
   static xcos::TemplateView view(const Side& s) {

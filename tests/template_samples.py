@@ -7,12 +7,10 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from test_nn_attention import randomised
 from torch import Tensor
 
-import xcos_ext
 from xcos_ext.datasets.pictures import PersonFolder
 from xcos_ext.nn import XCosAttention, XCosHead, load_recogniser
 from xcos_ext.templates import AttentionParameters, Templates, result_dtype
@@ -48,13 +46,6 @@ PAIRS_ATOL = {
 
 # The mean of the same errors over many pairs.
 PAIRS_MEAN = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-4}
-
-HALVES = (torch.float16, torch.bfloat16)
-
-# Fixed-point arithmetic gives neighbouring faces one unit, so that a face's score depends on them.
-SHARED_UNIT = pytest.mark.xfail(
-    xcos_ext.build_info()["isa"] == "avx512vnni", strict=True, reason="neighbours share a fixed-point unit"
-)
 
 
 @functools.cache

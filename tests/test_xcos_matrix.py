@@ -17,11 +17,9 @@ from samples import DTYPES
 from template_samples import (
     EAGER_ATOL,
     F64,
-    HALVES,
     KINDS,
     PAIRS_ATOL,
     PAIRS_MEAN,
-    SHARED_UNIT,
     eager,
     features,
     head,
@@ -68,14 +66,6 @@ def assert_scores(
     if actual.numel() >= 256 and p.features.shape[1] * p.channels >= 256:  # enough terms for their errors to cancel
         mean = (actual - expected).abs().nanmean().item()
         assert mean <= PAIRS_MEAN[p.dtype] * factor, f"mean error {mean:.3g}"
-
-
-def assert_same(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
-    """The same bits; for half precision nearly, because the unit of its fixed point is shared by neighbours."""
-    if dtype in HALVES:
-        torch.testing.assert_close(actual, expected, rtol=0, atol=PAIRS_ATOL[dtype])
-    else:
-        assert torch.equal(actual, expected)
 
 
 class TestValues:
@@ -225,7 +215,7 @@ class TestValues:
         one = dataclasses.replace(
             plain[0][:1], **{n: getattr(plain[0][:1], n).expand(9, *getattr(plain[0], n).shape[1:]) for n in PARTS}
         )
-        assert_same(xcos_ext.xcos_matrix(one, g), expected[:1].expand(9, -1), dtype)
+        assert torch.equal(xcos_ext.xcos_matrix(one, g), expected[:1].expand(9, -1))
         turned = dataclasses.replace(
             g,
             features=g.features.transpose(1, 2).contiguous().transpose(1, 2),
@@ -267,15 +257,7 @@ class TestBadFaces:
         assert scores[hit].isnan().all()
         torch.testing.assert_close(scores[~hit], expected[~hit], rtol=0, atol=PAIRS_ATOL[dtype])
 
-    @pytest.mark.parametrize(
-        "dtype",
-        [
-            torch.float64,
-            torch.float32,
-            *(pytest.param(d, marks=SHARED_UNIT) for d in HALVES),
-        ],
-        ids=str,
-    )
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("side", ["probe", "gallery"])
     def test_a_loud_face_does_not_drown_its_neighbours(self, side: str, dtype: torch.dtype) -> None:
         """Projections a thousand times the others' are the business of one face's own pairs."""
@@ -329,8 +311,8 @@ class TestSameBits:
         p, g = sides(20, 45, kind, dtype=dtype, device=device)
         scores = xcos_ext.xcos_matrix(p, g)
         for i, j in ((0, 0), (7, 44), (19, 16), (16, 31)):
-            assert_same(xcos_ext.xcos_matrix(p[i], g[j]), scores[i : i + 1, j : j + 1], dtype)
-        assert_same(xcos_ext.xcos_matrix(p[3:8], g[5:44]), scores[3:8, 5:44], dtype)
+            assert torch.equal(xcos_ext.xcos_matrix(p[i], g[j]), scores[i : i + 1, j : j + 1])
+        assert torch.equal(xcos_ext.xcos_matrix(p[3:8], g[5:44]), scores[3:8, 5:44])
 
 
 def compare_gradients(p: Templates, g: Templates, grad: torch.Tensor, floor: float = 1e-3) -> None:

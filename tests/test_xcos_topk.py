@@ -16,10 +16,8 @@ from hypothesis import strategies as st
 from samples import DTYPES
 from template_samples import (
     F64,
-    HALVES,
     KINDS,
     PAIRS_ATOL,
-    SHARED_UNIT,
     features,
     head,
     random_templates,
@@ -124,15 +122,7 @@ class TestOrder:
                     assert torch.equal(indices[row, start : start + 16].sort()[0], indices[row, start : start + 16])
                     assert (values[row, start : start + 16] == values[row, start]).all()
 
-    @pytest.mark.parametrize(
-        "dtype",
-        [
-            torch.float64,
-            torch.float32,
-            *(pytest.param(d, marks=SHARED_UNIT) for d in HALVES),
-        ],
-        ids=str,
-    )
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_ties_among_faces_of_different_strength(self, dtype: torch.dtype) -> None:
         """A face's score does not depend on its neighbours, so its second picture in the gallery comes right after."""
         p, g = sides(8, 150, dtype=dtype)

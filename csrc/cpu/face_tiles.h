@@ -309,11 +309,17 @@ XCOS_INLINE void projection_row(const Sizes& s, const T* in, int64_t row, float 
 }
 
 #if defined(__AVX512VNNI__)
-// Exponent and finiteness of a face, read off the bits of its halves: magnitudes compare like integers.
+// What decides a face's unit, read off the bits of its halves: magnitudes compare like integers.
+//
+// A pair's unit is the larger one of its two faces'. Units are a factor of 8 apart, so nearly all faces of a
+// head have the same one, and a tile is gone through once; a tile or a probe of another costs another pass.
 struct HalfRange {
-  int exponent;  // all projections are below 2^exponent
+  int exponent;  // all projections are below 2^exponent, a multiple of kUnitStep
   bool finite;   // projections and features
 };
+
+constexpr int kUnitStep = 3;
+constexpr int kLeastExponent = -24;
 
 template <typename T>
 XCOS_INLINE uint16_t largest_bits(const T* in, int64_t count) {
@@ -333,25 +339,22 @@ XCOS_INLINE HalfRange half_range(const MatrixProblem& m, const TemplateView& sid
       largest_bits(face<T>(side.projection, side.projection_stride, index), m.orders * m.hidden * cells);
   const uint16_t feature =
       largest_bits(face<T>(side.features, side.features_stride, index), cells * m.channels);
-  HalfRange range{-24, projection < kInfinity && feature < kInfinity};
+  HalfRange range{kLeastExponent, projection < kInfinity && feature < kInfinity};
   if (projection > 0 && range.finite) {
     T value;
     value.bits = projection;
     int exponent;
     std::frexp(load_one(&value), &exponent);
-    range.exponent = exponent > range.exponent ? exponent : range.exponent;
+    while (range.exponent < exponent) range.exponent += kUnitStep;
   }
   return range;
 }
-#else
-struct HalfRange {
-  int exponent;
-  bool finite;
-};
 #endif
 
 // The reciprocal unit that puts values below 2^exponent below 2^14, half of one kept for rounding.
 XCOS_INLINE float projection_scale(int exponent) { return std::ldexp(16383.0f / 16384.0f, 14 - exponent); }
+
+constexpr int kNoUnit = -1000;
 
 // kLanes faces of the gallery, one a lane. Places beyond the last face repeat it.
 template <class P>
@@ -373,26 +376,25 @@ class FaceTile {
   const Packed* projection() const { return projection_.get(); }  // [orders, hidden_words, cells]
   const Vector* bias() const { return bias_.get(); }              // [orders, cells]
   int count() const { return count_; }
-  int exponent() const { return exponent_; }
+  int exponent(int lane) const { return exponent_[lane]; }
+  int unit() const { return unit_; }
   bool finite(int lane) const { return finite_[lane]; }
-  bool all_finite() const { return all_finite_; }
 
-  // Faces [first, first + kLanes) of a side. Fixed16: projections wait for the unit (fit).
+  // Faces [first, first + kLanes) of a side. Fixed16: projections wait for the unit.
   template <typename T>
   void pack([[maybe_unused]] const MatrixProblem& m, const TemplateView& side, int64_t first) {
     const int64_t left = side.faces - first;
     count_ = left < P::kLanes ? static_cast<int>(left) : P::kLanes;
-    exponent_ = -24;
-    all_finite_ = true;
+    unit_ = kNoUnit;
     for (int lane = 0; lane < P::kLanes; ++lane) {
       index_[lane] = first + (lane < count_ ? lane : count_ - 1);
       finite_[lane] = true;
+      exponent_[lane] = 0;
 #if defined(__AVX512VNNI__)
       if constexpr (P::kFixed) {
         const HalfRange range = half_range<T>(m, side, index_[lane]);
         finite_[lane] = range.finite;
-        all_finite_ = all_finite_ && range.finite;
-        if (range.finite && range.exponent > exponent_) exponent_ = range.exponent;
+        exponent_[lane] = range.exponent;
       }
 #endif
     }
@@ -416,21 +418,14 @@ class FaceTile {
     for (int lane = 0; lane < P::kLanes; ++lane)
       biases[lane] = face<Result>(side.bias, side.bias_stride, index_[lane]);
     transpose_rows<Result, P::kLanes>(biases, sizes_.bias_values, reinterpret_cast<Result*>(bias_.get()));
-    if constexpr (!P::kFixed) pack_projection<T>(side, 0);
+    if constexpr (!P::kFixed) use_unit<T>(side, 0);
   }
 
-  // Fixed16: projections in a unit that also fits values below 2^exponent.
+  // Projections, for Fixed16 in the unit of this exponent; faces that need a larger one are left out.
   template <typename T>
-  void fit(const TemplateView& side, int exponent) {
-    if (exponent > exponent_) exponent_ = exponent;
-    pack_projection<T>(side, exponent_);
-  }
-
- private:
-  static constexpr int64_t kBlock = 512;  // words of a face that are converted at a time: 32 KB a tile
-
-  template <typename T>
-  void pack_projection(const TemplateView& side, int exponent) {
+  void use_unit(const TemplateView& side, int exponent) {
+    if (exponent == unit_) return;
+    unit_ = exponent;
     const float scale = P::kFixed ? projection_scale(exponent) : 1.0f;
     const int64_t total = sizes_.orders * sizes_.hidden_words;
     // As many rows of cells at a time as the working memory holds; a row longer than it goes in pieces of its
@@ -453,7 +448,7 @@ class FaceTile {
         if constexpr (std::is_same_v<Word, T>) {
           rows[lane] = values + row * sizes_.cells;
         } else {
-          if (finite_[lane]) {
+          if (finite_[lane] && exponent_[lane] <= exponent) {
             for (int64_t i = 0; i < n; ++i)
               projection_row<P>(sizes_, values, row + i, scale, out + i * sizes_.cells);
           } else {
@@ -466,6 +461,9 @@ class FaceTile {
     }
   }
 
+ private:
+  static constexpr int64_t kBlock = 512;  // words of a face that are converted at a time: 32 KB a tile
+
   Sizes sizes_;
   Buffer<Packed> features_;
   Buffer<Packed> projection_;
@@ -473,9 +471,9 @@ class FaceTile {
   Buffer<Word> rows_;
   int64_t index_[P::kLanes];
   bool finite_[P::kLanes];
-  bool all_finite_ = true;
+  int exponent_[P::kLanes];
   int count_ = 0;
-  int exponent_ = 0;
+  int unit_ = kNoUnit;
 };
 
 // Consecutive probes as broadcastable words; read in place where they are stored that way already.
@@ -489,9 +487,10 @@ class ProbeBlock {
       : sizes_(s),
         features_(kInPlace ? 1 : most * s.feature_words),
         projection_(kInPlace ? 1 : most * s.projection_words),
+        exponent_(most),
         finite_(most) {}
 
-  int exponent() const { return exponent_; }
+  int exponent(int64_t i) const { return exponent_.get()[i]; }
   bool finite(int64_t i) const { return finite_.get()[i]; }
 
   void prepare([[maybe_unused]] const MatrixProblem& m, const TemplateView& side, int64_t first,
@@ -499,15 +498,15 @@ class ProbeBlock {
     side_ = side;
     first_ = first;
     count_ = count;
-    exponent_ = -24;
     unit_ = kNoUnit;
     for (int64_t i = 0; i < count; ++i) {
       finite_.get()[i] = true;
+      exponent_.get()[i] = 0;
 #if defined(__AVX512VNNI__)
       if constexpr (P::kFixed) {
         const HalfRange range = half_range<T>(m, side, first + i);
         finite_.get()[i] = range.finite;
-        if (range.finite && range.exponent > exponent_) exponent_ = range.exponent;
+        exponent_.get()[i] = range.exponent;
       }
 #endif
       if constexpr (!kInPlace)
@@ -517,7 +516,7 @@ class ProbeBlock {
     if constexpr (!P::kFixed) use_unit(0);
   }
 
-  // Fixed16: projections in the unit of this exponent.
+  // Projections, for Fixed16 in the unit of this exponent; probes that need a larger one are left out.
   void use_unit(int exponent) {
     if constexpr (!kInPlace) {
       if (exponent == unit_) return;
@@ -525,7 +524,7 @@ class ProbeBlock {
       for (int64_t i = 0; i < count_; ++i) {
         Word* out = projection_.get() + i * sizes_.projection_words;
         const T* values = face<T>(side_.projection, side_.projection_stride, first_ + i);
-        if (!finite_.get()[i]) continue;  // its scores are NaN without being computed
+        if (!finite_.get()[i] || exponent_.get()[i] > exponent) continue;
         for (int64_t row = 0; row < sizes_.orders * sizes_.hidden_words; ++row)
           projection_row<P>(sizes_, values, row, scale, out + row * sizes_.cells);
       }
@@ -546,16 +545,14 @@ class ProbeBlock {
   }
 
  private:
-  static constexpr int kNoUnit = -1000;
-
   Sizes sizes_;
   TemplateView side_{};
   int64_t first_ = 0;
   int64_t count_ = 0;
-  int exponent_ = 0;
   int unit_ = kNoUnit;
   Buffer<Word> features_;
   Buffer<Word> projection_;
+  Buffer<int> exponent_;
   Buffer<bool> finite_;
 };
 

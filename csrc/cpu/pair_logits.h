@@ -282,7 +282,7 @@ XCOS_INLINE typename P::Vector logits(const Sizes& s, const PairParameters<P>& p
   else
     spread_any<P>(s, up, v, parameters.weight(), y);
   if constexpr (P::kFixed) {
-    const float unit = parameters.weight_unit / projection_scale(tile.exponent());
+    const float unit = parameters.weight_unit / projection_scale(tile.unit());
     for (int64_t i = 0; i < s.cells; ++i) {
       const V sum = multiply_add<V>(P::real(y[i]), broadcast_value<V>(unit), tile_bias[i] + bias[i]);
       z[i] = rectify<V>(sum, slope);

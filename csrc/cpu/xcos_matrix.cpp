@@ -42,26 +42,89 @@ class MatrixTask {
       }
       const int64_t first = step % tiles_ * P::kLanes;
       tile.template pack<T>(m_, m_.gallery, first);
+      Selection all(probes, tile);
       if constexpr (P::kFixed) {
-        tile.template fit<T>(m_.gallery, probes.exponent());
-        probes.use_unit(tile.exponent());
-      }
-      for (int64_t i = 0; i < count; i += kProbeGroup) {
-        const int n = static_cast<int>(count - i < kProbeGroup ? count - i : kProbeGroup);
-        score(probes, i, n, tile, block * kProbeBlock + i, first, work);
+        write_bad(all, count, probes, tile, block * kProbeBlock, first);
+        for (int unit = all.next_unit(count, kNoUnit); unit != kNoUnit; unit = all.next_unit(count, unit)) {
+          all.choose(count, unit);
+          if (all.count == 0) continue;
+          tile.template use_unit<T>(m_.gallery, unit);
+          probes.use_unit(unit);
+          score(all, tile, block * kProbeBlock, first, work);
+        }
+      } else {
+        all.choose_all(count);
+        score(all, tile, block * kProbeBlock, first, work);
       }
     }
   }
 
  private:
-  void score(const ProbeBlock<P, T>& probes, int64_t in_block, int count, const FaceTile<P>& tile,
-             int64_t probe, int64_t first, PairWork<P>& work) const {
-    const typename P::Word* features[kProbeGroup];
-    for (int i = 0; i < count; ++i) features[i] = probes.features(in_block + i);
-    dot_all_cells<P>(sizes_, features, tile.features(), count, sizes_.cells, work.dots.get());
-    for (int i = 0; i < count; ++i)
-      write(attend(probes, in_block + i, tile, work.dots.get() + i * sizes_.cells, work), tile, probe + i,
-            first);
+  using Lanes = uint32_t;  // a bit a lane
+
+  // The probes of a block that meet a tile together, and the lanes whose scores count.
+  struct Selection {
+    Selection(const ProbeBlock<P, T>& probes_, const FaceTile<P>& tile_) : probes(probes_), tile(tile_) {}
+
+    static Lanes first_lanes(int n) { return n >= 32 ? ~Lanes(0) : (Lanes(1) << n) - 1; }
+
+    void choose_all(int64_t n) {
+      count = n;
+      for (int64_t i = 0; i < n; ++i) {
+        index[i] = i;
+        lanes[i] = first_lanes(tile.count());
+      }
+    }
+
+    // The smallest unit above `after` that any face here has; kNoUnit: none.
+    int next_unit(int64_t n, int after) const {
+      int unit = kNoUnit;
+      const auto see = [&](bool finite, int exponent) {
+        if (finite && exponent > after && (unit == kNoUnit || exponent < unit)) unit = exponent;
+      };
+      for (int64_t i = 0; i < n; ++i) see(probes.finite(i), probes.exponent(i));
+      for (int lane = 0; lane < tile.count(); ++lane) see(tile.finite(lane), tile.exponent(lane));
+      return unit;
+    }
+
+    // Pairs whose larger unit is this one.
+    void choose(int64_t n, int unit) {
+      Lanes up_to = 0, exactly = 0;
+      for (int lane = 0; lane < tile.count(); ++lane) {
+        if (!tile.finite(lane) || tile.exponent(lane) > unit) continue;
+        up_to |= Lanes(1) << lane;
+        if (tile.exponent(lane) == unit) exactly |= Lanes(1) << lane;
+      }
+      count = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        if (!probes.finite(i) || probes.exponent(i) > unit) continue;
+        const Lanes wanted = probes.exponent(i) == unit ? up_to : exactly;
+        if (wanted == 0) continue;
+        index[count] = i;
+        lanes[count++] = wanted;
+      }
+    }
+
+    const ProbeBlock<P, T>& probes;
+    const FaceTile<P>& tile;
+    int64_t count = 0;
+    int64_t index[kProbeBlock];
+    Lanes lanes[kProbeBlock];
+  };
+
+  void score(const Selection& chosen, const FaceTile<P>& tile, int64_t first_probe, int64_t first,
+             PairWork<P>& work) const {
+    for (int64_t start = 0; start < chosen.count; start += kProbeGroup) {
+      const int n = static_cast<int>(chosen.count - start < kProbeGroup ? chosen.count - start : kProbeGroup);
+      const typename P::Word* features[kProbeGroup];
+      for (int i = 0; i < n; ++i) features[i] = chosen.probes.features(chosen.index[start + i]);
+      dot_all_cells<P>(sizes_, features, tile.features(), n, sizes_.cells, work.dots.get());
+      for (int i = 0; i < n; ++i) {
+        const int64_t probe = chosen.index[start + i];
+        write(attend(chosen.probes, probe, tile, work.dots.get() + i * sizes_.cells, work),
+              chosen.lanes[start + i], first_probe + probe, first);
+      }
+    }
   }
 
   typename P::Vector attend(const ProbeBlock<P, T>& probes, int64_t i, const FaceTile<P>& tile,
@@ -69,7 +132,6 @@ class MatrixTask {
     using V = typename P::Vector;
     using A = typename P::Result;
     V score = {};
-    if (P::kFixed && !probes.finite(i)) return score + std::numeric_limits<A>::quiet_NaN();
     for (int64_t order = 0; order < sizes_.orders; ++order) {
       V total;
       const V largest =
@@ -79,16 +141,25 @@ class MatrixTask {
     return sizes_.orders == 2 ? score * A(0.5) : score;
   }
 
-  void write(typename P::Vector score, const FaceTile<P>& tile, int64_t probe, int64_t first) const {
-    using A = typename P::Result;
-    if constexpr (P::kFixed) {
-      if (!tile.all_finite())
-        for (int lane = 0; lane < P::kLanes; ++lane)
-          if (!tile.finite(lane)) score[lane] = std::numeric_limits<A>::quiet_NaN();
+  // Pairs that fixed point cannot hold: NaN or infinity in one of the faces.
+  void write_bad(const Selection& all, int64_t count, const ProbeBlock<P, T>& probes, const FaceTile<P>& tile,
+                 int64_t first_probe, int64_t first) const {
+    Lanes bad = 0;
+    for (int lane = 0; lane < tile.count(); ++lane)
+      if (!tile.finite(lane)) bad |= Lanes(1) << lane;
+    const auto nan =
+        broadcast_value<typename P::Vector>(std::numeric_limits<typename P::Result>::quiet_NaN());
+    for (int64_t i = 0; i < count; ++i) {
+      const Lanes lanes = probes.finite(i) ? bad : all.first_lanes(tile.count());
+      if (lanes != 0) write(nan, lanes, first_probe + i, first);
     }
-    A* to = out_.data + probe * out_.row + first * out_.column;
-    if (out_.column == 1 && tile.count() == P::kLanes) return store<P::kLanes>(to, score);
-    for (int lane = 0; lane < tile.count(); ++lane) to[lane * out_.column] = score[lane];
+  }
+
+  void write(typename P::Vector score, Lanes lanes, int64_t probe, int64_t first) const {
+    typename P::Result* to = out_.data + probe * out_.row + first * out_.column;
+    if (out_.column == 1 && lanes == Selection::first_lanes(P::kLanes)) return store<P::kLanes>(to, score);
+    for (int lane = 0; lane < P::kLanes; ++lane)
+      if ((lanes >> lane & 1) != 0) to[lane * out_.column] = score[lane];
   }
 
   const MatrixProblem& m_;

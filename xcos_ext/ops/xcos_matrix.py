@@ -175,7 +175,11 @@ class AllPairs:
         if rows.device.type == "cpu":
             return _fixed(rows, features, *(norms or (None, None)))
         if norms is not None:
-            features = (features * norms[1].unsqueeze(2)).to(features.dtype)
+            # A face's norms count up to a factor; these keep half precision from overflowing.
+            first, second = (_up_to_one(n) for n in norms)
+            rows = self.probes.features[probes].to(self.dtype) * first.unsqueeze(2)
+            features = (features * second.unsqueeze(2)).to(features.dtype)
+            norms = first, second
         scores = _product(rows.flatten(1).to(features.dtype), features.flatten(1).T, self.dtype)
         return scores if norms is None else _divided(scores, *norms)
 
@@ -205,6 +209,12 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.dtype == dtype:
         return a @ b
     return torch.mm(a, b, out_dtype=dtype)
+
+
+def _up_to_one(norms: Tensor) -> Tensor:
+    """Norms [N, cells] divided by each face's largest."""
+    largest = norms.amax(1, keepdim=True)
+    return norms / torch.where(largest == 0, 1.0, largest)
 
 
 def _divided(scores: Tensor, probe_norms: Tensor, gallery_norms: Tensor) -> Tensor:

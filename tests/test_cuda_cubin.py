@@ -34,6 +34,12 @@ def check(nvcc: str, architectures: tuple[int, ...]) -> None:
         for element in ("f16", "bf16", "f32", "f64"):
             assert {f"staged_{direction}<{element}>", f"general_{direction}<{element}>"} <= names
         assert {f"staged_{direction}<{element}, 32x49>" for element in ("f16", "bf16", "f32")} <= names
+    for element in ("f16", "bf16", "f32", "f64"):
+        assert {f"matrix_plain<{element}>", f"matrix_backward<{element}>"} <= names
+    assert {f"matrix_tensor<{element}{tuned}>" for element in ("f16", "bf16") for tuned in ("", ", tuned")} <= names
+    assert {
+        f"{sums}<{element}>" for sums in ("topk_update", "matrix_backward_sums") for element in ("f32", "f64")
+    } <= names
     assert not cubin_gate.violations(reports), cubin_gate.table(reports)
 
 
@@ -48,6 +54,7 @@ def test_kernels_fit_every_architecture(nvcc: str) -> None:
 
 HALF = "_ZN4xcos4cuda3_GL14staged_forwardI6__halfLi32ELi49EEEvNS1_1PE"
 DOUBLE = "_ZN4xcos4cuda3_GL16general_backwardIdEEvNS1_1PE"
+TUNED = "_ZN4xcos4cuda2_GL13matrix_tensorI13__nv_bfloat16Lb1EEEvNS1_1PE"
 PTXAS = f"""\
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '{HALF}' for 'sm_90'
@@ -68,6 +75,15 @@ def test_reading_ptxas() -> None:
         cubin_gate.KernelReport(90, "staged_forward<f16, 32x49>", 81, 8, 16, 64),
         cubin_gate.KernelReport(90, "general_backward<f64>", 128, 0, 0, 0),
     ]
+
+
+def test_names_and_limits_of_all_pairs() -> None:
+    assert cubin_gate.kernel_name(TUNED) == "matrix_tensor<bf16, tuned>"
+    assert cubin_gate.kernel_name(TUNED.replace("Lb1E", "Lb0E")) == "matrix_tensor<bf16>"
+    # The longest name that fits has the limit.
+    report = cubin_gate.KernelReport(90, "matrix_plain<f64>", 200, 0, 0, 0)
+    assert cubin_gate.violations([report]) == []
+    assert len(cubin_gate.violations([replace(report, name="matrix_plain<f32>")])) == 1
 
 
 def test_the_gate_closes() -> None:

@@ -351,7 +351,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = strict(run("demo", "--json", "--out", "d.svg").stdout)
     assert data["agree"] is True
     assert data["search"]["found"] is True
-    assert [job["agree"] for job in data["jobs"]] == [True] * 3
+    assert [job["agree"] for job in data["jobs"]] == [True] * 4
     assert all(job["largest_difference"] < 2e-5 for job in data["jobs"])
     trouble(run("demo", "--out", "d.gif"), "d.gif: expected a file ending in .png")
 

@@ -417,6 +417,12 @@ class TestTrainingMode:
         with pytest.raises(RuntimeError, match="training mode"):
             learned.templates(x)
 
+    def test_a_training_norm_before_the_attention_is_refused(self) -> None:
+        net = head()
+        net.conv1x1.train()  # the features themselves would be those of their batch
+        with pytest.raises(RuntimeError, match="training mode"):
+            net.templates(features(2))
+
     def test_frozen_batch_norms_and_a_training_backbone_are_fine(self) -> None:
         net = attention().train()
         for norm in net.modules():

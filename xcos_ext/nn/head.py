@@ -145,7 +145,8 @@ class XCosHead(nn.Module):
             ValueError: a wrong shape or role.
             TypeError: not a tensor, or a dtype that is not floating-point.
         """
-        if self.training:
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        if self.training or any(norm.training for norm in norms):
             raise RuntimeError(
                 "templates: expected a head in evaluation mode, got training mode: templates fold the statistics of "
                 "batch norm, which change with every batch there; call .eval() on the head first, which fixes the "

@@ -4,10 +4,11 @@
 // For every pair (p, g), with cells i of the H x W grid and hidden channels c:
 //
 //   h_o[c,i] = max(projection_p[o,c,i], projection_g[o,c,i])
-//   y_o[i]   = bias_p[o,i] + bias_g[o,i] + sum_{c,k} weight[c,k] h_o[c, i+k]     3x3, cells outside count
-//   nothing z_o[i]   = y_o[i] > 0 ? y_o[i] : slope * y_o[i] W_o      = softmax(z_o / temperature) over the
-//   cells, or min-shift: (z - min z) / sum (z - min z),
-//              uniform where that sum is 0
+//   y_o[i]   = bias_p[o,i] + bias_g[o,i] + sum_{c,k} weight[c,k] h_o[c, i+k]
+//              (3x3; cells outside the grid count nothing)
+//   z_o[i]   = y_o[i] > 0 ? y_o[i] : slope * y_o[i]
+//   W_o      = softmax(z_o / temperature) over the cells, or
+//              min-shift: (z - min z) / sum (z - min z), uniform where that sum is 0
 //   S[i]     = features_p[i] . features_g[i]
 //   score    = sum_i mean_o(W_o[i]) S[i]
 //
@@ -54,8 +55,8 @@ struct MatrixProblem {
 
 // Gradients of sum_{p,g} grad[p,g] score[p,g]. Outputs are dense, shaped like their inputs; null ones are not
 // wanted. At a tie of the maximum the second face's part (-v) takes the gradient: the gallery's in order 0,
-// the probe's in order 1; so the slope at 0 is that of torch's PReLU. At y == 0 the activation's gradient is
-// `slope`, as torch's.
+// the probe's in order 1; so the slope at 0 is that of torch's PReLU. Equal smallest logits share min-shift's
+// gradient. At y == 0 the activation's gradient is `slope`, as torch's.
 struct MatrixGradients {
   const void* grad;        // [probes, gallery], dense, of result_scalar
   void* probe_features;    // of scalar

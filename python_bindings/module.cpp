@@ -178,8 +178,8 @@ py::dict build_info() {
   info["torch"] = XCOS_TORCH_VERSION;
   info["torch_abi"] = "stable, 2.10 and later";
   std::vector<std::string> compiled, supported;
-  for (auto isa : {xcos::cpu::Isa::baseline, xcos::cpu::Isa::avx2, xcos::cpu::Isa::avx512,
-                   xcos::cpu::Isa::avx512vnni}) {
+  for (auto isa :
+       {xcos::cpu::Isa::baseline, xcos::cpu::Isa::avx2, xcos::cpu::Isa::avx512, xcos::cpu::Isa::avx512vnni}) {
     if (xcos::cpu::isa_compiled(isa)) compiled.emplace_back(xcos::cpu::isa_name(isa));
     if (xcos::cpu::isa_supported(isa)) supported.emplace_back(xcos::cpu::isa_name(isa));
   }

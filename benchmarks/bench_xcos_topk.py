@@ -144,7 +144,8 @@ def _search(device: str, probes: int, gallery: int) -> Iterator[Case]:
         if gpu:
             half = a1.to(dtype), b1.to(dtype)
             learned[f"cosine {name}"] = lambda h=half: (h[0] @ h[1].T).topk(K)
-        matrices = tuple(t.to(dtype) for t in square)
+        # torch multiplies halves on a CPU that lacks them slower than it multiplies floats: no measure of the machine.
+        matrices = tuple(t.to(torch.float32 if dtype == torch.float16 and not gpu else dtype) for t in square)
         learned["gemm"] = lambda m=matrices: m[0] @ m[1]
         facts = _accuracy(attention, a, b, dtype)
         targets: list[tuple[str, float, str]] = []

@@ -54,7 +54,13 @@ def _targets(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         for target in row["targets"]:
             reached = target["reached"]
-            text = _time(reached) if "under 10 us" in target["text"] else f"{reached:.3g}"
+            text = (
+                _time(reached)
+                if "under 10 us" in target["text"]
+                else f"{reached:.0f}"
+                if reached >= 100
+                else f"{reached:.3g}"
+            )
             verdict = "met" if target["met"] else "missed"
             lines.append(f"| {row['name'].split('/')[-1]}: {target['text']} | {text} | {verdict} |")
     return ["", "| target | reached | |", "|---|---|---|", *lines] if lines else []

@@ -3,7 +3,8 @@
     python benchmarks/run.py --device cpu --threads 2
     python benchmarks/run.py --only forward/fp32 --out /tmp/try.json
 
-Peers run beside ours, in turns; faiss is one of them where faiss-cpu is installed. Numbers belong to the machine and commit that the file names.
+Peers run beside ours, in turns; faiss is one of them where faiss-cpu is installed. Numbers belong to the machine
+and commit that the file names.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +16,7 @@ from xcos_ext.datasets import LFW
 from xcos_ext.evaluation.lfw import score_model
 from xcos_ext.nn import load_model
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small work: on a busy machine waiting for a second thread costs more than it saves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def example(seed: int, n: int = 60, ties: bool = False) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

@@ -7,7 +7,6 @@ import dataclasses
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -22,14 +21,7 @@ from xcos_ext import templates as module
 from xcos_ext.nn import ClosedFormHead, XCosAttention, XCosHead, XCosModel
 from xcos_ext.templates import AttentionParameters, Templates, check_sides, resolve_attention
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small work: on a busy machine waiting for a second thread costs more than it saves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_knows_neither_networks_nor_the_compiled_library() -> None:

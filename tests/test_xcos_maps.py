@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,14 +27,7 @@ from xcos_ext import reference
 from xcos_ext import templates as module
 from xcos_ext.templates import Templates, result_dtype
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small work: on a busy machine waiting for a second thread costs more than it saves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 PAIRS = torch.tensor([[0, 3], [4, 0], [2, 2], [2, 2], [1, 5]])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,7 @@ import xcos_ext
 from xcos_ext import reference
 from xcos_ext.templates import Templates, result_dtype
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small work: on a busy machine waiting for a second thread costs more than it saves. Some tests ask for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 IMPLEMENTATIONS = {"operator": xcos_ext.xcos_topk, "reference": reference.xcos_topk}

@@ -101,12 +101,13 @@ struct TopkUpdate {
   double min_score;       // scores below it are no candidates; -inf for none
   void* values;           // [probes, k], dense, in and out
   int64_t* indices;       // [probes, k], dense, in and out
-  const int64_t*
-      exclude_indices;  // [probes, exclude_count] gallery indices that a probe must not get; null: none
+  // Gallery indices that a probe must not get, [probes, exclude_count]; null: none.
+  const int64_t* exclude_indices;
   int64_t exclude_count;
   int64_t exclude_stride;
-  const bool* exclude_mask;     // true: not a candidate; element of probe p and column j at [p * stride + j *
-                                // step]; null: none
+  // True: not a candidate. Probe p's column j is at [p * exclude_mask_stride + j * exclude_mask_step]; null:
+  // none.
+  const bool* exclude_mask;
   int64_t exclude_mask_stride;  // 0: one mask for all probes
   int64_t exclude_mask_step;
 };

@@ -7,9 +7,9 @@
 //   templates
 //
 // Fixed16 is finer than bfloat16's 8 bits and as fine as float16's 11 for all but a face's smallest values,
-// and it needs one instruction for the maximum of 32 values, where bfloat16 arithmetic has none. The
-// projections of a tile and of a block of probes share one power of two as their unit, chosen so that the
-// largest takes 14 bits; the rest of the 32-bit sum's room goes to the weights.
+// and it needs one instruction for the maximum of 32 values, where bfloat16 arithmetic has none. A pair's
+// projections share a unit that depends on its two faces alone (HalfRange), so that the larger one takes 12
+// to 14 bits; the rest of the 32-bit sum's room goes to the weights.
 #pragma once
 
 #include <cmath>
@@ -240,7 +240,7 @@ XCOS_INLINE void transpose_rows(const Word* const* rows, int64_t count, Word* ou
     for (int lane = 0; lane < kLanes; ++lane) out[k * kLanes + lane] = rows[lane][k];
 }
 
-// What turns a face's stored values into words: `scale` is the reciprocal of the fixed-point unit.
+// `count` words of a face's features, from word `first` on.
 template <class P, typename T>
 XCOS_INLINE void feature_words(const Sizes& s, const T* in, int64_t first, int64_t count,
                                typename P::Word* out) {
@@ -277,7 +277,8 @@ XCOS_INLINE void feature_words(const Sizes& s, const T* in, int64_t first, int64
   }
 }
 
-// Row `row` (order and channel pair) of a face's projections, all cells.
+// Row `row` (order and channels of a word) of a face's projections, all cells. scale: the reciprocal of the
+// fixed-point unit.
 template <class P, typename T>
 XCOS_INLINE void projection_row(const Sizes& s, const T* in, int64_t row, float scale,
                                 typename P::Word* out) {

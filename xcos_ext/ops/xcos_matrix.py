@@ -157,8 +157,11 @@ class AllPairs:
         if self.how.parameters is not None:
             self.probes, self.gallery = probes.as_probe(), gallery.as_gallery()
             return
+        # A face's norms count up to a factor; on a GPU, which multiplies halves, it keeps them from overflowing.
+        self.norms = _as_they_are if probes.device.type == "cpu" else _up_to_one
+        self.probe_norms = self.norms(probes.norms)
         # What of the probes does not depend on the gallery is multiplied once.
-        scale = probes.norms if self.how.weights is None else self.how.weights
+        scale = self.probe_norms if self.how.weights is None else self.how.weights
         self.rows = probes.features.to(self.dtype) * scale.unsqueeze(2)
 
     def scores(self, probes: slice = slice(None), gallery: slice = slice(None)) -> Tensor:
@@ -168,18 +171,14 @@ class AllPairs:
         rows, features = self.rows[probes], self.gallery.features[gallery]
         norms = None
         if self.how.weights is None:
-            norms = self.probes.norms[probes], self.gallery.norms[gallery]
+            norms = self.probe_norms[probes], self.norms(self.gallery.norms[gallery])
         tensors = (rows, features, *(norms or ()))
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return self._differentiable(rows, features, norms)
         if rows.device.type == "cpu":
             return _fixed(rows, features, *(norms or (None, None)))
         if norms is not None:
-            # A face's norms count up to a factor; these keep half precision from overflowing.
-            first, second = (_up_to_one(n) for n in norms)
-            rows = self.probes.features[probes].to(self.dtype) * first.unsqueeze(2)
-            features = (features * second.unsqueeze(2)).to(features.dtype)
-            norms = first, second
+            features = (features * norms[1].unsqueeze(2)).to(features.dtype)
         scores = _product(rows.flatten(1).to(features.dtype), features.flatten(1).T, self.dtype)
         return scores if norms is None else _divided(scores, *norms)
 
@@ -209,6 +208,10 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.dtype == dtype:
         return a @ b
     return torch.mm(a, b, out_dtype=dtype)
+
+
+def _as_they_are(norms: Tensor) -> Tensor:
+    return norms
 
 
 def _up_to_one(norms: Tensor) -> Tensor:

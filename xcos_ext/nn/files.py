@@ -75,7 +75,11 @@ def write_safetensors(path: StrPath, tensors: Mapping[str, Tensor], metadata: Ma
         if file.is_dir():
             raise ModelError(f"{file}: cannot be written: it is a directory")
         # Bytes first: save_file() would create a file that only its owner can read.
-        temporary.write_bytes(save(copies, dict(metadata)))
+        contents = save(copies, dict(metadata))
+        with temporary.open("wb") as stream:
+            stream.write(contents)
+            stream.flush()
+            os.fsync(stream.fileno())  # before the rename, so that a power cut leaves the old file or the new one
         os.replace(temporary, file)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{file}: cannot be written: {_first_line(error)}") from error

@@ -1,0 +1,131 @@
+"""What a training says: a CSV file always, a bar or a line now and then on stderr, TensorBoard when asked."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xcos_ext.errors import XCosError
+
+__all__ = ["CSVLog", "Progress", "tensorboard_writer"]
+
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+class CSVLog:
+    """Rows of numbers by step. Columns are those of the first row; a row is on disk once it is written.
+
+    Args:
+        path: the file.
+        step: keep rows up to this step, which a resumed training has done; later ones belong to a run that was killed.
+    """
+
+    def __init__(self, path: Path, step: int = 0) -> None:
+        self.path = path
+        self._columns: list[str] = []
+        kept: list[dict[str, str]] = []
+        if step > 0 and path.is_file():
+            with path.open(newline="", encoding="utf-8") as stream:
+                reader = csv.DictReader(stream)
+                rows = list(reader)
+                self._columns = list(reader.fieldnames or [])
+            # A killed run may have left half a row at the end.
+            kept = [row for row in rows if None not in row.values() and 0 < int(row["step"] or 0) <= step]
+        text = io.StringIO()
+        if self._columns:
+            writer = csv.DictWriter(text, self._columns)
+            writer.writeheader()
+            writer.writerows(kept)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
+        os.replace(temporary, path)
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Append a row; names that the first row did not have are left out."""
+        with self.path.open("a", newline="", encoding="utf-8") as stream:
+            if not self._columns:
+                self._columns = list(row)
+                csv.DictWriter(stream, self._columns).writeheader()
+            writer = csv.DictWriter(stream, self._columns, extrasaction="ignore")
+            writer.writerow({name: repr(value) if isinstance(value, float) else value for name, value in row.items()})
+
+
+def tensorboard_writer(folder: Path, step: int) -> Any:
+    """A ``SummaryWriter`` that drops events after ``step``.
+
+    Raises:
+        XCosError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise XCosError(
+            "train.tensorboard: TensorBoard is not installed: pip install 'xcos_ext[tensorboard]'"
+        ) from error
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+
+class Progress:
+    """Loss, rate and time left on stderr: a bar on a terminal, else a line every half minute.
+
+    Args:
+        steps: of the whole training.
+        done: steps done before.
+        show: False says nothing.
+    """
+
+    def __init__(self, steps: int, done: int = 0, show: bool = True) -> None:
+        self._steps, self._first, self._done = steps, done, done
+        self._start = self._spoke = time.monotonic()
+        self._show = show
+        self._bar: Any = None
+        if show and sys.stderr is not None and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[shown]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task("training", total=steps, completed=done, shown="")
+            self._bar.start()
+
+    def update(self, step: int, values: Mapping[str, float] | None = None) -> None:
+        """A step is done; ``values`` are shown where there are new ones."""
+        self._done = step
+        shown = "" if values is None else "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, **({"shown": shown} if values is not None else {}))
+        elif values is not None and time.monotonic() - self._spoke > _SECONDS_BETWEEN_LINES:
+            spent = time.monotonic() - self._start
+            left = spent / max(1, step - self._first) * (self._steps - step)
+            self.say(f"step {step} of {self._steps}  {shown}  {spent:.0f} s, about {left:.0f} s left")
+
+    def say(self, text: str) -> None:
+        """One line, above the bar where there is one."""
+        self._spoke = time.monotonic()
+        if not self._show:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        elif sys.stderr is not None:
+            with contextlib.suppress(OSError, ValueError):
+                print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()

@@ -22,6 +22,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "min-shift": {"normalize": "min-shift"},
     "symmetric": {"symmetric": True, "temperature": 2.0},
     "symmetric min-shift": {"symmetric": True, "normalize": "min-shift"},
+    "residual": {"residual": True, "temperature": 1.7},
+    "symmetric residual": {"residual": True, "symmetric": True},
 }
 
 F64 = torch.float64
@@ -72,13 +74,16 @@ def real_features(data: Path, faces: int) -> tuple[XCosHead, Tensor]:
 
 def attention(kind: str = "softmax", channels: int = 32, hidden: int = 16) -> XCosAttention:
     """fp64, evaluation mode, batch norms and slopes away from their neutral values."""
-    module = randomised(XCosAttention(channels, hidden, **KINDS[kind]))
+    net = XCosAttention(channels, hidden, **KINDS[kind])
+    if net.residual:  # its last layer starts at zero
+        net.attention[3].reset_parameters()
+    module = randomised(net)
     assert isinstance(module, XCosAttention)
     return module
 
 
 def head(kind: str = "softmax", channels: int = 32, hidden: int = 16) -> XCosHead:
-    module = randomised(XCosHead(8, channels, attention=XCosAttention(channels, hidden, **KINDS[kind])))
+    module = randomised(XCosHead(8, channels, attention=attention(kind, channels, hidden)))
     assert isinstance(module, XCosHead)
     return module
 
@@ -98,7 +103,7 @@ def eager(module: XCosHead | XCosAttention, a: Tensor, b: Tensor) -> Tensor:
 
 
 def random_parameters(kind: str = "softmax", hidden: int = 16, dtype: torch.dtype = F64) -> AttentionParameters:
-    options = KINDS[kind]
+    options = {name: value for name, value in KINDS[kind].items() if name != "residual"}
     return AttentionParameters(
         weight=(torch.randn(hidden, 3, 3, dtype=F64) / hidden**0.5).to(result_dtype(dtype)),
         slope=torch.tensor([0.2], dtype=result_dtype(dtype)),

@@ -225,19 +225,24 @@ class AttentionParameters:
         return dataclasses.replace(self, weight=self.weight.detach(), slope=self.slope.detach())
 
 
+def cell_norms(cells: Tensor, dim: int) -> Tensor:
+    """Lengths of cells along ``dim``; 0 without gradient where a cell is 0, NaN where the squares overflow."""
+    squared = (cells * cells).sum(dim)
+    zero = squared == 0
+    norms = torch.where(zero, 0.0, torch.where(zero, 1.0, squared).sqrt())
+    # Squares beyond the dtype's range: x / inf would be a silent 0.
+    return torch.where(norms.isinf(), torch.nan, norms)
+
+
 def unit_cells(features: Tensor) -> tuple[Tensor, Tensor]:
     """Grid features [N, C, H, W], fp32 or fp64, to unit cells [N, H * W, C] and norms [N, H * W].
 
     The norm is clamped to 1e-6 where it divides, as in the operators, so zero cells stay 0; they get no gradient.
     """
     cells = features.flatten(2).transpose(1, 2)
-    squared = (cells * cells).sum(2)
-    zero = squared == 0
-    norms = torch.where(zero, 0.0, torch.where(zero, 1.0, squared).sqrt())
-    # Squares beyond the dtype's range: x / inf would be a silent 0.
-    norms = torch.where(norms.isinf(), torch.nan, norms)
+    norms = cell_norms(cells, 2)
     if cells.requires_grad:
-        cells = torch.where(zero.unsqueeze(2), cells.detach(), cells)
+        cells = torch.where((norms == 0).unsqueeze(2), cells.detach(), cells)
     return cells / norms.clamp_min(EPS).unsqueeze(2), norms
 
 

@@ -9,6 +9,7 @@ from .loading import load_model, load_recogniser, save_model
 from .margin import ArcFaceHead, CosFaceHead
 from .model import Preprocessing, XCosModel
 from .plugin import DEFAULT_SPREAD, plug, plug_statistics
+from .projection import CellProjection
 from .statistics import Calibration, PlugStatistics, find_statistics
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "ArcFaceHead",
     "Calibration",
     "CellMatrices",
+    "CellProjection",
     "ClosedFormHead",
     "CosFaceHead",
     "PlugStatistics",

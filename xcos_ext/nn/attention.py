@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xcos_ext.templates import (
+    EPS,
     AttentionParameters,
     AttentionState,
     Role,
     Templates,
+    cell_norms,
     check_features,
     check_role,
     check_storage,
@@ -40,8 +42,11 @@ def _min_shift(logits: Tensor) -> Tensor:
     return weights.view_as(logits)
 
 
-def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution with the batch norm behind it, as it is in evaluation mode."""
+    if norm is None:
+        assert conv.bias is not None
+        return conv.weight.to(dtype), conv.bias.to(dtype)
     mean, variance = norm.running_mean, norm.running_var
     if mean is None or variance is None:
         raise RuntimeError("templates: expected batch norms with running statistics, got track_running_stats=False")
@@ -67,6 +72,13 @@ class XCosAttention(nn.Module):
     Parameter names (``embedding_net.*``, ``attention.*``) are those of the public xCos weights. The published
     form depends on the order of the two faces; ``symmetric=True`` uses (W(A, B) + W(B, A)) / 2.
 
+    With ``residual=True`` the network corrects norm attention instead of standing alone::
+
+        logits(A, B) = T (log |F(A)| + log |F(B)|) + G(cat(E(A), E(B)))
+
+    Without G that is W_ij = |F_ij(A)| |F_ij(B)| / sum |F(A)| |F(B)|. G then ends in its second convolution, which
+    starts at zero, so that training starts from norm attention exactly. Norms below 1e-6 count as 1e-6.
+
     Args:
         channels: channels of the grid feature.
         hidden: channels inside.
@@ -74,9 +86,11 @@ class XCosAttention(nn.Module):
             the sum (a map of equal values becomes uniform). The temperature has no effect on min-shift.
         temperature: T > 0; large values flatten W.
         symmetric: average both orders.
+        residual: a correction of norm attention; softmax only.
 
     Raises:
-        ValueError: unknown normaliser, or a temperature that is not a positive finite number.
+        ValueError: unknown normaliser, a temperature that is not a positive finite number, or min-shift with
+            ``residual``.
     """
 
     def __init__(
@@ -87,27 +101,34 @@ class XCosAttention(nn.Module):
         normalize: Normalizer = "softmax",
         temperature: float = 1.0,
         symmetric: bool = False,
+        residual: bool = False,
     ) -> None:
         super().__init__()
         if normalize not in ("softmax", "min-shift"):
             raise ValueError(f"normalize: expected 'softmax' or 'min-shift', got {normalize!r}")
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"temperature: expected a positive finite number, got {temperature}")
+        if residual and normalize != "softmax":
+            raise ValueError(f"residual: expected normalize='softmax', got {normalize!r}")
         self.channels = channels
         self.hidden = hidden
         self.normalize: Normalizer = normalize
         self.temperature = float(temperature)
         self.symmetric = bool(symmetric)
+        self.residual = bool(residual)
         self.embedding_net = nn.Sequential(
             nn.Conv2d(channels, hidden, 3, padding=1), nn.BatchNorm2d(hidden), nn.PReLU()
         )
+        last = nn.Conv2d(hidden, 1, 3, padding=1)
+        if self.residual:
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(cast(Tensor, last.bias))
         self.attention = nn.Sequential(
             nn.Conv2d(2 * hidden, hidden, 3, padding=1),
             nn.BatchNorm2d(hidden),
             nn.PReLU(),
-            nn.Conv2d(hidden, 1, 3, padding=1),
-            nn.BatchNorm2d(1),
-            nn.PReLU(),
+            last,
+            *(() if self.residual else (nn.BatchNorm2d(1), nn.PReLU())),
         )
 
     @property
@@ -123,6 +144,7 @@ class XCosAttention(nn.Module):
             "normalize": self.normalize,
             "temperature": self.temperature,
             "symmetric": self.symmetric,
+            "residual": self.residual,
         }
 
     def embed(self, features: Tensor) -> Tensor:
@@ -133,10 +155,25 @@ class XCosAttention(nn.Module):
             )
         return self.embedding_net(features)
 
-    def _logits(self, embedded_a: Tensor, embedded_b: Tensor) -> Tensor:
+    def _logits(self, embedded_a: Tensor, embedded_b: Tensor, norm_logits: Tensor | None) -> Tensor:
         logits = self.attention(torch.cat((embedded_a, embedded_b), 1)).squeeze(1)
         # Weights stay in fp32 under autocast; fp64 stays fp64.
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits if norm_logits is None else logits + norm_logits
+
+    def _norm_logits(self, norms_a: Tensor, norms_b: Tensor | None = None) -> Tensor:
+        """T (log |F(A)| + log |F(B)|), or one face's share, from the cells' norms."""
+        logs = norms_a.clamp_min(EPS).log()
+        return self.temperature * (logs if norms_b is None else logs + norms_b.clamp_min(EPS).log())
+
+    def _residual(self, features_a: Tensor, features_b: Tensor) -> Tensor | None:
+        """What the network's own logits are added to [N, H, W]; None where they stand alone."""
+        if not self.residual:
+            return None
+        wide = torch.promote_types(features_a.dtype, torch.float32)
+        with torch.autocast(features_a.device.type, enabled=False):
+            norms = [cell_norms(features.to(wide), 1) for features in (features_a, features_b)]
+            return self._norm_logits(*norms)
 
     def _weights(self, logits: Tensor) -> Tensor:
         if self.normalize == "min-shift":
@@ -153,7 +190,7 @@ class XCosAttention(nn.Module):
         Returns:
             [N, H, W], fp32 (fp64 for fp64 features).
         """
-        return self._logits(self.embed(features_a), self.embed(features_b))
+        return self._logits(self.embed(features_a), self.embed(features_b), self._residual(features_a, features_b))
 
     def forward(self, features_a: Tensor, features_b: Tensor) -> Tensor:
         """Cell weights W.
@@ -166,9 +203,10 @@ class XCosAttention(nn.Module):
             [N, H, W], fp32 (fp64 for fp64 features), non-negative, summing to 1 over the cells.
         """
         embedded_a, embedded_b = self.embed(features_a), self.embed(features_b)
-        weights = self._weights(self._logits(embedded_a, embedded_b))
+        norm_logits = self._residual(features_a, features_b)
+        weights = self._weights(self._logits(embedded_a, embedded_b, norm_logits))
         if self.symmetric:
-            weights = (weights + self._weights(self._logits(embedded_b, embedded_a))) / 2
+            weights = (weights + self._weights(self._logits(embedded_b, embedded_a, norm_logits))) / 2
         return weights
 
     def templates(self, features: Tensor, role: Role = "probe", dtype: torch.dtype | None = None) -> Templates:
@@ -214,7 +252,9 @@ class XCosAttention(nn.Module):
             unit, norms, projection, bias = in_chunks(parts, features, whole=torch.is_grad_enabled() and needs_grad)
         parameters = AttentionParameters(
             weight=weight.to(wide),
-            slope=cast(nn.PReLU, self.attention[5]).weight.to(wide, copy=True),  # not the live parameter
+            slope=weight.new_ones(1, dtype=wide)
+            if self.residual
+            else cast(nn.PReLU, self.attention[5]).weight.to(wide, copy=True),  # not the live parameter
             temperature=self.temperature,
             normalize=self.normalize,
             symmetric=self.symmetric,
@@ -224,14 +264,16 @@ class XCosAttention(nn.Module):
         return Templates(unit, norms, grid, parameters, role, projection, bias)
 
     def _norms(self) -> list[nn.BatchNorm2d]:
-        return [cast(nn.BatchNorm2d, norm) for norm in (self.embedding_net[1], self.attention[1], self.attention[4])]
+        norms = [self.embedding_net[1], self.attention[1], *(() if self.residual else (self.attention[4],))]
+        return [cast(nn.BatchNorm2d, norm) for norm in norms]
 
     def _face_parts(
         self, role: Role, storage: torch.dtype, exact: torch.dtype
     ) -> tuple[Callable[[Tensor], Sequence[Tensor]], Tensor]:
         """The function from features to a template's tensors, and the pairs' weight [hidden, 3, 3]."""
         convolutions = (cast(nn.Conv2d, conv) for conv in (self.embedding_net[0], self.attention[0], self.attention[3]))
-        folded = [_folded(conv, norm, exact) for conv, norm in zip(convolutions, self._norms(), strict=True)]
+        behind = (*self._norms(), None)[:3]
+        folded = [_folded(conv, norm, exact) for conv, norm in zip(convolutions, behind, strict=True)]
         (embed_weight, embed_bias), (weight, shift), (last_weight, last_shift) = folded
         embed_slope = cast(nn.PReLU, self.embedding_net[2]).weight.to(exact)
         slope = cast(nn.PReLU, self.attention[2]).weight.to(exact).view(1, -1, 1, 1)
@@ -252,10 +294,17 @@ class XCosAttention(nn.Module):
                 v = F.conv2d(embedded, weight[:, self.hidden :], None, padding=1)
                 made["v"] = -v, F.conv2d(v, last_weight, None, padding=1)
             projection = torch.stack([made[name][0].flatten(2).to(storage) for name in layers], 1)
-            bias = torch.stack([made[name][1].flatten(1).to(result_dtype(storage)) for name in layers], 1)
+            biases = [made[name][1].flatten(1) for name in layers]
+            if self.residual:
+                share = self._norm_logits(norms)
+                biases = [bias + share for bias in biases]
+            bias = torch.stack(biases, 1).to(result_dtype(storage))
             return unit.to(storage), norms.to(result_dtype(storage)), projection, bias
 
         return compute, (1 - slope.view(-1, 1, 1)) * last_weight[0]
 
     def extra_repr(self) -> str:
-        return f"normalize={self.normalize!r}, temperature={self.temperature}, symmetric={self.symmetric}"
+        return (
+            f"normalize={self.normalize!r}, temperature={self.temperature}, symmetric={self.symmetric}, "
+            f"residual={self.residual}"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, overload
 
 import torch
@@ -12,6 +13,7 @@ from xcos_ext.ops import XCosScore, xcos_score
 from xcos_ext.templates import Role, Templates, check_features, check_role
 
 from .attention import XCosAttention
+from .projection import CellProjection, check_grid, project_cells
 
 __all__ = ["ClosedFormHead", "XCosHead"]
 
@@ -41,9 +43,9 @@ def _fixed_templates(
 
 
 class XCosHead(nn.Module):
-    """The trained xCos head: a 1x1 block to the grid feature F, attention W, and the score sum W * S.
+    """The trained xCos head: a projection to the grid feature F, attention W, and the score sum W * S.
 
-    F = PReLU(BN(Conv1x1(map))), S = cell-wise cosine of two F, W from :class:`XCosAttention`
+    As published, F = PReLU(BN(Conv1x1(map))); S = cell-wise cosine of two F, W from :class:`XCosAttention`
     (arXiv 2003.05383).
 
     Args:
@@ -51,9 +53,11 @@ class XCosHead(nn.Module):
         channels: channels of F.
         attention: an :class:`XCosAttention` for ``channels`` channels; None builds the published one;
             ``"uniform"`` (1 / cells) and ``"norm"`` (proportional to the cells' norms) have no parameters.
+        projection: ``"shared"`` is the published 1x1 block, alike for all cells; a :class:`CellProjection` has a matrix
+            for each; ``"none"`` takes the map as F, for backbones that end in it (``in_channels == channels``).
 
     Raises:
-        ValueError: an attention for another number of channels, or an unknown name.
+        ValueError: an attention or projection for another number of channels, or an unknown name.
     """
 
     kind = "learned"
@@ -64,11 +68,28 @@ class XCosHead(nn.Module):
         channels: int = 32,
         *,
         attention: XCosAttention | Literal["uniform", "norm"] | None = None,
+        projection: CellProjection | Literal["shared", "none"] = "shared",
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
         self.channels = channels
-        self.conv1x1 = nn.Sequential(nn.Conv2d(in_channels, channels, 1), nn.BatchNorm2d(channels), nn.PReLU(channels))
+        self.cells: CellProjection | None = None
+        if isinstance(projection, CellProjection):
+            if (projection.grid_shape[0], projection.channels) != (in_channels, channels):
+                raise ValueError(
+                    f"projection: expected one from {in_channels} to {channels} channels, got one from "
+                    f"{projection.grid_shape[0]} to {projection.channels}"
+                )
+            self.cells = projection
+        elif projection == "shared":
+            block = (nn.Conv2d(in_channels, channels, 1), nn.BatchNorm2d(channels), nn.PReLU(channels))
+            self.conv1x1 = nn.Sequential(*block)
+        elif projection != "none":
+            raise ValueError(f"projection: expected a CellProjection, 'shared' or 'none', got {projection!r}")
+        elif in_channels != channels:
+            raise ValueError(
+                f"projection: expected {in_channels} channels, as the map has, with 'none', got {channels}"
+            )
         self.attention: XCosAttention | None = None
         self.fixed_attention: Literal["uniform", "norm"] | None = None
         if attention is None:
@@ -82,19 +103,60 @@ class XCosHead(nn.Module):
         else:
             raise ValueError(f"attention: expected an XCosAttention, 'uniform', 'norm' or None, got {attention!r}")
 
+    @classmethod
+    def from_closed_form(
+        cls, head: ClosedFormHead, attention: XCosAttention | Literal["norm"] | None = None
+    ) -> XCosHead:
+        """A head to be trained that scores, as it starts, what a closed-form head scores.
+
+        Args:
+            head: from :func:`xcos_ext.nn.plug`; its tensors are copied.
+            attention: ``"norm"``, or an attention with ``residual=True``, which starts as norm attention; None: such
+                a one, with 16 hidden channels.
+
+        Raises:
+            ValueError: an attention that does not start as norm attention, or for another number of channels.
+        """
+        if attention is None:
+            attention = XCosAttention(head.channels, residual=True)
+        if isinstance(attention, XCosAttention) and not attention.residual:
+            raise ValueError("attention: expected 'norm' or an XCosAttention with residual=True, got one without")
+        projection = CellProjection.from_tensors(head.tensors(), head.grid_shape)
+        return cls(head.grid_shape[0], head.channels, attention=attention, projection=projection)
+
+    @property
+    def projection(self) -> CellProjection | Literal["shared", "none"]:
+        """The constructor's argument."""
+        return self.cells if self.cells is not None else "shared" if hasattr(self, "conv1x1") else "none"
+
     def config(self) -> dict[str, Any]:
         """What is needed to build the same head again, as plain values."""
+        projection = self.projection
         return {
             "in_channels": self.in_channels,
             "channels": self.channels,
             "attention": self.fixed_attention if self.attention is None else self.attention.config(),
+            "projection": projection if isinstance(projection, str) else projection.config(),
         }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> XCosHead:
+        """A new head from what :meth:`config` returned; ``projection`` may be missing."""
+        attention, projection = config["attention"], config.get("projection", "shared")
+        return cls(
+            config["in_channels"],
+            config["channels"],
+            attention=attention if attention in ("uniform", "norm") else XCosAttention(**attention),
+            projection=projection if isinstance(projection, str) else CellProjection(**projection),  # type: ignore[arg-type]
+        )
 
     def features(self, grid: Tensor) -> Tensor:
         """The backbone's map [N, in_channels, H, W] -> grid feature F [N, channels, H, W]."""
         if grid.dim() != 4 or grid.shape[1] != self.in_channels:
             raise ValueError(f"grid: expected [N, {self.in_channels}, H, W], got {list(grid.shape)} (XCosHead)")
-        return self.conv1x1(grid)
+        if self.cells is not None:
+            return self.cells(grid)
+        return self.conv1x1(grid) if hasattr(self, "conv1x1") else grid
 
     def identity(self, features: Tensor) -> Tensor:
         """F flattened to [N, channels * H * W], at unit length: what a margin head sees in training."""
@@ -160,12 +222,6 @@ class XCosHead(nn.Module):
     def forward(self, grid_a: Tensor, grid_b: Tensor) -> XCosScore:
         """Two maps [N, in_channels, H, W] -> score, similarity and attention."""
         return self.score(self.features(grid_a), self.features(grid_b), return_maps=True)
-
-
-def _per_cell(matrices: Tensor, cells: Tensor) -> Tensor:
-    """One matrix per cell: [P, K, D] and [N, D, H, W] -> [N, K, H, W], contiguous."""
-    product = torch.bmm(matrices, cells.flatten(2).permute(2, 1, 0))  # [P, K, N]
-    return product.permute(2, 1, 0).contiguous().unflatten(2, tuple(cells.shape[2:]))
 
 
 class ClosedFormHead(nn.Module):
@@ -241,22 +297,14 @@ class ClosedFormHead(nn.Module):
         """What is needed to build the same head again beside its tensors, as plain values."""
         return {"grid_shape": list(self.grid_shape)}
 
+    def tensors(self) -> dict[str, Tensor | None]:
+        """The constructor's tensors by name."""
+        return {name: getattr(self, name) for name in ("weight", "scale", "spread", "mean", "basis", "constant")}
+
     def features(self, grid: Tensor) -> Tensor:
         """The backbone's map [N, C, H, W] -> cell features F [N, D or K, H, W]."""
-        if grid.dim() != 4 or tuple(grid.shape[1:]) != self.grid_shape:
-            expected = ", ".join(map(str, self.grid_shape))
-            raise ValueError(f"grid: expected [N, {expected}], got {list(grid.shape)} (ClosedFormHead)")
-        size = self.grid_shape[1:]
-        grid = grid.to(self.weight.dtype)  # a half-precision backbone does not make the cells half
-        if self.scale is not None:
-            cells = F.conv2d(grid * self.scale, self.weight[:, :, None, None])
-        else:
-            cells = _per_cell(self.weight, grid)
-        if self.spread is not None:
-            cells = (cells.flatten(2) @ self.spread.T).unflatten(2, size)
-        if self.mean is not None:
-            cells = cells - self.mean
-        return cells if self.basis is None else _per_cell(self.basis, cells)
+        check_grid(grid, self.grid_shape, "ClosedFormHead")
+        return project_cells(grid, self.weight, self.scale, self.spread, self.mean, self.basis)
 
     def embedding(self, features: Tensor) -> Tensor:
         """The recogniser's own embedding [N, D] from cell features F [N, D, H, W]: their sum plus constants.

@@ -270,14 +270,7 @@ def save_model(model: XCosModel, path: StrPath) -> None:
 
 def _own_head(kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor], path: StrPath) -> nn.Module:
     if kind == XCosHead.kind:
-        attention = config["attention"]
-        return _meta(
-            lambda: XCosHead(
-                config["in_channels"],
-                config["channels"],
-                attention=XCosAttention(**attention) if isinstance(attention, dict) else attention,
-            )
-        )
+        return _meta(lambda: XCosHead.from_config(config))
     if kind == ClosedFormHead.kind:
         parts = _sub(state, "head.")
         missing = {"weight", "constant"} - set(parts)

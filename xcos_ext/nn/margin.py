@@ -51,42 +51,48 @@ class _MarginHead(nn.Module):
             if low < 0 or high >= self.classes:
                 raise ValueError(f"labels: expected values in [0, {self.classes - 1}], got {low}..{high}")
 
-    def cosine(self, embeddings: Tensor) -> Tensor:
+    def cosine(self, embeddings: Tensor, classes: Tensor | None = None) -> Tensor:
         """Cosines between embeddings and class directions, without margin and scale.
 
         Args:
             embeddings: [N, features], of any length (they are normalised here); a zero row has cosine 0.
+            classes: int64 [K], the classes wanted; None: all.
 
         Returns:
-            [N, classes], fp32 (fp64 for fp64 embeddings), in [-1, 1].
+            [N, K or classes], fp32 (fp64 for fp64 embeddings), in [-1, 1].
         """
         # A softmax over cosines scaled by 30..64 does not survive half precision.
         with torch.autocast(embeddings.device.type, enabled=False):
             dtype = torch.promote_types(embeddings.dtype, torch.float32)
-            directions = F.normalize(self.kernel.to(dtype), dim=0, eps=1e-6)
+            kernel = self.kernel if classes is None else self.kernel[:, classes]
+            directions = F.normalize(kernel.to(dtype), dim=0, eps=1e-6)
             return (F.normalize(embeddings.to(dtype), dim=1, eps=1e-6) @ directions).clamp(-1, 1)
 
     def _with_margin(self, cosine: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, labels: Tensor, classes: Tensor | None = None) -> Tensor:
         """Logits for a cross-entropy loss.
 
         Args:
             embeddings: [N, features], e.g. ``XCosHead.identity(features)``.
             labels: int64 or int32 [N], class of each row. The range is checked on the CPU; on a GPU, where
                 that would stall the stream, only dtype and shape are.
+            classes: int64 [K], ascending, for a softmax over a part of the classes (Partial FC, arXiv 2010.05222):
+                column j belongs to class ``classes[j]``, and every label must be among them; None: all classes.
 
         Returns:
-            [N, classes], fp32 (fp64 for fp64 embeddings): scale * cosine, with the margin at the true class.
+            [N, K or classes], fp32 (fp64 for fp64 embeddings): scale * cosine, with the margin at the true class.
 
         Raises:
             TypeError: labels of another dtype.
             ValueError: a wrong shape, or a label out of range.
         """
         self._check(embeddings, labels)
-        cosine = self.cosine(embeddings)
+        cosine = self.cosine(embeddings, classes)
         column = labels.long().unsqueeze(1)
+        if classes is not None:
+            column = torch.searchsorted(classes, column)
         target = self._with_margin(cosine.gather(1, column))
         return self.scale * cosine.scatter(1, column, target)
 

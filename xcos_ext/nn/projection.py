@@ -1,0 +1,141 @@
+"""From a backbone's map to cells with a matrix for each: the closed form's mathematics, fixed or to be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["CellProjection", "check_grid", "project_cells"]
+
+
+def _per_cell(matrices: Tensor, cells: Tensor) -> Tensor:
+    """One matrix per cell: [P, K, D] and [N, D, H, W] -> [N, K, H, W], contiguous."""
+    product = torch.bmm(matrices, cells.flatten(2).permute(2, 1, 0))  # [P, K, N]
+    return product.permute(2, 1, 0).contiguous().unflatten(2, tuple(cells.shape[2:]))
+
+
+def project_cells(
+    grid: Tensor, weight: Tensor, scale: Tensor | None, spread: Tensor | None, mean: Tensor | None, basis: Tensor | None
+) -> Tensor:
+    """F_ij = B_ij (sum_kl G_ij,kl M_kl x_kl - mean_ij).
+
+    Args:
+        grid: x [N, C, H, W].
+        weight: M, one matrix for all cells [D, C] with the cell's own part in ``scale``, or [P, D, C].
+        scale: [C, H, W] multiplied with the map first; given with the [D, C] form only.
+        spread: G [P, P] (to, from), or None.
+        mean: [D, H, W], or None.
+        basis: B [P, K, D], or None.
+
+    Returns:
+        [N, D or K, H, W], in the weight's dtype: a half-precision backbone does not make the cells half.
+    """
+    size = grid.shape[2:]
+    grid = grid.to(weight.dtype)
+    cells = _per_cell(weight, grid) if scale is None else F.conv2d(grid * scale, weight[:, :, None, None])
+    if spread is not None:
+        cells = (cells.flatten(2) @ spread.T).unflatten(2, tuple(size))
+    if mean is not None:
+        cells = cells - mean
+    return cells if basis is None else _per_cell(basis, cells)
+
+
+def check_grid(grid: Tensor, grid_shape: tuple[int, int, int], where: str) -> None:
+    """Raises ValueError for a map of another shape."""
+    if grid.dim() != 4 or tuple(grid.shape[1:]) != grid_shape:
+        expected = ", ".join(map(str, grid_shape))
+        raise ValueError(f"grid: expected [N, {expected}], got {list(grid.shape)} ({where})")
+
+
+class CellProjection(nn.Module):
+    """Cells with a matrix for each: F_ij = B_ij (sum_kl G_ij,kl M_kl x_kl - mean_ij), all of it trainable.
+
+    The formula is that of :class:`ClosedFormHead`, whose values it can start from (:meth:`from_tensors`). On its own
+    it starts as a random projection of every cell, alike for all.
+
+    Args:
+        grid_shape: (C, H, W) of the map.
+        dim: D, length of a cell's feature before B.
+        channels: K, length of a cell's feature; None: D, without B.
+        separable: M_ij = weight times a scale for each channel and cell (C D + C P numbers), as in a depthwise output
+            block, instead of a matrix of its own for each cell (C D P).
+        spread: with G.
+
+    Raises:
+        ValueError: a size below 1, or more channels than ``dim``.
+    """
+
+    def __init__(
+        self,
+        grid_shape: tuple[int, int, int],
+        dim: int,
+        channels: int | None = None,
+        *,
+        separable: bool = True,
+        spread: bool = True,
+    ) -> None:
+        super().__init__()
+        maps, height, width = grid_shape
+        if min(maps, height, width, dim) < 1:
+            raise ValueError(f"grid_shape, dim: expected positive numbers, got {tuple(grid_shape)} and {dim}")
+        if channels is not None and not 1 <= channels <= dim:
+            raise ValueError(f"channels: expected 1..{dim} or None, got {channels}")
+        cells = height * width
+        self.grid_shape = (maps, height, width)
+        self.dim = dim
+        self.channels = dim if channels is None else channels
+        weight = torch.randn(dim, maps) / maps**0.5
+        self.weight = nn.Parameter(weight if separable else weight.expand(cells, -1, -1).clone())
+        self.scale = nn.Parameter(torch.ones(maps, height, width)) if separable else None
+        self.spread = nn.Parameter(torch.eye(cells)) if spread else None
+        self.mean = nn.Parameter(torch.zeros(dim, height, width))
+        basis = None if channels is None else torch.linalg.qr(torch.randn(dim, channels))[0].T
+        self.basis = None if basis is None else nn.Parameter(basis.expand(cells, -1, -1).clone())
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor | None], grid_shape: tuple[int, int, int]) -> CellProjection:
+        """A projection with given ``weight``, ``scale``, ``spread``, ``mean``, ``basis`` (all but the first may lack);
+        shapes as in :func:`project_cells`."""
+        weight, basis = tensors["weight"], tensors.get("basis")
+        assert weight is not None
+        made = cls(
+            grid_shape,
+            weight.shape[-2],
+            None if basis is None else basis.shape[1],
+            separable=tensors.get("scale") is not None,
+            spread=tensors.get("spread") is not None,
+        ).to(weight.device, weight.dtype)
+        with torch.no_grad():
+            for name, parameter in made.named_parameters():
+                value = tensors.get(name)
+                if value is not None:
+                    parameter.copy_(value)
+        return made
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, as plain values."""
+        return {
+            "grid_shape": list(self.grid_shape),
+            "dim": self.dim,
+            "channels": None if self.basis is None else self.channels,
+            "separable": self.scale is not None,
+            "spread": self.spread is not None,
+        }
+
+    def forward(self, grid: Tensor) -> Tensor:
+        """Map [N, C, H, W] -> F [N, K, H, W], in the parameters' dtype.
+
+        Raises:
+            ValueError: a map of another shape.
+        """
+        check_grid(grid, self.grid_shape, "CellProjection")
+        # In full precision under autocast: these are the cells that the score is made of.
+        with torch.autocast(grid.device.type, enabled=False):
+            return project_cells(grid, self.weight, self.scale, self.spread, self.mean, self.basis)
+
+    def extra_repr(self) -> str:
+        return f"{self.grid_shape[0]} -> {self.channels}, {'x'.join(map(str, self.grid_shape[1:]))} cells"

@@ -1,6 +1,23 @@
 """Readers of face data sets."""
 
+from .cfp import CFP
+from .csv_pairs import CSVPairs
+from .formats import FORMATS, open_pairs
+from .insightface import InsightfaceBin
 from .lfw import LFW, Pair, read_pairs
-from .pictures import PersonFolder
+from .pairs import PairList
+from .pictures import PersonFolder, PictureTree
 
-__all__ = ["LFW", "Pair", "PersonFolder", "read_pairs"]
+__all__ = [
+    "CFP",
+    "FORMATS",
+    "LFW",
+    "CSVPairs",
+    "InsightfaceBin",
+    "Pair",
+    "PairList",
+    "PersonFolder",
+    "PictureTree",
+    "open_pairs",
+    "read_pairs",
+]

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from .pairs import PairList, few
 from .pictures import PersonFolder
 
 __all__ = ["LFW", "Pair", "read_pairs"]
@@ -77,8 +79,8 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
     return pairs
 
 
-class LFW:
-    """The LFW verification protocol over aligned crops.
+class LFW(PairList):
+    """The LFW verification protocol: View 2, or sub-sets of it.
 
     Args:
         pictures: folder or zip archive of ``<person>/<person>_NNNN.<suffix>``.
@@ -87,16 +89,14 @@ class LFW:
 
     Attributes:
         pictures: the pictures.
-        pairs: the pairs used.
-        keys: keys of the pictures that the pairs name, each once, sorted.
-        first, second: int64 [N], the pairs as indices into ``keys``.
-        genuine: bool [N].
-        folds: int64 [N].
+        pairs: the pairs used; the other attributes are those of :class:`PairList`.
 
     Raises:
         FileNotFoundError: a path is missing.
         ValueError: a malformed pairs file, an unknown fold, or pairs that name pictures that are not there.
     """
+
+    format = "lfw"
 
     def __init__(
         self,
@@ -123,16 +123,17 @@ class LFW:
 
         named = [(key(p.person_a, p.number_a), key(p.person_b, p.number_b)) for p in self.pairs]
         if missing:
-            raise ValueError(
-                f"{pairs}: {len(missing)} pictures are not in {self.pictures.path}: {', '.join(missing[:3])}"
-                f"{', ...' if len(missing) > 3 else ''}"
-            )
-        self.keys = tuple(sorted({k for pair in named for k in pair}))
-        index = {k: i for i, k in enumerate(self.keys)}
-        self.first = np.array([index[a] for a, _ in named], dtype=np.int64)
-        self.second = np.array([index[b] for _, b in named], dtype=np.int64)
-        self.genuine = np.array([pair.genuine for pair in self.pairs], dtype=bool)
-        self.folds = np.array([pair.fold for pair in self.pairs], dtype=np.int64)
+            raise ValueError(f"{pairs}: {len(missing)} pictures are not in {self.pictures.path}: {few(missing)}")
+        super().__init__(
+            named,
+            [pair.genuine for pair in self.pairs],
+            [pair.fold for pair in self.pairs],
+            lambda key: key.split("/", 1)[0],
+        )
+
+    def read(self, key: str) -> NDArray[np.uint8]:
+        """As :meth:`PairList.read`."""
+        return self.pictures.read(key)
 
     def people_in_no_pair(self) -> tuple[str, ...]:
         """People with pictures here who appear in no pair of the file, in any fold; sorted.

@@ -1,0 +1,88 @@
+"""What every list of pairs offers, whatever the file that it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["PairList", "few", "made_folds"]
+
+_NAMED = 3  # pictures named in an error before "..."
+
+
+class PairList:
+    """Pairs of pictures to be compared.
+
+    Readers are subclasses that hand over what their file says and define :meth:`read`.
+
+    Args:
+        named: the pairs as keys of pictures.
+        genuine: whether each pair shows one person.
+        folds: fold of each pair, or None for :func:`made_folds`.
+        person: gives the person of a key; None where the list does not say who is who.
+
+    Attributes:
+        keys: keys of the pictures that the pairs name, each once, sorted.
+        first, second: int64 [N], the pairs as indices into ``keys``.
+        genuine: bool [N].
+        folds: int64 [N].
+        own_folds: whether the folds are the list's own; if not, people may be in several.
+        people: the person of every key, or None.
+        aligned: whether the pictures are aligned crops by the format's definition.
+    """
+
+    #: What the format is called, as in ``xcos evaluate verification --format``.
+    format: str = ""
+    aligned: bool = False
+
+    def __init__(
+        self,
+        named: Sequence[tuple[str, str]],
+        genuine: Sequence[bool],
+        folds: Sequence[int] | NDArray[np.int64] | None = None,
+        person: Callable[[str], str] | None = None,
+    ) -> None:
+        self.keys = tuple(sorted({key for pair in named for key in pair}))
+        index = {key: i for i, key in enumerate(self.keys)}
+        self.first = np.array([index[a] for a, _ in named], dtype=np.int64)
+        self.second = np.array([index[b] for _, b in named], dtype=np.int64)
+        self.genuine = np.array(genuine, dtype=bool)
+        self.own_folds = folds is not None
+        self.folds = made_folds(self.genuine) if folds is None else np.array(folds, dtype=np.int64)
+        self.people = None if person is None else tuple(map(person, self.keys))
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return self.genuine.size
+
+    def read(self, key: str) -> NDArray[np.uint8]:
+        """Decode one picture: uint8 RGB [height, width, 3].
+
+        Raises:
+            PictureError: the picture cannot be decoded.
+        """
+        raise NotImplementedError
+
+
+def made_folds(genuine: NDArray[np.bool_], count: int = 10) -> NDArray[np.int64]:
+    """Folds for a list that has none: pairs of each kind are dealt out in turn, so that every fold has both.
+
+    Args:
+        genuine: [N].
+        count: folds; fewer where there are fewer pairs of a kind.
+
+    Returns:
+        int64 [N].
+    """
+    count = max(1, min(count, int(genuine.sum()), int((~genuine).sum())))
+    folds = np.empty(genuine.size, dtype=np.int64)
+    for kind in (genuine, ~genuine):
+        folds[kind] = np.arange(int(kind.sum())) % count
+    return folds
+
+
+def few(names: Sequence[str]) -> str:
+    """Some names for a message."""
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")

@@ -21,7 +21,7 @@ import torch
 from xcos_ext.datasets import PersonFolder, read_pairs
 from xcos_ext.evaluation import calibrate
 from xcos_ext.evaluation.lfw import iterate_pictures
-from xcos_ext.nn import DEFAULT_SPREAD, load_recogniser, plug, plug_statistics
+from xcos_ext.nn import DEFAULT_SPREAD, Form, load_recogniser, plug, plug_statistics
 
 
 def main() -> int:
@@ -65,12 +65,11 @@ def main() -> int:
         ]
         if options.project is not None:
             forms.append((True, options.spread, options.project))
-        calibrations = []
+        calibrations = {}
         for centre, spread, project in forms:
             model = plug(recogniser, statistics=statistics, centre=centre, spread=spread, project=project)
             features = torch.cat([model.head.features(part) for part in grids.split(64)])
-            found = calibrate(model, features, people, centre=centre, spread=spread, project=project)
-            calibrations.append(found)
+            found = calibrations[Form(centre, spread, project)] = calibrate(model, features, people)
             print(
                 f"centre={centre} spread={spread:g} project={project}: threshold {found.threshold:.4f}, "
                 "at FMR "
@@ -78,7 +77,7 @@ def main() -> int:
                 + f" ({found.impostor_pairs} impostor pairs)",
                 file=sys.stderr,
             )
-    dataclasses.replace(statistics, calibrations=tuple(calibrations)).save(options.out)
+    dataclasses.replace(statistics, calibrations=calibrations).save(options.out)
     print(
         f"{options.out}: {options.out.stat().st_size} bytes, weights {statistics.fingerprint}",
         file=sys.stderr,

@@ -419,7 +419,7 @@ def test_plug_finds_a_threshold(
     def calibrate(model: Any, features: torch.Tensor, names: list[str], **how: Any) -> Calibration:
         seen.update(how, features=features, names=names)
         scores = evaluation.all_pair_scores(model, features, names)[0]
-        return Calibration(centre=True, spread=0.7, project=None, threshold=float(np.quantile(scores, 0.9)), rule="")
+        return Calibration(threshold=float(np.quantile(scores, 0.9)), rule="")
 
     monkeypatch.setattr(evaluation, "calibrate", calibrate)
     result = run("plug", recogniser, "--faces", people, "--out", tmp_path / "m.safetensors")

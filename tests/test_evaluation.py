@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from xcos_ext import evaluation as ev
 from xcos_ext.datasets import LFW
-from xcos_ext.evaluation.lfw import score_model
-from xcos_ext.nn import load_model
+from xcos_ext.nn import XCosAttention, XCosHead, XCosModel, load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -197,32 +198,156 @@ def test_errors() -> None:
         ev.fmr_threshold([], 0.1)
 
 
-class CosineModel:
-    """Stands in for a model: the score is the cosine of the flattened features."""
-
-    @staticmethod
-    def score(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return torch.cosine_similarity(a.flatten(1), b.flatten(1))
+def small_model(attention: XCosAttention | Literal["uniform", "norm"] | None) -> XCosModel:
+    """A head on 4x3x3 features; there is no backbone to speak of."""
+    return XCosModel(nn.Identity(), XCosHead(4, 4, attention=attention)).eval()
 
 
-def test_all_pair_scores_and_calibration() -> None:
-    features = torch.randn(120, 4, 2, 2)
+@pytest.mark.parametrize("attention", [XCosAttention(4, 3), XCosAttention(4, 3, symmetric=True), "norm", "uniform"])
+def test_all_pair_scores_are_the_pairs_scores(
+    attention: XCosAttention | Literal["uniform", "norm"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xcos_ext.evaluation.calibration._PROBES_AT_ONCE", 7)
+    model = small_model(attention)
+    features = torch.randn(20, 4, 3, 3)
+    people = [f"p{i // 2}" for i in range(20)]
+    scores, genuine = ev.all_pair_scores(model, features, people)
+    first, second = torch.triu_indices(20, 20, 1)
+    with torch.no_grad():
+        expected = model.score(features[first], features[second])
+    np.testing.assert_allclose(scores, expected.numpy(), atol=1e-6)
+    assert genuine.tolist() == [people[i] == people[j] for i, j in zip(first, second, strict=True)]
+    assert ev.all_pair_scores(model, features[:1], people[:1])[0].size == 0
+    with pytest.raises(ValueError, match="people: expected 20 names, got 3"):
+        ev.all_pair_scores(model, features, people[:3])
+
+
+def test_calibration_is_of_one_piece() -> None:
+    model = small_model("norm")
+    features = torch.randn(120, 4, 3, 3)
     people = [f"p{i // 2}" for i in range(120)]
-    scores, genuine = ev.all_pair_scores(CosineModel(), features, people)  # type: ignore[arg-type]
-    assert scores.size == genuine.size == 120 * 119 // 2 and genuine.sum() == 60
-    flat = torch.nn.functional.normalize(features.flatten(1))
-    expected = (flat @ flat.T)[torch.triu_indices(120, 120, 1).unbind()]
-    np.testing.assert_allclose(scores, expected.numpy(), atol=1e-5)
-    model = CosineModel()
-    found = ev.calibrate(model, features, people, decision_fmr=0.02, fmrs=(0.1, 0.01))  # type: ignore[arg-type]
+    found = ev.calibrate(model, features, people, decision_fmr=0.02, fmrs=(0.1, 0.01))
+    scores, genuine = ev.all_pair_scores(model, features, people)
     impostors = scores[~genuine]
-    assert found.impostor_pairs == impostors.size and found.genuine_pairs == 0
+    assert found.impostor_pairs == impostors.size == 120 * 119 // 2 - 60
+    assert found.curve is not None and (found.curve.pairs, found.curve.people) == (impostors.size, 60)
     for rate, threshold in {**found.fmr, 0.02: found.threshold}.items():
-        assert rate - 1 / impostors.size < (impostors >= threshold).mean() <= rate
+        observed = (impostors >= threshold).mean()
+        assert rate - 1 / impostors.size < observed <= rate
+        assert found.curve.at(threshold).rate == pytest.approx(observed, rel=1e-9)
+    model.set_calibration(found)
+    assert (model.threshold, model.fmr_thresholds, model.fmr_curve) == (found.threshold, found.fmr, found.curve)
     with pytest.raises(ValueError, match="at least 30000 are needed"):
-        ev.calibrate(model, features, people)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="people: expected 120 names, got 3"):
-        ev.all_pair_scores(model, features, people[:3])  # type: ignore[arg-type]
+        ev.calibrate(model, features, people)
+
+
+def test_fmr_curve_is_the_samples_rate() -> None:
+    rng = np.random.default_rng(0)
+    sample = rng.normal(size=20_000)
+    curve = ev.fmr_curve(sample, thresholds=[1.2345])
+    assert len(curve.scores) < 80 and curve.people is None and curve.pairs == 20_000
+    assert curve.at(1.2345).rate == pytest.approx((sample >= 1.2345).mean(), rel=1e-12)
+    previous = 1.0
+    for score in np.linspace(-5, 5, 301):
+        found = curve.at(score)
+        assert found.rate <= previous and found.upper95 >= found.rate
+        previous = found.rate
+        observed = (sample >= score).mean()
+        if observed >= 30 / 20_000:
+            assert found.resolved and found.rate == pytest.approx(observed, rel=0.1)
+    assert curve.at(-9).rate == 1
+    beyond = curve.at(sample.max() + 1)
+    assert not beyond.resolved and beyond.rate == curve.smallest == ev.fmr_upper_bound(0, 20_000)
+    assert curve.smallest == pytest.approx(3 / 20_000, rel=0.01)  # the rule of three
+    # With ties and a single score.
+    assert ev.fmr_curve([0.5] * 10).at(0.5).rate == 1 and not ev.fmr_curve([0.5]).at(0.6).resolved
+    for bad, message in (([], "at least one score"), ([np.nan], "all finite")):
+        with pytest.raises(ValueError, match=message):
+            ev.fmr_curve(bad)
+    with pytest.raises(ValueError, match="people: expected two integers for each of 2 pairs"):
+        ev.fmr_curve([0.1, 0.2], ([1], [2, 3]))
+
+
+def test_bounds_of_the_curve_reckon_with_people_in_many_pairs() -> None:
+    """All pairs of 60 people, some of whom resemble everybody: the bound holds as often as it says."""
+    rng = np.random.default_rng(0)
+    first, second = np.triu_indices(60, 1)
+    true = 0.05125  # P(N(0, 1.5) >= 2)
+    held = naive = 0
+    for _ in range(150):
+        likeness = rng.normal(size=60) / 2
+        scores = rng.normal(size=first.size) + likeness[first] + likeness[second]
+        held += ev.fmr_curve(scores, (first, second), thresholds=[2]).at(2).upper95 >= true
+        naive += ev.fmr_curve(scores, thresholds=[2]).at(2).upper95 >= true
+    assert held / 150 > 0.88 and naive / 150 < 0.8
+
+
+def test_weights_are_repetitions() -> None:
+    scores, genuine = example(5, 40, ties=True)
+    weights = np.random.default_rng(1).integers(0, 4, 40)
+    weighted = ev.error_curves(scores, genuine, weights)
+    repeated = ev.error_curves(np.repeat(scores, weights), np.repeat(genuine, weights))
+    for got, expected in zip(weighted, repeated, strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-12)
+
+
+def test_bootstrap_of_pairs_covers_and_repeats() -> None:
+    """Against brute force: each replicate's figures recomputed from repeated pairs."""
+    scores, genuine = example(7, 200)
+    folds = np.arange(200) % 4
+    draws = ev.Resampling(200).draw(np.random.default_rng(0), 40)
+    assert (draws.sum(1) == 200).all()
+    expected: dict[str, list[float]] = {"accuracy": [], "auc": [], "eer": [], "tar@0.1": []}
+    for row in draws:
+        s, g, f = (np.repeat(x, row) for x in (scores, genuine, folds))
+        report = ev.verification(s, g, f, fmrs=(0.1,))
+        assert report.accuracy is not None
+        for key, value in zip(
+            expected, (report.accuracy.mean, report.auc, report.eer, report.operating_points[0].tar), strict=True
+        ):
+            expected[key].append(value)
+    found = ev.bootstrap(scores, genuine, ev.Resampling(200), folds, fmrs=(0.1,), replicates=40)
+    assert set(found) == set(expected)
+    for key, values in expected.items():
+        # Of equally good thresholds, which one depends on the pairs that are there: these leave out some.
+        tolerance = 0.03 if key == "accuracy" else 1e-12
+        assert found[key] == pytest.approx(tuple(np.percentile(values, (2.5, 97.5))), abs=tolerance), key
+    assert found == ev.bootstrap(scores, genuine, ev.Resampling(200), folds, fmrs=(0.1,), replicates=40)
+
+
+def test_bootstrap_of_people() -> None:
+    first, second = np.array([0, 1, 0, 2]), np.array([0, 1, 1, 0])
+    resampling = ev.Resampling(4, (first, second))
+    assert (resampling.unit, resampling.units) == ("people", 3)
+    drawn = np.random.default_rng(3).multinomial(3, np.full(3, 1 / 3), 50)
+    expected = np.stack((drawn[:, 0], drawn[:, 1], drawn[:, 0] * drawn[:, 1], drawn[:, 2] * drawn[:, 0]), 1)
+    np.testing.assert_array_equal(resampling.draw(np.random.default_rng(3), 50), expected)
+    # People with many pairs each: wider than if pairs were independent.
+    rng = np.random.default_rng(0)
+    people = np.repeat(np.arange(20), 30)
+    genuine = people % 2 == 0
+    scores = rng.normal(size=20)[people] + 0.3 * rng.normal(size=600) + genuine
+    one = np.where(genuine, people, people + 100)  # impostors: of two people who are in no other pair
+    wide = ev.bootstrap(scores, genuine, ev.Resampling(600, (people, one)), replicates=200)["auc"]
+    narrow = ev.bootstrap(scores, genuine, ev.Resampling(600), replicates=200)["auc"]
+    assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
+    with pytest.raises(ValueError, match="replicates: expected at least 20, got 5"):
+        ev.bootstrap(scores, genuine, ev.Resampling(600), replicates=5)
+    with pytest.raises(ValueError, match="2 pairs are too few to be resampled"):
+        ev.bootstrap([0.1, 0.9], [False, True], ev.Resampling(2), replicates=200, seed=1)
+
+
+def test_kfold_with_scores_of_their_own_for_every_fold() -> None:
+    scores, genuine = example(3, 300)
+    folds = np.arange(300) % 3
+    same = ev.kfold_accuracy(np.stack([scores] * 3), genuine, folds)
+    assert same == ev.kfold_accuracy(scores, genuine, folds)
+    rows = np.stack([scores, -scores, scores + 5])
+    mixed = ev.kfold_accuracy(rows, genuine, folds)
+    for k in range(3):
+        assert mixed.folds[k] == ev.kfold_accuracy(rows[k], genuine, folds).folds[k]
+    with pytest.raises(ValueError, match="scores: expected a row for each of 3 folds, got 2"):
+        ev.kfold_accuracy(rows[:2], genuine, folds)
 
 
 @pytest.mark.real_data
@@ -230,7 +355,7 @@ def test_closed_form_on_lfw(shared_data: Path) -> None:
     """The shipped mean and threshold, which no LFW pair took part in choosing, on the first two of eight folds."""
     model = load_model(shared_data / "mobilefacenet_arcface.pt")
     lfw = LFW(shared_data / "lfw112.zip", shared_data / "pairs.txt", folds=[0, 1])
-    scores = score_model(model, lfw)
+    scores = ev.score_model(model, lfw)
     accuracy = float(((scores >= model.threshold) == lfw.genuine).mean())
     report = ev.verification(scores, lfw.genuine, lfw.folds)
     assert accuracy >= 0.99, f"{accuracy:.4f} at the shipped threshold {model.threshold}"

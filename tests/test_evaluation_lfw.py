@@ -14,7 +14,7 @@ from xcos_ext import backbones
 from xcos_ext.datasets import LFW
 from xcos_ext.evaluation import lfw as protocol
 from xcos_ext.evaluation.region_swap import MAPS, REGIONS, region_swap
-from xcos_ext.nn import plug, save_model
+from xcos_ext.nn import plug
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -57,20 +57,6 @@ def local_model() -> backbones.Recogniser:
     return net.eval()
 
 
-def test_score_model_is_the_direct_computation(faces: Path) -> None:
-    data = LFW(faces / "crops", faces / "pairs.txt")
-    net = local_model()
-    model = plug(net, [data.pictures.read(key) for key in data.pictures.keys])
-    progress: list[str] = []
-    scores = protocol.score_model(model, data, batch_size=3, progress=progress.append)
-    assert len(progress) == 2
-    with torch.no_grad():
-        for i, (a, b) in enumerate(zip(data.first, data.second, strict=True)):
-            pair = [model.preprocessing(data.pictures.read(data.keys[k])) for k in (a, b)]
-            assert scores[i] == pytest.approx(float(model(*pair).score), abs=1e-5)
-    assert scores[data.genuine].min() > scores[~data.genuine].max()
-
-
 def test_statistics_leave_out_everyone_in_a_pair(faces: Path) -> None:
     data = LFW(faces / "crops", faces / "pairs.txt", folds=[0])
     statistics = protocol.lfw_statistics(local_model(), data)
@@ -80,17 +66,11 @@ def test_statistics_leave_out_everyone_in_a_pair(faces: Path) -> None:
         protocol.compare_forms(local_model(), data, {}, forms=["other"])
 
 
-@pytest.mark.parametrize("what", ["weights", "model"])
-def test_command(faces: Path, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
-    net = backbones.create("mobilefacenet")
-    path, report = tmp_path / "net.safetensors", tmp_path / "report.json"
-    if what == "weights":
-        torch.save(net.state_dict(), path)
-        options = ["--forms", "plain", "raw-uniform", "norm", "--spreads", "1.5"]
-        rows = 4
-    else:
-        save_model(plug(net, centre=False, threshold=0.5), path)
-        options, rows = [], 1
+def test_command(faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, report = tmp_path / "net.pt", tmp_path / "report.json"
+    torch.save(backbones.create("mobilefacenet").state_dict(), path)
+    options = ["--forms", "plain", "raw-uniform", "norm", "--spreads", "1.5"]
+    rows = 4
     common = [
         "--pictures",
         str(faces / "crops"),
@@ -101,17 +81,14 @@ def test_command(faces: Path, tmp_path: Path, what: str, capsys: pytest.CaptureF
         "--threads",
         "1",
     ]
-    status = protocol.main([*common, f"--{what}", str(path), *options])
+    status = protocol.main([*common, "--weights", str(path), *options])
     assert status == 0
     table = capsys.readouterr().out.strip().splitlines()
     assert len(table) == 2 + rows and all(line.count("|") == 7 for line in table)
     data = json.loads(report.read_text())
     assert data["pairs"] == 16 and data["folds"] == 2 and len(data["forms"]) == rows
-    if what == "model":
-        assert 0 <= data["accuracy_at_threshold"] <= 1
-    else:
-        assert data["statistics"] == "one picture each of 4 people who are in no pair"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.safetensors", "report.json"]
+    assert data["statistics"] == "one picture each of 4 people who are in no pair"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.pt", "report.json"]
 
 
 def test_region_swap_finds_the_region_with_local_cells(faces: Path) -> None:

@@ -15,6 +15,8 @@ from xcos_ext.errors import ModelError
 from xcos_ext.nn import (
     DEFAULT_SPREAD,
     Calibration,
+    FMRCurve,
+    Form,
     PlugStatistics,
     cell_matrices,
     find_statistics,
@@ -288,9 +290,11 @@ def test_full_projection_changes_nothing() -> None:
 def test_statistics_file_round_trip(tmp_path: Path) -> None:
     net = network("convolutional")
     faces = torch.randn(40, 3, 112, 112)
-    calibration = Calibration(True, DEFAULT_SPREAD, None, 0.25, "by hand", {0.1: 0.1, 0.001: 0.3}, 1000, 7)
+    curve = FMRCurve((0.0, 0.1, 0.4), (1.0, 0.1, 0.01), (1.0, 0.12, 0.02), 0.003, 1000, 50)
+    calibration = Calibration(0.25, "by hand", {0.1: 0.1, 0.001: 0.3}, 1000, curve)
+    form = Form(True, DEFAULT_SPREAD, None)
     statistics = dataclasses.replace(
-        plug_statistics(net, [faces], project=3, note="noise"), calibrations=(calibration,)
+        plug_statistics(net, [faces], project=3, note="noise"), calibrations={form: calibration}
     )
     path = tmp_path / "net.safetensors"
     statistics.save(path)
@@ -300,7 +304,7 @@ def test_statistics_file_round_trip(tmp_path: Path) -> None:
     assert dataclasses.replace(loaded, mean=None, basis=None) == dataclasses.replace(statistics, mean=None, basis=None)
     assert (loaded.faces, loaded.note, loaded.fingerprint) == (40, "noise", fingerprint_weights(net))
     model = plug(net, statistics=path)
-    assert model.threshold == 0.25 and model.fmr_thresholds == {0.1: 0.1, 0.001: 0.3}
+    assert model.threshold == 0.25 and model.fmr_thresholds == {0.1: 0.1, 0.001: 0.3} and model.fmr_curve == curve
     direct = plug(net, [faces])
     torch.testing.assert_close(model(faces, faces.flip(0)).score, direct(faces, faces.flip(0)).score)
     # A threshold holds for the form that it was computed with, and for no other.

@@ -138,3 +138,67 @@ def plug(**options: Any) -> int:
     from .plug import Request, run
 
     return run(Request(**options))
+
+
+@xcos.group(invoke_without_command=True)
+@click.pass_context
+def evaluate(ctx: click.Context) -> None:
+    """Measure a model on a data set."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@evaluate.command()
+@click.option(
+    "--pairs",
+    required=True,
+    metavar="FILE",
+    type=click.Path(),
+    help="LFW's pairs.txt, CFP's folder Split/FF or Split/FP, an insightface .bin, or CSV with a, b, genuine[, fold].",
+)
+@click.option("--root", metavar="DIR|ZIP", type=click.Path(), help="The pictures; a .bin file holds its own.")
+@click.option(
+    "--format",
+    "list_format",
+    type=click.Choice(["lfw", "cfp", "bin", "csv"]),
+    help="Of the pairs; by default told from the file.",
+)
+@click.option("--aligned", is_flag=True, help="The pictures are aligned crops already (112 x 112): detect nothing.")
+@click.option(
+    "--model", envvar="XCOS_MODEL", metavar="FILE", type=click.Path(), help=f"{_MODEL_HELP} [env: XCOS_MODEL]"
+)
+@click.option(
+    "--detector",
+    default="cascade",
+    show_default=True,
+    metavar="cascade|FILE.onnx",
+    help="OpenCV's bundled cascades, or a YuNet network.",
+)
+@click.option("--flip", is_flag=True, help="Average in the features of the mirrored pictures.")
+@click.option(
+    "--attention",
+    type=click.Choice(["own", "uniform", "norm", "corr", "symmetric"]),
+    multiple=True,
+    default=("own",),
+    show_default=True,
+    help="How the cells are weighed; may be repeated.",
+)
+@click.option(
+    "--teacher", metavar="WEIGHTS", type=click.Path(), help="A recogniser: its plain cosine is measured and correlated."
+)
+@click.option(
+    "--bootstrap",
+    "replicates",
+    type=click.IntRange(min=0),
+    default=1000,
+    show_default=True,
+    metavar="N",
+    help="Replicates for the confidence intervals; 0 for none.",
+)
+@click.option("--plot", metavar="FILE", type=click.Path(), help="Draw the ROC curves: .png, .pdf or .svg.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verification(**options: Any) -> int:
+    """Accuracy, AUC, EER and TAR at false match rates on a list of pairs, with confidence intervals."""
+    from .evaluate import VerificationRequest, run_verification
+
+    return run_verification(VerificationRequest(**options))

@@ -8,14 +8,14 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import click
 
 from xcos_ext.errors import XCosError
 
-__all__ = ["TROUBLE", "CommandGroup", "note", "notes_for_warnings", "print_json", "quiet_opencv"]
+__all__ = ["TROUBLE", "CommandGroup", "note", "notes_for_warnings", "print_json", "progress", "quiet_opencv"]
 
 #: Exit statuses: 0 success (verify: the same person), 1 only from verify (different people), 2 anything wrong.
 SAME, DIFFERENT, TROUBLE, INTERRUPTED = 0, 1, 2, 130
@@ -61,6 +61,17 @@ def notes_for_warnings() -> Iterator[None]:
         finally:
             for message in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)):
                 note(message)
+
+
+def progress(items: Iterable[Any], total: int, title: str, *, quiet: bool = False) -> Iterator[Any]:
+    """The items, with a progress bar on stderr where that is a terminal."""
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(items, description=title, total=total, console=Console(stderr=True), transient=True)
 
 
 def quiet_opencv() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +9,7 @@ import click
 
 from xcos_ext.errors import PictureError, XCosError
 
-from .console import note, notes_for_warnings, print_json
+from .console import note, notes_for_warnings, print_json, progress
 from .verify import check_model_path
 
 __all__ = ["Request", "run"]
@@ -39,17 +37,6 @@ def _chosen(people: tuple[str, ...], limit: int) -> list[str]:
     """At most ``limit`` people, spread evenly over the sorted names."""
     count = min(limit, len(people))
     return [people[i * len(people) // count] for i in range(count)]
-
-
-def _progress(items: Iterable[Any], total: int, title: str) -> Iterator[Any]:
-    """The items, with a progress bar on stderr where that is a terminal."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        yield from items
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(items, description=title, total=total, console=Console(stderr=True), transient=True)
 
 
 def run(request: Request) -> int:
@@ -99,7 +86,7 @@ def run(request: Request) -> int:
         return rgb
 
     with torch.no_grad():
-        faces = [aligned(person) for person in _progress(people, len(people), "reading")]
+        faces = [aligned(person) for person in progress(people, len(people), "reading")]
         try:
             model = plug(recogniser, faces, project=request.project, threshold=request.threshold)
         except ValueError as error:
@@ -115,12 +102,10 @@ def run(request: Request) -> int:
             features = torch.cat(
                 [
                     model.features(model.preprocessing(faces[first : first + 32]))
-                    for first in _progress(batches, len(batches), "calibrating")
+                    for first in progress(batches, len(batches), "calibrating")
                 ]
             )
-            found = calibrate(model, features, people, project=request.project, decision_fmr=_DECISION_FMR, fmrs=rates)
-            model.threshold = found.threshold
-            model.fmr_thresholds = dict(found.fmr)
+            model.set_calibration(calibrate(model, features, people, decision_fmr=_DECISION_FMR, fmrs=rates))
         elif request.threshold is None:
             note(
                 f"{len(people)} people are too few to find a threshold at a false match rate of {_DECISION_FMR:g} "

@@ -1,6 +1,9 @@
 """Verification figures and the protocols that produce them."""
 
-from .calibration import all_pair_scores, calibrate
+from .bootstrap import Interval, Resampling, bootstrap
+from .calibration import all_pair_scores, calibrate, fmr_curve
+from .protocol import ATTENTIONS, Evaluation, Scores, Variant, corr_attention, evaluate, score_model, score_pairs
+from .roc import roc_figure
 from .verification import (
     EER,
     ErrorCurves,
@@ -19,20 +22,33 @@ from .verification import (
 )
 
 __all__ = [
+    "ATTENTIONS",
     "EER",
     "ErrorCurves",
+    "Evaluation",
+    "Interval",
     "KFoldAccuracy",
     "OperatingPoint",
+    "Resampling",
+    "Scores",
+    "Variant",
     "VerificationReport",
     "all_pair_scores",
     "auc",
     "best_threshold",
+    "bootstrap",
     "calibrate",
+    "corr_attention",
     "eer",
     "error_curves",
+    "evaluate",
+    "fmr_curve",
     "fmr_threshold",
     "fmr_upper_bound",
     "kfold_accuracy",
     "operating_point",
+    "roc_figure",
+    "score_model",
+    "score_pairs",
     "verification",
 ]

@@ -1,4 +1,4 @@
-"""Decision thresholds from pictures of people, without any protocol's pairs."""
+"""False match rates and decision thresholds from pictures of people, without any protocol's pairs."""
 
 from __future__ import annotations
 
@@ -6,31 +6,36 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from xcos_ext.nn.calibration import Calibration, FMRCurve
 from xcos_ext.nn.model import XCosModel
-from xcos_ext.nn.plugin import DEFAULT_SPREAD
-from xcos_ext.nn.statistics import Calibration
+from xcos_ext.ops import xcos_matrix
 
-from .verification import fmr_threshold
+from .verification import fmr_threshold, fmr_upper_bound
 
-__all__ = ["all_pair_scores", "calibrate"]
+__all__ = ["all_pair_scores", "calibrate", "fmr_curve"]
+
+_PROBES_AT_ONCE = 256
+_POINTS_PER_DECADE = 10  # of the curve's table, which is even in log FMR ...
+_HIGH_RATES = (0.55, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)  # ... except where that says little about scores
+_EXPECTED_MATCHES = 30  # impostor pairs times rate, for a threshold at that rate to mean something
 
 
 @torch.no_grad()
 def all_pair_scores(
     model: XCosModel, features: Tensor, people: Sequence[str]
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Scores of every unordered pair of different pictures.
+    """Scores of every unordered pair of different pictures, through templates (:func:`xcos_ext.xcos_matrix`).
 
     Args:
-        model: scores the features.
+        model: scores the features; in evaluation mode.
         features: grid features F [N, C, H, W].
         people: N names.
 
     Returns:
-        (scores [N (N - 1) / 2], genuine): pairs (0, 1), (0, 2), ..., (1, 2), ...
+        (scores [N (N - 1) / 2], genuine): pairs (0, 1), (0, 2), ..., (1, 2), ...; the first picture is the probe.
 
     Raises:
         ValueError: lengths differ.
@@ -38,16 +43,94 @@ def all_pair_scores(
     count = features.shape[0]
     if len(people) != count:
         raise ValueError(f"people: expected {count} names, got {len(people)}")
-    names = np.asarray(people)
-    scores, genuine = [], []
-    for i in range(count - 1):
-        others = features[i + 1 :]
-        row = model.score(features[i : i + 1].expand_as(others), others)
-        scores.append(row.float().cpu().numpy())
-        genuine.append(names[i + 1 :] == names[i])
-    if not scores:
+    if count < 2:
         return np.empty(0, np.float32), np.empty(0, bool)
+    probes, gallery = model.templates(features, "probe"), model.templates(features, "gallery")
+    _, names = np.unique(np.asarray(people), return_inverse=True)
+    scores, genuine = [], []
+    for start in range(0, count - 1, _PROBES_AT_ONCE):
+        part = slice(start, min(start + _PROBES_AT_ONCE, count))
+        block = xcos_matrix(probes[part], gallery[slice(start, count)]).float().cpu().numpy()
+        later = np.triu(np.ones(block.shape, bool), 1)
+        scores.append(block[later])
+        genuine.append((names[part, None] == names[None, start:])[later])
     return np.concatenate(scores), np.concatenate(genuine)
+
+
+def _effective_pairs(matches: NDArray[np.int64], of_person: NDArray[np.float64], rate: float, pairs: int) -> float:
+    """How many independent pairs would tell a rate as well as these, which share people.
+
+    The variance of the rate with all covariances between pairs that share a person (Aronow, Samii and Assenova,
+    "Cluster-robust variance estimation for dyadic data", 2015), against that of independent pairs.
+
+    Args:
+        matches: [P], false matches that each person takes part in.
+        of_person: [P], impostor pairs that each person takes part in.
+        rate: false matches / pairs.
+        pairs: impostor pairs.
+    """
+    independent = pairs * rate * (1 - rate)
+    excess = matches - rate * of_person
+    shared = float(excess @ excess) - independent
+    return pairs if shared <= independent else max(1.0, pairs * independent / shared)
+
+
+def fmr_curve(
+    impostor_scores: ArrayLike,
+    people: tuple[ArrayLike, ArrayLike] | None = None,
+    *,
+    thresholds: Sequence[float] = (),
+) -> FMRCurve:
+    """The false match rate at any score, from a sample of impostor pairs.
+
+    Args:
+        impostor_scores: [N], finite.
+        people: integers [N], [N]: the two people of every pair; the confidence bounds then reckon with people who
+            are in many pairs. None: pairs are taken as independent.
+        thresholds: scores that the table holds in any case, so that the curve is exact there.
+
+    Raises:
+        ValueError: no scores, scores that are not finite, or people of another length.
+    """
+    given = np.asarray(impostor_scores, dtype=np.float64).ravel()
+    if given.size == 0 or not np.isfinite(given).all():
+        raise ValueError("impostor_scores: expected at least one score, all finite")
+    ordered, pairs = np.sort(given), given.size
+    steps = np.arange(0, np.log10(pairs) * _POINTS_PER_DECADE)
+    ranks = np.concatenate((10 ** (steps / _POINTS_PER_DECADE), pairs * np.array((*_HIGH_RATES, 1.0))))
+    at_ranks = ordered[pairs - np.clip(np.round(ranks), 1, pairs).astype(np.int64)]
+    points = np.unique(np.concatenate((at_ranks, np.asarray(thresholds, dtype=np.float64))))
+    points = points[(points >= ordered[0]) & (points <= ordered[-1])]
+    counts = pairs - np.searchsorted(ordered, points, "left")
+    effective = np.full(points.size, float(pairs))
+    members: int | None = None
+    if people is not None:
+        ids = [np.asarray(side).ravel() for side in people]
+        if any(side.size != pairs for side in ids):
+            raise ValueError(f"people: expected two integers for each of {pairs} pairs")
+        names, inverse = np.unique(np.concatenate(ids), return_inverse=True)
+        members = names.size
+        # [people, points]: pairs whose score reaches exactly the first k points, then summed from the right.
+        reached = np.tile(np.searchsorted(points, given, "right"), 2)
+        width = points.size + 1
+        table = np.bincount(inverse * width + reached, minlength=members * width).reshape(members, width)
+        matches = table[:, ::-1].cumsum(1)[:, ::-1]
+        of_person = matches[:, 0].astype(np.float64)
+        for k, count in enumerate(counts):
+            effective[k] = _effective_pairs(matches[:, k + 1], of_person, count / pairs, pairs)
+    rates = counts / pairs
+    upper = np.array([fmr_upper_bound(r * n, n) for r, n in zip(rates, effective, strict=True)])
+    upper = np.maximum(np.maximum.accumulate(upper[::-1])[::-1], rates)
+    # Beyond the last score nothing was seen; dependence is taken from where enough was.
+    enough = effective[counts >= min(_EXPECTED_MATCHES, pairs)][-1]
+    return FMRCurve(
+        scores=tuple(points.tolist()),
+        rates=tuple(rates.tolist()),
+        upper95=tuple(upper.tolist()),
+        smallest=fmr_upper_bound(0, float(enough)),
+        pairs=pairs,
+        people=members,
+    )
 
 
 def calibrate(
@@ -55,13 +138,10 @@ def calibrate(
     features: Tensor,
     people: Sequence[str],
     *,
-    centre: bool = True,
-    spread: float = DEFAULT_SPREAD,
-    project: int | None = None,
     decision_fmr: float = 5e-3,
     fmrs: Sequence[float] = (1e-1, 1e-2, 1e-3),
 ) -> Calibration:
-    """Thresholds at false match rates, over all impostor pairs of a set of people.
+    """Thresholds at false match rates, and the rate at any score, over all impostor pairs of a set of people.
 
     The decision threshold is the one at ``decision_fmr``. It needs no genuine pairs, so people with one
     picture each are enough, and a thousand people give a rate of 1e-3 with confidence. The default rate is
@@ -69,16 +149,14 @@ def calibrate(
     than a false rejection, use the thresholds noted at lower rates.
 
     Args:
-        model: the model to calibrate; only its score is used.
+        model: the model to calibrate, in evaluation mode; only its score is used.
         features: grid features F [N, C, H, W] of different pictures.
         people: N names.
-        centre, spread, project: how the model was plugged; noted in the result.
         decision_fmr: false match rate of the decision threshold.
         fmrs: further rates to note.
 
     Returns:
-        The calibration, for :class:`~xcos_ext.nn.PlugStatistics` or ``XCosModel(threshold=...,
-        fmr_thresholds=...)``.
+        The calibration, for :meth:`xcos_ext.XCosModel.set_calibration` or :class:`~xcos_ext.nn.PlugStatistics`.
 
     Raises:
         ValueError: too few impostor pairs for the smallest rate (fewer than 30 expected false matches).
@@ -86,19 +164,18 @@ def calibrate(
     scores, genuine = all_pair_scores(model, features, people)
     impostors = scores[~genuine]
     smallest = min(decision_fmr, *fmrs)
-    if impostors.size * smallest < 30:
+    if impostors.size * smallest < _EXPECTED_MATCHES:
         raise ValueError(
             f"people: {impostors.size} impostor pairs cannot tell a false match rate of {smallest:g}; "
-            f"at least {int(np.ceil(30 / smallest))} are needed"
+            f"at least {int(np.ceil(_EXPECTED_MATCHES / smallest))} are needed"
         )
     at = {rate: fmr_threshold(impostors, rate) for rate in {*fmrs, decision_fmr}}
+    _, ids = np.unique(np.asarray(people), return_inverse=True)
+    first, second = (ids[side][~genuine] for side in np.triu_indices(len(people), 1))
     return Calibration(
-        centre=centre,
-        spread=spread,
-        project=project,
         threshold=at[decision_fmr],
         rule=f"false match rate {decision_fmr:g} over all impostor pairs",
         fmr={rate: at[rate] for rate in fmrs},
         impostor_pairs=int(impostors.size),
-        genuine_pairs=0,
+        curve=fmr_curve(impostors, (first, second), thresholds=list(at.values())),
     )

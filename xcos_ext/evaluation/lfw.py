@@ -1,9 +1,9 @@
-"""Verification on LFW: ``python -m xcos_ext.evaluation.lfw --help``.
+"""Forms of the closed-form score compared on LFW: ``python -m xcos_ext.evaluation.lfw --help``.
 
-With ``--model``, any model of the package is scored with its own threshold. With ``--weights``, a
-recogniser's plain cosine and several forms of its closed-form cells are compared on the same pairs; means and
-axes then come from one picture each of the people who are in no pair, so nothing that is measured was fitted
-to the pairs that it is measured on. Cross-validated accuracies take the threshold from the other folds.
+A recogniser's plain cosine and several forms of its closed-form cells are scored on the same pairs. Means and axes
+come from one picture each of the people who are in no pair, so nothing that is measured was fitted to the pairs that
+it is measured on. Accuracies take the threshold from the other folds. To evaluate one model, use ``xcos evaluate
+verification``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,20 @@ from torch import Tensor
 
 from xcos_ext.backbones import Recogniser
 from xcos_ext.datasets import LFW, PersonFolder
+from xcos_ext.errors import PictureError
 from xcos_ext.nn import (
     DEFAULT_SPREAD,
     PlugStatistics,
-    XCosModel,
-    load_model,
     load_recogniser,
     plug,
     plug_statistics,
 )
 from xcos_ext.ops import xcos_score
 
+from .protocol import Score, Track, score_pairs
 from .verification import VerificationReport, verification
 
-__all__ = ["FORMS", "compare_forms", "iterate_pictures", "lfw_statistics", "score_model"]
+__all__ = ["FORMS", "compare_forms", "iterate_pictures", "lfw_statistics"]
 
 #: Score forms in the order of the table: key -> description.
 FORMS = {
@@ -62,8 +61,6 @@ _CELLS: dict[str, tuple[dict[str, Any], str | None]] = {
     "spread-centred": ({}, "norm"),
     "spread-centred-pca": ({"project": 32}, "norm"),
 }
-
-_PAIRS_AT_ONCE = 256
 
 
 def iterate_pictures(pictures: PersonFolder, keys: Sequence[str], batch_size: int = 32) -> Iterator[NDArray[np.uint8]]:
@@ -102,39 +99,6 @@ def lfw_statistics(
     )
 
 
-Score = Callable[[Tensor, Tensor], Tensor]
-
-
-def _score_folds(
-    lfw: LFW,
-    extract: Callable[[NDArray[np.uint8]], Mapping[str, Tensor]],
-    scores: Mapping[str, Score],
-    batch_size: int,
-    progress: Callable[[str], None] | None,
-) -> dict[str, NDArray[np.float64]]:
-    """Extract named features and score pairs. Folds share no people, so memory holds one fold at a time."""
-    result = {name: np.full(len(lfw.pairs), np.nan) for name in scores}
-    for fold in np.unique(lfw.folds):
-        started = time.perf_counter()
-        rows = np.flatnonzero(lfw.folds == fold)
-        used = np.unique(np.concatenate((lfw.first[rows], lfw.second[rows])))
-        parts: dict[str, list[Tensor]] = {name: [] for name in scores}
-        for pictures in iterate_pictures(lfw.pictures, [lfw.keys[i] for i in used], batch_size):
-            for name, features in extract(pictures).items():
-                parts[name].append(features)
-        first = torch.from_numpy(np.searchsorted(used, lfw.first[rows]))
-        second = torch.from_numpy(np.searchsorted(used, lfw.second[rows]))
-        for name, score in scores.items():
-            features = torch.cat(parts.pop(name))
-            for start in range(0, len(rows), _PAIRS_AT_ONCE):
-                part = slice(start, start + _PAIRS_AT_ONCE)
-                values = score(features[first[part]], features[second[part]])
-                result[name][rows[part]] = values.double().cpu().numpy()
-        if progress is not None:
-            progress(f"fold {fold + 1}: {len(used)} pictures, {time.perf_counter() - started:.0f} s")
-    return result
-
-
 def _plain(score: Callable[..., Any], **options: Any) -> Score:
     """A scorer that returns only the tensor of scores."""
 
@@ -147,29 +111,6 @@ def _plain(score: Callable[..., Any], **options: Any) -> Score:
 
 
 @torch.no_grad()
-def score_model(
-    model: XCosModel, lfw: LFW, *, batch_size: int = 32, progress: Callable[[str], None] | None = None
-) -> NDArray[np.float64]:
-    """Scores of all pairs of the protocol.
-
-    Args:
-        model: any model, in evaluation mode.
-        lfw: the protocol, with crops of the size that the model expects.
-        batch_size: pictures per forward pass.
-        progress: called with one line per fold.
-
-    Returns:
-        [N], in the order of ``lfw.pairs``.
-    """
-    device = next(model.parameters()).device
-
-    def extract(pictures: NDArray[np.uint8]) -> dict[str, Tensor]:
-        return {"model": model.features(model.preprocessing(pictures).to(device))}
-
-    return _score_folds(lfw, extract, {"model": _plain(model.score)}, batch_size, progress)["model"]
-
-
-@torch.no_grad()
 def compare_forms(
     recogniser: Recogniser,
     lfw: LFW,
@@ -178,7 +119,7 @@ def compare_forms(
     forms: Sequence[str] = tuple(FORMS),
     spreads: Sequence[float] = (),
     batch_size: int = 32,
-    progress: Callable[[str], None] | None = None,
+    track: Track | None = None,
 ) -> dict[str, NDArray[np.float64]]:
     """Scores of all pairs of the protocol in several forms of one recogniser's similarity.
 
@@ -189,12 +130,13 @@ def compare_forms(
         forms: keys of :data:`FORMS`.
         spreads: further spreads of centred cells; their forms are called ``"spread=0.5"`` and so on.
         batch_size: pictures per forward pass.
-        progress: called with one line per fold.
+        track: as in :func:`~xcos_ext.evaluation.score_pairs`.
 
     Returns:
         form -> scores [N] in the order of ``lfw.pairs``.
 
     Raises:
+        PictureError: a picture cannot be used.
         ValueError: an unknown form.
     """
     unknown = set(forms) - set(FORMS)
@@ -220,11 +162,15 @@ def compare_forms(
         scores[f"spread={spread:g}"] = _plain(xcos_score, attention="norm")
     recogniser.eval()
 
-    def extract(pictures: NDArray[np.uint8]) -> dict[str, Tensor]:
+    def extract(pictures: Sequence[NDArray[np.uint8]]) -> dict[str, Tensor]:
         grid = recogniser.grid(recogniser.preprocessing(pictures))
         return {form: compute(grid) for form, compute in features.items()}
 
-    return _score_folds(lfw, extract, scores, batch_size, progress)
+    scorers = {form: (form, score) for form, score in scores.items()}
+    scored = score_pairs(lfw, extract, scorers, batch_size=batch_size, track=track)
+    if scored.failures:
+        raise PictureError(next(iter(scored.failures.values())))
+    return scored.values
 
 
 def _table(
@@ -256,9 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m xcos_ext.evaluation.lfw", description=__doc__)
     parser.add_argument("--pictures", required=True, help="aligned 112x112 crops: folder or zip archive")
     parser.add_argument("--pairs", required=True, help="pairs file in LFW's format")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--weights", help="recogniser whose forms are compared")
-    what.add_argument("--model", help="model that is scored with its own threshold")
+    parser.add_argument("--weights", required=True, help="recogniser whose forms are compared")
     parser.add_argument("--folds", type=int, nargs="+", help="folds to use, numbered from 1 (default: all)")
     parser.add_argument("--forms", nargs="*", choices=tuple(FORMS), default=list(FORMS))
     parser.add_argument("--spreads", type=float, nargs="*", default=[], help="further spreads to compare")
@@ -275,31 +219,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     count = np.unique(lfw.folds).size
     say(f"{len(lfw.pairs)} pairs in {count} folds, {len(lfw.keys)} pictures")
     result: dict[str, Any] = {"pairs": len(lfw.pairs), "folds": int(count)}
-    if options.model is not None:
-        model = load_model(options.model)
-        scores = {"model": score_model(model, lfw, progress=say)}
-        titles = {"model": model.name}
-        result |= {"model": model.name, "fingerprint": model.fingerprint(), "threshold": model.threshold}
-        if model.threshold is not None:
-            share = float(((scores["model"] >= model.threshold) == lfw.genuine).mean())
-            result["accuracy_at_threshold"] = share
-            say(f"accuracy at its threshold {model.threshold:.4f}: {100 * share:.2f} %")
-    else:
-        recogniser = load_recogniser(options.weights)
-        # spread -> axes wanted; the mean is the same for all of them.
-        wanted: dict[float, int | None] = {}
-        for form in options.forms:
-            if form in _CELLS:
-                cells = _CELLS[form][0]
-                spread = cells.get("spread", DEFAULT_SPREAD)
-                wanted[spread] = cells.get("project") or wanted.get(spread)
-        wanted = wanted or {DEFAULT_SPREAD: None}
-        statistics = {s: lfw_statistics(recogniser, lfw, project=axes, spread=s) for s, axes in wanted.items()}
-        note = next((s.note for s in statistics.values()), "")
-        say(f"statistics: {note}")
-        scores = compare_forms(recogniser, lfw, statistics, forms=options.forms, spreads=options.spreads, progress=say)
-        titles = {**FORMS, **{f"spread={s:g}": f"cells centred, norm W, spread {s:g}" for s in options.spreads}}
-        result |= {"weights": Path(options.weights).name, "statistics": note}
+    recogniser = load_recogniser(options.weights)
+    # spread -> axes wanted; the mean is the same for all of them.
+    wanted: dict[float, int | None] = {}
+    for form in options.forms:
+        if form in _CELLS:
+            cells = _CELLS[form][0]
+            spread = cells.get("spread", DEFAULT_SPREAD)
+            wanted[spread] = cells.get("project") or wanted.get(spread)
+    wanted = wanted or {DEFAULT_SPREAD: None}
+    statistics = {s: lfw_statistics(recogniser, lfw, project=axes, spread=s) for s, axes in wanted.items()}
+    note = next((s.note for s in statistics.values()), "")
+    say(f"statistics: {note}")
+    scores = compare_forms(recogniser, lfw, statistics, forms=options.forms, spreads=options.spreads)
+    titles = {**FORMS, **{f"spread={s:g}": f"cells centred, norm W, spread {s:g}" for s in options.spreads}}
+    result |= {"weights": Path(options.weights).name, "statistics": note}
     reports = {
         form: verification(values, lfw.genuine, lfw.folds if count > 1 else None) for form, values in scores.items()
     }

@@ -17,9 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from xcos_ext.datasets import LFW
+from xcos_ext.faces._optional import need
 from xcos_ext.nn import XCosModel, find_statistics, fingerprint_weights, load_recogniser, plug
-
-from .verification import auc
 
 __all__ = ["MAPS", "REGIONS", "region_swap"]
 
@@ -48,6 +47,13 @@ def _centre(size: int = 7) -> NDArray[np.float64]:
     distance = np.arange(size) - (size - 1) / 2
     profile = np.exp(-0.5 * (distance / 2) ** 2)
     return np.outer(profile, profile)
+
+
+def _areas(maps: NDArray[np.floating], truth: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """AUC of every map [N, cells] against the same truth [cells], from ranks: thousands of small ones at once."""
+    ranks = need("scipy.stats", "evaluation").rankdata(maps, axis=1)[:, truth].sum(1)
+    inside = int(truth.sum())
+    return (ranks - inside * (inside + 1) / 2) / (inside * (truth.size - inside))
 
 
 @torch.no_grad()
@@ -109,8 +115,7 @@ def region_swap(
                 "centre": torch.from_numpy(_centre()).expand(pairs, 7, 7),
             }
             for kind, values in maps.items():
-                areas = [auc(value.ravel(), truth.ravel()) for value in values.numpy()]
-                result[name][kind][region] = float(np.mean(areas))
+                result[name][kind][region] = float(_areas(values.flatten(1).numpy(), truth.ravel()).mean())
     return result
 
 

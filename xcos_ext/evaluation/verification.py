@@ -6,8 +6,9 @@ Everywhere a larger score means more alike, and a pair is declared genuine if sc
 * FMR(t), false match rate: share of impostor pairs with score >= t (also FAR),
 * FNMR(t), false non-match rate: share of genuine pairs with score < t; TAR = 1 - FNMR.
 
-Impostor pairs that share people are not independent, so the confidence bounds here are optimistic where few
-people make many pairs.
+Curves and areas are scikit-learn's, the binomial bound is SciPy's. Impostor pairs that share people are not
+independent, so the confidence bounds here are optimistic where few people make many pairs; :mod:`.bootstrap` and
+:func:`.fmr_curve` reckon with that.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from xcos_ext.faces._optional import need
 
 __all__ = [
     "EER",
@@ -70,36 +73,33 @@ class ErrorCurves(NamedTuple):
     fnmr: Floats
 
 
-def error_curves(scores: ArrayLike, genuine: ArrayLike) -> ErrorCurves:
-    """FMR and FNMR as functions of the threshold, exactly.
+def error_curves(scores: ArrayLike, genuine: ArrayLike, weights: ArrayLike | None = None) -> ErrorCurves:
+    """FMR and FNMR as functions of the threshold, exactly (``sklearn.metrics.roc_curve``).
 
     Args:
         scores: [N], finite.
         genuine: [N], booleans or 0/1; both kinds must occur.
+        weights: [N] how often each pair counts, or None for once; pairs of weight 0 are left out.
 
     Raises:
         ValueError: shapes differ, scores are not finite, or one kind is missing.
     """
     values, labels = _split(scores, genuine)
-    thresholds = np.append(np.unique(values), np.inf)
-    impostors, genuines = np.sort(values[~labels]), np.sort(values[labels])
-    fmr = 1 - np.searchsorted(impostors, thresholds, "left") / impostors.size
-    fnmr = np.searchsorted(genuines, thresholds, "left") / genuines.size
-    return ErrorCurves(thresholds, fmr, fnmr)
+    fpr, tpr, thresholds = need("sklearn.metrics", "evaluation").roc_curve(
+        labels, values, sample_weight=weights, drop_intermediate=False
+    )
+    return ErrorCurves(thresholds[::-1], fpr[::-1], 1 - tpr[::-1])
 
 
 def auc(scores: ArrayLike, genuine: ArrayLike) -> float:
-    """Area under the ROC curve: P(genuine score > impostor score) + P(equal) / 2, exactly.
+    """Area under the ROC curve: P(genuine score > impostor score) + P(equal) / 2 (``sklearn.metrics``).
 
     Args:
         scores: [N], finite.
         genuine: [N], booleans or 0/1; both kinds must occur.
     """
     values, labels = _split(scores, genuine)
-    impostors, genuines = np.sort(values[~labels]), values[labels]
-    below = np.searchsorted(impostors, genuines, "left")
-    up_to = np.searchsorted(impostors, genuines, "right")
-    return float((below + up_to).sum() / (2.0 * impostors.size * genuines.size))
+    return float(need("sklearn.metrics", "evaluation").roc_auc_score(labels, values))
 
 
 class EER(NamedTuple):
@@ -116,7 +116,11 @@ def eer(scores: ArrayLike, genuine: ArrayLike) -> EER:
         scores: [N], finite.
         genuine: [N], booleans or 0/1; both kinds must occur.
     """
-    curves = error_curves(scores, genuine)
+    return crossing(error_curves(scores, genuine))
+
+
+def crossing(curves: ErrorCurves) -> EER:
+    """Where error curves cross; see :func:`eer`."""
     gap = curves.fmr - curves.fnmr  # 1 at the first threshold, -1 at the last, non-increasing
     after = int(np.argmax(gap <= 0))
     low, high = gap[after - 1], gap[after]
@@ -174,7 +178,8 @@ def kfold_accuracy(
     """Accuracy on each fold with the threshold that is best on all other folds (LFW's View 2 protocol).
 
     Args:
-        scores: [N], finite.
+        scores: [N], finite; or [K, N], row k being what scores the pairs where the k-th fold (in ascending order) is
+            tested, for scores with parts estimated on the other folds.
         genuine: [N], booleans or 0/1.
         folds: [N], integers; at least two different ones.
         candidates: as in :func:`best_threshold`.
@@ -182,15 +187,19 @@ def kfold_accuracy(
     Raises:
         ValueError: shapes differ, fewer than two folds, or training folds without one of the kinds.
     """
-    values, labels = _split(scores, genuine)
     fold = np.asarray(folds)
-    if fold.shape != values.shape:
-        raise ValueError(f"folds: expected shape {values.shape}, got {fold.shape}")
     names = np.unique(fold)
+    rows = np.asarray(scores, dtype=np.float64)
+    if rows.ndim == 2 and len(rows) != names.size:
+        raise ValueError(f"scores: expected a row for each of {names.size} folds, got {len(rows)}")
+    rows = np.broadcast_to(rows, (names.size, *rows.shape[-1:])) if rows.ndim in (1, 2) else rows[None]
+    if fold.shape != rows[0].shape:
+        raise ValueError(f"folds: expected shape {rows[0].shape}, got {fold.shape}")
     if names.size < 2:
         raise ValueError(f"folds: expected at least two, got {names.size}")
     thresholds, accuracies = [], []
-    for name in names:
+    for name, row in zip(names, rows, strict=True):
+        values, labels = _split(row, genuine)
         test = fold == name
         threshold = best_threshold(values[~test], labels[~test], candidates)
         thresholds.append(threshold)
@@ -200,14 +209,14 @@ def kfold_accuracy(
     )
 
 
-def fmr_upper_bound(false_matches: int, impostors: int, confidence: float = 0.95) -> float:
+def fmr_upper_bound(false_matches: float, impostors: float, confidence: float = 0.95) -> float:
     """Exact one-sided (Clopper-Pearson) upper bound of a false match rate.
 
     With no false match among n independent impostor pairs this is about 3 / n at 95 %.
 
     Args:
         false_matches: observed, 0..impostors.
-        impostors: independent impostor comparisons, at least 1.
+        impostors: independent impostor comparisons, at least 1; an effective number need not be whole.
         confidence: in (0, 1).
     """
     if not 0 <= false_matches <= impostors or impostors < 1:
@@ -216,15 +225,8 @@ def fmr_upper_bound(false_matches: int, impostors: int, confidence: float = 0.95
         raise ValueError(f"confidence: expected a number in (0, 1), got {confidence}")
     if false_matches == impostors:
         return 1.0
-    count = np.arange(1, false_matches + 1, dtype=np.float64)
-    log_choose = np.concatenate(([0.0], np.cumsum(np.log((impostors - count + 1) / count))))
-    k = np.arange(false_matches + 1)
-    low, high = false_matches / impostors, 1.0
-    for _ in range(60):  # bisection on P(X <= false_matches; p) = 1 - confidence, which falls with p
-        p = (low + high) / 2
-        tail = float(np.exp(log_choose + k * np.log(p) + (impostors - k) * np.log1p(-p)).sum())
-        low, high = (p, high) if tail > 1 - confidence else (low, p)
-    return high
+    special = need("scipy.special", "evaluation")
+    return float(special.betaincinv(false_matches + 1, impostors - false_matches, confidence))
 
 
 def fmr_threshold(impostor_scores: ArrayLike, fmr: float) -> float:
@@ -336,7 +338,9 @@ class VerificationReport:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         data = asdict(self)
-        data["accuracy"] = None if self.accuracy is None else self.accuracy._asdict()
+        if self.accuracy is not None:
+            std = self.accuracy.std
+            data["accuracy"] = self.accuracy._asdict() | {"std": std if np.isfinite(std) else None}
         return data
 
 
@@ -345,6 +349,7 @@ def verification(
     genuine: ArrayLike,
     folds: ArrayLike | None = None,
     *,
+    fold_scores: ArrayLike | None = None,
     fmrs: Sequence[float] = (1e-1, 1e-2, 1e-3),
     candidates: ArrayLike | None = None,
 ) -> VerificationReport:
@@ -354,6 +359,7 @@ def verification(
         scores: [N], finite.
         genuine: [N], booleans or 0/1; both kinds must occur.
         folds: [N] integers for the k-fold accuracy, or None to leave it out.
+        fold_scores: [K, N] for the k-fold accuracy, as in :func:`kfold_accuracy`; by default ``scores``.
         fmrs: false match rates for the operating points.
         candidates: as in :func:`best_threshold`.
 
@@ -361,13 +367,15 @@ def verification(
         ValueError: as in the single functions.
     """
     values, labels = _split(scores, genuine)
-    crossing = eer(values, labels)
+    equal = eer(values, labels)
     return VerificationReport(
         pairs=int(values.size),
         genuine=int(labels.sum()),
         auc=auc(values, labels),
-        eer=crossing.rate,
-        eer_threshold=crossing.threshold,
-        accuracy=None if folds is None else kfold_accuracy(values, labels, folds, candidates),
+        eer=equal.rate,
+        eer_threshold=equal.threshold,
+        accuracy=None
+        if folds is None
+        else kfold_accuracy(values if fold_scores is None else fold_scores, labels, folds, candidates),
         operating_points=tuple(operating_point(values, labels, rate) for rate in fmrs),
     )

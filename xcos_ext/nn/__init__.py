@@ -3,6 +3,7 @@
 from xcos_ext.fingerprint import fingerprint_weights
 
 from .attention import XCosAttention
+from .calibration import Calibration, FMRAtScore, FMRCurve
 from .cells import CellMatrices, cell_matrices
 from .head import ClosedFormHead, XCosHead
 from .loading import load_model, load_recogniser, save_model
@@ -10,7 +11,7 @@ from .margin import ArcFaceHead, CosFaceHead
 from .model import Preprocessing, XCosModel
 from .plugin import DEFAULT_SPREAD, plug, plug_statistics
 from .projection import CellProjection
-from .statistics import Calibration, PlugStatistics, find_statistics
+from .statistics import Form, PlugStatistics, find_statistics
 
 __all__ = [
     "DEFAULT_SPREAD",
@@ -20,6 +21,9 @@ __all__ = [
     "CellProjection",
     "ClosedFormHead",
     "CosFaceHead",
+    "FMRAtScore",
+    "FMRCurve",
+    "Form",
     "PlugStatistics",
     "Preprocessing",
     "XCosAttention",

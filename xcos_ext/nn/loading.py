@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from xcos_ext.errors import ModelError
 from xcos_ext.fingerprint import fingerprint_weights
 
 from .attention import XCosAttention
+from .calibration import FMRCurve, checked_thresholds
 from .files import StrPath, read_weights, write_safetensors
 from .head import ClosedFormHead, XCosHead
 from .model import XCosModel
@@ -264,6 +265,7 @@ def save_model(model: XCosModel, path: StrPath) -> None:
         "preprocessing": json.dumps(asdict(model.preprocessing)),
         "threshold": json.dumps(model.threshold),
         "fmr_thresholds": json.dumps({repr(rate): t for rate, t in model.fmr_thresholds.items()}),
+        "fmr_curve": json.dumps(None if model.fmr_curve is None else model.fmr_curve.as_dict()),
     }
     write_safetensors(path, model.state_dict(), metadata)
 
@@ -289,6 +291,20 @@ def _own_head(kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor],
     raise ModelError(f"{path}: kind of head: expected 'learned' or 'closed-form', got {kind!r}")
 
 
+_Read = TypeVar("_Read")
+
+
+def _calibrated(
+    key: str, metadata: Mapping[str, str], read: Callable[[Mapping[str, Any]], _Read], path: StrPath
+) -> _Read | None:
+    """A part of the calibration; None where the file has none, as those of earlier versions."""
+    try:
+        data = json.loads(metadata.get(key, "null"))
+        return None if data is None else read(data)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{path}: damaged metadata: {key}: {error}") from error
+
+
 def _from_own(state: State, metadata: Mapping[str, str], path: StrPath) -> XCosModel:
     if metadata.get("version") != _VERSION:
         raise ModelError(
@@ -308,7 +324,8 @@ def _from_own(state: State, metadata: Mapping[str, str], path: StrPath) -> XCosM
         head = _own_head(metadata["kind"], json.loads(metadata["head"]), state, path)
         preprocessing = Preprocessing(**json.loads(metadata["preprocessing"]))
         threshold = json.loads(metadata["threshold"])
-        fmr = {float(rate): float(t) for rate, t in json.loads(metadata["fmr_thresholds"]).items()}
+        fmr = _calibrated("fmr_thresholds", metadata, checked_thresholds, path) or {}
+        curve = _calibrated("fmr_curve", metadata, FMRCurve.from_dict, path)
         if threshold is not None and not math.isfinite(threshold):
             raise ValueError("threshold is not finite")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -323,6 +340,7 @@ def _from_own(state: State, metadata: Mapping[str, str], path: StrPath) -> XCosM
         threshold=threshold,
         name=metadata.get("name", name),
         fmr_thresholds=fmr,
+        fmr_curve=curve,
     )
     _load_strict(model, state, path, f"a {metadata['kind']} model over {name}")
     return model.eval()

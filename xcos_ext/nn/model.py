@@ -17,9 +17,21 @@ from xcos_ext.fingerprint import fingerprint_state
 from xcos_ext.ops import XCosScore
 from xcos_ext.templates import Role, Templates
 
+from .calibration import Calibration, FMRCurve
 from .head import ClosedFormHead, XCosHead
 
 __all__ = ["Preprocessing", "XCosModel"]
+
+
+def checked_threshold(threshold: float) -> float:
+    """A decision threshold.
+
+    Raises:
+        ValueError: it is not finite.
+    """
+    if not math.isfinite(threshold):
+        raise ValueError(f"threshold: expected a finite number or None, got {threshold}")
+    return float(threshold)
 
 
 class XCosModel(nn.Module):
@@ -36,6 +48,8 @@ class XCosModel(nn.Module):
         threshold: decision threshold: two faces are the same person if score >= threshold. None: unknown.
         name: for reports.
         fmr_thresholds: thresholds at stated false match rates, e.g. ``{1e-3: 0.31}``.
+        fmr_curve: the false match rate at any score. :meth:`set_calibration` sets it, ``threshold`` and
+            ``fmr_thresholds`` from one sample.
 
     Raises:
         ValueError: a threshold that is not finite.
@@ -50,18 +64,24 @@ class XCosModel(nn.Module):
         threshold: float | None = None,
         name: str = "xcos",
         fmr_thresholds: Mapping[float, float] | None = None,
+        fmr_curve: FMRCurve | None = None,
     ) -> None:
         super().__init__()
-        if threshold is not None and not math.isfinite(threshold):
-            raise ValueError(f"threshold: expected a finite number or None, got {threshold}")
         self.backbone = backbone
         self.head = head
         if preprocessing is None:
             preprocessing = backbone.preprocessing if isinstance(backbone, Recogniser) else ARCFACE
         self.preprocessing: Preprocessing = preprocessing
-        self.threshold: float | None = None if threshold is None else float(threshold)
+        self.threshold: float | None = None if threshold is None else checked_threshold(threshold)
         self.name = name
         self.fmr_thresholds: dict[float, float] = dict(fmr_thresholds or {})
+        self.fmr_curve = fmr_curve
+
+    def set_calibration(self, calibration: Calibration) -> None:
+        """Take the decision threshold, the thresholds at false match rates and the curve of a calibration."""
+        self.threshold = checked_threshold(calibration.threshold)
+        self.fmr_thresholds = dict(calibration.fmr)
+        self.fmr_curve = calibration.curve
 
     @property
     def architecture(self) -> str:

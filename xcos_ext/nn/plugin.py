@@ -12,7 +12,7 @@ from xcos_ext.fingerprint import fingerprint_weights
 from .cells import CellMatrices, cell_matrices, separate, spread_matrix
 from .files import StrPath
 from .head import ClosedFormHead
-from .model import XCosModel
+from .model import XCosModel, checked_threshold
 from .statistics import (
     Faces,
     PlugStatistics,
@@ -137,15 +137,15 @@ def plug(
         known.basis[:, :project] if known is not None and known.basis is not None and project is not None else None,
     )
     calibration = None if known is None else known.calibration(centre=centre, spread=spread, project=project)
-    if threshold is None and calibration is not None:
-        threshold = calibration.threshold
     model = XCosModel(
         recogniser,
         head.to(parameter.device),
-        threshold=threshold,
         name=name or f"{recogniser.architecture}+closed-form{'' if project is None else f'-{project}'}",
-        fmr_thresholds=None if calibration is None else calibration.fmr,
     )
+    if calibration is not None:
+        model.set_calibration(calibration)
+    if threshold is not None:
+        model.threshold = checked_threshold(threshold)
     return model.eval()
 
 

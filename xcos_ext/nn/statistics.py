@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,10 +17,11 @@ from torch import Tensor
 from xcos_ext.backbones.recogniser import Recogniser
 from xcos_ext.errors import ModelError
 
+from .calibration import Calibration
 from .cells import CellMatrices, spread_matrix
 from .files import StrPath, read_safetensors, write_safetensors
 
-__all__ = ["Calibration", "PlugStatistics", "compute_statistics", "find_statistics"]
+__all__ = ["Form", "PlugStatistics", "compute_statistics", "find_statistics"]
 
 _FORMAT = "xcos_ext.plug_statistics"
 _VERSION = "1"
@@ -30,58 +30,18 @@ _DATA = Path(__file__).resolve().parent.parent / "data"
 Faces = Iterable[Any]
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Thresholds for one form of the closed-form score.
+class Form(NamedTuple):
+    """A form of the closed-form score.
 
     Attributes:
-        centre: whether the form is centred.
-        spread: its spread in cells.
-        project: its number of axes per cell, or None.
-        threshold: the decision threshold; same person if score >= threshold.
-        rule: how ``threshold`` was chosen, in words.
-        fmr: false match rate -> smallest threshold that keeps it, on the calibration's impostor pairs.
-        impostor_pairs: number of impostor pairs behind the figures.
-        genuine_pairs: number of genuine pairs behind the figures; 0 if none was used.
+        centre: whether the cells are centred.
+        spread: sharing between neighbouring cells, in cells.
+        project: number of axes per cell, or None.
     """
 
     centre: bool
     spread: float
     project: int | None
-    threshold: float
-    rule: str
-    fmr: Mapping[float, float] = field(default_factory=dict)
-    impostor_pairs: int = 0
-    genuine_pairs: int = 0
-
-    def _to_json(self) -> dict[str, Any]:
-        return {
-            "centre": self.centre,
-            "spread": self.spread,
-            "project": self.project,
-            "threshold": self.threshold,
-            "rule": self.rule,
-            "fmr": {repr(rate): threshold for rate, threshold in self.fmr.items()},
-            "impostor_pairs": self.impostor_pairs,
-            "genuine_pairs": self.genuine_pairs,
-        }
-
-    @classmethod
-    def _from_json(cls, data: Mapping[str, Any]) -> Calibration:
-        threshold = float(data["threshold"])
-        fmr = {float(rate): float(t) for rate, t in dict(data["fmr"]).items()}
-        if not all(map(math.isfinite, (threshold, *fmr.values()))):
-            raise ValueError("a threshold is not finite")
-        return cls(
-            centre=bool(data["centre"]),
-            spread=float(data["spread"]),
-            project=None if data["project"] is None else int(data["project"]),
-            threshold=threshold,
-            rule=str(data["rule"]),
-            fmr=fmr,
-            impostor_pairs=int(data["impostor_pairs"]),
-            genuine_pairs=int(data["genuine_pairs"]),
-        )
 
 
 @dataclass(frozen=True)
@@ -94,7 +54,7 @@ class PlugStatistics:
         basis: per-cell principal axes [H * W, K, D] fp32 (orthonormal rows, strongest first) of cells after
             sharing with ``basis_spread``, or None.
         basis_spread: the spread that ``basis`` was computed with.
-        calibrations: thresholds, one entry per form of the score.
+        calibrations: form of the score -> its thresholds and false match rates.
         faces: number of pictures behind ``mean``.
         note: where the pictures came from, in words.
     """
@@ -103,16 +63,13 @@ class PlugStatistics:
     mean: Tensor
     basis: Tensor | None = None
     basis_spread: float = 0.0
-    calibrations: tuple[Calibration, ...] = ()
+    calibrations: Mapping[Form, Calibration] = field(default_factory=dict)
     faces: int = 0
     note: str = ""
 
     def calibration(self, *, centre: bool, spread: float, project: int | None) -> Calibration | None:
-        """The thresholds of exactly this form, or None."""
-        for entry in self.calibrations:
-            if (entry.centre, entry.spread, entry.project) == (centre, spread, project):
-                return entry
-        return None
+        """The calibration of exactly this form, or None."""
+        return self.calibrations.get(Form(centre, spread, project))
 
     def save(self, path: StrPath) -> None:
         """Write to a safetensors file (fp32), atomically.
@@ -130,7 +87,7 @@ class PlugStatistics:
             "faces": str(self.faces),
             "note": self.note,
             "basis_spread": repr(self.basis_spread),
-            "calibrations": json.dumps([entry._to_json() for entry in self.calibrations]),
+            "calibrations": json.dumps([form._asdict() | c.as_dict() for form, c in self.calibrations.items()]),
         }
         write_safetensors(path, tensors, metadata)
 
@@ -160,9 +117,9 @@ class PlugStatistics:
             if not torch.isfinite(basis).all():
                 raise ModelError(f"{path}: basis: values are not finite")
         try:
-            calibrations = tuple(
-                Calibration._from_json(entry) for entry in json.loads(metadata.get("calibrations", "[]"))
-            )
+            calibrations = {
+                _form(entry): Calibration.from_dict(entry) for entry in json.loads(metadata.get("calibrations", "[]"))
+            }
             basis_spread = float(metadata.get("basis_spread", "0"))
             faces = int(metadata.get("faces", "0"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -176,6 +133,11 @@ class PlugStatistics:
             faces=faces,
             note=metadata.get("note", ""),
         )
+
+
+def _form(entry: Mapping[str, Any]) -> Form:
+    project = entry["project"]
+    return Form(bool(entry["centre"]), float(entry["spread"]), None if project is None else int(project))
 
 
 @cache

@@ -1,0 +1,430 @@
+"""Verification of a model on a list of pairs: features once per picture, scores in several forms, figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xcos_ext.backbones import Recogniser
+from xcos_ext.datasets import PairList
+from xcos_ext.errors import PictureError
+from xcos_ext.faces.detector import Detector
+from xcos_ext.faces.reader import extract_face
+from xcos_ext.fingerprint import fingerprint_weights
+from xcos_ext.nn import XCosModel
+from xcos_ext.ops import grid_cosine, xcos_score
+
+from .bootstrap import Interval, Resampling, bootstrap
+from .verification import VerificationReport, verification
+
+__all__ = ["ATTENTIONS", "Evaluation", "Scores", "Variant", "corr_attention", "evaluate", "score_model", "score_pairs"]
+
+#: Ways to weigh the cells -> what they are.
+ATTENTIONS: Mapping[str, str] = {
+    "own": "the model's own",
+    "uniform": "every cell alike",
+    "norm": "proportional to the product of the two cells' norms",
+    "corr": "each cell's correlation with the target cosine, estimated on the other folds",
+    "symmetric": "the model's own, mean of both orders of the faces",
+}
+
+_PAIRS_AT_ONCE = 64
+
+Pictures = list[NDArray[np.uint8]]
+Read = Callable[[str], NDArray[np.uint8]]
+Extract = Callable[[Pictures], Mapping[str, Tensor]]
+Score = Callable[[Tensor, Tensor], Tensor]
+Track = Callable[[Sequence[Any]], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What scoring a list of pairs gives.
+
+    Attributes:
+        values: name -> fp64 [N], or [N, K] for scorers that give K numbers a pair; NaN for pairs that failed.
+        failures: pictures that could not be enrolled (unreadable, no face, of another size) -> why.
+        failed: bool [N], pairs with such a picture.
+    """
+
+    values: dict[str, NDArray[np.float64]]
+    failures: dict[str, str]
+    failed: NDArray[np.bool_]
+
+
+@torch.no_grad()
+def score_pairs(
+    pairs: PairList,
+    extract: Extract,
+    scorers: Mapping[str, tuple[str, Score]],
+    *,
+    read: Read | None = None,
+    batch_size: int = 32,
+    track: Track | None = None,
+) -> Scores:
+    """Extract named features of every picture once, and score pairs with them.
+
+    Features are kept from a picture's first pair to its last, so memory holds the pictures that are open at one time:
+    a fold of LFW, not the list.
+
+    Args:
+        pairs: the list.
+        extract: uint8 RGB pictures -> name -> features [n, ...].
+        scorers: name -> (name of the features, function of two batches of them that gives [n] or [n, K]).
+        read: gives a picture by its key, by default ``pairs.read``; a ``PictureError`` is a failure to enrol.
+        batch_size: pictures per forward pass.
+        track: wraps the blocks of pairs that are iterated over, for a progress bar.
+    """
+    read = read or pairs.read
+    count = len(pairs)
+    last = np.zeros(len(pairs.keys), dtype=np.int64)
+    for side in (pairs.first, pairs.second):
+        np.maximum.at(last, side, np.arange(count))
+    values: dict[str, NDArray[np.float64]] = {}
+    failures: dict[str, str] = {}
+    failed = np.zeros(count, dtype=bool)
+    kept: dict[int, dict[str, Tensor]] = {}
+
+    def enrol(wanted: Sequence[int]) -> None:
+        pictures: Pictures = []
+        found: list[int] = []
+        for index in wanted:
+            try:
+                pictures.append(read(pairs.keys[index]))
+                found.append(index)
+            except PictureError as error:
+                failures[pairs.keys[index]] = str(error)
+        if found:
+            for name, features in extract(pictures).items():
+                for index, row in zip(found, features, strict=True):
+                    kept.setdefault(index, {})[name] = row.clone()  # a view would keep the whole batch
+
+    blocks = [range(start, min(start + _PAIRS_AT_ONCE, count)) for start in range(0, count, _PAIRS_AT_ONCE)]
+    for block in blocks if track is None else track(blocks):
+        used = dict.fromkeys(np.stack((pairs.first[block], pairs.second[block]), 1).ravel().tolist())
+        new = [i for i in used if i not in kept and pairs.keys[i] not in failures]
+        for start in range(0, len(new), batch_size):
+            enrol(new[start : start + batch_size])
+        good = np.array([p for p in block if pairs.first[p] in kept and pairs.second[p] in kept], dtype=np.int64)
+        failed[list(set(block) - set(good.tolist()))] = True
+        for name, (features_of, score) in scorers.items():
+            if good.size:
+                a, b = (torch.stack([kept[i][features_of] for i in side[good]]) for side in (pairs.first, pairs.second))
+                part = score(a, b).double().cpu().numpy()
+                values.setdefault(name, np.full((count, *part.shape[1:]), np.nan))[good] = part
+        for index in [i for i in kept if last[i] < block.stop]:
+            del kept[index]
+    return Scores({name: values.get(name, np.full(count, np.nan)) for name in scorers}, failures, failed)
+
+
+def _crops(pairs: PairList, detector: Detector | None, size: tuple[int, int]) -> Read:
+    """A reader of aligned crops."""
+    if pairs.aligned:
+        detector = None
+
+    def read(key: str) -> NDArray[np.uint8]:
+        return extract_face(pairs.read(key), detector, name=key, size=size).rgb
+
+    return read
+
+
+def _own_score(model: XCosModel) -> Score:
+    def score(a: Tensor, b: Tensor) -> Tensor:
+        return model.score(a, b)
+
+    return score
+
+
+def score_model(
+    model: XCosModel, pairs: PairList, *, batch_size: int = 32, track: Track | None = None
+) -> NDArray[np.float64]:
+    """Scores of all pairs of a list of aligned crops.
+
+    Args:
+        model: any model, in evaluation mode.
+        pairs: the list, with crops of the size that the model expects.
+        batch_size: pictures per forward pass.
+        track: as in :func:`score_pairs`.
+
+    Returns:
+        [N], in the order of the list.
+
+    Raises:
+        PictureError: a picture cannot be used.
+    """
+    device = next(model.parameters()).device
+    scored = score_pairs(
+        pairs,
+        lambda pictures: {"features": model.features(model.preprocessing(pictures).to(device))},
+        {"own": ("features", _own_score(model))},
+        read=_crops(pairs, None, model.preprocessing.size),
+        batch_size=batch_size,
+        track=track,
+    )
+    if scored.failures:
+        raise PictureError(next(iter(scored.failures.values())))
+    return scored.values["own"]
+
+
+def corr_attention(similarity: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The fixed attention "corr": Pearson correlation of each cell's similarity with a target cosine, normalised.
+
+    Cells that do not correlate, or correlate negatively, get no weight.
+
+    Args:
+        similarity: S of pairs [N, cells].
+        target: cosine of the same pairs [N].
+
+    Returns:
+        [cells], non-negative, summing to 1.
+
+    Raises:
+        ValueError: no cell correlates.
+    """
+    s, t = similarity - similarity.mean(0), target - target.mean()
+    scale = np.sqrt((s**2).sum(0) * (t @ t))
+    weights = np.clip(np.divide(t @ s, scale, out=np.zeros_like(scale), where=scale > 0), 0, None)
+    total = weights.sum()
+    if not total > 0:
+        raise ValueError("corr: no cell's similarity correlates with the target cosine")
+    return weights / total
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of scoring, and its figures.
+
+    Attributes:
+        name: a key of :data:`ATTENTIONS`, or ``"teacher"``.
+        scores: [N]; pairs that failed have a score below all others.
+        report: the figures.
+        intervals: figure -> confidence interval; empty without bootstrap.
+        correlation: of the scores with the teacher's cosine over the pairs that could be scored, or None.
+        attention: for ``corr``, mean over folds [H, W]; else None.
+    """
+
+    name: str
+    scores: NDArray[np.float64]
+    report: VerificationReport
+    intervals: dict[str, Interval]
+    correlation: float | None = None
+    attention: NDArray[np.float64] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON; without the scores."""
+        data = self.report.as_dict() | {
+            "intervals": {name: list(interval) for name, interval in self.intervals.items()},
+            "teacher_correlation": self.correlation,
+        }
+        return data if self.attention is None else data | {"attention": self.attention.tolist()}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model on a list of pairs.
+
+    Attributes:
+        variants: name -> figures, in the order asked for; the teacher last.
+        failures: pictures that could not be enrolled -> why.
+        failed: bool [N], pairs with such a picture. They count as rejected at every threshold (ISO/IEC 19795-1's
+            generalised rates): a genuine one as a false non-match, an impostor one as rightly rejected.
+        resampling: what the intervals come from, or None.
+        corr_target: where the cosine for ``corr`` came from: ``"teacher"``, ``"embedding"`` or None.
+    """
+
+    variants: dict[str, Variant]
+    failures: dict[str, str]
+    failed: NDArray[np.bool_]
+    resampling: Resampling | None
+    corr_target: str | None
+
+
+def _extractor(model: XCosModel, recogniser: Recogniser | None, flip: bool) -> Extract:
+    """Grid features and, with a recogniser, its embedding."""
+    device = next(model.parameters()).device
+    shared = (
+        recogniser is not None
+        and isinstance(model.backbone, Recogniser)
+        and recogniser.preprocessing == model.preprocessing
+        and (recogniser is model.backbone or fingerprint_weights(recogniser) == fingerprint_weights(model.backbone))
+    )
+
+    def once(images: Tensor, others: Tensor | None) -> dict[str, Tensor]:
+        if shared:
+            assert isinstance(model.backbone, Recogniser)
+            grid = model.backbone.grid(images)
+            return {"features": model.head.features(grid), "embedding": model.backbone.embed(grid)}
+        found = {"features": model.features(images)}
+        if recogniser is not None and others is not None:
+            found["embedding"] = recogniser(others)
+        return found
+
+    def extract(pictures: Pictures) -> dict[str, Tensor]:
+        images = model.preprocessing(pictures).to(device)
+        others = None if recogniser is None or shared else recogniser.preprocessing(pictures).to(device)
+        found = once(images, others)
+        if flip:
+            mirrored = once(images.flip(3), None if others is None else others.flip(3))
+            # Flipped back in width, so that every cell meets the same part of the face.
+            found["features"] = (found["features"] + mirrored["features"].flip(3)) / 2
+            if "embedding" in found:
+                found["embedding"] = found["embedding"] + mirrored["embedding"]
+        return found
+
+    return extract
+
+
+def _scorers(model: XCosModel, attentions: Sequence[str], embedding: bool) -> dict[str, tuple[str, Score]]:
+    own = _own_score(model)
+
+    def uniform(a: Tensor, b: Tensor) -> Tensor:
+        return xcos_score(a, b)
+
+    def norm(a: Tensor, b: Tensor) -> Tensor:
+        return xcos_score(a, b, "norm")
+
+    def symmetric(a: Tensor, b: Tensor) -> Tensor:
+        return (own(a, b) + own(b, a)) / 2  # S is the same in both orders, so this is the mean of both W
+
+    def cells(a: Tensor, b: Tensor) -> Tensor:
+        return grid_cosine(a, b).flatten(1)
+
+    known = {"own": own, "uniform": uniform, "norm": norm, "symmetric": symmetric, "corr": cells}
+    scorers = {name: ("features", known[name]) for name in attentions}
+    if embedding:
+        scorers["teacher"] = "embedding", F.cosine_similarity
+    return scorers
+
+
+def _rejected(values: NDArray[np.float64], failed: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Scores [..., N] with failed pairs below all others."""
+    lowest = values[..., ~failed].min() - 1
+    return np.where(failed, lowest, values)
+
+
+def evaluate(
+    model: XCosModel,
+    pairs: PairList,
+    *,
+    attentions: Sequence[str] = ("own",),
+    teacher: Recogniser | None = None,
+    detector: Detector | None = None,
+    flip: bool = False,
+    fmrs: Sequence[float] = (1e-1, 1e-2, 1e-3),
+    replicates: int = 1000,
+    batch_size: int = 32,
+    track: Track | None = None,
+) -> Evaluation:
+    """Score a list of pairs in several forms and compute every figure.
+
+    Args:
+        model: any model, in evaluation mode.
+        pairs: the list.
+        attentions: keys of :data:`ATTENTIONS`.
+        teacher: a recogniser whose plain cosine is a row of its own and is correlated with; in evaluation mode.
+        detector: finds and aligns the faces; None: the pictures are aligned crops.
+        flip: test-time augmentation: the feature of the mirrored picture, mirrored back in width, is averaged in
+            (the teacher's embeddings are added).
+        fmrs: false match rates of the operating points.
+        replicates: of the bootstrap; 0 for none.
+        batch_size: pictures per forward pass.
+        track: as in :func:`score_pairs`.
+
+    Raises:
+        PictureError: so many pictures could not be enrolled that no genuine or no impostor pair is left.
+        ValueError: an unknown attention, ``corr`` without a target or with a single fold, or scores that are not
+            finite.
+    """
+    attentions = tuple(dict.fromkeys(attentions))
+    unknown = [name for name in attentions if name not in ATTENTIONS]
+    if unknown or not attentions:
+        raise ValueError(f"attentions: expected some of {', '.join(ATTENTIONS)}, got {', '.join(unknown) or 'none'}")
+    names = np.unique(pairs.folds)
+    recogniser, target = teacher, None if teacher is None else "teacher"
+    if "corr" in attentions:
+        if names.size < 2:
+            raise ValueError("corr: its weights are estimated on the other folds, and these pairs have a single one")
+        if recogniser is None and isinstance(model.backbone, Recogniser) and model.backbone.embedding_size is not None:
+            recogniser, target = model.backbone, "embedding"
+        if recogniser is None:
+            raise ValueError("corr: the model has no embedding of its own to correlate with; give a teacher")
+    scored = score_pairs(
+        pairs,
+        _extractor(model, recogniser, flip),
+        _scorers(model, attentions, recogniser is not None),
+        read=_crops(pairs, detector, model.preprocessing.size),
+        batch_size=batch_size,
+        track=track,
+    )
+    good = ~scored.failed
+    if not (good & pairs.genuine).any() or not (good & ~pairs.genuine).any():
+        reason = next(iter(scored.failures.values()), "the list has pairs of one kind only")
+        raise PictureError(f"no genuine or no impostor pair can be scored: {reason}")
+    for name, values in scored.values.items():
+        bad = int((~np.isfinite(values[good])).sum())
+        if bad:
+            raise ValueError(f"{name}: {bad} scores are NaN or infinite")
+    people = None
+    if pairs.people is not None:
+        _, ids = np.unique(pairs.people, return_inverse=True)
+        people = ids[pairs.first], ids[pairs.second]
+    resampling = Resampling(len(pairs), people) if replicates else None
+    cosine = scored.values.get("teacher")
+
+    def variant(name: str) -> Variant:
+        values, by_fold, attention = scored.values[name], None, None
+        if name == "corr":
+            assert cosine is not None
+            maps = []
+            by_fold = np.empty((names.size, len(pairs)))
+            for row, fold in zip(by_fold, names, strict=True):
+                train = good & (pairs.folds != fold)
+                maps.append(corr_attention(values[train], cosine[train]))
+                row[:] = values @ maps[-1]
+            values = by_fold[np.searchsorted(names, pairs.folds), np.arange(len(pairs))]
+            by_fold = _rejected(by_fold, scored.failed)
+            attention = np.mean(maps, 0).reshape(_grid(model))
+        final = _rejected(values, scored.failed)
+        folds = pairs.folds if names.size > 1 else None
+        report = verification(final, pairs.genuine, folds, fold_scores=by_fold, fmrs=fmrs)
+        intervals = {}
+        if resampling is not None:
+            intervals = bootstrap(
+                final, pairs.genuine, resampling, folds, fold_scores=by_fold, fmrs=fmrs, replicates=replicates
+            )
+        correlation = None
+        if teacher is not None and cosine is not None:
+            correlation = _correlation(values[good], cosine[good])
+        return Variant(name, final, report, intervals, correlation, attention)
+
+    shown = [*attentions, *(["teacher"] if teacher is not None else [])]
+    return Evaluation(
+        {name: variant(name) for name in shown},
+        scored.failures,
+        scored.failed,
+        resampling,
+        target if "corr" in attentions else None,
+    )
+
+
+def _grid(model: XCosModel) -> tuple[int, int]:
+    height, width = model.preprocessing.size
+    if isinstance(model.backbone, Recogniser):
+        return model.backbone.grid_shape[1:]
+    with torch.no_grad():
+        shape = model.features(torch.zeros(1, 3, height, width, device=next(model.parameters()).device)).shape
+    return shape[2], shape[3]
+
+
+def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | None:
+    """Pearson's, or None where one side is constant."""
+    if a.std() == 0 or b.std() == 0:
+        return None
+    return float(np.corrcoef(a, b)[0, 1])

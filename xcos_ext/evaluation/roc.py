@@ -1,0 +1,71 @@
+"""The ROC plot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from xcos_ext.faces._optional import need
+
+from .verification import ErrorCurves
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["roc_figure"]
+
+# Okabe and Ito's colours stay apart under every common colour vision deficiency.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_STYLES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
+_RELIABLE = 30  # false matches
+
+
+def roc_figure(curves: Mapping[str, ErrorCurves], impostors: int, *, title: str = "") -> Figure:
+    """True accept rate over false match rate, the latter on a logarithmic axis down to one false match.
+
+    Where fewer than 30 impostor pairs are false matches, rates are uncertain by a third and more; that part is shaded.
+
+    Args:
+        curves: label -> curves.
+        impostors: number of impostor pairs.
+        title: above the plot.
+
+    Returns:
+        A figure on the Agg canvas; write it with :func:`xcos_ext.explain.save_figure`.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    figure = need("matplotlib.figure", "drawing").Figure(figsize=(7.2, 5.0), layout="constrained", facecolor="white")
+    need("matplotlib.backends.backend_agg", "drawing").FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    smallest = 1 / impostors
+    lowest = 1.0
+    for i, (label, curve) in enumerate(curves.items()):
+        # Ascending rates; between two of them the accept rate of the lower one holds.
+        fmr, tar = curve.fmr[::-1], 1 - curve.fnmr[::-1]
+        start = max(int(np.searchsorted(fmr, smallest * (1 + 1e-9), "right")) - 1, 0)
+        visible, accepted = np.maximum(fmr[start:], smallest), tar[start:]
+        lowest = min(lowest, float(accepted[0]))
+        colour, style = _COLOURS[i % len(_COLOURS)], _STYLES[i % len(_STYLES)]
+        axes.step(visible, accepted, where="post", label=label, color=colour, linestyle=style, linewidth=1.8)
+    axes.set_xscale("log")
+    axes.set_xlim(smallest, 1)
+    axes.set_ylim(max(0.0, np.floor(20 * lowest) / 20 - 0.01), 1.005)
+    axes.axvspan(smallest, min(1.0, _RELIABLE / impostors), color="#eeeeee", zorder=0, linewidth=0)
+    axes.text(
+        smallest * 1.06, 0.02, f"fewer than {_RELIABLE} false matches",
+        transform=axes.get_xaxis_transform(), fontsize=8, color="#6b6b6b",
+    )  # fmt: skip
+    axes.set_xlabel("false match rate")
+    axes.set_ylabel("true accept rate")
+    axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(loc="lower right", frameon=False)
+    if title:
+        axes.set_title(title, fontsize=10, loc="left", parse_math=False)
+    return figure

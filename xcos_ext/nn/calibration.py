@@ -1,0 +1,192 @@
+"""What a score means: the false match rate at it, and decision thresholds, measured on impostor pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__all__ = ["Calibration", "FMRAtScore", "FMRCurve"]
+
+
+class FMRAtScore(NamedTuple):
+    """The false match rate of a decision threshold at one score.
+
+    Attributes:
+        rate: share of impostor pairs that score at least as high; where not ``resolved``, the smallest rate that the
+            calibration can tell, and the true one is below it.
+        upper95: 95 % upper confidence bound of the rate.
+        resolved: whether the calibration can tell the rate.
+    """
+
+    rate: float
+    upper95: float
+    resolved: bool
+
+    def __str__(self) -> str:
+        if not self.resolved:
+            return f"below {_percent(self.rate)}, the smallest this calibration resolves"
+        return f"{_percent(self.rate)}, at most {_percent(self.upper95)} with 95 % confidence"
+
+
+def _percent(rate: float) -> str:
+    digits = max(0, 1 - math.floor(math.log10(100 * rate))) if rate < 0.1 else 0
+    return f"{100 * rate:.{digits}f} %"
+
+
+@dataclass(frozen=True)
+class FMRCurve:
+    """False match rate as a function of the score: a monotone table from a sample of impostor pairs.
+
+    Between its scores the logarithm of the rate is interpolated linearly, which keeps it monotone. Made by
+    :func:`xcos_ext.evaluation.fmr_curve`.
+
+    Attributes:
+        scores: [K], strictly ascending.
+        rates: [K], share of the impostor pairs with at least that score, in (0, 1]; not ascending.
+        upper95: [K], upper confidence bounds of the rates; not ascending.
+        smallest: the smallest rate that can be told: the upper bound where no impostor pair was seen.
+        pairs: number of impostor pairs.
+        people: number of people in them, or None where unknown.
+
+    Raises:
+        ValueError: a table of another form.
+    """
+
+    scores: tuple[float, ...]
+    rates: tuple[float, ...]
+    upper95: tuple[float, ...]
+    smallest: float
+    pairs: int
+    people: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("scores", "rates", "upper95"):
+            values = np.array(getattr(self, name), dtype=np.float64)
+            if values.ndim != 1 or values.size != len(self.scores) or values.size == 0 or not np.isfinite(values).all():
+                raise ValueError(f"{name}: expected as many finite numbers as scores, at least one")
+            object.__setattr__(self, name, tuple(values.tolist()))
+        scores, rates, upper = (np.array(v) for v in (self.scores, self.rates, self.upper95))
+        if (np.diff(scores) <= 0).any():
+            raise ValueError("scores: expected an ascending sequence without repetitions")
+        for name, values in (("rates", rates), ("upper95", upper)):
+            if (np.diff(values) > 0).any() or values.min() <= 0 or values.max() > 1:
+                raise ValueError(f"{name}: expected rates in (0, 1] that do not ascend")
+        if (upper < rates).any():
+            raise ValueError("upper95: expected bounds that are not below the rates")
+        if not 0 < self.smallest <= 1:
+            raise ValueError(f"smallest: expected a rate in (0, 1], got {self.smallest}")
+        if self.pairs < 1 or (self.people is not None and self.people < 1):
+            raise ValueError(f"pairs, people: expected positive numbers, got {self.pairs}, {self.people}")
+
+    def at(self, score: float) -> FMRAtScore:
+        """The rate at which pairs of different people reach a score.
+
+        Raises:
+            ValueError: a score that is not finite.
+        """
+        if not math.isfinite(score):
+            raise ValueError(f"score: expected a finite number, got {score}")
+        if score > self.scores[-1]:
+            return FMRAtScore(self.smallest, self.smallest, False)
+        rate, upper = (
+            float(np.exp(np.interp(score, self.scores, np.log(values)))) for values in (self.rates, self.upper95)
+        )
+        if rate < self.smallest:
+            return FMRAtScore(self.smallest, max(upper, self.smallest), False)
+        return FMRAtScore(rate, max(upper, rate), True)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "scores": list(self.scores),
+            "rates": list(self.rates),
+            "upper95": list(self.upper95),
+            "smallest": self.smallest,
+            "pairs": self.pairs,
+            "people": self.people,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> FMRCurve:
+        """The curve that :meth:`as_dict` wrote.
+
+        Raises:
+            ValueError, TypeError, KeyError: not such data.
+        """
+        people = data["people"]
+        return cls(
+            scores=tuple(data["scores"]),
+            rates=tuple(data["rates"]),
+            upper95=tuple(data["upper95"]),
+            smallest=float(data["smallest"]),
+            pairs=int(data["pairs"]),
+            people=None if people is None else int(people),
+        )
+
+
+def checked_thresholds(data: Mapping[Any, Any]) -> dict[float, float]:
+    """Thresholds at false match rates as they come from a file.
+
+    Raises:
+        ValueError: a rate outside (0, 1), a threshold that is not finite, or one that falls while the rate does.
+        TypeError, AttributeError: not a mapping to numbers.
+    """
+    found = {float(rate): float(threshold) for rate, threshold in data.items()}
+    if not all(0 < rate < 1 and math.isfinite(threshold) for rate, threshold in found.items()):
+        raise ValueError("expected rates in (0, 1) and finite thresholds at them")
+    ordered = [found[rate] for rate in sorted(found, reverse=True)]
+    if ordered != sorted(ordered):
+        raise ValueError("expected thresholds that rise as the rate falls")
+    return found
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A model's decision threshold, thresholds at stated false match rates, and the whole curve.
+
+    Attributes:
+        threshold: the decision threshold; same person if score >= threshold.
+        rule: how ``threshold`` was chosen, in words.
+        fmr: false match rate -> smallest threshold that keeps it, on the calibration's impostor pairs.
+        impostor_pairs: number of impostor pairs behind the figures.
+        curve: false match rate at any score; None in files that were written before there was one.
+    """
+
+    threshold: float
+    rule: str
+    fmr: Mapping[float, float] = field(default_factory=dict)
+    impostor_pairs: int = 0
+    curve: FMRCurve | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "threshold": self.threshold,
+            "rule": self.rule,
+            "fmr": {repr(rate): threshold for rate, threshold in self.fmr.items()},
+            "impostor_pairs": self.impostor_pairs,
+            "curve": None if self.curve is None else self.curve.as_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Calibration:
+        """The calibration that :meth:`as_dict` wrote.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: not such data.
+        """
+        threshold = float(data["threshold"])
+        if not math.isfinite(threshold):
+            raise ValueError("threshold: not finite")
+        curve = data.get("curve")
+        return cls(
+            threshold=threshold,
+            rule=str(data["rule"]),
+            fmr=checked_thresholds(data["fmr"]),
+            impostor_pairs=int(data["impostor_pairs"]),
+            curve=None if curve is None else FMRCurve.from_dict(curve),
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import pickletools
@@ -37,18 +38,13 @@ class _Array:
         _, shape, dtype, fortran, content = self.state
         if not isinstance(dtype, _DType) or not isinstance(shape, tuple) or fortran not in (False, 0):
             raise ValueError("an array of an unknown form")
-        size = 1
-        for length in shape:
-            size *= int(length)
-        if not isinstance(content, (bytes, list)) or len(content) != size:
-            raise ValueError(f"an array of shape {shape} with {len(content)} bytes")
-        if dtype.kind == "u1" and isinstance(content, bytes):
-            return content
-        if dtype.kind == "b1" and isinstance(content, bytes):
-            return [byte != 0 for byte in content]
-        if dtype.kind == "O8" and isinstance(content, list):
-            return content
-        raise ValueError(f"an array of {dtype.kind!r}; expected uint8 or bool")
+        held = {"u1": bytes, "b1": bytes, "O8": list}.get(dtype.kind)
+        if held is None or not isinstance(content, held):
+            raise ValueError(f"an array of {dtype.kind!r}; expected uint8 or bool")
+        size = math.prod(int(length) for length in shape)
+        if len(content) != size:
+            raise ValueError(f"an array of shape {shape} with {len(content)} members")
+        return [byte != 0 for byte in content] if dtype.kind == "b1" else content
 
 
 class _DType:

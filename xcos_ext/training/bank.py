@@ -1,0 +1,212 @@
+"""What a teacher says about many altered faces, written down once, for pupils to learn from any number of times."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from xcos_ext.errors import XCosError
+from xcos_ext.nn import XCosModel
+
+from .augment import AugmentConfig, augmented
+from .cache import normalised
+from .data import Pictures
+from .mixing import bent, mixed
+from .seeds import derived_seed
+from .settings import number
+
+__all__ = ["Bank", "BankConfig", "open_bank"]
+
+_BLOCK = 64  # pictures of one forward pass, and of one step of the generator
+_VERSION = 1  # of the recipe in _draw
+
+
+@dataclass(frozen=True)
+class BankConfig:
+    """The bank of altered faces.
+
+    Attributes:
+        size: faces in it.
+        seed: of the alterations.
+        hints: names of the teacher's modules whose outputs are kept too, for the pupil's inner maps to imitate.
+        amp: ``"bf16"``: the teacher computes in bfloat16, which on processors with it takes a third of the time and
+            moves its maps by one per cent.
+    """
+
+    size: int = number(60_000, minimum=1)
+    seed: int = number(0, minimum=0)
+    hints: tuple[str, ...] = ()
+    amp: bool = True
+
+
+@dataclass
+class Bank:
+    """Altered faces and the teacher's words on them; memory-mapped.
+
+    Attributes:
+        images: uint8 RGB [N, 3, H, W].
+        first: int64 [N], picture that each was made of.
+        second: int64 [N], the one that was mixed in, where one was; both are of the same group of people.
+        features: fp16 [N, K, h, w], the teacher's grid feature.
+        embeddings: fp16 [N, D], the teacher's embedding, not of unit length.
+        hints: name of a module to its output, fp16 [N, ...].
+    """
+
+    images: Tensor
+    first: Tensor
+    second: Tensor
+    features: Tensor
+    embeddings: Tensor
+    hints: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def open_bank(
+    teacher: XCosModel,
+    pictures: Pictures,
+    groups: Tensor,
+    config: BankConfig,
+    folder: Path,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Bank:
+    """The bank of a teacher and pictures: read if it is there, else made; what was interrupted is taken up again.
+
+    Args:
+        teacher: a plugged recogniser in evaluation mode.
+        pictures: of the size that it expects.
+        groups: int64 [P], group of each person; faces are mixed within a group only, so that people can be held out
+            group by group without losing anything.
+        config: of the bank.
+        folder: in which the bank's own folder lies: about 50 kB a face, and the hints.
+        progress: called with faces done and faces in all.
+
+    Raises:
+        XCosError: the folder cannot be written.
+    """
+    if teacher.training:
+        raise ValueError("teacher: expected evaluation mode, got training mode")
+    identity = [
+        teacher.fingerprint(),
+        pictures.fingerprint,
+        hashlib.sha256(groups.numpy().tobytes()).hexdigest(),
+        json.dumps(dataclasses.asdict(config), sort_keys=True),
+        json.dumps(dataclasses.asdict(AugmentConfig()), sort_keys=True),
+        str(_VERSION),
+    ]
+    place = folder / f"bank-{hashlib.sha256('|'.join(identity).encode()).hexdigest()[:16]}"
+    try:
+        if not place.is_dir():
+            part = place.with_name(f"{place.name}.part")
+            part.mkdir(parents=True, exist_ok=True)
+            _make(teacher, pictures, groups, config, part, progress)
+            os.replace(part, place)
+        return _read(place, config.hints)
+    except OSError as error:
+        raise XCosError(f"{place}: the bank cannot be written or read: {error.strerror or error}") from error
+
+
+def _names(hints: Sequence[str]) -> dict[str, str]:
+    """Kind of array -> file."""
+    return {name: f"{name}.npy" for name in ("images", "pictures", "features", "embeddings")} | {
+        f"hint {name}": f"hint-{name}.npy" for name in hints
+    }
+
+
+def _read(place: Path, hints: Sequence[str]) -> Bank:
+    # copy-on-write: torch wants writable memory
+    arrays = {kind: torch.from_numpy(np.load(place / file, mmap_mode="c")) for kind, file in _names(hints).items()}
+    first, second = arrays["pictures"].unbind(1)
+    return Bank(
+        arrays["images"],
+        first,
+        second,
+        arrays["features"],
+        arrays["embeddings"],
+        {name: arrays[f"hint {name}"] for name in hints},
+    )
+
+
+def _draw(pictures: Pictures, members: Sequence[Tensor], groups: Tensor, seed: int, start: int, count: int) -> tuple:
+    """Altered faces uint8 [count, 3, H, W] and what they were made of, int64 [count, 2]: a function of all arguments."""
+    epoch, total = start // len(pictures), len(pictures)
+    places = torch.arange(start, start + count)
+    orders = {
+        number: torch.randperm(total, generator=torch.Generator().manual_seed(derived_seed(seed, 0, number)))
+        for number in range(epoch, (start + count - 1) // total + 1)
+    }
+    first = torch.stack([orders[int(p) // total][int(p) % total] for p in places])
+    generator = torch.Generator().manual_seed(derived_seed(seed, 1, start))
+    uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+    same = [members[int(group)] for group in groups[pictures.people[first]]]
+    second = torch.stack([own[int(u * len(own))] for own, u in zip(same, uniform, strict=True)])
+    faces = bent(mixed(pictures.images[first].float(), pictures.images[second].float(), generator), generator)
+    images = augmented(faces.clamp(0, 255).round().to(torch.uint8), AugmentConfig(), generator)
+    return images, torch.stack((first, second), 1)
+
+
+@torch.no_grad()
+def _make(
+    teacher: XCosModel,
+    pictures: Pictures,
+    groups: Tensor,
+    config: BankConfig,
+    place: Path,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    recogniser = teacher.backbone
+    caught: dict[str, Tensor] = {}
+
+    def catch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda module, given, made: caught.__setitem__(name, made)
+
+    hooks = [recogniser.get_submodule(name).register_forward_hook(catch(name)) for name in config.hints]
+    order = groups[pictures.people].argsort(stable=True)
+    counts = torch.bincount(groups[pictures.people], minlength=int(groups.max()) + 1)
+    members = order.split(counts.tolist())
+    count = place / "done"
+    done = int(count.read_text()) if count.is_file() else 0
+    arrays: dict[str, np.ndarray] = {}
+    files = _names(config.hints)
+    try:
+        for start in range(done, config.size, _BLOCK):
+            size = min(_BLOCK, config.size - start)
+            images, made_of = _draw(pictures, members, groups, config.seed, start, size)
+            with torch.autocast("cpu", torch.bfloat16, enabled=config.amp):
+                grid = recogniser.grid(normalised(recogniser, images))  # type: ignore[union-attr, operator, arg-type]
+            grid = grid.float()
+            block: Mapping[str, Tensor] = {
+                "images": images,
+                "pictures": made_of,
+                "features": teacher.head.features(grid).half(),
+                "embeddings": recogniser.embed(grid).half(),  # type: ignore[union-attr, operator]
+                **{f"hint {name}": caught[name].half() for name in config.hints},
+            }
+            for kind, values in block.items():
+                if kind not in arrays:
+                    file, shape = place / files[kind], (config.size, *values.shape[1:])
+                    mode = "r+" if start > 0 else "w+"
+                    arrays[kind] = np.lib.format.open_memmap(
+                        file, mode, values.numpy().dtype, shape if mode == "w+" else None
+                    )
+                arrays[kind][start : start + size] = values.numpy()
+            if (start // _BLOCK) % 50 == 49 or start + size == config.size:
+                for array in arrays.values():
+                    array.flush()
+                count.write_text(str(start + size))
+            if progress is not None:
+                progress(start + size, config.size)
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,115 @@
+"""Muon for kernels and matrices, AdamW for the rest, as one optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["MuonAdamW", "orthogonalised"]
+
+# Coefficients of the quintic Newton-Schulz step of the Muon authors: five of them bring every singular value
+# near 1 (0.7 to 1.2), which is near enough for a direction.
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+_STEPS = 5
+_ADAM_SIZE = 0.2  # root mean square of a typical AdamW update, in units of the learning rate
+
+
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """U V^T of M = U S V^T, nearly, by Newton-Schulz iteration (Jordan et al., Muon, 2024).
+
+    Args:
+        matrices: [..., m, n], floating-point. An all-zero matrix stays zero.
+
+    Returns:
+        The same shape and dtype, singular values about 0.7 to 1.2.
+    """
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-12)
+    a, b, c = _QUINTIC
+    for _ in range(_STEPS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon where a group says ``muon=True``, AdamW elsewhere.
+
+    Muon replaces the momentum of a weight matrix by the nearest orthogonal matrix, so that all its directions learn
+    at one pace; a convolution's kernel [out, in, h, w] is the matrix [out, in h w]. Updates are scaled to the size of
+    AdamW's (Liu et al., arXiv 2502.16982), so one learning rate serves both. ``torch.optim.Muon`` takes
+    two-dimensional parameters only, which a network of convolutions hardly has.
+
+    Args:
+        params: parameters or groups; groups may set ``lr``, ``weight_decay`` and ``muon``.
+        lr: learning rate.
+        momentum: Muon's (Nesterov).
+        betas: AdamW's.
+        eps: AdamW's.
+        weight_decay: decoupled, times the learning rate.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        momentum: float = 0.9,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "muon": False,
+        }
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            if group["muon"] and any(p.dim() < 2 for p in group["params"]):
+                raise ValueError("params: expected matrices or kernels in a group with muon=True, got a vector")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        for group in self.param_groups:
+            update = self._muon if group["muon"] else self._adamw
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    update(parameter, parameter.grad, group)
+        return result
+
+    def _muon(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
+        matrix = gradient.lerp(momentum, group["momentum"]).flatten(1)
+        size = _ADAM_SIZE * max(matrix.shape) ** 0.5
+        parameter.add_(orthogonalised(matrix).view_as(parameter), alpha=-group["lr"] * size)
+
+    def _adamw(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["mean"] = torch.zeros_like(parameter)
+            state["square"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        step = float(state["step"])
+        beta1, beta2 = group["betas"]
+        mean = state["mean"].lerp_(gradient, 1 - beta1)
+        square = state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        root = square.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
+        parameter.addcdiv_(mean, root, value=-group["lr"] / (1 - beta1**step))

@@ -95,7 +95,7 @@ def run(request: Request) -> int:
             raise XCosError(str(error)) from error
         pairs = len(people) * (len(people) - 1) // 2
         rates = [rate for rate in _FMRS if rate * pairs >= _EXPECTED_MATCHES]
-        if request.threshold is None and _DECISION_FMR * pairs >= _EXPECTED_MATCHES:
+        if _DECISION_FMR * pairs >= _EXPECTED_MATCHES:
             from xcos_ext.evaluation import calibrate
 
             batches = range(0, len(faces), 32)
@@ -106,6 +106,8 @@ def run(request: Request) -> int:
                 ]
             )
             model.set_calibration(calibrate(model, features, people, decision_fmr=_DECISION_FMR, fmrs=rates))
+            if request.threshold is not None:
+                model.threshold = request.threshold
         elif request.threshold is None:
             note(
                 f"{len(people)} people are too few to find a threshold at a false match rate of {_DECISION_FMR:g} "

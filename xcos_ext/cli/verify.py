@@ -14,7 +14,7 @@ from xcos_ext.errors import ModelError, XCosError
 from .console import DIFFERENT, SAME, note, notes_for_warnings, print_json, quiet_opencv
 
 if TYPE_CHECKING:
-    from xcos_ext.nn import XCosModel
+    from xcos_ext.nn import FMRCurve, XCosModel
 
 __all__ = ["Request", "check_model_path", "load", "run"]
 
@@ -131,12 +131,22 @@ def run(request: Request) -> int:
         raise XCosError(f"{display_name(model_path)}: the model gave an unusable result ({error})") from error
     parts = contribution(maps.similarity, maps.attention, threshold)
     same = maps.score >= threshold
+    curve = model.fmr_curve
+    fmr = None if curve is None else curve.at(maps.score)
     if request.out is not None:
         from xcos_ext.explain import save_figure, verification_figure
 
         names = (os.path.basename(faces[0].name), os.path.basename(faces[1].name))
         save_figure(
-            verification_figure(faces[0].rgb, faces[1].rgb, result, threshold, names=names, note=model.name),
+            verification_figure(
+                faces[0].rgb,
+                faces[1].rgb,
+                result,
+                threshold,
+                names=names,
+                note=model.name,
+                meaning="" if fmr is None else f"false match rate at this score {fmr}",
+            ),
             request.out,
         )
     if request.as_json:
@@ -144,6 +154,10 @@ def run(request: Request) -> int:
             "score": maps.score,
             "threshold": threshold,
             "same": same,
+            "fmr": None
+            if fmr is None or curve is None
+            else fmr._asdict()
+            | {"smallest_resolved": curve.smallest, "impostor_pairs": curve.pairs, "people": curve.people},
             "similarity": maps.similarity.tolist(),
             "attention": maps.attention.tolist(),
             "contribution": parts.tolist(),
@@ -163,6 +177,8 @@ def run(request: Request) -> int:
             ("verdict", "same person" if same else "different people"),
         ):
             click.echo(f"{name:<10} {value}")
+        if fmr is not None and curve is not None:
+            click.echo(f"{'meaning':<10} false match rate at this score {fmr} ({_sample(curve)})")
         click.echo(f"{'model':<10} {model.name}")
         if request.out is not None:
             click.echo(f"{'picture':<10} {display_name(request.out)}")
@@ -170,6 +186,11 @@ def run(request: Request) -> int:
 
 
 _PLAIN = {"prominent": "most prominent", "largest": "largest", "centre": "most central", "only": "only one"}
+
+
+def _sample(curve: FMRCurve) -> str:
+    people = "" if curve.people is None else f" of {curve.people:,} people"
+    return f"{curve.pairs:,} impostor pairs{people}"
 
 
 def _described(face: Any) -> dict[str, Any]:

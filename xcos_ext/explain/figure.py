@@ -40,6 +40,7 @@ def verification_figure(
     names: tuple[str, str] = ("A", "B"),
     heading: str | None = None,
     note: str = "",
+    meaning: str = "",
 ) -> Figure:
     """Draw a decision and what it is made of.
 
@@ -54,6 +55,7 @@ def verification_figure(
         names: of the two pictures.
         heading: instead of the verdict, e.g. for data that are not faces.
         note: a small line at the bottom: the model, the origin of the data.
+        meaning: a small line under the score: what it means, e.g. the false match rate at it.
 
     Returns:
         A figure on the Agg canvas; nothing is registered with pyplot. Write it with :func:`save_figure`.
@@ -123,6 +125,8 @@ def verification_figure(
     sign = "\u2265" if same else "<"
     summary = f"score {_number(maps.score)} {sign} threshold {_number(threshold)}"
     _text(figure, 1 - left + 0.005, top * inch, summary, fontsize=14, color=_INK, ha="right")
+    if meaning:
+        _text(figure, 1 - left + 0.005, (top - 0.21) * inch, meaning, fontsize=8.5, color=_FAINT, ha="right")
     if note:
         _text(figure, left, 0.1 * inch, note, fontsize=8, color=_FAINT)
     return figure

@@ -29,7 +29,8 @@ class FMRAtScore(NamedTuple):
     def __str__(self) -> str:
         if not self.resolved:
             return f"below {_percent(self.rate)}, the smallest this calibration resolves"
-        return f"{_percent(self.rate)}, at most {_percent(self.upper95)} with 95 % confidence"
+        rate, upper = _percent(self.rate), _percent(self.upper95)
+        return rate if rate == upper else f"{rate}, at most {upper} with 95 % confidence"
 
 
 def _percent(rate: float) -> str:

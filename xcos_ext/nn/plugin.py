@@ -41,7 +41,7 @@ def plug_statistics(
     Args:
         recogniser: the network; put into evaluation mode.
         faces: aligned pictures of a few hundred people: uint8 RGB arrays [112, 112, 3] or [N, 112, 112, 3],
-            or normalised float tensors [N, 3, 112, 112].
+            or normalised float tensors [N, 3, 112, 112]; or the network's own maps of them [N, *grid_shape].
         project: also compute this many principal axes per cell.
         spread: the sharing between cells that the axes are for (the mean serves every spread).
         batch_size: pictures per forward pass.

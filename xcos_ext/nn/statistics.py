@@ -157,12 +157,12 @@ def find_statistics(fingerprint: str) -> PlugStatistics | None:
 
 
 def iterate_batches(recogniser: Recogniser, faces: Faces, batch_size: int) -> Iterator[Tensor]:
-    """Batches of normalised images from pictures, batches of pictures, or batches already normalised.
+    """Batches of normalised images from pictures, batches of pictures, or batches already normalised; or of maps.
 
     Args:
         recogniser: gives the preprocessing.
         faces: items are uint8 RGB [H, W, 3], uint8 RGB [N, H, W, 3], or float tensors [N, 3, H, W]
-            (normalised).
+            (normalised) or the recogniser's maps [N, *grid_shape], both passed on.
         batch_size: single pictures are gathered into batches of this size.
 
     Raises:
@@ -173,7 +173,8 @@ def iterate_batches(recogniser: Recogniser, faces: Faces, batch_size: int) -> It
     waiting: list[np.ndarray] = []
     for item in faces:
         if isinstance(item, Tensor):
-            if not item.is_floating_point() or item.dim() != 4 or item.shape[1:] != (3, height, width):
+            shapes = ((3, height, width), recogniser.grid_shape)
+            if not item.is_floating_point() or item.dim() != 4 or tuple(item.shape[1:]) not in shapes:
                 raise ValueError(
                     f"faces: expected floating-point batches [N, 3, {height}, {width}], got {item.dtype} "
                     f"{list(item.shape)}"
@@ -188,6 +189,15 @@ def iterate_batches(recogniser: Recogniser, faces: Faces, batch_size: int) -> It
             raise TypeError(f"faces: expected NumPy arrays or tensors, got {type(item).__name__}")
     if waiting:
         yield recogniser.preprocessing(waiting)
+
+
+def _grids(recogniser: Recogniser, faces: Faces, batch_size: int) -> Iterator[Tensor]:
+    """Maps fp32 on the CPU, of pictures or as they were given."""
+    parameter = next(iter(recogniser.parameters()))
+    for batch in iterate_batches(recogniser, faces, batch_size):
+        given = tuple(batch.shape[1:]) == recogniser.grid_shape
+        grid = batch if given else recogniser.grid(batch.to(parameter.device, parameter.dtype))
+        yield grid.to("cpu", torch.float32)
 
 
 @torch.no_grad()
@@ -207,7 +217,8 @@ def compute_statistics(
     Args:
         recogniser: the network, in evaluation mode.
         cells: its :func:`~xcos_ext.nn.cells.cell_matrices`.
-        faces: aligned pictures, as in :func:`iterate_batches`; a few hundred different people are enough.
+        faces: aligned pictures, as in :func:`iterate_batches`, or batches of the network's maps of such pictures
+            [N, *grid_shape], floating-point; a few hundred different people are enough.
         fingerprint: the recogniser's fingerprint.
         project: number of principal axes K per cell, or None.
         spread: sharing between cells that the axes are computed for; the mean is kept without it.
@@ -220,7 +231,6 @@ def compute_statistics(
     matrices = cells.matrices.float()
     dim, _, height, width = matrices.shape
     per_cell = matrices.flatten(2).permute(2, 0, 1).contiguous()  # [P, D, C]
-    parameter = next(iter(recogniser.parameters()))
     sharing = spread_matrix((height, width), spread)
     sharing = None if sharing is None else sharing.float()
     count = 0
@@ -229,8 +239,7 @@ def compute_statistics(
     shift: Tensor | None = None
     offset = torch.zeros(height * width, dim, dtype=torch.float64)
     second = torch.zeros(height * width, dim, dim, dtype=torch.float64) if project else None
-    for images in iterate_batches(recogniser, faces, batch_size):
-        grid = recogniser.grid(images.to(parameter.device, parameter.dtype)).to("cpu", torch.float32)
+    for grid in _grids(recogniser, faces, batch_size):
         e = torch.bmm(grid.flatten(2).permute(2, 0, 1), per_cell.transpose(1, 2))  # [P, N, D]
         total += e.double().sum(1)
         if second is not None:
@@ -240,7 +249,7 @@ def compute_statistics(
             deviation = (shared - shift[:, None]).double()
             offset += deviation.sum(1)
             second += torch.bmm(deviation.transpose(1, 2), deviation)
-        count += images.shape[0]
+        count += grid.shape[0]
     if count == 0:
         raise ValueError("faces: expected at least one picture, got none")
     if project is not None and not 1 <= project <= dim:

@@ -1,5 +1,6 @@
 """Face recognition networks that give a grid map (512x7x7) and, with their output block, an embedding."""
 
+from .compact import CompactNet
 from .irse import IRSE
 from .mobilefacenet import MobileFaceNet, MobileFaceNetReLU
 from .preprocessing import ARCFACE, IMAGENET, Preprocessing
@@ -10,6 +11,7 @@ __all__ = [
     "ARCFACE",
     "IMAGENET",
     "IRSE",
+    "CompactNet",
     "MobileFaceNet",
     "MobileFaceNetReLU",
     "Preprocessing",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .compact import CompactNet
 from .irse import IRSE
 from .mobilefacenet import MobileFaceNet, MobileFaceNetReLU
 from .recogniser import Recogniser
@@ -63,5 +64,6 @@ def _irse(depth: int, squeeze: bool) -> Callable[..., Recogniser]:
 for _depth in (50, 100, 152):
     register(f"ir_{_depth}", _irse(_depth, False))
     register(f"ir_se_{_depth}", _irse(_depth, True))
+register("compact", CompactNet)
 register("mobilefacenet", MobileFaceNet)
 register("mobilefacenet_relu", MobileFaceNetReLU)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,8 +39,8 @@ class BankConfig:
         size: faces in it.
         seed: of the alterations.
         hints: names of the teacher's modules whose outputs are kept too, for the pupil's inner maps to imitate.
-        amp: ``"bf16"``: the teacher computes in bfloat16, which on processors with it takes a third of the time and
-            moves its maps by one per cent.
+        amp: the teacher computes in bfloat16, which on processors with it takes less than half the time and moves its
+            maps by one per cent.
     """
 
     size: int = number(60_000, minimum=1)
@@ -138,8 +139,10 @@ def _read(place: Path, hints: Sequence[str]) -> Bank:
     )
 
 
-def _draw(pictures: Pictures, members: Sequence[Tensor], groups: Tensor, seed: int, start: int, count: int) -> tuple:
-    """Altered faces uint8 [count, 3, H, W] and what they were made of, int64 [count, 2]: a function of all arguments."""
+def _draw(
+    pictures: Pictures, members: Sequence[Tensor], groups: Tensor, seed: int, start: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """Altered faces uint8 [count, 3, H, W] and what they were made of, int64 [count, 2]: by the arguments alone."""
     epoch, total = start // len(pictures), len(pictures)
     places = torch.arange(start, start + count)
     orders = {
@@ -177,7 +180,7 @@ def _make(
     members = order.split(counts.tolist())
     count = place / "done"
     done = int(count.read_text()) if count.is_file() else 0
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.memmap[Any, Any]] = {}
     files = _names(config.hints)
     try:
         for start in range(done, config.size, _BLOCK):

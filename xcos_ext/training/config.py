@@ -19,11 +19,12 @@ class TrainConfig:
         steps: optimiser steps.
         batch: samples of one optimiser step, over all processes and micro-steps.
         accumulate: micro-steps per optimiser step and process, for batches that do not fit in memory.
-        optimiser: ``"adamw"`` (betas 0.9 and ``beta2``) or ``"sgd"`` (with ``momentum``).
+        optimiser: ``"adamw"`` (betas 0.9 and ``beta2``), ``"sgd"`` (with ``momentum``), or ``"muon"`` (with
+            ``momentum``, for the kernels that a task names; AdamW for the rest).
         rate: highest learning rate.
         weight_decay: decoupled for adamw, L2 for sgd.
-        momentum: of sgd.
-        beta2: of adamw.
+        momentum: of sgd and muon.
+        beta2: of adamw, muon's too.
         warmup: steps over which the rate rises.
         final_rate: share of ``rate`` that the cosine ends at.
         clip: largest norm of the gradient, or none.
@@ -42,7 +43,7 @@ class TrainConfig:
     steps: int = number(minimum=1)
     batch: int = number(minimum=1)
     accumulate: int = number(1, minimum=1)
-    optimiser: Literal["adamw", "sgd"] = "adamw"
+    optimiser: Literal["adamw", "muon", "sgd"] = "adamw"
     rate: float = number(1e-3, above=0)
     weight_decay: float = number(0.0, minimum=0)
     momentum: float = number(0.9, minimum=0, below=1)

@@ -20,6 +20,7 @@ from .config import TrainConfig
 from .distributed import Processes, mean_over_processes, processes
 from .ema import EMA
 from .logs import CSVLog, Progress, tensorboard_writer
+from .muon import MuonAdamW
 from .prefetch import prefetch
 from .schedule import warmup_cosine
 from .seeds import BatchIndex, derived_seed
@@ -224,6 +225,14 @@ class _Run:
             raise ValueError(f"parameter_groups: expected parameters of the task's module, got {strangers} others")
         if config.optimiser == "sgd":
             return torch.optim.SGD(groups, lr=config.rate, momentum=config.momentum, weight_decay=config.weight_decay)
+        if config.optimiser == "muon":
+            return MuonAdamW(
+                groups,
+                config.rate,
+                momentum=config.momentum,
+                betas=(0.9, config.beta2),
+                weight_decay=config.weight_decay,
+            )
         return torch.optim.AdamW(groups, lr=config.rate, betas=(0.9, config.beta2), weight_decay=config.weight_decay)
 
     def _wrapped(self) -> Callable[[Any], tuple[Tensor, Mapping[str, float | Tensor]]]:

@@ -44,9 +44,7 @@ def mixed(images: Tensor, partners: Tensor, generator: torch.Generator) -> Tenso
     joined = ((mask - middle) * _SOFT + 0.5).clamp(0, 1)
     averaged = _uniform(count, 0.3, 0.7, generator)
     share = torch.where(kind < _AVERAGED, averaged, torch.where(kind < _AVERAGED + _JOINED, joined, 1.0))
-    own, other = (
-        (x.mean((2, 3), keepdim=True), x.std((2, 3), keepdim=True) + 1) for x in (images, partners)
-    )
+    own, other = ((x.mean((2, 3), keepdim=True), x.std((2, 3), keepdim=True) + 1) for x in (images, partners))
     return share * images + (1 - share) * ((partners - other[0]) / other[1] * own[1] + own[0])
 
 
@@ -65,6 +63,4 @@ def bent(images: Tensor, generator: torch.Generator) -> Tensor:
     knots = torch.randn(count, 2, _KNOTS, _KNOTS, generator=generator) * size
     shift = F.interpolate(knots, size=(height, width), mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
     straight = F.affine_grid(torch.eye(2, 3).expand(count, 2, 3), list(images.shape), align_corners=False)
-    return F.grid_sample(
-        images, straight + shift, mode="bilinear", padding_mode="reflection", align_corners=False
-    )
+    return F.grid_sample(images, straight + shift, mode="bilinear", padding_mode="reflection", align_corners=False)

@@ -26,7 +26,8 @@ class Task(Protocol):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters of ``module`` to optimise: dicts with ``params`` and, if wanted, ``rate_scale`` (times the
-        configured learning rate, default 1) and ``weight_decay`` (instead of the configured one). With several
+        configured learning rate, default 1), ``weight_decay`` (instead of the configured one) and ``muon`` (whether
+        :class:`~xcos_ext.training.muon.MuonAdamW` may orthogonalise them; without effect elsewhere). With several
         processes every trained parameter must take part in every loss."""
         ...
 

@@ -1,0 +1,380 @@
+"""Training a small model from nothing but a teacher's words on altered faces."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xcos_ext.backbones import CompactNet
+from xcos_ext.datasets import Pair, read_pairs
+from xcos_ext.errors import XCosError
+from xcos_ext.evaluation import calibrate, verification
+from xcos_ext.nn import XCosAttention, XCosHead, XCosModel, load_recogniser, plug, plug_statistics, save_model
+from xcos_ext.nn.projection import CellProjection
+from xcos_ext.ops import xcos_matrix, xcos_score
+from xcos_ext.templates import Templates
+
+from .bank import Bank, BankConfig, open_bank
+from .cache import normalised
+from .data import IdentityBatches, Pictures, read_pictures
+from .head_config import DataConfig
+from .head_task import held_out_people
+from .losses import all_pairs, teacher_loss
+from .norms import fix_statistics
+from .seeds import BatchIndex
+from .settings import ConfigError, number
+from .task import weight_decay_groups
+
+__all__ = ["DistillConfig", "DistillSources", "DistillTask", "PupilConfig", "load_distillation"]
+
+_BATCH = 64  # pictures of a forward pass outside training
+
+
+@dataclass(frozen=True)
+class PupilConfig:
+    """The model to train, and its teacher.
+
+    Attributes:
+        teacher: weights of the recogniser that teaches, through its closed form.
+        spread: of the teacher's closed form, in cells.
+        channels: of the grid feature: principal axes kept of every cell of the teacher's.
+        attention: ``"norm"``, or ``"residual"``: its learned correction.
+        hidden: channels inside the attention network.
+        symmetric: attention averaged over both orders of the faces.
+    """
+
+    teacher: str
+    spread: float = number(0.7, minimum=0)
+    channels: int = number(32, minimum=1)
+    attention: Literal["norm", "residual"] = "residual"
+    hidden: int = number(16, minimum=1)
+    symmetric: bool = True
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """A weighted sum of losses.
+
+    Attributes:
+        features: weight of the squared distance to the teacher's grid feature, in units of its variance.
+        pairs: weight of L_cos over all pairs of a batch: squared distance of the score to the teacher's plain cosine.
+        hints: weight of the squared distance to the teacher's inner maps, in units of their variance, through a 1x1
+            convolution that is not kept; it falls to 0 along a line.
+        hints_until: share of the steps at which it gets there.
+        attention_from: share of the steps after which the attention's correction is trained; before, W is the norm
+            attention, for there is nothing to attend to yet.
+    """
+
+    features: float = number(1.0, minimum=0)
+    pairs: float = number(10.0, minimum=0)
+    hints: float = number(1.0, minimum=0)
+    hints_until: float = number(0.8, above=0, maximum=1)
+    attention_from: float = number(0.6, minimum=0, maximum=1)
+
+
+@dataclass
+class DistillSources:
+    """Attributes: the plugged teacher in evaluation mode, pictures, their bank, and the pairs to evaluate on."""
+
+    teacher: XCosModel
+    pictures: Pictures
+    bank: Bank
+    pairs: list[Pair]
+
+
+def load_distillation(
+    data: DataConfig,
+    pupil: PupilConfig,
+    bank: BankConfig,
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> DistillSources:
+    """Read teacher and pictures, and read or make the bank.
+
+    With a pairs file, the teacher's mean and axes come from the people who are in no pair of it, and faces are mixed
+    within a fold: whichever folds are held out, nothing of their people reaches the pupil.
+
+    Args:
+        data: which pictures, and where the bank is kept.
+        pupil: which teacher.
+        bank: its size.
+        progress: called with what is done, items done and items in all.
+    """
+
+    def tell(what: str) -> Callable[[int, int], None] | None:
+        return None if progress is None else lambda done, total: progress(what, done, total)
+
+    recogniser = load_recogniser(pupil.teacher).requires_grad_(False)
+    pictures = read_pictures(data.pictures, recogniser.preprocessing.size, progress=tell("reading"))
+    try:
+        pairs = [] if data.pairs is None else read_pairs(data.pairs)
+    except (OSError, ValueError) as error:
+        raise XCosError(str(error)) from error
+    fold_of = {person: pair.fold + 1 for pair in pairs for person in (pair.person_a, pair.person_b)}
+    groups = torch.tensor([fold_of.get(name, 0) for name in pictures.names])
+    free = torch.nonzero((groups[pictures.people] == 0) if (groups == 0).any() else torch.ones(len(pictures))).flatten()
+    first = np.unique(pictures.people[free].numpy(), return_index=True)[1]
+    faces = pictures.images[free[torch.from_numpy(first)]].permute(0, 2, 3, 1).numpy()
+    statistics = plug_statistics(recogniser, [faces], project=pupil.channels, spread=pupil.spread)
+    teacher = plug(recogniser, statistics=statistics, project=pupil.channels, spread=pupil.spread)
+    made = open_bank(teacher, pictures, groups, bank, Path(data.cache), progress=tell("asking the teacher"))
+    return DistillSources(teacher, pictures, made, pairs)
+
+
+class _Pupil(nn.Module):
+    """Body and head, which are kept, and the convolutions that make the teacher's inner maps of the body's."""
+
+    def __init__(self, body: CompactNet, head: XCosHead, hints: Mapping[str, tuple[int, int]]) -> None:
+        super().__init__()
+        self.body = body
+        self.head = head
+        # torch allows no dots in names
+        self.hints = nn.ModuleDict(
+            {name.replace(".", "_"): nn.Conv2d(cin, cout, 1) for name, (cin, cout) in hints.items()}
+        )
+
+
+class DistillTask:
+    """Trains a :class:`~xcos_ext.backbones.CompactNet` and an xCos head to say what a teacher says.
+
+    A pupil sees altered faces and mixtures of faces, and is told the teacher's grid feature of each, its inner maps,
+    and its cosine for every pair of a batch. Labels are used only to draw batches in which some faces are alike.
+
+    Args:
+        sources: teacher, pictures, bank.
+        pupil: the model.
+        config: weights of the losses.
+        data: whom to hold out.
+        steps: of the whole training, for the schedules of the losses.
+        seed: of random weights.
+        name: of the exported model.
+
+    Raises:
+        XCosError: settings that do not fit each other or the data.
+    """
+
+    def __init__(
+        self,
+        sources: DistillSources,
+        pupil: PupilConfig,
+        config: DistillConfig,
+        data: DataConfig,
+        *,
+        steps: int,
+        seed: int = 0,
+        name: str = "xcos-compact",
+    ) -> None:
+        self.sources, self.pupil, self.config, self.steps, self.seed, self.name = (
+            sources, pupil, config, steps, seed, name,
+        )  # fmt: skip
+        pictures, bank = sources.pictures, sources.bank
+        held_out = held_out_people(data, pictures.names)
+        self.held_out = pictures.of_people(held_out)
+        allowed = torch.ones(len(pictures), dtype=torch.bool)
+        allowed[self.held_out] = False
+        self.trained = torch.nonzero(allowed[bank.first] & allowed[bank.second]).flatten()
+        self.people = pictures.people[bank.first]
+        self.pairs = [pair for pair in sources.pairs if {pair.person_a, pair.person_b} <= held_out]
+        self._drawn: IdentityBatches | None = None
+        self._embeddings: Tensor | None = None
+        some = self.trained[:: max(1, len(self.trained) // 2048)]
+        self.variance = float(bank.features[some].float().var(0).mean())
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            body = CompactNet()
+            attention: Any = "norm"
+            if pupil.attention == "residual":
+                attention = XCosAttention(pupil.channels, pupil.hidden, symmetric=pupil.symmetric, residual=True)
+            projection = CellProjection(body.grid_shape, pupil.channels, separable=False, spread=False)
+            nn.init.zeros_(projection.weight)  # no feature is a better guess than a random one
+            head = XCosHead(body.grid_shape[0], pupil.channels, attention=attention, projection=projection)
+            self.taps = self._matched(body, bank)
+            self.module = _Pupil(
+                body, head, {hint: (cin, bank.hints[hint].shape[1]) for hint, (_, cin) in self.taps.items()}
+            )
+        self.centres = {hint: _centre(values[some]) for hint, values in bank.hints.items()}
+        self.module.train()
+        self.module.head.eval()  # its batch norms, the attention's, have fixed statistics
+        self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @staticmethod
+    def _matched(body: CompactNet, bank: Bank) -> dict[str, tuple[int, int]]:
+        """For each hint the number and the channels of the body's map of the same size."""
+        with torch.no_grad():
+            maps = body.eval().maps(torch.zeros(1, 3, *body.preprocessing.size))
+        taps = {}
+        for name, values in bank.hints.items():
+            fitting = [i for i, made in enumerate(maps) if made.shape[2:] == values.shape[2:]]
+            if not fitting:
+                sizes = ", ".join("x".join(map(str, made.shape[2:])) for made in maps)
+                raise ConfigError(
+                    f"bank.hints: expected modules whose outputs have one of the sizes {sizes}, got {name} with "
+                    f"{'x'.join(map(str, values.shape[2:]))}"
+                )
+            taps[name] = fitting[0], maps[fitting[0]].shape[1]
+        return taps
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Kernels for Muon where the engine has it; the cells' matrices and the attention as usual."""
+        groups = []
+        for part in (self.module.body, self.module.hints):
+            for group in weight_decay_groups(part):
+                groups.append(group | {"muon": group["params"][0].dim() == 4 and part is self.module.body})
+        return groups + [group | {"muon": False} for group in weight_decay_groups(self.module.head)]
+
+    # --- steps
+
+    def batch(self, index: BatchIndex, size: int) -> dict[str, Any]:
+        """Pairs of altered faces made of the same person, and what the teacher says of each."""
+        bank = self.sources.bank
+        generator = index.generator(own=True)
+        chosen = self._identities(size).draw(generator)
+        return {
+            "images": bank.images[chosen],
+            "features": bank.features[chosen],
+            "embeddings": F.normalize(bank.embeddings[chosen].float()),
+            "hints": {name: values[chosen] for name, values in bank.hints.items()},
+            "step": index.step,
+        }
+
+    def _identities(self, size: int) -> IdentityBatches:
+        if size % 2:
+            raise ConfigError(f"train.batch: expected an even number of faces in each part of a batch, got {size}")
+        if self._drawn is None or len(self._drawn) != size:
+            self._drawn = IdentityBatches(self.people, self.trained, size // 2, 2)
+        return self._drawn
+
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, Mapping[str, float | Tensor]]:
+        """The weighted sum and its parts."""
+        config, module = self.config, self.module
+        progress = batch["step"] / self.steps
+        images = normalised(module.body, batch["images"]).contiguous(memory_format=torch.channels_last)
+        maps = module.body.maps(images)
+        parts: dict[str, Tensor] = {}
+        with torch.autocast(images.device.type, enabled=False):
+            grid = maps[-1].float().contiguous()
+            features = module.head.features(grid)
+            parts["features"] = (features - batch["features"].float()).square().mean() / self.variance
+            parts["pairs"] = teacher_loss(self._scores(grid, features, batch["step"]), batch["embeddings"])
+        total = config.features * parts["features"] + config.pairs * parts["pairs"]
+        weight = config.hints * max(0.0, 1 - progress / config.hints_until)
+        for name, (number_, _) in self.taps.items():
+            if weight > 0:
+                mean, variance = self.centres[name]
+                made = module.hints[name.replace(".", "_")](maps[number_]).float()
+                wanted = batch["hints"][name].float() - mean.to(made.device)
+                parts[name] = (made - wanted).square().mean() / variance
+                total = total + weight * parts[name]
+            else:  # every parameter takes part in every loss
+                total = total + 0.0 * sum(p.sum() for p in module.hints.parameters())
+        return total, {name: value.detach() for name, value in parts.items()}
+
+    def _scores(self, grid: Tensor, features: Tensor, step: int) -> Tensor:
+        """All pairs; W is norm attention until its correction is trained."""
+        head = self.module.head
+        start = round(self.config.attention_from * self.steps)
+        if head.attention is None or step < start:
+            templates = Templates.from_features(features, None, "norm")
+            scores = xcos_matrix(templates, templates)
+            if head.attention is not None:
+                scores = scores + 0.0 * sum(p.sum() for p in head.attention.parameters())
+            return scores
+        if step == start:
+            fix_statistics(head, grid.detach(), self.seed)
+        return all_pairs(head, features)
+
+    def describe(self) -> Mapping[str, Any]:
+        """Settings, data and weights that a resumed training must share."""
+        return {
+            "task": "distill",
+            "pupil": dataclasses.asdict(self.pupil),
+            "loss": dataclasses.asdict(self.config),
+            "teacher": self.sources.teacher.fingerprint(),
+            "pictures": self.sources.pictures.fingerprint,
+            "bank": len(self.sources.bank),
+            "trained": len(self.trained),
+            "held_out": len(self.held_out),
+        }
+
+    # --- results
+
+    @torch.no_grad()
+    def _features(self, module: nn.Module, chosen: Tensor) -> Tensor:
+        """Grid features of pictures as they are, on the CPU."""
+        pupil = cast(_Pupil, module).eval()
+        device = next(pupil.parameters()).device
+        made = []
+        for part in chosen.split(_BATCH):
+            images = normalised(pupil.body, self.sources.pictures.images[part].to(device))
+            made.append(pupil.head.features(pupil.body.grid(images)).cpu())
+        return torch.cat(made)
+
+    @torch.no_grad()
+    def evaluate(self, module: nn.Module) -> Mapping[str, float]:
+        """Verification on the pairs of the folds held out; empty without pairs."""
+        if not self.pairs:
+            return {}
+        places = {key.rsplit(".", 1)[0]: i for i, key in enumerate(self.sources.pictures.keys)}
+        ends = [
+            (
+                places[f"{p.person_a}/{p.person_a}_{p.number_a:04d}"],
+                places[f"{p.person_b}/{p.person_b}_{p.number_b:04d}"],
+            )
+            for p in self.pairs
+        ]
+        used, local = np.unique(np.array(ends), return_inverse=True)
+        a, b = torch.from_numpy(local.reshape(-1, 2)).unbind(1)
+        features = self._features(module, torch.from_numpy(used))
+        genuine, folds = np.array([p.genuine for p in self.pairs]), np.array([p.fold for p in self.pairs])
+        teacher = self._teacher(torch.from_numpy(used))
+        cosines = (teacher[a] * teacher[b]).sum(1).numpy()
+        figures = {}
+        head = cast(_Pupil, module).head
+        norm = cast(Tensor, xcos_score(features[a], features[b], "norm"))
+        own = cast(Tensor, head.score(features[a], features[b])) if head.attention is not None else norm
+        for name, scores in (("", own), ("norm_", norm)):
+            report = verification(scores.numpy(), genuine, folds if len(np.unique(folds)) > 1 else None)
+            if report.accuracy is not None:
+                figures[f"{name}accuracy"] = report.accuracy.mean
+            figures[f"{name}auc"] = report.auc
+        return figures | {"correlation": float(np.corrcoef(own.numpy(), cosines)[0, 1])}
+
+    def _teacher(self, chosen: Tensor) -> Tensor:
+        """The teacher's unit embeddings of pictures, computed once."""
+        if self._embeddings is None:
+            made = []
+            for part in chosen.split(_BATCH):
+                images = self.sources.pictures.images[part]
+                made.append(self.sources.teacher.backbone(normalised(self.sources.teacher.backbone, images)))  # type: ignore[arg-type]
+            self._embeddings = F.normalize(torch.cat(made))
+        return self._embeddings
+
+    def export(self, module: nn.Module, folder: Path) -> list[Path]:
+        """``model.safetensors``, calibrated on the people held out, where they are enough."""
+        pupil = cast(_Pupil, module).eval()
+        model = XCosModel(pupil.body, pupil.head, name=self.name).eval()
+        people = self.sources.pictures.people[self.held_out]
+        if len(self.held_out) > 1:
+            names = [self.sources.pictures.names[int(person)] for person in people]
+            try:
+                model.set_calibration(calibrate(model, self._features(module, self.held_out), names))
+            except ValueError:  # too few people to tell a rate
+                model.threshold = None
+        path = folder / "model.safetensors"
+        save_model(model, path)
+        return [path]
+
+
+def _centre(values: Tensor) -> tuple[Tensor, float]:
+    """Mean of each channel [1, C, 1, 1], and the variance around it over everything."""
+    values = values.float()
+    mean = values.mean((0, 2, 3), keepdim=True)
+    return mean, float((values - mean).square().mean())

@@ -93,9 +93,7 @@ class TestResuming:
         train(Toy(), settings(steps=2), tmp_path, show=False)
         with pytest.raises(ModelError, match=r"other settings: train.rate \(checkpoint 0.01, now 0.02\), train.steps"):
             train(Toy(), settings(steps=3, rate=0.02), tmp_path, resume=True, show=False)
-        with pytest.raises(
-            ModelError, match=r"another architecture: 0.bias \(checkpoint float32 \[16\], now float32 \[1"
-        ):
+        with pytest.raises(ModelError, match=r"another architecture: 0.bias \(checkpoint float32 \[16\], now float"):
             train(Toy(17), settings(steps=2), tmp_path, resume=True, show=False)
         # What does not change results may change.
         train(Toy(), settings(steps=2, workers=0, log_every=1), tmp_path, resume=True, show=False)
@@ -305,7 +303,7 @@ class TestWhatItRefuses:
         with pytest.raises(ConfigError, match=r"train.amp: expected 'off' or 'bf16' on a CPU, got 'fp16'"):
             train(Toy(), settings(amp="fp16", device="cpu"), show=False)
         if not torch.cuda.is_available():
-            with pytest.raises(ConfigError, match="train.device: expected a GPU that torch can use, got none"):
+            with pytest.raises(ConfigError, match=r"train.device: expected a GPU that torch can use, got none"):
                 train(Toy(), settings(device="cuda"), show=False)
 
     def test_a_folder_that_is_a_file(self, tmp_path: Path) -> None:

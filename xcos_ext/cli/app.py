@@ -114,6 +114,25 @@ def demo(pictures: tuple[str, ...], model: str | None, out: str | None, as_json:
 
 
 @xcos.command()
+@click.argument("config", type=click.Path())
+@click.option(
+    "--set", "assignments", multiple=True, metavar="TABLE.KEY=VALUE", help="Change a setting of the file; repeatable."
+)
+@click.option("--out", metavar="DIR", type=click.Path(), help="Folder for the results.  [default: runs/CONFIG's name]")
+@click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint.")
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads of torch's operators.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def train(**options: Any) -> int:
+    """Train a head or a model as a TOML file says; with torchrun, on several processes.
+
+    The folder gets a log (CSV), checkpoints that resume to the bit, and the model. Files for a start are in configs/.
+    """
+    from .train import Request, run
+
+    return run(Request(**options))
+
+
+@xcos.command()
 @click.argument("weights", type=click.Path())
 @click.option(
     "--faces",

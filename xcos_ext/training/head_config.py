@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from .augment import AugmentConfig
+from .config import TrainConfig
 from .losses import Detach
 from .settings import number
 
-__all__ = ["DataConfig", "LossConfig", "ModelConfig"]
+__all__ = ["BodyConfig", "DataConfig", "HeadExperiment", "LossConfig", "ModelConfig"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class LossConfig:
             pairs, half of them genuine.
         pictures_each: with all pairs: pictures of each person.
         others: with all pairs: share of the batch that are single faces of other people.
+        flipped: also train on mirrored pictures; their maps take as much room again.
         hard: with drawn pairs: share of the impostor pairs among the teacher's most similar ones.
         cosine: weight of L_cos, the distance of scores to the teacher's cosines.
         distance: of L_cos.
@@ -93,6 +96,7 @@ class LossConfig:
     pairs: Literal["all", "drawn"] = "all"
     pictures_each: int = number(2, minimum=2)
     others: float = number(0.0, minimum=0, below=1)
+    flipped: bool = False
     hard: float = number(0.0, minimum=0, maximum=1)
     cosine: float = number(1.0, minimum=0)
     distance: Literal["mse", "l1"] = "mse"
@@ -108,3 +112,36 @@ class LossConfig:
     class_share: float = number(1.0, above=0, maximum=1)
     detach: Detach = "none"
     anchor: float = number(0.0, minimum=0)
+
+
+@dataclass(frozen=True)
+class BodyConfig:
+    """How the body is trained along, with ``task = "model"``.
+
+    Attributes:
+        rate_scale: its learning rate in units of ``train.rate``.
+        augment: alterations of its pictures.
+    """
+
+    rate_scale: float = number(0.01, minimum=0)
+    augment: AugmentConfig = AugmentConfig()  # noqa: RUF009 (frozen)
+
+
+@dataclass(frozen=True)
+class HeadExperiment:
+    """An experiment's file for ``task = "head"`` and ``task = "model"``.
+
+    Attributes:
+        data, model, loss, train: tables of the file.
+        body: another, with ``task = "model"`` only.
+        task: which one.
+        name: of the exported model.
+    """
+
+    data: DataConfig
+    model: ModelConfig
+    train: TrainConfig
+    loss: LossConfig = LossConfig()
+    body: BodyConfig = BodyConfig()
+    task: Literal["head", "model"] = "head"
+    name: str = "xcos-head"

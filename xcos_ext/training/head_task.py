@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from xcos_ext.backbones import Recogniser
 from xcos_ext.errors import XCosError
-from xcos_ext.evaluation import auc, eer, fmr_threshold, operating_point
+from xcos_ext.evaluation import auc, calibrate, eer, operating_point
 from xcos_ext.nn import (
     ArcFaceHead,
     ClosedFormHead,
@@ -40,14 +41,14 @@ from .data import (
     people_of_share,
     read_pictures,
 )
-from .head_config import DataConfig, LossConfig, ModelConfig
+from .head_config import DataConfig, HeadExperiment, LossConfig, ModelConfig
 from .losses import all_pairs, cosine_loss, make_loss, pair_scores, sample_classes, teacher_loss
 from .norms import fix_statistics
 from .seeds import BatchIndex
 from .settings import ConfigError
 from .task import weight_decay_groups
 
-__all__ = ["HeadTask", "Sources", "build_head", "held_out_people", "load_sources"]
+__all__ = ["Experiment", "HeadTask", "Sources", "build_head", "create", "held_out_people", "load_sources"]
 
 _FMRS = (1e-2, 1e-3)
 _DECISION_FMR = 5e-3  # of the exported model's threshold, as in xcos_ext.evaluation.calibrate
@@ -55,6 +56,17 @@ _EXPECTED_MATCHES = 30  # impostor pairs times rate, for a threshold at that rat
 _STATISTICS_PEOPLE = 1000  # one picture each of at most so many people for the closed form's mean
 _EVALUATED = 3000  # pictures in an evaluation at most
 _HARDEST = 20  # impostors kept for each picture
+
+
+#: The settings of this task's experiments.
+Experiment = HeadExperiment
+
+
+class Drawn(NamedTuple):
+    """Attributes: pictures int64 [n], and the generator for whatever else is drawn for them."""
+
+    pictures: Tensor
+    generator: torch.Generator
 
 
 @dataclasses.dataclass
@@ -70,7 +82,7 @@ def load_sources(
     data: DataConfig,
     model: ModelConfig,
     *,
-    flipped: bool = True,
+    flipped: bool = False,
     device: str | torch.device = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Sources:
@@ -130,8 +142,8 @@ def build_head(config: ModelConfig, sources: Sources, trained: Tensor, seed: int
             statistics: Any = config.statistics
             if statistics is None:
                 first = np.unique(pictures.people[trained].numpy(), return_index=True)[1][:_STATISTICS_PEOPLE]
-                faces = pictures.images[trained[torch.from_numpy(first)]].permute(0, 2, 3, 1).numpy()
-                statistics = plug_statistics(recogniser, [faces], project=channels, spread=config.spread)
+                grids = maps.grids[0][trained[torch.from_numpy(first)]]
+                statistics = plug_statistics(recogniser, grids.split(64), project=channels, spread=config.spread)
             closed = cast(
                 ClosedFormHead,
                 plug(recogniser, statistics=statistics, project=channels, spread=config.spread).head,
@@ -278,41 +290,49 @@ class HeadTask:
 
     # --- steps
 
-    def batch(self, index: BatchIndex, size: int) -> dict[str, Tensor]:
-        """Maps of one part, and whose they are."""
-        people = self.sources.pictures.people
+    def draw(self, index: BatchIndex, size: int) -> Drawn:
+        """Which pictures one part consists of."""
         if self._pairs is not None:
-            drawn = self._pairs.draw(index.generator(), size // 2 * index.parts)
-            chosen = torch.cat((index.slice_of(drawn.first), index.slice_of(drawn.second)))
-            generator = index.generator(1, own=True)
-        else:
-            generator = index.generator(own=True)
-            chosen = self._identities(size).draw(generator)
-        maps = self.sources.maps
-        views = torch.randint(len(maps.grids), (len(chosen),), generator=generator)
-        made = {"grids": maps.grids[views, chosen], "people": people[chosen], "labels": self.labels[chosen]}
-        if maps.embeddings is not None:
-            made["embeddings"] = maps.embeddings[views, chosen]
+            pairs = self._pairs.draw(index.generator(), size // 2 * index.parts)
+            chosen = torch.cat((index.slice_of(pairs.first), index.slice_of(pairs.second)))
+            return Drawn(chosen, index.generator(1, own=True))
+        generator = index.generator(own=True)
+        return Drawn(self._identities(size).draw(generator), generator)
+
+    def labelled(self, chosen: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Whose the pictures are, and what L_id needs."""
+        made = {"people": self.sources.pictures.people[chosen], "labels": self.labels[chosen]}
         if self.config.identity and self.config.class_share < 1:
             classes = int(self.labels.max()) + 1
             made["classes"] = sample_classes(made["labels"], classes, self.config.class_share, generator)
         return made
 
+    def batch(self, index: BatchIndex, size: int) -> dict[str, Tensor]:
+        """Maps of one part, and whose they are."""
+        chosen, generator = self.draw(index, size)
+        maps = self.sources.maps
+        views = torch.randint(len(maps.grids), (len(chosen),), generator=generator)
+        made = {"grids": maps.grids[views, chosen], **self.labelled(chosen, generator)}
+        if maps.embeddings is not None:
+            made["embeddings"] = maps.embeddings[views, chosen]
+        return made
+
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         """The weighted sum and its parts."""
-        config, head = self.config, self.module.head
+        head = self.module.head
         features = head.features(batch["grids"].float())
-        total, parts = combined_loss(config, self.contrast, head, self.module.margin, features, batch)
-        if config.anchor > 0 and self.start:
-            moved = sum(
-                (parameter - self.start[name].to(parameter)).square().sum()
-                / self.start[name].to(parameter).square().sum().clamp_min(1e-12)
-                for name, parameter in head.named_parameters()
-                if name in self.start
-            )
-            total = total + config.anchor * moved
-            parts["moved"] = cast(Tensor, moved).detach()
-        return total, parts
+        return self.anchored(*combined_loss(self.config, self.contrast, head, self.module.margin, features, batch))
+
+    def anchored(self, total: Tensor, parts: dict[str, float | Tensor]) -> tuple[Tensor, dict[str, float | Tensor]]:
+        """A loss with the projection's squared relative distance to its start added."""
+        if self.config.anchor == 0 or not self.start:
+            return total, parts
+        moved = total.new_zeros(())
+        for name, parameter in self.module.head.named_parameters():
+            if name in self.start:
+                start = self.start[name] = self.start[name].to(parameter)
+                moved = moved + (parameter - start).square().sum() / start.square().sum().clamp_min(1e-12)
+        return total + self.config.anchor * moved, parts | {"moved": moved.detach()}
 
     def describe(self) -> Mapping[str, Any]:
         """Settings, data and weights that a resumed training must share."""
@@ -327,6 +347,14 @@ class HeadTask:
 
     # --- results
 
+    def report(self) -> list[str]:
+        """What is worth knowing about the data, a line each."""
+        people = self.sources.pictures.people
+        sizes = [
+            f"{len(part)} pictures of {len(people[part].unique())} people" for part in (self.trained, self.held_out)
+        ]
+        return [f"{sizes[0]} to train on, {sizes[1]} held out", *self.sources.pictures.report()]
+
     @torch.no_grad()
     def features(self, module: nn.Module, chosen: Tensor) -> Tensor:
         """Grid features of pictures, on the CPU."""
@@ -337,42 +365,60 @@ class HeadTask:
 
     def evaluate(self, module: nn.Module) -> Mapping[str, float]:
         """Verification on all pairs of pictures of the people held out (at most 3,000 pictures)."""
-        if len(self.held_out) < 2:
-            return {}
-        chosen = self.held_out[:: max(1, -(-len(self.held_out) // _EVALUATED))]
-        head = cast(_Margins, module).head
-        device = next(head.parameters()).device
-        templates = head.templates(self.features(module, chosen).to(device), "both")
-        scores, genuine = _upper(xcos_matrix(templates, templates).cpu(), self.sources.pictures.people[chosen])
-        if genuine.all() or not genuine.any():
-            return {}
-        metrics = {"auc": auc(scores, genuine), "eer": eer(scores, genuine).rate}
-        for rate in _FMRS:
-            metrics[f"tar_at_{rate:g}"] = operating_point(scores, genuine, rate).tar
-        embeddings = self.sources.maps.embeddings
-        if embeddings is not None:
-            own = embeddings[0][chosen]
-            cosines, _ = _upper(own @ own.T, self.sources.pictures.people[chosen])
-            metrics["correlation"] = float(np.corrcoef(scores, cosines)[0, 1])
-        return metrics
+        return verify(self, cast(_Margins, module).head, lambda chosen: self.features(module, chosen))
 
     def export(self, module: nn.Module, folder: Path) -> list[Path]:
         """``model.safetensors``: recogniser and head, for ``xcos_ext.load_model``."""
-        head = cast(_Margins, module).head
+        head = copy.deepcopy(cast(_Margins, module).head).cpu()
         model = XCosModel(self.sources.recogniser, head, name=self.name).eval()
-        chosen = self.held_out if len(self.held_out) > 1 else self.trained
-        chosen = chosen[:: max(1, -(-len(chosen) // _EVALUATED))]
-        device = next(head.parameters()).device
-        templates = head.templates(self.features(module, chosen).to(device), "both")
-        scores, genuine = _upper(xcos_matrix(templates, templates).cpu(), self.sources.pictures.people[chosen])
-        impostors = scores[~genuine]
-        if len(impostors) * _DECISION_FMR >= _EXPECTED_MATCHES:
-            model.threshold = fmr_threshold(impostors, _DECISION_FMR)
-            rates = [rate for rate in (1e-1, *_FMRS) if len(impostors) * rate >= _EXPECTED_MATCHES]
-            model.fmr_thresholds = {rate: fmr_threshold(impostors, rate) for rate in rates}
+        calibrate_on(model, self, lambda chosen: self.features(module, chosen))
         path = folder / "model.safetensors"
         save_model(model, path)
         return [path]
+
+
+def verify(task: HeadTask, head: XCosHead, features: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """AUC, EER, TAR and correlation with the teacher's cosine on all pairs of pictures held out.
+
+    Args:
+        task: whose people are held out.
+        head: scores.
+        features: from indices of pictures to grid features on the CPU.
+    """
+    if len(task.held_out) < 2:
+        return {}
+    chosen = _thinned(task.held_out)
+    templates = head.templates(features(chosen).to(next(head.parameters()).device), "both")
+    scores, genuine = _upper(xcos_matrix(templates, templates).cpu(), task.sources.pictures.people[chosen])
+    if genuine.all() or not genuine.any():
+        return {}
+    metrics = {"auc": auc(scores, genuine), "eer": eer(scores, genuine).rate}
+    for rate in _FMRS:
+        metrics[f"tar_at_{rate:g}"] = operating_point(scores, genuine, rate).tar
+    embeddings = task.sources.maps.embeddings
+    if embeddings is not None:
+        own = embeddings[0][chosen]
+        cosines, _ = _upper(own @ own.T, task.sources.pictures.people[chosen])
+        metrics["correlation"] = float(np.corrcoef(scores, cosines)[0, 1])
+    return metrics
+
+
+def calibrate_on(model: XCosModel, task: HeadTask, features: Callable[[Tensor], Tensor]) -> None:
+    """Gives a model thresholds from all impostor pairs of the people held out (of those trained on, if none are),
+    where these are enough to tell rates."""
+    pictures = task.sources.pictures
+    chosen = _thinned(task.held_out if len(task.held_out) > 1 else task.trained)
+    names = [pictures.names[int(number)] for number in pictures.people[chosen]]
+    pairs = len(chosen) * (len(chosen) - 1) // 2
+    rates = [rate for rate in (1e-1, *_FMRS) if pairs * rate >= 2 * _EXPECTED_MATCHES]
+    if pairs * _DECISION_FMR >= 2 * _EXPECTED_MATCHES:
+        found = calibrate(model, features(chosen), names, decision_fmr=_DECISION_FMR, fmrs=rates)
+        model.set_calibration(found)
+
+
+def _thinned(chosen: Tensor) -> Tensor:
+    """At most so many pictures as an evaluation takes, evenly spread."""
+    return chosen[:: max(1, -(-len(chosen) // _EVALUATED))]
 
 
 def _upper(scores: Tensor, people: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -432,3 +478,24 @@ def combined_loss(
     if not total.requires_grad:
         raise XCosError("loss: nothing that is trained takes part in it")
     return total, parts
+
+
+def create(experiment: HeadExperiment, progress: Callable[[str, int, int], None] | None = None) -> HeadTask:
+    """The task of an experiment's file: reads the pictures and computes the maps.
+
+    Args:
+        experiment: settings.
+        progress: called with what is done, items done and items in all.
+    """
+    sources = load_sources(experiment.data, experiment.model, flipped=experiment.loss.flipped, progress=progress)
+    held_out = held_out_people(experiment.data, sources.pictures.names)
+    train = experiment.train
+    return HeadTask(
+        sources,
+        experiment.model,
+        experiment.loss,
+        held_out,
+        batch=train.part_size(1),
+        seed=train.seed,
+        name=experiment.name,
+    )

@@ -22,7 +22,7 @@ from xcos_ext import backbones
 from xcos_ext import evaluation as ev
 from xcos_ext.cli.app import xcos
 from xcos_ext.errors import ModelError
-from xcos_ext.nn import Calibration, FMRCurve, XCosModel, load_model, plug, save_model
+from xcos_ext.nn import Calibration, FMRCurve, PlugStatistics, XCosModel, load_model, plug, save_model
 
 CURVE = FMRCurve((0.0, 0.1, 0.3, 0.5), (1.0, 0.1, 0.01, 0.001), (1.0, 0.12, 0.015, 0.004), 0.003, 1000, 46)
 
@@ -185,19 +185,13 @@ def test_figure_carries_the_meaning() -> None:
 # --- the shipped ones
 
 
-@pytest.mark.real_data
-def test_shipped_calibration_holds_on_other_people(shared_data: Path) -> None:
-    """Impostor pairs of an LFW fold, none of whose people are in the calibration."""
-    from xcos_ext.datasets import LFW
-
-    model = load_model(shared_data / "mobilefacenet_apache2.pt")
-    curve = model.fmr_curve
-    assert curve is not None and curve.people == 1468 and curve.pairs == 1468 * 1467 // 2
-    for rate, threshold in model.fmr_thresholds.items():
-        assert curve.at(threshold).rate == pytest.approx(rate, rel=1e-3)
-    assert curve.smallest >= ev.fmr_upper_bound(0, curve.pairs) * 0.99
-    lfw = LFW(shared_data / "lfw112.zip", shared_data / "pairs.txt", folds=[5])
-    scores = ev.score_model(model, lfw)[~lfw.genuine]
-    for score in (0.05, 0.1, 0.15, 0.2):
-        expected = 300 * curve.at(score).rate
-        assert abs((scores >= score).sum() - expected) <= 3 * math.sqrt(expected) + 1
+def test_shipped_statistics_carry_curves() -> None:
+    files = sorted((Path(backbones.__file__).parent.parent / "data").glob("mobilefacenet_*.safetensors"))
+    assert len(files) == 2
+    for file in files:
+        for calibration in PlugStatistics.load(file).calibrations.values():
+            curve = calibration.curve
+            assert curve is not None and (curve.people, curve.pairs) == (1468, calibration.impostor_pairs)
+            for rate, threshold in {**calibration.fmr, 5e-3: calibration.threshold}.items():
+                assert curve.at(threshold).rate == pytest.approx(rate, rel=1e-3)
+            assert ev.fmr_upper_bound(0, curve.pairs) * 0.99 <= curve.smallest < 2e-5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,6 +24,7 @@ from xcos_ext.templates import Templates
 
 from .bank import Bank, BankConfig, open_bank
 from .cache import normalised
+from .config import TrainConfig
 from .data import IdentityBatches, Pictures, read_pictures
 from .head_config import DataConfig
 from .head_task import held_out_people
@@ -33,7 +34,7 @@ from .seeds import BatchIndex
 from .settings import ConfigError, number
 from .task import weight_decay_groups
 
-__all__ = ["DistillConfig", "DistillSources", "DistillTask", "PupilConfig", "load_distillation"]
+__all__ = ["DistillConfig", "DistillSources", "DistillTask", "Experiment", "PupilConfig", "create", "load_distillation"]
 
 _BATCH = 64  # pictures of a forward pass outside training
 
@@ -78,6 +79,39 @@ class DistillConfig:
     hints: float = number(1.0, minimum=0)
     hints_until: float = number(0.8, above=0, maximum=1)
     attention_from: float = number(0.6, minimum=0, maximum=1)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment's file for ``task = "distill"``.
+
+    Attributes:
+        data, pupil, bank, loss, train: tables of the file.
+        task: this one.
+        name: of the exported model.
+    """
+
+    data: DataConfig
+    pupil: PupilConfig
+    train: TrainConfig
+    bank: BankConfig = field(default_factory=BankConfig)
+    loss: DistillConfig = field(default_factory=DistillConfig)
+    task: Literal["distill"] = "distill"
+    name: str = "xcos-compact"
+
+
+def create(experiment: Experiment, progress: Callable[[str, int, int], None] | None = None) -> DistillTask:
+    """The task of an experiment's file: reads the pictures and reads or makes the bank."""
+    sources = load_distillation(experiment.data, experiment.pupil, experiment.bank, progress=progress)
+    return DistillTask(
+        sources,
+        experiment.pupil,
+        experiment.loss,
+        experiment.data,
+        steps=experiment.train.steps,
+        seed=experiment.train.seed,
+        name=experiment.name,
+    )
 
 
 @dataclass

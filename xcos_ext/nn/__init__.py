@@ -6,7 +6,7 @@ from .attention import XCosAttention
 from .calibration import Calibration, FMRAtScore, FMRCurve
 from .cells import CellMatrices, cell_matrices
 from .head import ClosedFormHead, XCosHead
-from .loading import load_model, load_recogniser, save_model
+from .loading import default_weights, load_model, load_recogniser, save_model
 from .margin import ArcFaceHead, CosFaceHead
 from .model import Preprocessing, XCosModel
 from .plugin import DEFAULT_SPREAD, plug, plug_statistics
@@ -30,6 +30,7 @@ __all__ = [
     "XCosHead",
     "XCosModel",
     "cell_matrices",
+    "default_weights",
     "find_statistics",
     "fingerprint_weights",
     "load_model",

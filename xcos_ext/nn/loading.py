@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -27,10 +28,11 @@ from .model import XCosModel
 from .plugin import DEFAULT_SPREAD, plug
 from .statistics import PlugStatistics, find_statistics
 
-__all__ = ["load_model", "load_recogniser", "save_model"]
+__all__ = ["default_weights", "load_model", "load_recogniser", "save_model"]
 
 _FORMAT = "xcos_ext.model"
 _VERSION = "1"
+_DEFAULT_WEIGHTS = Path(__file__).resolve().parent.parent / "data" / "xcos_compact.safetensors"
 _NESTED = ("state_dict", "model_state_dict", "model", "net", "weights")
 _NAMED = 4  # keys named in an error before "..."
 
@@ -234,7 +236,7 @@ def _from_official(state: State, path: StrPath) -> XCosModel:
 # --- xcos_ext's own files
 
 
-def save_model(model: XCosModel, path: StrPath) -> None:
+def save_model(model: XCosModel, path: StrPath, *, dtype: torch.dtype | None = None) -> None:
     """Write a model to a safetensors file that :func:`load_model` reads back.
 
     The file is written under a temporary name and renamed, so a failure leaves no partial file.
@@ -242,10 +244,15 @@ def save_model(model: XCosModel, path: StrPath) -> None:
     Args:
         model: a model whose backbone is in the registry (:func:`xcos_ext.backbones.available`).
         path: target; conventionally ``.safetensors``.
+        dtype: to store floating-point tensors in, e.g. float16 for half the size; None: as they are.
 
     Raises:
-        ModelError: a backbone that cannot be built again by name, or the file cannot be written.
+        ModelError: a backbone that cannot be built again by name, weights that ``dtype`` cannot hold, or the file
+            cannot be written.
+        TypeError: not a model, or not a floating-point dtype.
     """
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating-point dtype or None, got {dtype}")
     if not isinstance(model, XCosModel):
         raise TypeError(f"model: expected an XCosModel, got {type(model).__name__}")
     if model.architecture not in backbones.available():
@@ -267,7 +274,13 @@ def save_model(model: XCosModel, path: StrPath) -> None:
         "fmr_thresholds": json.dumps({repr(rate): t for rate, t in model.fmr_thresholds.items()}),
         "fmr_curve": json.dumps(None if model.fmr_curve is None else model.fmr_curve.as_dict()),
     }
-    write_safetensors(path, model.state_dict(), metadata)
+    state = model.state_dict()
+    if dtype is not None:
+        state = {key: t.to(dtype) if t.is_floating_point() else t for key, t in state.items()}
+        lost = [key for key, t in state.items() if t.is_floating_point() and not t.isfinite().all()]
+        if lost:
+            raise ModelError(f"model: {len(lost)} tensors do not fit into {dtype}: {_few(lost)}")
+    write_safetensors(path, state, metadata)
 
 
 def _own_head(kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor], path: StrPath) -> nn.Module:
@@ -374,8 +387,19 @@ def load_recogniser(path: StrPath, *, device: str | torch.device = "cpu") -> Rec
     return recogniser.to(device)
 
 
+def default_weights() -> Path:
+    """The file of the model that the package ships, a compact one trained by its own scripts (docs/default_model.md).
+
+    Raises:
+        ModelError: the package was installed without it.
+    """
+    if not _DEFAULT_WEIGHTS.is_file():
+        raise ModelError(f"{_DEFAULT_WEIGHTS}: the default model is missing from this installation; name another")
+    return _DEFAULT_WEIGHTS
+
+
 def load_model(
-    path: StrPath,
+    path: StrPath | None = None,
     *,
     device: str | torch.device = "cpu",
     statistics: PlugStatistics | StrPath | None = None,
@@ -392,7 +416,7 @@ def load_model(
     unexecuted. Half-precision weights are converted to fp32.
 
     Args:
-        path: .pt, .pth or .safetensors.
+        path: .pt, .pth or .safetensors; None: the model that the package ships (:func:`default_weights`).
         device: where to put the model.
         statistics: for recognisers: a statistics file or object, instead of the shipped ones.
         project: for recognisers: principal axes per cell, as in ``plug``.
@@ -406,6 +430,8 @@ def load_model(
             architecture (missing, unexpected and misshapen keys are named), or has NaN or infinite weights.
         ValueError: ``statistics`` or ``project`` for a file that is not a recogniser.
     """
+    if path is None:
+        path = default_weights()
     contents, metadata = read_weights(path)
     state = _state_dict(contents, path)
     if metadata.get("xcos_format") == _FORMAT or _is_official(state):

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from xcos_ext import reference, xcos_matrix
 from xcos_ext.backbones import Recogniser
@@ -38,6 +38,9 @@ from xcos_ext.datasets import PersonFolder
 from xcos_ext.evaluation import VerificationReport, fmr_threshold, verification
 from xcos_ext.evaluation.lfw import iterate_pictures
 from xcos_ext.nn import XCosHead, XCosModel, load_recogniser, save_model
+from xcos_ext.training.data import IdentityBatches
+from xcos_ext.training.losses import all_pairs, kinds, make_loss, teacher_loss
+from xcos_ext.training.norms import fix_statistics
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -134,114 +137,15 @@ class Batches:
     """
 
     def __init__(self, people: Tensor, count: int, pictures: int, seed: int) -> None:
-        if count < 2 or pictures < 2:
-            raise ValueError(f"batches: expected at least 2 people with 2 pictures each, got {count} with {pictures}")
         self.random = torch.Generator().manual_seed(seed)
-        self.members = [torch.nonzero(people == person).flatten() for person in people.unique()]
-        self.members = [faces for faces in self.members if len(faces) >= pictures]
-        self.count, self.pictures = count, pictures
-        if len(self.members) < count:
-            raise ValueError(
-                f"batches: expected at least {count} people with {pictures} pictures or more to train on, "
-                f"got {len(self.members)}"
-            )
+        self.batches = IdentityBatches(people, torch.arange(len(people)), count, pictures)
 
     def draw(self) -> Tensor:
         """Indices of faces [P * K], a person's own side by side."""
-        people = torch.randperm(len(self.members), generator=self.random)[: self.count]
-        chosen = [self.members[int(person)] for person in people]
-        return torch.cat([own[torch.randperm(len(own), generator=self.random)[: self.pictures]] for own in chosen])
-
-
-# --- losses: scores [B, B] and people [B] in, a number out
-
-
-def _itself(faces: Tensor) -> Tensor:
-    """The diagonal, bool [B, B]."""
-    return torch.eye(len(faces), dtype=torch.bool, device=faces.device)
-
-
-def kinds(people: Tensor) -> tuple[Tensor, Tensor]:
-    """Which pairs are genuine and which are impostors, bool [B, B] each; a face with itself is neither."""
-    same = people[:, None] == people[None]
-    return same & ~_itself(people), ~same
-
-
-def infonce(scores: Tensor, people: Tensor, temperature: float) -> Tensor:
-    """Supervised contrastive loss over rows: each face is to find its person's other faces among all others."""
-    genuine, _ = kinds(people)
-    logs = (scores / temperature).masked_fill(_itself(scores), -torch.inf).log_softmax(1)
-    # where, not a product: the diagonal is -inf.
-    return -(torch.where(genuine, logs, 0.0).sum(1) / genuine.sum(1)).mean()
-
-
-def contrastive(scores: Tensor, people: Tensor, margin: float) -> Tensor:
-    """Genuine pairs are to score above 1 - margin, impostors below the margin; both kinds count alike, rare as one is.
-
-    Not genuine pairs at 1, as is common: no two pictures agree in every cell, and asking for it lifts impostors too.
-    """
-    genuine, impostor = kinds(people)
-    below, above = 1 - margin - scores[genuine], scores[impostor] - margin
-    return below.relu().square().mean() + above.relu().square().mean()
-
-
-def triplet(scores: Tensor, people: Tensor, margin: float) -> Tensor:
-    """Batch-hard: each face's least similar genuine one must beat its most similar impostor by the margin."""
-    genuine, impostor = kinds(people)
-    hardest_genuine = scores.masked_fill(~genuine, torch.inf).amin(1)
-    hardest_impostor = scores.masked_fill(~impostor, -torch.inf).amax(1)
-    return (margin + hardest_impostor - hardest_genuine).relu().mean()
-
-
-def make_loss(name: str, temperature: float = 0.05, margin: float | None = None) -> Loss:
-    """One of the losses with its constants; margin None: 0.3 for contrastive, 0.2 for triplet."""
-    if name == "infonce":
-        return lambda scores, people: infonce(scores, people, temperature)
-    if name == "contrastive":
-        return lambda scores, people: contrastive(scores, people, 0.3 if margin is None else margin)
-    if name == "triplet":
-        return lambda scores, people: triplet(scores, people, 0.2 if margin is None else margin)
-    raise ValueError(f"loss: expected 'infonce', 'contrastive' or 'triplet', got {name!r}")
-
-
-def teacher_loss(scores: Tensor, embeddings: Tensor) -> Tensor:
-    """Mean squared distance to the network's own cosine over all pairs but the diagonal: L_cos of xCos."""
-    return (scores - embeddings @ embeddings.T)[~_itself(scores)].square().mean()
+        return self.batches.draw(self.random)
 
 
 # --- the head
-
-
-@torch.no_grad()
-def fix_statistics(head: XCosHead, grids: Tensor, seed: int, pairs: int = 512) -> None:
-    """Gives every batch norm the statistics of real faces and pairs, and leaves the head in evaluation mode.
-
-    A template folds batch norm into convolutions, so its mean and variance must be constants: in training mode they
-    would be those of a batch, the "batch" of the attention's inner layers would be all pairs, and a face's template
-    would depend on every other face. ``templates`` refuses that. Instead the statistics are measured once, before
-    training (those of a new head, mean 0 and variance 1, are nobody's), and stay. ``eval()`` fixes statistics only: all
-    weights, those of the batch norms included, are trained; and what is trained is the very function that is deployed.
-    """
-    norms = [module for module in head.modules() if isinstance(module, nn.BatchNorm2d)]
-    usual = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # plain average over the batches below
-    head.train()
-    random = torch.Generator().manual_seed(seed)
-    for chosen in torch.randint(len(grids), (max(1, pairs // 64), 2, 64), generator=random):
-        features = head.features(grids[chosen.flatten()].float())
-        if head.attention is not None:
-            head.attention(*features.chunk(2))
-    for norm, momentum in zip(norms, usual, strict=True):
-        norm.momentum = momentum
-    head.eval()
-
-
-def all_pairs(head: XCosHead, features: Tensor) -> Tensor:
-    """Scores [B, B] of grid features [B, C, H, W] with each other: the whole trick."""
-    templates = head.templates(features, role="both")  # every face is a first face and a second one
-    return xcos_matrix(templates, templates)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import xcos_ext
 from xcos_ext import backbones, reference
 from xcos_ext.datasets import PersonFolder
 from xcos_ext.nn import XCosHead
+from xcos_ext.training import losses
 
 EXAMPLES = str(REPOSITORY / "examples")
 if EXAMPLES not in sys.path:
@@ -56,7 +57,7 @@ def test_the_loss_falls_and_people_never_seen_are_told_apart_better(name: str) -
     batches = example.Batches(faces.people, 12, 2, 0)
     before, _ = example.evaluate(head, others, 0)
     times = example.Times()
-    done = example.train(head, faces, batches, example.make_loss(name), steps=60, rate=3e-3, times=times)
+    done = example.train(head, faces, batches, losses.make_loss(name), steps=60, rate=3e-3, times=times)
     after, impostors = example.evaluate(head, others, 0)
     first, last = (np.mean([step.loss for step in part]) for part in (done[:5], done[-10:]))
     assert last < 0.5 * first
@@ -71,7 +72,7 @@ def test_training_is_reproducible() -> None:
     faces = generated()
     runs = [
         example.train(
-            prepared(faces), faces, example.Batches(faces.people, 6, 2, 1), example.make_loss("infonce"), steps=3
+            prepared(faces), faces, example.Batches(faces.people, 6, 2, 1), losses.make_loss("infonce"), steps=3
         )
         for _ in range(2)
     ]
@@ -83,7 +84,7 @@ def test_every_parameter_of_the_head_is_trained_and_no_statistic_is() -> None:
     head = prepared(faces)
     parameters = {name: p.detach().clone() for name, p in head.named_parameters()}
     statistics = {name: b.clone() for name, b in head.named_buffers()}
-    example.train(head, faces, example.Batches(faces.people, 8, 2, 0), example.make_loss("infonce"), steps=3)
+    example.train(head, faces, example.Batches(faces.people, 8, 2, 0), losses.make_loss("infonce"), steps=3)
     # Equal shifts of all logits leave their softmax alone, unless the last activation bends between them.
     assert all(not torch.equal(p, parameters[name]) for name, p in head.named_parameters())
     assert all(torch.equal(b, statistics[name]) for name, b in head.named_buffers())
@@ -94,8 +95,8 @@ def test_the_teacher_pulls_scores_towards_its_cosine() -> None:
 
     def distance(head: XCosHead) -> float:
         with torch.no_grad():
-            scores = example.all_pairs(head, head.features(faces.grids.float()))
-        return float(example.teacher_loss(scores, faces.embeddings))
+            scores = losses.all_pairs(head, head.features(faces.grids.float()))
+        return float(losses.teacher_loss(scores, faces.embeddings))
 
     head = prepared(faces)
     before = distance(head)
@@ -120,9 +121,9 @@ def test_gradients_are_those_through_the_reference(name: str) -> None:
         templates = head.templates(head.features(grids), role="both")
         scores = scores_of(templates, templates)
         if name == "teacher":
-            loss = example.teacher_loss(scores, faces.embeddings.double())
+            loss = losses.teacher_loss(scores, faces.embeddings.double())
         else:
-            loss = example.make_loss(name)(scores, faces.people)
+            loss = losses.make_loss(name)(scores, faces.people)
         loss.backward()
         return [p.grad.clone() for p in head.parameters() if p.grad is not None]
 
@@ -139,13 +140,13 @@ def test_losses_by_hand() -> None:
     # The diagonal, 9, must not count anywhere.
     rows = [(0.8, 0.1, 0.5), (0.7, 0.2, 0.0), (0.6, 0.3, 0.1), (0.9, 0.2, 0.4)]
     by_hand = np.mean([np.log(sum(np.exp(x / 0.5) for x in row)) - row[0] / 0.5 for row in rows])
-    assert float(example.infonce(scores, people, 0.5)) == pytest.approx(by_hand, rel=1e-6)
-    assert float(example.triplet(scores, people, 0.4)) == pytest.approx(np.mean([0.1, 0.0, 0.1, 0.0]), abs=1e-6)
+    assert float(losses.infonce(scores, people, 0.5)) == pytest.approx(by_hand, rel=1e-6)
+    assert float(losses.triplet(scores, people, 0.4)) == pytest.approx(np.mean([0.1, 0.0, 0.1, 0.0]), abs=1e-6)
     genuine = np.mean([max(0, 1 - 0.25 - row[0]) ** 2 for row in rows])
     impostor = np.mean([max(0, x - 0.25) ** 2 for row in rows for x in row[1:]])
-    assert float(example.contrastive(scores, people, 0.25)) == pytest.approx(genuine + impostor, rel=1e-6)
+    assert float(losses.contrastive(scores, people, 0.25)) == pytest.approx(genuine + impostor, rel=1e-6)
     with pytest.raises(ValueError, match="loss: expected 'infonce', 'contrastive' or 'triplet', got 'hinge'"):
-        example.make_loss("hinge")
+        losses.make_loss("hinge")
 
 
 def test_statistics_are_fixed_and_those_of_the_faces() -> None:
@@ -314,7 +315,7 @@ def test_real_faces(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> No
     head = XCosHead()
     example.fix_statistics(head, faces.grids, 0)
     before, _ = example.evaluate(head, others, 0)
-    done = example.train(head, faces, example.Batches(faces.people, 24, 2, 0), example.make_loss("infonce"), steps=40)
+    done = example.train(head, faces, example.Batches(faces.people, 24, 2, 0), losses.make_loss("infonce"), steps=40)
     after, _ = example.evaluate(head, others, 0)
     assert np.mean([step.loss for step in done[-5:]]) < 0.3 * done[0].loss
     assert after.auc > before.auc + 0.01

@@ -19,20 +19,20 @@ from torch import Tensor
 from xcos_ext.datasets import PersonFolder, read_pairs
 from xcos_ext.errors import PictureError, XCosError
 
+from .settings import ConfigError
+
 __all__ = [
-    "HELD_OUT",
-    "TRAINED",
     "IdentityBatches",
     "PairBatches",
     "Pictures",
     "hardest_impostors",
     "people_of_folds",
+    "people_of_list",
     "people_of_share",
     "read_pictures",
 ]
 
 _NAMED = 5  # pictures named in a report before "..."
-HELD_OUT, TRAINED = "held out", "trained on"
 
 
 @dataclass
@@ -305,23 +305,23 @@ class IdentityBatches:
         others: further faces, of people with fewer than K pictures: impostors only.
 
     Raises:
-        XCosError: fewer than P people have K pictures, P or K is below 2, or too few others.
+        ConfigError: fewer than P people have K pictures, P or K is below 2, or too few others.
     """
 
     def __init__(self, people: Tensor, indices: Tensor, count: int, pictures: int, others: int = 0) -> None:
         if count < 2 or pictures < 2:
-            raise XCosError(f"batches: expected at least 2 people with 2 pictures each, got {count} with {pictures}")
+            raise ConfigError(f"batches: expected at least 2 people with 2 pictures each, got {count} with {pictures}")
         members = _members(people, indices)
         self.members = [own for own in members if len(own) >= pictures]
         self.rest = [own for own in members if len(own) < pictures]
         self.count, self.pictures, self.others = count, pictures, others
         if len(self.members) < count:
-            raise XCosError(
+            raise ConfigError(
                 f"batches: expected at least {count} people with {pictures} pictures or more to train on, "
                 f"got {len(self.members)}"
             )
         if len(self.rest) < others:
-            raise XCosError(f"batches: expected {others} people with fewer pictures, got {len(self.rest)}")
+            raise ConfigError(f"batches: expected {others} people with fewer pictures, got {len(self.rest)}")
 
     def __len__(self) -> int:
         """Faces in a batch."""

@@ -330,6 +330,7 @@ def test_command(root: Path, files: dict[str, Path], tmp_path: Path) -> None:
     assert re.search(r"threshold for decisions, 0\.9000: accuracy \d", result.stdout)
     assert re.search(r"threshold calibrated for FMR 0\.1, 0\.9500", result.stdout)
     assert "failed to enrol" not in result.stdout
+    assert "-: 12 impostor pairs cannot tell so low a rate" in result.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["roc.png"]
     data = strict(run(*common, *more, "--json").stdout)
     assert data["pairs"] == {

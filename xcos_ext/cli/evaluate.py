@@ -220,7 +220,10 @@ def _print(request: VerificationRequest, model: XCosModel, pairs: PairList, resu
             cell(None if report.accuracy is None else report.accuracy.mean, "accuracy", True),
             cell(report.auc, "auc", False),
             cell(report.eer, "eer", True),
-            *(cell(point.tar, f"tar@{point.requested:g}", True) for point in report.operating_points),
+            *(
+                cell(point.tar if point.resolved else None, f"tar@{point.requested:g}", True)
+                for point in report.operating_points
+            ),
         ]
         if request.teacher:
             row.append("-" if variant.correlation is None else f"{variant.correlation:.4f}")
@@ -233,6 +236,9 @@ def _print(request: VerificationRequest, model: XCosModel, pairs: PairList, resu
             f"95 % intervals: bootstrap over {result.resampling.units:,} {result.resampling.unit}, "
             f"{request.replicates:,} replicates"
         )
+    impostors = int((~pairs.genuine).sum())
+    if impostors * min(_FMRS) < 1:
+        lines.append(f"-: {impostors:,} impostor pairs cannot tell so low a rate")
     if request.flip:
         lines.append("features are means of each picture's and its mirror picture's, mirrored back")
     if result.corr_target is not None:

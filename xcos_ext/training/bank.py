@@ -28,6 +28,7 @@ from .settings import number
 __all__ = ["Bank", "BankConfig", "open_bank"]
 
 _BLOCK = 64  # pictures of one forward pass, and of one step of the generator
+_NOTED = 50  # blocks between two notes of how far it is
 _VERSION = 1  # of the recipe in _draw
 
 
@@ -204,7 +205,7 @@ def _make(
                         file, mode, values.numpy().dtype, shape if mode == "w+" else None
                     )
                 arrays[kind][start : start + size] = values.numpy()
-            if (start // _BLOCK) % 50 == 49 or start + size == config.size:
+            if (start // _BLOCK) % _NOTED == _NOTED - 1 or start + size == config.size:
                 for array in arrays.values():
                     array.flush()
                 count.write_text(str(start + size))

@@ -143,11 +143,13 @@ def build_head(config: ModelConfig, sources: Sources, trained: Tensor, seed: int
             if statistics is None:
                 first = np.unique(pictures.people[trained].numpy(), return_index=True)[1][:_STATISTICS_PEOPLE]
                 grids = maps.grids[0][trained[torch.from_numpy(first)]]
-                statistics = plug_statistics(recogniser, grids.split(64), project=channels, spread=config.spread)
-            closed = cast(
-                ClosedFormHead,
-                plug(recogniser, statistics=statistics, project=channels, spread=config.spread).head,
-            )
+            try:
+                if statistics is None:
+                    statistics = plug_statistics(recogniser, grids.split(64), project=channels, spread=config.spread)
+                plugged = plug(recogniser, statistics=statistics, project=channels, spread=config.spread)
+            except ValueError as error:
+                raise ConfigError(f"model: no closed form to start from: {error}") from error
+            closed = cast(ClosedFormHead, plugged.head)
             channels = closed.channels
         elif channels is None:
             raise ConfigError("model.channels: expected a whole number with start = 'random', got none")
@@ -377,6 +379,7 @@ class HeadTask:
         return [path]
 
 
+@torch.no_grad()
 def verify(task: HeadTask, head: XCosHead, features: Callable[[Tensor], Tensor]) -> dict[str, float]:
     """AUC, EER, TAR and correlation with the teacher's cosine on all pairs of pictures held out.
 
@@ -403,6 +406,7 @@ def verify(task: HeadTask, head: XCosHead, features: Callable[[Tensor], Tensor])
     return metrics
 
 
+@torch.no_grad()
 def calibrate_on(model: XCosModel, task: HeadTask, features: Callable[[Tensor], Tensor]) -> None:
     """Gives a model thresholds from all impostor pairs of the people held out (of those trained on, if none are),
     where these are enough to tell rates."""

@@ -1,0 +1,261 @@
+"""Pictures for training: odd ones, splits by people, pairs and batches, cached maps."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from xcos_ext import backbones
+from xcos_ext.errors import PictureError, XCosError
+from xcos_ext.training.cache import cached_maps, normalised
+from xcos_ext.training.data import (
+    IdentityBatches,
+    PairBatches,
+    Pictures,
+    hardest_impostors,
+    people_of_folds,
+    people_of_list,
+    people_of_share,
+    read_pictures,
+)
+
+image = pytest.importorskip("PIL.Image")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def picture(seed: int, size: tuple[int, int] = (112, 112), mode: str = "RGB") -> object:
+    rng = np.random.default_rng(seed)
+    rgb = image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    return rgb.convert(mode)
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Path:
+    """A folder with every kind of trouble."""
+    root = tmp_path / "crops"
+    for name in "ABCD":
+        (root / name).mkdir(parents=True)
+    picture(0).save(root / "A" / "1.png")
+    picture(1).save(root / "A" / "2.png")
+    picture(2, mode="L").save(root / "A" / "grey.png")
+    picture(3, mode="CMYK").save(root / "B" / "cmyk.jpg")
+    picture(4, (224, 224)).save(root / "B" / "large.png")
+    picture(5, (20, 20)).save(root / "B" / "tiny.png")
+    (root / "B" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
+    (root / "B" / "empty.png").touch()
+    whole = (root / "A" / "1.png").read_bytes()
+    (root / "B" / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    shutil.copy(root / "A" / "1.png", root / "C" / "copy.png")
+    picture(6).save(root / "C" / "1.png")
+    (root / "D" / "only_broken.png").write_bytes(b"x")
+    return root
+
+
+class TestReading:
+    def test_odd_pictures_are_named_and_never_stop_a_training(self, odd: Path) -> None:
+        found = read_pictures(odd)
+        assert found.keys == ("A/1.png", "A/2.png", "A/grey.png", "B/cmyk.jpg", "B/large.png", "C/1.png")
+        assert found.names == ("A", "B", "C") and found.people.tolist() == [0, 0, 0, 1, 1, 2]
+        assert found.images.shape == (6, 3, 112, 112) and found.images.dtype == torch.uint8
+        assert found.oddities == {
+            "left out, cannot be decoded": ["B/broken.jpg", "B/empty.png", "B/truncated.png", "D/only_broken.png"],
+            "left out, smaller than half the wanted size": ["B/tiny.png"],
+            "left out, the same file as another picture": ["C/copy.png (as A/1.png)"],
+            "resized": ["B/large.png (224x224)"],
+            "grey, made RGB": ["A/grey.png"],
+            "CMYK, made RGB": ["B/cmyk.jpg"],
+            "people with one picture, used in impostor pairs only": ["C"],
+        }
+        assert "1 CMYK, made RGB: B/cmyk.jpg" in found.report()
+        np.testing.assert_array_equal(found.images[0].permute(1, 2, 0).numpy(), np.asarray(picture(0)))
+        grey = found.images[2]
+        assert torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2])
+
+    def test_archives_are_as_folders(self, odd: Path, tmp_path: Path) -> None:
+        with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+            for file in odd.rglob("*.*"):
+                archive.write(file, f"deep/{file.relative_to(odd)}")
+        zipped, plain = read_pictures(tmp_path / "x.zip"), read_pictures(odd)
+        assert zipped.keys == plain.keys and zipped.fingerprint == plain.fingerprint
+        assert torch.equal(zipped.images, plain.images)
+
+    def test_chosen_people_and_fingerprints(self, odd: Path) -> None:
+        some = read_pictures(odd, chosen=lambda name: name == "A")
+        assert some.names == ("A",)
+        before = read_pictures(odd).fingerprint
+        picture(9).save(odd / "A" / "2.png")
+        assert len({some.fingerprint, before, read_pictures(odd).fingerprint}) == 3
+
+    def test_nothing_usable(self, tmp_path: Path) -> None:
+        (tmp_path / "A").mkdir()
+        (tmp_path / "A" / "1.png").write_bytes(b"x")
+        with pytest.raises(PictureError, match="expected usable pictures, got none among 1"):
+            read_pictures(tmp_path)
+        with pytest.raises(PictureError, match="no such folder"):
+            read_pictures(tmp_path / "nowhere")
+
+
+class TestSplits:
+    def test_a_share_depends_on_names_alone(self) -> None:
+        names = [f"person {i}" for i in range(2000)]
+        chosen = people_of_share(names, 0.3)
+        assert 500 < len(chosen) < 700
+        assert people_of_share(names[::-1][:1000], 0.3) == chosen & set(names[1000:])
+        assert people_of_share(names, 0.0) == set() and people_of_share(names, 0.3, seed=1) != chosen
+
+    def test_folds_and_lists(self, tmp_path: Path) -> None:
+        pairs = tmp_path / "pairs.txt"
+        pairs.write_text("2\t1\nA\t1\t2\nB\t1\tC\t1\nD\t1\t2\nE\t1\tF\t1\n")
+        assert people_of_folds(pairs, [1]) == {"A", "B", "C"}
+        assert people_of_folds(pairs, [1, 2]) == set("ABCDEF")
+        with pytest.raises(XCosError, match=r"data.folds: expected some of \[1, 2\], got \[3\]"):
+            people_of_folds(pairs, [3])
+        with pytest.raises(XCosError, match="No such file"):
+            people_of_folds(tmp_path / "x.txt", [1])
+        (tmp_path / "list.txt").write_text("A\n\n B \n")
+        assert people_of_list(tmp_path / "list.txt") == {"A", "B"}
+        with pytest.raises(XCosError, match=r"x.txt: cannot be read as a list of people"):
+            people_of_list(tmp_path / "x.txt")
+
+
+PEOPLE = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3, 3, 3, 4, 5])
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class TestPairs:
+    @pytest.mark.parametrize("count", [1, 2, 7, 200])
+    def test_half_are_genuine(self, count: int) -> None:
+        indices = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 10])
+        drawn = PairBatches(PEOPLE, indices).draw(generator(), count)
+        assert len(drawn.first) == len(drawn.second) == count
+        assert int(drawn.genuine.sum()) == (count + 1) // 2
+        assert torch.equal(PEOPLE[drawn.first] == PEOPLE[drawn.second], drawn.genuine)
+        assert (drawn.first != drawn.second).all()
+        assert set(drawn.first.tolist()) | set(drawn.second.tolist()) <= set(indices.tolist())
+
+    def test_all_people_and_all_pictures_come(self) -> None:
+        drawn = PairBatches(PEOPLE, torch.arange(12)).draw(generator(), 2000)
+        impostors = drawn.first[~drawn.genuine]
+        assert set(impostors.tolist()) == set(range(12))
+        share = torch.bincount(PEOPLE[impostors], minlength=6) / len(impostors)
+        assert (share > 0.1).all()  # people alike, however many pictures they have
+        genuine = {(a, b) for a, b in zip(drawn.first.tolist(), drawn.second.tolist(), strict=True)}
+        assert {(4, 5), (5, 4), (0, 2), (9, 6)} <= genuine
+
+    def test_the_same_generator_gives_the_same_pairs(self) -> None:
+        batches = PairBatches(PEOPLE, torch.arange(12))
+        one, other = batches.draw(generator(3), 20), batches.draw(generator(3), 20)
+        assert torch.equal(one.first, other.first) and torch.equal(one.second, other.second)
+
+    def test_hard_impostors(self) -> None:
+        torch.manual_seed(0)
+        embeddings = torch.nn.functional.normalize(torch.randn(12, 5))
+        indices = torch.tensor([0, 1, 4, 5, 6, 10, 11])
+        hardest = hardest_impostors(embeddings, PEOPLE, indices, 2)
+        for row, own in zip(hardest.tolist(), indices.tolist(), strict=True):
+            others = [i for i in indices.tolist() if PEOPLE[i] != PEOPLE[own]]
+            assert row == sorted(others, key=lambda i: -float(embeddings[own] @ embeddings[i]))[:2]
+        drawn = PairBatches(PEOPLE, indices, hardest, 1.0).draw(generator(), 200)
+        known = {(a, b) for a, row in zip(indices.tolist(), hardest.tolist(), strict=True) for b in row}
+        first, second = drawn.first[~drawn.genuine].tolist(), drawn.second[~drawn.genuine].tolist()
+        assert set(zip(first, second, strict=True)) == known
+        assert torch.equal(PEOPLE[drawn.first] == PEOPLE[drawn.second], drawn.genuine)
+
+    def test_too_few(self) -> None:
+        with pytest.raises(XCosError, match="at least two people, one of them with two pictures, got 2 people, 0"):
+            PairBatches(PEOPLE, torch.tensor([3, 10]))
+        with pytest.raises(XCosError, match="at least two people"):
+            hardest_impostors(torch.eye(12), PEOPLE, torch.tensor([0, 1]), 3)
+
+
+class TestIdentityBatches:
+    def test_others_are_single_faces_of_other_people(self) -> None:
+        batches = IdentityBatches(PEOPLE, torch.arange(12), 3, 2, others=3)
+        assert len(batches) == 9
+        for seed in range(20):
+            chosen = batches.draw(generator(seed))
+            own = PEOPLE[chosen]
+            assert len(set(chosen.tolist())) == 9 and len(set(own.tolist())) == 6
+            assert (own[:6].view(3, 2)[:, 0] == own[:6].view(3, 2)[:, 1]).all()
+            assert set(own[6:].tolist()) == {1, 4, 5}
+        with pytest.raises(XCosError, match="expected 4 people with fewer pictures, got 3"):
+            IdentityBatches(PEOPLE, torch.arange(12), 3, 2, others=4)
+
+
+def generated(count: int = 10) -> Pictures:
+    torch.manual_seed(2)
+    images = torch.randint(0, 256, (count, 3, 112, 112), dtype=torch.uint8)
+    people = torch.arange(count) // 2
+    return Pictures(images, people, tuple("ABCDE"), tuple(map(str, range(count))), {}, "0123456789abcdef")
+
+
+@pytest.fixture(scope="module")
+def recogniser() -> backbones.Recogniser:
+    torch.manual_seed(0)
+    return backbones.create("mobilefacenet").eval().requires_grad_(False)
+
+
+class TestCache:
+    def test_maps_are_computed_once_and_are_the_networks(
+        self, recogniser: backbones.Recogniser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pictures = generated()
+        done: list[int] = []
+        maps = cached_maps(
+            recogniser, pictures, tmp_path / "c", flipped=True, batch_size=4, progress=lambda n, _: done.append(n)
+        )
+        assert done[-1] == 20 and maps.grids.shape == (2, 10, 512, 7, 7) and maps.grids.dtype == torch.float16
+        assert maps.embeddings is not None and maps.embeddings.shape == (2, 10, 128)
+
+        def expected(images: Tensor) -> tuple[Tensor, Tensor]:
+            grid = recogniser.grid(recogniser.preprocessing(images.permute(0, 2, 3, 1).numpy()))
+            return grid, torch.nn.functional.normalize(recogniser.embed(grid))
+
+        for view, images in enumerate((pictures.images, pictures.images.flip(3))):
+            grid, embeddings = expected(images)
+            torch.testing.assert_close(maps.grids[view].float(), grid, rtol=2e-3, atol=2e-3)
+            torch.testing.assert_close(maps.embeddings[view], embeddings, rtol=1e-4, atol=1e-5)
+        monkeypatch.setattr(recogniser, "grid", None)
+        again = cached_maps(recogniser, pictures, tmp_path / "c", flipped=True)
+        assert torch.equal(again.grids, maps.grids)
+
+    def test_of_other_weights_or_pictures_they_are_computed_anew(
+        self, recogniser: backbones.Recogniser, tmp_path: Path
+    ) -> None:
+        cached_maps(recogniser, generated(), tmp_path)
+        other = generated()
+        other.fingerprint = "f" * 16
+        cached_maps(recogniser, other, tmp_path)
+        assert len(list(tmp_path.glob("*.maps.npy"))) == 2
+
+    def test_an_interrupted_computation_leaves_nothing(self, recogniser: backbones.Recogniser, tmp_path: Path) -> None:
+        def stop(done: int, total: int) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            cached_maps(recogniser, generated(), tmp_path, progress=stop)
+        assert not list(tmp_path.iterdir())
+
+    def test_bad_input(self, recogniser: backbones.Recogniser, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(XCosError, match="maps cannot be written"):
+            cached_maps(recogniser, generated(), tmp_path / "file" / "x")
+        recogniser.train()
+        with pytest.raises(ValueError, match="recogniser: expected evaluation mode, got training mode"):
+            cached_maps(recogniser, generated(), tmp_path)
+        recogniser.eval()
+
+    def test_normalised_is_the_networks_preprocessing(self) -> None:
+        network = backbones.create("mobilefacenet_relu", output=False)
+        images = generated().images
+        expected = network.preprocessing(images.permute(0, 2, 3, 1).numpy())
+        torch.testing.assert_close(normalised(network, images), expected)

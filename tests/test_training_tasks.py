@@ -1,0 +1,405 @@
+"""Training heads and models: from the closed form and from nothing, by every loss, and through the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import xcos_ext
+from xcos_ext import backbones
+from xcos_ext.errors import XCosError
+from xcos_ext.nn import plug
+from xcos_ext.training import BatchIndex, TrainConfig, train
+from xcos_ext.training.cache import Maps, normalised
+from xcos_ext.training.data import Pictures
+from xcos_ext.training.experiment import load_experiment
+from xcos_ext.training.head_config import BodyConfig, DataConfig, LossConfig, ModelConfig
+from xcos_ext.training.head_task import HeadTask, Sources, held_out_people
+from xcos_ext.training.model_task import ModelTask, assert_frozen
+from xcos_ext.training.settings import ConfigError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PEOPLE, EACH = 24, 3
+
+
+class _Output(nn.Module):
+    """An affine output block: depthwise 7x7, linear, batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(12, 12, 7, groups=12, bias=False)
+        self.linear = nn.Linear(12, 8)
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        return self.norm(self.linear(self.depthwise(grid).flatten(1)))
+
+
+def sources() -> Sources:
+    """People as noisy mosaics, and a random network whose last block is affine."""
+    torch.manual_seed(5)
+    body = nn.Sequential(nn.Conv2d(3, 12, 16, 16), nn.BatchNorm2d(12), nn.PReLU(12))
+    recogniser = backbones.SplitRecogniser(body, _Output(), grid_shape=(12, 7, 7), embedding_size=8)
+    own = torch.randint(40, 216, (PEOPLE, 1, 3, 7, 7))
+    noisy = (own + torch.randint(-25, 26, (PEOPLE, EACH, 3, 7, 7))).flatten(0, 1).clamp(0, 255).float()
+    images = torch.nn.functional.interpolate(noisy, size=(112, 112)).to(torch.uint8)
+    names = tuple(f"P{i:02d}" for i in range(PEOPLE))
+    pictures = Pictures(
+        images,
+        torch.arange(PEOPLE).repeat_interleave(EACH),
+        names,
+        tuple(f"{name}/{i}" for name in names for i in range(EACH)),
+        fingerprint="0" * 16,
+    )
+    with torch.no_grad():
+        recogniser.train()
+        recogniser(normalised(recogniser, images))  # statistics of batch norm that fit the pictures
+        recogniser.eval().requires_grad_(False)
+        grids = recogniser.grid(normalised(recogniser, images))
+        embeddings = torch.nn.functional.normalize(recogniser.embed(grids))
+    return Sources(recogniser, pictures, Maps(grids.half()[None], embeddings[None]))
+
+
+SOURCES = sources()
+MODEL = ModelConfig("net.pt", channels=None, hidden=4)
+HELD_OUT = {f"P{i:02d}" for i in range(8)}
+
+
+def task(loss: dict[str, Any] | None = None, **model: Any) -> HeadTask:
+    return HeadTask(SOURCES, dataclasses.replace(MODEL, **model), LossConfig(**(loss or {})), HELD_OUT)
+
+
+def run(made: Any, **settings: Any) -> Any:
+    return train(made, TrainConfig(**{"steps": 30, "batch": 24, "rate": 0.03, "workers": 0} | settings), show=False)
+
+
+def losses(made: HeadTask, **settings: Any) -> list[float]:
+    seen: list[float] = []
+    config = TrainConfig(**{"steps": 30, "batch": 24, "rate": 0.03, "workers": 0, "log_every": 5} | settings)
+    train(made, config, show=False, on_step=lambda step, values: seen.append(values["loss"]))
+    return seen
+
+
+class TestHead:
+    def test_it_starts_as_the_closed_form(self) -> None:
+        made = task()
+        trained = made.trained
+        first = trained[::EACH]
+        closed = plug(SOURCES.recogniser, faces=list(SOURCES.maps.grids[0][first].split(4)))
+        head = made.module.head
+        grids = SOURCES.maps.grids[0][:10].float()
+        with torch.no_grad():
+            expected = closed.head(grids, grids.flip(0)).score
+            torch.testing.assert_close(head(grids, grids.flip(0)).score, expected, rtol=1e-4, atol=1e-5)
+        assert not head.training
+
+    @pytest.mark.parametrize(
+        ("loss", "model"),
+        [
+            ({"cosine": 10.0}, {}),
+            ({"cosine": 10.0}, {"channels": 4}),
+            ({"cosine": 10.0, "balanced": True, "distance": "l1"}, {"attention": "norm"}),
+            ({"cosine": 10.0}, {"attention": "learned", "symmetric": True}),
+            ({"cosine": 10.0, "pairs": "drawn", "hard": 0.5}, {}),
+            ({"cosine": 10.0, "detach": "attention"}, {}),
+            ({"cosine": 10.0, "detach": "features"}, {}),
+            ({"cosine": 0.0, "contrast": 1.0, "contrast_kind": "triplet", "contrast_margin": 1.5}, {}),
+            (
+                {"cosine": 0.0, "contrast": 1.0, "others": 0.0},
+                {"start": "random", "channels": 6, "attention": "learned"},
+            ),
+            ({"cosine": 1.0, "identity": 0.1, "margin_scale": 8.0}, {"start": "random", "channels": 6}),
+            ({"cosine": 0.0, "identity": 1.0, "margin_head": "cosface", "margin_scale": 8.0}, {}),
+            ({"cosine": 10.0, "anchor": 0.1}, {}),
+        ],
+        ids=str,
+    )
+    def test_every_loss_falls(self, loss: dict[str, Any], model: dict[str, Any]) -> None:
+        seen = losses(task(loss, **model), steps=60)
+        assert seen[-1] < seen[0]
+
+    def test_training_draws_scores_to_the_teachers_cosine(self) -> None:
+        made = task({"cosine": 10.0})
+        made.held_out = made.trained  # so few people say little about others
+        before = made.evaluate(made.module)
+        run(made, steps=80)
+        after = made.evaluate(made.module)
+        assert after["correlation"] > before["correlation"] + 0.05
+        assert set(after) == {"auc", "eer", "tar_at_0.01", "tar_at_0.001", "correlation"}
+
+    def test_held_out_people_are_never_seen(self) -> None:
+        made = task({"cosine": 1.0, "pairs": "drawn", "hard": 0.5})
+        held = {i for i, number in enumerate(SOURCES.pictures.people.tolist()) if f"P{number:02d}" in HELD_OUT}
+        for pairs in ("drawn", "all"):
+            made = task({"cosine": 1.0, "pairs": pairs})
+            for step in range(20):
+                drawn = made.draw(BatchIndex(0, step), 12).pictures
+                assert not held & set(drawn.tolist())
+        assert set(made.held_out.tolist()) == held
+
+    def test_statistics_and_the_teacher_stay(self) -> None:
+        made = task({"cosine": 10.0})
+        buffers = {name: b.clone() for name, b in made.module.named_buffers()}
+        weights = {name: t.clone() for name, t in SOURCES.recogniser.state_dict().items()}
+        run(made, steps=5)
+        assert all(torch.equal(b, buffers[name]) for name, b in made.module.named_buffers())
+        assert all(torch.equal(t, weights[name]) for name, t in SOURCES.recogniser.state_dict().items())
+        assert not SOURCES.recogniser.training
+
+    def test_parts_are_the_same_however_they_are_computed(self) -> None:
+        one, other = task({"cosine": 10.0}), task({"cosine": 10.0})
+        for part in range(2):
+            index = BatchIndex(4, 9, part, 2)
+            a, b = one.batch(index, 12), other.batch(index, 12)
+            assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+    def test_drawn_pairs_do_not_depend_on_the_split(self) -> None:
+        made = task({"pairs": "drawn"})
+        whole = made.draw(BatchIndex(0, 3), 24).pictures.view(2, 12)
+        parts = [made.draw(BatchIndex(0, 3, part, 3), 8).pictures.view(2, 4) for part in range(3)]
+        assert torch.equal(torch.cat(parts, 1), whole)
+
+    def test_a_part_of_the_classes(self) -> None:
+        made = task({"cosine": 0.0, "identity": 1.0, "class_share": 0.5, "others": 0.0})
+        batch = made.batch(BatchIndex(0, 0), 8)
+        assert len(batch["classes"]) == 8 and set(batch["labels"].tolist()) <= set(batch["classes"].tolist())
+        run(made, steps=5)
+
+    def test_the_anchor_holds(self) -> None:
+        free, held = task({"cosine": 10.0}), task({"cosine": 10.0, "anchor": 100.0})
+        moved = []
+        for made in (free, held):
+            start = made.start["cells.weight"].clone()
+            run(made)
+            moved.append(float((made.module.head.cells.weight.detach() - start).norm()))
+        assert moved[1] < 0.5 * moved[0]
+
+    @pytest.mark.parametrize(
+        ("loss", "model", "message"),
+        [
+            ({"cosine": 0.0}, {}, "loss: expected a weight above 0 among cosine, contrast and identity, got none"),
+            ({"contrast": 1.0, "pairs": "drawn"}, {}, r"loss.contrast: expected loss.pairs = 'all'"),
+            ({}, {"start": "random"}, r"model.channels: expected a whole number with start = 'random', got none"),
+            ({}, {"attention": "uniform"}, r"model.attention: expected 'residual', 'learned' or 'norm'"),
+        ],
+    )
+    def test_settings_that_do_not_fit(self, loss: dict[str, Any], model: dict[str, Any], message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            task(loss, **model)
+
+    def test_too_few_people_are_known_at_once(self) -> None:
+        with pytest.raises(XCosError, match="expected at least 32 people with 2 pictures or more to train on, got 16"):
+            HeadTask(SOURCES, MODEL, LossConfig(), HELD_OUT, batch=64)
+
+    def test_no_embeddings(self) -> None:
+        without = dataclasses.replace(SOURCES, maps=Maps(SOURCES.maps.grids, None))
+        with pytest.raises(ConfigError, match=r"loss.cosine: expected a recogniser with an output block"):
+            HeadTask(without, MODEL, LossConfig(), HELD_OUT)
+
+    def test_held_out_people_by_every_rule(self, tmp_path: Path) -> None:
+        (tmp_path / "list.txt").write_text("P01\nnobody\n")
+        (tmp_path / "pairs.txt").write_text("1\t1\nP02\t1\t2\nP03\t1\tP04\t1\n")
+        names = SOURCES.pictures.names
+        data = DataConfig("x", held_out_list=str(tmp_path / "list.txt"), pairs=str(tmp_path / "pairs.txt"), folds=(1,))
+        assert held_out_people(data, names) == {"P01", "P02", "P03", "P04"}
+        assert held_out_people(dataclasses.replace(data, held_out_share=0.5), names) > {"P01", "P02"}
+        with pytest.raises(ConfigError, match=r"data.pairs: expected the pairs file that data.folds belong to"):
+            held_out_people(DataConfig("x", folds=(1,)), names)
+
+
+class TestModel:
+    def model(self, **loss: Any) -> ModelTask:
+        return ModelTask(task({"cosine": 10.0} | loss), BodyConfig(rate_scale=0.1))
+
+    def test_the_body_learns_and_the_teacher_does_not(self) -> None:
+        made = self.model(identity=0.1, margin_scale=8.0)
+        body, teacher = made.module.body, made.teacher
+        before = {name: t.clone() for name, t in body.state_dict().items()}
+        assert all(torch.equal(t, before[name]) for name, t in teacher.state_dict().items())
+        result = run(made, steps=10, clip=1.0)
+        assert np.isfinite(result.loss)
+        trained = {name for name, t in body.state_dict().items() if not torch.equal(t, before[name])}
+        assert "body.0.weight" in trained and "body.1.weight" in trained
+        assert not any("running" in name or "tracked" in name for name in trained)
+        assert all(torch.equal(t, before[name]) for name, t in teacher.state_dict().items())
+
+    def test_the_output_block_stays(self) -> None:
+        made = self.model()
+        made.module.body.output_prefixes = ("output.",)  # a SplitRecogniser does not say which keys are its block's
+        again = ModelTask(made.start, made.body_config)
+        assert all(p.requires_grad for p in again.module.body.body.parameters())
+
+    def test_the_teacher_is_checked_at_every_step(self) -> None:
+        made = self.model()
+        batch = made.batch(BatchIndex(0, 0), 8)
+        made.loss(batch)
+        made.teacher.train()
+        with pytest.raises(XCosError, match="teacher: expected evaluation mode, got training mode"):
+            made.loss(batch)
+        made.teacher.eval()
+        next(made.teacher.parameters()).requires_grad_(True)
+        with pytest.raises(XCosError, match="teacher: expected frozen parameters, got one that wants"):
+            made.loss(batch)
+        next(made.teacher.parameters()).requires_grad_(False)
+        made.module.body.train()
+        with pytest.raises(XCosError, match="model: expected body and head in evaluation mode"):
+            made.loss(batch)
+        SOURCES.recogniser.eval()
+
+    def test_one_part_in_training_mode_is_enough(self) -> None:
+        network = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2))).eval().requires_grad_(False)
+        assert_frozen(network)
+        network[1][0].train()
+        with pytest.raises(XCosError, match=r"training mode in 1\.0"):
+            assert_frozen(network)
+
+    def test_it_starts_where_the_head_stands(self) -> None:
+        made = self.model()
+        expected = made.start.evaluate(made.start.module)
+        assert made.evaluate(made.module)["auc"] == pytest.approx(expected["auc"], abs=1e-3)
+
+
+# --- the command
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of twelve people, an untrained network, and an experiment."""
+    image = pytest.importorskip("PIL.Image")
+    root = tmp_path_factory.mktemp("train")
+    for number, (picture, key) in enumerate(zip(SOURCES.pictures.images, SOURCES.pictures.keys, strict=True)):
+        if number < 36:
+            file = root / "crops" / f"{key}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.fromarray(picture.permute(1, 2, 0).numpy()).save(file)
+    (root / "crops" / "P00" / "broken.png").write_bytes(b"x")
+    torch.manual_seed(0)
+    torch.save(backbones.create("mobilefacenet").state_dict(), root / "net.pt")
+    (root / "head.toml").write_text(
+        f"""
+task = "head"
+[data]
+pictures = "{root}/crops"
+held_out_share = 0.3
+cache = "{root}/cache"
+[model]
+recogniser = "{root}/net.pt"
+channels = 4
+hidden = 4
+[loss]
+cosine = 10.0
+[train]
+steps = 4
+batch = 8
+rate = 0.01
+workers = 0
+log_every = 2
+"""
+    )
+    return root
+
+
+def command(*arguments: str) -> int:
+    from xcos_ext.cli.app import xcos
+
+    status = xcos.main(list(arguments), prog_name="xcos", standalone_mode=False)
+    assert isinstance(status, int)
+    return status
+
+
+def test_the_command_trains_and_resumes(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    config = str(files / "head.toml")
+    assert command("train", config, "--out", str(out), "--json") == 0
+    shown = capsys.readouterr()
+    result = json.loads(shown.out)
+    assert result["steps"] == 4 and result["files"] == [str(out / "model.safetensors")]
+    assert "1 left out, cannot be decoded: P00/broken.png" in shown.err
+    model = xcos_ext.load_model(out / "model.safetensors")
+    assert model.head.config()["attention"]["residual"] and model.head.channels == 4
+    faces = SOURCES.pictures.images[:4].permute(0, 2, 3, 1).numpy()
+    with torch.no_grad():
+        features = model.features(model.preprocessing(faces))
+        templates = model.templates(features, "both")
+        scores = xcos_ext.xcos_matrix(templates, templates)
+        torch.testing.assert_close(scores[0, 1:], model.score(features[:1].expand(3, -1, -1, -1), features[1:]))
+    assert command("train", config, "--out", str(out)) == 2
+    assert "holds a training already" in capsys.readouterr().err
+    assert command("train", config, "--out", str(out), "--resume") == 0
+    assert "4 (4 before)" in capsys.readouterr().out
+    assert command("train", config, "--out", str(out), "--resume", "--set", "loss.cosine=5") == 2
+    assert "task.loss.cosine (checkpoint 10.0, now 5.0)" in capsys.readouterr().err
+
+
+def test_the_command_trains_a_body(files: Path, tmp_path: Path) -> None:
+    options = ["--set", "task=model", "--set", "train.steps=2", "--set", "body.rate_scale=0.01"]
+    assert command("train", str(files / "head.toml"), "--out", str(tmp_path), *options) == 0
+    model = xcos_ext.load_model(tmp_path / "model.safetensors")
+    before = xcos_ext.nn.load_recogniser(files / "net.pt").state_dict()
+    after = model.backbone.state_dict()
+    assert not torch.equal(after["conv1.conv.weight"], before["conv1.conv.weight"])
+    assert torch.equal(after["linear.weight"], before["linear.weight"])  # the output block takes no part
+    assert torch.equal(after["conv1.bn.running_mean"], before["conv1.bn.running_mean"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "train.stepz=3"], "train.stepz: no such setting; did you mean train.steps?"),
+        (["--set", "loss.cosine=-1"], "loss.cosine: expected a number >= 0, got -1"),
+        (["--set", "model.start=middle"], "model.start: expected 'closed-form' or 'random', got 'middle'"),
+        (["--set", "task=hed"], "task: expected one of distill, head, model, got 'hed'; did you mean head?"),
+        (["--set", "data.pictures=nowhere"], "nowhere: no such folder"),
+        (["--set", "model.recogniser=nowhere.pt"], "nowhere.pt: no such file"),
+        (["--set", "train.batch=7", "--set", "train.accumulate=2"], "train.batch: expected a multiple of 2"),
+        (["--set", "train.batch=80"], "expected at least 40 people with 2 pictures or more to train on"),
+        (["--set", "train"], "--set train: expected table.key=value"),
+    ],
+)
+def test_mistakes_are_one_line(
+    files: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("train", str(files / "head.toml"), "--out", str(tmp_path / "out"), *options) == 2
+    shown = capsys.readouterr().err.splitlines()
+    assert message in shown[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_experiments_that_come_with_the_package_can_be_read() -> None:
+    folder = Path(__file__).resolve().parent.parent / "configs"
+    for file in sorted(folder.glob("*.toml")):
+        assert load_experiment(file).train.steps > 0
+
+
+@pytest.mark.real_data
+def test_real_faces_from_the_closed_form(shared_data: Path, tmp_path: Path) -> None:
+    """A short run on few people: scores of people held out come nearer to the recogniser's cosine."""
+    from xcos_ext.nn import load_recogniser
+    from xcos_ext.training.cache import cached_maps
+    from xcos_ext.training.data import people_of_share, read_pictures
+
+    recogniser = load_recogniser(shared_data / "mobilefacenet_arcface.pt").requires_grad_(False)
+    pictures = read_pictures(shared_data / "lfw112.zip", chosen=lambda name: name.startswith(("A", "B")))
+    few = pictures.of_people(people_of_share(pictures.names, 0.25))[:240]
+    some = Pictures(
+        pictures.images[few],
+        pictures.people[few],
+        pictures.names,
+        tuple(pictures.keys[i] for i in few.tolist()),
+        fingerprint="few",
+    )
+    real = Sources(recogniser, some, cached_maps(recogniser, some, tmp_path))
+    names = {some.names[i] for i in some.people.unique().tolist()}
+    held_out = people_of_share(sorted(names), 0.3, seed=1)
+    made = HeadTask(real, dataclasses.replace(MODEL, channels=None), LossConfig(cosine=100.0), held_out)
+    before = made.evaluate(made.module)
+    run(made, steps=30, batch=16, rate=0.001)
+    after = made.evaluate(made.module)
+    assert after["correlation"] > before["correlation"]

@@ -2,9 +2,10 @@
 
 from ._optional import MissingPackageError, need
 from .alignment import ARCFACE_TEMPLATE, align_face, apply_transform, similarity_transform, template_for, warp
-from .cascade import CascadeAlignment, CascadeDetector
+from .cascade import CascadeDetector
 from .detector import Detector, Face
 from .factory import create_detector
+from .landmarks import LandmarkReader
 from .pictures import MAX_PIXELS, display_name, read_picture
 from .reader import AlignedFace, extract_face, read_face
 from .selection import POLICIES, choose_face
@@ -15,10 +16,10 @@ __all__ = [
     "MAX_PIXELS",
     "POLICIES",
     "AlignedFace",
-    "CascadeAlignment",
     "CascadeDetector",
     "Detector",
     "Face",
+    "LandmarkReader",
     "MissingPackageError",
     "YuNetDetector",
     "align_face",

@@ -6,6 +6,7 @@ from .attention import XCosAttention
 from .calibration import Calibration, FMRAtScore, FMRCurve
 from .cells import CellMatrices, cell_matrices
 from .head import ClosedFormHead, XCosHead
+from .inference import for_inference
 from .loading import default_weights, load_model, load_recogniser, save_model
 from .margin import ArcFaceHead, CosFaceHead
 from .model import Preprocessing, XCosModel
@@ -33,6 +34,7 @@ __all__ = [
     "default_weights",
     "find_statistics",
     "fingerprint_weights",
+    "for_inference",
     "load_model",
     "load_recogniser",
     "plug",

@@ -1,4 +1,4 @@
-"""Cross-validate a head's training on LFW: for each fold, train on people who are not in it, then score its pairs.
+"""Cross-validate training on LFW: for each fold, train on people who are not in it, then score its pairs.
 
     python examples/crossval_head.py configs/head_closed_form.toml --json result.json \\
         --set data.pictures=lfw112.zip --set data.pairs=pairs.txt --set model.recogniser=net.pt
@@ -23,16 +23,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from xcos_ext.datasets import LFW
 from xcos_ext.errors import XCosError
 from xcos_ext.evaluation import VerificationReport, verification
-from xcos_ext.nn import XCosHead
 from xcos_ext.training import TrainConfig, train
 from xcos_ext.training.experiment import load_experiment
 from xcos_ext.training.head_config import HeadExperiment
 from xcos_ext.training.head_task import HeadTask, Sources, held_out_people, load_sources
+from xcos_ext.training.model_task import ModelTask
 
 FMRS = (1e-1, 1e-2, 1e-3)
 _AT_ONCE = 256
@@ -43,19 +43,13 @@ def say(line: str) -> None:
 
 
 @torch.no_grad()
-def score(head: XCosHead, grids: Tensor, first: Tensor, second: Tensor) -> np.ndarray:
-    """Scores of pairs of pictures, given by their places in ``grids``."""
+def score(task: HeadTask | ModelTask, first: Tensor, second: Tensor) -> np.ndarray:
+    """Scores of pairs of pictures, given by their indices."""
     used, places = torch.cat((first, second)).unique(return_inverse=True)
-    features = torch.cat([head.features(grids[part].float()) for part in used.split(_AT_ONCE)])
-    a, b = places.chunk(2)
-    scores = [head.score(features[i], features[j]) for i, j in zip(a.split(_AT_ONCE), b.split(_AT_ONCE), strict=True)]
-    return torch.cat(scores).double().numpy()
-
-
-def head_of(module: nn.Module) -> XCosHead:
-    head = module.head
-    assert isinstance(head, XCosHead)
-    return head
+    features = task.features(task.module, used)
+    a, b = (features[side] for side in places.chunk(2))
+    pairs = zip(a.split(_AT_ONCE), b.split(_AT_ONCE), strict=True)
+    return torch.cat([task.module.head.score(x, y) for x, y in pairs]).double().numpy()
 
 
 def cross_validate(
@@ -73,18 +67,18 @@ def cross_validate(
     seconds = []
     for fold in folds:
         held_out = held_out_people(dataclasses.replace(data, folds=(fold,)), sources.pictures.names)
-        task = HeadTask(sources, experiment.model, experiment.loss, held_out, seed=config.seed)
+        start = HeadTask(sources, experiment.model, experiment.loss, held_out, seed=config.seed)
+        task = ModelTask(start, experiment.body) if experiment.task == "model" else start
         rows = torch.from_numpy(np.flatnonzero(lfw.folds == fold - 1))
-        assert not set(task.trained.tolist()) & set(torch.cat((first[rows], second[rows])).tolist())
-        grids = sources.maps.grids[0]
-        scores["start"][rows] = score(head_of(task.module), grids, first[rows], second[rows])
+        assert not set(start.trained.tolist()) & set(torch.cat((first[rows], second[rows])).tolist())
+        scores["start"][rows] = score(task, first[rows], second[rows])
         result = train(task, config, show=False)
-        scores["trained"][rows] = score(head_of(task.module), grids, first[rows], second[rows])
+        scores["trained"][rows] = score(task, first[rows], second[rows])
         if sources.maps.embeddings is not None:
             own = sources.maps.embeddings[0]
             scores["cosine"][rows] = (own[first[rows]] * own[second[rows]]).sum(1).double().numpy()
         seconds.append(result.seconds)
-        say(f"fold {fold}: {len(task.trained)} pictures trained on, {result.seconds:.0f} s, loss {result.loss:.5f}")
+        say(f"fold {fold}: {len(start.trained)} pictures trained on, {result.seconds:.0f} s, loss {result.loss:.5f}")
     reports = {
         name: verification(values, lfw.genuine, lfw.folds if len(folds) > 1 else None, fmrs=FMRS)
         for name, values in scores.items()
@@ -126,7 +120,7 @@ def table(result: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", help="TOML file with task = 'head'")
+    parser.add_argument("experiment", help="TOML file with task = 'head' or 'model'")
     parser.add_argument("--set", action="append", default=[], metavar="table.key=value", help="change a setting")
     parser.add_argument("--folds", type=int, nargs="+", help="folds, numbered from 1 (default: all of the pairs file)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -137,7 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         experiment = load_experiment(options.experiment, options.set)
         if not isinstance(experiment, HeadExperiment) or experiment.data.pairs is None:
-            raise XCosError(f"{options.experiment}: expected an experiment with task = 'head' and data.pairs")
+            raise XCosError(
+                f"{options.experiment}: expected an experiment with task = 'head' or 'model', and data.pairs"
+            )
         sources = load_sources(experiment.data, experiment.model, flipped=experiment.loss.flipped)
         everything = LFW(experiment.data.pictures, experiment.data.pairs)
         folds = options.folds or [int(fold) + 1 for fold in np.unique(everything.folds)]

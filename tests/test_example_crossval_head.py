@@ -1,0 +1,96 @@
+"""The cross-validation of a head's training: no tested person is trained on, and what is written down."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY
+from test_training_tasks import EACH, PEOPLE, SOURCES
+
+pytest.importorskip("PIL.Image")
+EXAMPLES = str(REPOSITORY / "examples")
+if EXAMPLES not in sys.path:
+    sys.path.append(EXAMPLES)
+example: Any = importlib.import_module("crossval_head")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures named as LFW's, two folds of pairs, an experiment."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("lfw")
+    for number, picture in enumerate(SOURCES.pictures.images):
+        person, index = f"P{number // EACH:02d}", number % EACH + 1
+        file = root / "crops" / person / f"{person}_{index:04d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(file)
+    folds = [[f"P{person:02d}" for person in range(start, start + 6)] for start in (0, 6)]
+    lines = ["2\t4"]
+    for people in folds:
+        lines += [f"{person}\t1\t2" for person in people[:4]]
+        lines += [f"{a}\t1\t{b}\t1" for a, b in itertools.pairwise(people[:5])]
+    (root / "pairs.txt").write_text("\n".join(lines) + "\n")
+    (root / "head.toml").write_text(
+        f"""
+task = "head"
+[data]
+pictures = "{root}/crops"
+pairs = "{root}/pairs.txt"
+[model]
+recogniser = "net.pt"
+channels = 4
+[train]
+steps = 2
+batch = 8
+workers = 0
+"""
+    )
+    return root
+
+
+@pytest.mark.parametrize("task", ["head", "model"])
+def test_every_fold_is_scored_by_a_head_that_never_saw_it(
+    files: Path, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = tuple(f"P{i:02d}/P{i:02d}_{j + 1:04d}.png" for i in range(PEOPLE) for j in range(EACH))
+    known = dataclasses.replace(SOURCES, pictures=dataclasses.replace(SOURCES.pictures, keys=keys))
+    monkeypatch.setattr(example, "load_sources", lambda *_, **__: known)
+    seen: list[tuple[set[str], int]] = []
+
+    class Watched(example.HeadTask):  # type: ignore[misc, name-defined]
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
+            seen.append((set(arguments[3]), len(self.trained)))
+
+    monkeypatch.setattr(example, "HeadTask", Watched)
+    out = tmp_path / "result.json"
+    arguments = [str(files / "head.toml"), "--json", str(out), "--threads", "1", "--set", f"task={task}"]
+    assert example.main([*arguments, "--label", "one"]) == 0
+    assert [people for people, _ in seen] == [{f"P{i:02d}" for i in range(start, start + 5)} for start in (0, 6)]
+    assert {count for _, count in seen} == {(PEOPLE - 5) * EACH}
+    assert example.main([*arguments, "--label", "other", "--folds", "1", "2"]) == 0
+    results = json.loads(out.read_text())
+    assert list(results) == ["one", "other"] and results["one"]["pairs"] == 16
+    assert results["one"]["scores"] == results["other"]["scores"]
+    assert results["one"]["settings"]["data"]["pictures"] == "crops"
+    for name in ("trained", "start", "cosine"):
+        row = results["one"]["scores"][name]
+        assert 0 <= row["accuracy"] <= 1 and len(row["per_fold"]) == 2
+        assert f"| {name} | {100 * row['accuracy']:.2f}" in capsys.readouterr().out or name != "trained"
+
+
+def test_mistakes_are_named(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for change, message in (("train.stepz=1", "train.stepz: no such setting"), ("data.pairs=none", "and data.pairs")):
+        with pytest.raises(SystemExit):
+            example.main([str(files / "head.toml"), "--set", change])
+        assert message in capsys.readouterr().err

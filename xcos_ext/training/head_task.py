@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from xcos_ext.backbones import Recogniser
 from xcos_ext.errors import XCosError
 from xcos_ext.evaluation import auc, calibrate, eer, operating_point
+from xcos_ext.fingerprint import fingerprint_weights
 from xcos_ext.nn import (
     ArcFaceHead,
     ClosedFormHead,
@@ -340,7 +341,9 @@ class HeadTask:
         """Settings, data and weights that a resumed training must share."""
         return {
             "task": "head",
-            "model": dataclasses.asdict(self.model_config),
+            # Wherever the weights lie, they must be the same.
+            "model": dataclasses.asdict(self.model_config)
+            | {"recogniser": fingerprint_weights(self.sources.recogniser)},
             "loss": dataclasses.asdict(self.config),
             "pictures": self.sources.pictures.fingerprint,
             "trained": len(self.trained),

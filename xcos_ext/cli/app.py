@@ -12,6 +12,7 @@ from .console import CommandGroup
 __all__ = ["xcos"]
 
 _MODEL_HELP = "Weights: an xCos model, or a recogniser to be plugged in (.pt, .pth, .safetensors)."
+_OR_SHIPPED = f"{_MODEL_HELP} [env: XCOS_MODEL; default: the shipped compact model]"
 
 
 class _Finite(click.ParamType):
@@ -53,9 +54,7 @@ def xcos(ctx: click.Context) -> None:
 @xcos.command()
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
-@click.option(
-    "--model", envvar="XCOS_MODEL", metavar="FILE", type=click.Path(), help=f"{_MODEL_HELP} [env: XCOS_MODEL]"
-)
+@click.option("--model", envvar="XCOS_MODEL", metavar="FILE", type=click.Path(), help=_OR_SHIPPED)
 @click.option(
     "--detector",
     default="cascade",
@@ -96,9 +95,7 @@ def info(as_json: bool) -> int:
 
 @xcos.command()
 @click.argument("pictures", nargs=-1, type=click.Path(), metavar="[A B]")
-@click.option(
-    "--model", envvar="XCOS_MODEL", metavar="FILE", type=click.Path(), help=f"{_MODEL_HELP} [env: XCOS_MODEL]"
-)
+@click.option("--model", envvar="XCOS_MODEL", metavar="FILE", type=click.Path(), help=_OR_SHIPPED)
 @click.option("--out", metavar="FILE", type=click.Path(), help="The picture to draw. [default: xcos_demo.png]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def demo(pictures: tuple[str, ...], model: str | None, out: str | None, as_json: bool) -> int:
@@ -183,9 +180,7 @@ def evaluate(ctx: click.Context) -> None:
     help="Of the pairs; by default told from the file.",
 )
 @click.option("--aligned", is_flag=True, help="The pictures are aligned crops already (112 x 112): detect nothing.")
-@click.option(
-    "--model", envvar="XCOS_MODEL", metavar="FILE", type=click.Path(), help=f"{_MODEL_HELP} [env: XCOS_MODEL]"
-)
+@click.option("--model", envvar="XCOS_MODEL", metavar="FILE", type=click.Path(), help=_OR_SHIPPED)
 @click.option(
     "--detector",
     default="cascade",

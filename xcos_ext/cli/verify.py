@@ -18,11 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Request", "check_model_path", "load", "run"]
 
-_NO_MODEL = (
-    "no model: give --model FILE, or set XCOS_MODEL. Suitable are an xCos checkpoint (github.com/ntubiolin/xcos) or "
-    "the weights of an IR, IR-SE or MobileFaceNet recogniser (github.com/TreB1eN/InsightFace_Pytorch has some)"
-)
-
 
 @dataclass(frozen=True)
 class Request:
@@ -41,15 +36,16 @@ class Request:
 
 
 def check_model_path(path: str | None) -> str:
-    """A weights file that is there, before torch is imported for it.
+    """A weights file that is there, before torch is imported for it; without a name, the shipped one.
 
     Raises:
-        ModelError: none was given, or it is not a readable regular file.
+        ModelError: it is not a readable regular file.
     """
     from xcos_ext.faces.pictures import display_name
+    from xcos_ext.shipped import default_weights
 
     if not path:
-        raise ModelError(_NO_MODEL)
+        return str(default_weights())
     try:
         regular = stat.S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError) as error:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from xcos_ext.errors import ModelError
+from xcos_ext.shipped import DATA
 
 from .alignment import ARCFACE_TEMPLATE, apply_transform, compose, invert, similarity_transform, warp
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CROP_CENTRE", "CROP_SIDE", "MIRRORED", "LandmarkReader", "crop_transform", "load_network"]
 
-_WEIGHTS = Path(__file__).resolve().parent.parent / "data" / "landmarks.safetensors"
+_WEIGHTS = DATA / "landmarks.safetensors"
 _FORMAT, _VERSION = "xcos_ext.landmarks", "1"
 
 #: The square that the network sees, in coordinates of the template: centre (x, y) and side.

@@ -7,7 +7,7 @@ from .calibration import Calibration, FMRAtScore, FMRCurve
 from .cells import CellMatrices, cell_matrices
 from .head import ClosedFormHead, XCosHead
 from .inference import for_inference
-from .loading import default_weights, load_model, load_recogniser, save_model
+from .loading import load_model, load_recogniser, save_model
 from .margin import ArcFaceHead, CosFaceHead
 from .model import Preprocessing, XCosModel
 from .plugin import DEFAULT_SPREAD, plug, plug_statistics
@@ -31,7 +31,6 @@ __all__ = [
     "XCosHead",
     "XCosModel",
     "cell_matrices",
-    "default_weights",
     "find_statistics",
     "fingerprint_weights",
     "for_inference",

@@ -76,7 +76,8 @@ def for_inference(model: XCosModel, dtype: torch.dtype | None = torch.float32) -
         dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype: expected float32, bfloat16, float16 or None, got {dtype}")
-    body = fuse(_Body(copy.deepcopy(model.backbone))).to(dtype).to(memory_format=torch.channels_last)
+    body = fuse(_Body(copy.deepcopy(model.backbone))).to(dtype)
+    body.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ready = copy.copy(model)
     ready._modules = dict(model._modules)
     ready.backbone = _Prepared(body, dtype).requires_grad_(False).eval()

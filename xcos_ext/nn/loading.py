@@ -8,7 +8,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +18,7 @@ from xcos_ext.backbones.preprocessing import Preprocessing
 from xcos_ext.backbones.recogniser import Recogniser
 from xcos_ext.errors import ModelError
 from xcos_ext.fingerprint import fingerprint_weights
+from xcos_ext.shipped import default_weights
 
 from .attention import XCosAttention
 from .calibration import FMRCurve, checked_thresholds
@@ -28,11 +28,10 @@ from .model import XCosModel
 from .plugin import DEFAULT_SPREAD, plug
 from .statistics import PlugStatistics, find_statistics
 
-__all__ = ["default_weights", "load_model", "load_recogniser", "save_model"]
+__all__ = ["load_model", "load_recogniser", "save_model"]
 
 _FORMAT = "xcos_ext.model"
 _VERSION = "1"
-_DEFAULT_WEIGHTS = Path(__file__).resolve().parent.parent / "data" / "xcos_compact.safetensors"
 _NESTED = ("state_dict", "model_state_dict", "model", "net", "weights")
 _NAMED = 4  # keys named in an error before "..."
 
@@ -387,17 +386,6 @@ def load_recogniser(path: StrPath, *, device: str | torch.device = "cpu") -> Rec
     return recogniser.to(device)
 
 
-def default_weights() -> Path:
-    """The file of the model that the package ships, a compact one trained by its own scripts (docs/default_model.md).
-
-    Raises:
-        ModelError: the package was installed without it.
-    """
-    if not _DEFAULT_WEIGHTS.is_file():
-        raise ModelError(f"{_DEFAULT_WEIGHTS}: the default model is missing from this installation; name another")
-    return _DEFAULT_WEIGHTS
-
-
 def load_model(
     path: StrPath | None = None,
     *,
@@ -416,7 +404,7 @@ def load_model(
     unexecuted. Half-precision weights are converted to fp32.
 
     Args:
-        path: .pt, .pth or .safetensors; None: the model that the package ships (:func:`default_weights`).
+        path: .pt, .pth or .safetensors; None: the model that the package ships.
         device: where to put the model.
         statistics: for recognisers: a statistics file or object, instead of the shipped ones.
         project: for recognisers: principal axes per cell, as in ``plug``.

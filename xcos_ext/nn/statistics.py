@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xcos_ext.backbones.recogniser import Recogniser
 from xcos_ext.errors import ModelError
+from xcos_ext.shipped import DATA
 
 from .calibration import Calibration
 from .cells import CellMatrices, spread_matrix
@@ -26,7 +27,6 @@ __all__ = ["Form", "PlugStatistics", "compute_statistics", "find_statistics"]
 
 _FORMAT = "xcos_ext.plug_statistics"
 _VERSION = "1"
-_DATA = Path(__file__).resolve().parent.parent / "data"
 
 Faces = Iterable[Any]
 
@@ -145,7 +145,7 @@ def _form(entry: Mapping[str, Any]) -> Form:
 def _shipped() -> dict[str, Path]:
     """Fingerprint -> file of the statistics that come with the package."""
     found: dict[str, Path] = {}
-    for file in sorted(_DATA.glob("*.safetensors")):
+    for file in sorted(DATA.glob("*.safetensors")):
         with safe_open(str(file), "pt") as opened:  # the header alone: the folder holds weights too
             metadata = opened.metadata() or {}
         if metadata.get("xcos_format") == _FORMAT:

@@ -1,30 +1,29 @@
-"""Makes the picture at the top of README: a photograph against a copy of itself with part of the face covered.
+"""Makes README's two photographs and the picture at its top: a face against a copy with part of it covered.
 
-    python examples/readme_picture.py WEIGHTS [OUT]
+    python examples/readme_picture.py [--photographs] [WEIGHTS]
 
 The photograph is scikit-image's `astronaut` (Eileen Collins; NASA, public domain), so nobody's private picture is
 shown. The copy is darker, turned by six degrees, and wears a surgical mask drawn over nose, mouth and chin; the map
-should say so.
+should say so. ``--photographs`` makes both files anew (pip install scikit-image); without WEIGHTS the shipped model is
+used.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance
 
+FOLDER = Path(__file__).resolve().parent / "photographs"
+FIRST, SECOND = FOLDER / "astronaut.jpg", FOLDER / "astronaut-masked.jpg"
 
-def main() -> int:
-    if len(sys.argv) not in (2, 3):
-        print(__doc__, file=sys.stderr)
-        return 2
-    weights = sys.argv[1]
-    out = sys.argv[2] if len(sys.argv) == 3 else "docs/images/verify.png"
-    from skimage import data  # an example's own need: pip install scikit-image
+
+def make_photographs() -> None:
+    """Write both photographs."""
+    from skimage import data
 
     photograph = Image.fromarray(np.asarray(data.astronaut()))
     masked = photograph.copy()
@@ -32,23 +31,21 @@ def main() -> int:
     # Corners in pixels of the 512 x 512 photograph: across the nose, down the cheeks, under the chin.
     draw.polygon([(190, 134), (226, 122), (262, 132), (258, 168), (228, 190), (198, 172)], fill=(170, 196, 206))
     masked = ImageEnhance.Brightness(masked.rotate(6, resample=Image.Resampling.BICUBIC)).enhance(0.75)
-    with tempfile.TemporaryDirectory() as folder:
-        first, second = Path(folder) / "photograph.png", Path(folder) / "with a mask.png"
-        photograph.save(first)
-        masked.save(second)
-        command = [
-            sys.executable,
-            "-m",
-            "xcos_ext",
-            "verify",
-            str(first),
-            str(second),
-            "--model",
-            weights,
-            "--out",
-            out,
-        ]
-        return subprocess.run(command).returncode
+    FOLDER.mkdir(exist_ok=True)
+    for file, picture in ((FIRST, photograph), (SECOND, masked)):
+        picture.save(file, quality=92)
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--photographs"]:
+        make_photographs()
+        arguments = arguments[1:]
+    if len(arguments) > 1:
+        print(__doc__, file=sys.stderr)
+        return 2
+    command = [sys.executable, "-m", "xcos_ext", "verify", str(FIRST), str(SECOND), "--out", "docs/images/verify.png"]
+    return subprocess.run([*command, *(["--model", arguments[0]] if arguments else [])]).returncode
 
 
 if __name__ == "__main__":

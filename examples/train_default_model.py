@@ -2,9 +2,9 @@
 
     python examples/train_default_model.py configs/default_model.toml --out runs --json default_model.json \\
         --set data.pictures=lfw112.zip --set data.pairs=pairs.txt --set pupil.teacher=mobilefacenet_apache2.pt \\
-        --ship xcos_ext/data/xcos_compact.safetensors
+        --plot docs/images/default_model_roc.png --ship xcos_ext/data/xcos_compact.safetensors
 
-Folds are held out two at a time: for each such part of the pairs file the experiment is run anew without the people of
+Folds are held out four at a time: for each such part of the pairs file the experiment is run anew without the people of
 these folds, and the part's pairs are scored by that model, so no score comes from a model that has seen either person.
 Accuracy takes each fold's threshold from the other folds' scores. A training that is done already is not repeated, one
 that was interrupted is taken up again. ``--only`` runs some parts, for several processes side by side.
@@ -28,14 +28,29 @@ import torch
 
 from xcos_ext.datasets import LFW, read_pairs
 from xcos_ext.errors import XCosError
-from xcos_ext.evaluation import Resampling, bootstrap, evaluate, verification
+from xcos_ext.evaluation import (
+    ErrorCurves,
+    Resampling,
+    bootstrap,
+    error_curves,
+    evaluate,
+    roc_figure,
+    verification,
+)
+from xcos_ext.explain import save_figure
 from xcos_ext.nn import load_model, load_recogniser, save_model
 from xcos_ext.training import train
 from xcos_ext.training.distill import Experiment
 from xcos_ext.training.experiment import create_task, load_experiment
 
 ATTENTIONS = ("own", "norm", "uniform")
-FOLDS_HELD_OUT = 2
+LABELS = {
+    "own": "compact model, learned attention",
+    "norm": "compact model, norm attention",
+    "uniform": "compact model, every cell alike",
+    "teacher": "teacher, plain cosine",
+}
+FOLDS_HELD_OUT = 4
 FMRS = (1e-1, 1e-2, 1e-3)
 
 
@@ -44,7 +59,7 @@ def say(line: str) -> None:
 
 
 def parts_of(pairs: str) -> list[tuple[int, ...]]:
-    """Folds, numbered from 1, two at a time."""
+    """Folds, numbered from 1, some at a time."""
     folds = sorted({pair.fold + 1 for pair in read_pairs(pairs)})
     return [tuple(folds[i : i + FOLDS_HELD_OUT]) for i in range(0, len(folds), FOLDS_HELD_OUT)]
 
@@ -67,8 +82,10 @@ def run_part(experiment: Experiment, folds: tuple[int, ...], out: Path) -> Path:
     return result.files[0]
 
 
-def measure(experiment: Experiment, parts: Sequence[tuple[int, ...]], files: Sequence[Path]) -> dict[str, Any]:
-    """Figures of all parts together, each scored by its own model, beside the teacher's plain cosine."""
+def measure(
+    experiment: Experiment, parts: Sequence[tuple[int, ...]], files: Sequence[Path], plot: Path | None = None
+) -> dict[str, Any]:
+    """Figures of all parts together, each scored by its own model, beside the teacher's plain cosine; ROC curves."""
     data = experiment.data
     assert data.pairs is not None
     teacher = load_recogniser(experiment.pupil.teacher)
@@ -97,14 +114,19 @@ def measure(experiment: Experiment, parts: Sequence[tuple[int, ...]], files: Seq
     resampling = Resampling(len(genuine), (ids[0], ids[1]))
     cosine = np.concatenate(found["teacher"])
     variants = {}
+    curves: dict[str, ErrorCurves] = {}
     for name, scores in found.items():
         values = np.concatenate(scores)
         report = verification(values, genuine, folds_of, fmrs=FMRS)
+        curves[LABELS[name]] = error_curves(values, genuine)
         intervals = bootstrap(values, genuine, resampling, folds_of, fmrs=FMRS)
         variants[name] = report.as_dict() | {
             "intervals": {figure: list(interval) for figure, interval in intervals.items()},
             "teacher_correlation": float(np.corrcoef(values, cosine)[0, 1]),
         }
+    if plot is not None:
+        title = f"LFW, {len(genuine):,} pairs, every score from a model that never saw its people"
+        save_figure(roc_figure(curves, int((~genuine).sum()), title=title), plot)
     return {"pairs": len(genuine), "people": resampling.units, "variants": variants, "models": single}
 
 
@@ -140,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument("--plot", type=Path, help="draw the ROC curves here")
     parser.add_argument("--ship", type=Path, help="write the last part's model here, in fp16")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -152,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         files = [run_part(experiment, folds, options.out / f"folds-{'-'.join(map(str, folds))}") for folds in chosen]
         if options.only and len(chosen) < len(parts):
             return 0
-        result = {"experiment": dataclasses.asdict(experiment), **measure(experiment, parts, files)}
+        result = {"experiment": dataclasses.asdict(experiment), **measure(experiment, parts, files, options.plot)}
         print(table(result))
         if options.json is not None:
             temporary = options.json.with_name(f".{options.json.name}.tmp")

@@ -14,6 +14,7 @@ from xcos_ext.datasets import PersonFolder
 from xcos_ext.nn import load_recogniser
 
 BODY_UNITS = {50: 24, 100: 49, 152: 50}
+RECOGNISERS = tuple(name for name in backbones.available() if name != "compact")  # with an output block
 
 
 def on_meta(name: str, **options: object) -> backbones.Recogniser:
@@ -21,7 +22,7 @@ def on_meta(name: str, **options: object) -> backbones.Recogniser:
         return backbones.create(name, **options)
 
 
-@pytest.mark.parametrize("name", backbones.available())
+@pytest.mark.parametrize("name", RECOGNISERS)
 def test_map_and_embedding_shapes(name: str) -> None:
     net = on_meta(name).eval()
     images = torch.empty(2, 3, 112, 112, device="meta")
@@ -30,7 +31,7 @@ def test_map_and_embedding_shapes(name: str) -> None:
     assert net(images).shape == (2, net.embedding_size)
 
 
-@pytest.mark.parametrize("name", backbones.available())
+@pytest.mark.parametrize("name", RECOGNISERS)
 def test_without_output_block(name: str) -> None:
     whole, body = on_meta(name), on_meta(name, output=False)
     assert body.embedding_size is None
@@ -39,6 +40,16 @@ def test_without_output_block(name: str) -> None:
     assert not any(key.startswith(whole.output_prefixes) for key in body.state_dict())
     with pytest.raises(RuntimeError, match="without its output block"):
         body(torch.empty(1, 3, 112, 112, device="meta"))
+
+
+def test_the_compact_body_has_maps_of_three_sizes_and_no_embedding() -> None:
+    net = on_meta("compact").eval()
+    images = torch.empty(2, 3, 112, 112, device="meta")
+    assert [tuple(made.shape[1:]) for made in net.maps(images)] == [(32, 28, 28), (72, 14, 14), (128, 7, 7)]  # type: ignore[operator]
+    assert net.grid(images).shape == (2, *net.grid_shape) == (2, 128, 7, 7)
+    assert sum(p.numel() for p in net.parameters()) < 1_000_000
+    with pytest.raises(RuntimeError, match="without its output block"):
+        net(images)
 
 
 @pytest.mark.parametrize("depth", BODY_UNITS)

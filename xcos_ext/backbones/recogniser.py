@@ -37,7 +37,12 @@ class Recogniser(nn.Module):
         raise NotImplementedError
 
     def embed(self, grid: Tensor) -> Tensor:
-        """Feature map [N, *grid_shape] -> embedding [N, embedding_size], not normalised to unit length."""
+        """Feature map [N, *grid_shape] -> embedding [N, embedding_size], not normalised to unit length.
+
+        Raises:
+            RuntimeError: the network has no output block.
+        """
+        self._require_output()
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def test_strides_subsample_the_shortcut() -> None:
 
 
 def test_registry_errors() -> None:
-    with pytest.raises(ValueError, match=r"name: expected one of ir_100, .*, got 'resnet'"):
+    with pytest.raises(ValueError, match=r"name: expected one of compact, ir_100, .*, got 'resnet'"):
         backbones.create("resnet")
     with pytest.raises(ValueError, match="name: 'mobilefacenet' is already registered"):
         backbones.register("mobilefacenet", backbones.MobileFaceNet)

@@ -340,6 +340,10 @@ class DistillTask:
 
     # --- results
 
+    def report(self) -> list[str]:
+        """What was odd about the pictures, a line each."""
+        return self.sources.pictures.report()
+
     @torch.no_grad()
     def _features(self, module: nn.Module, chosen: Tensor) -> Tensor:
         """Grid features of pictures as they are, on the CPU."""

@@ -172,7 +172,7 @@ class TestCellProjection:
             XCosHead(6, 4, projection=CellProjection((6, 7, 7), 5))
         with pytest.raises(ValueError, match="projection: expected a CellProjection, 'shared' or 'none', got 'x'"):
             XCosHead(6, 4, projection="x")  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="projection: 'none' expects the map's 6 channels, got 4"):
+        with pytest.raises(ValueError, match="projection: expected 6 channels, as the map has, with 'none', got 4"):
             XCosHead(6, 4, projection="none")
         with pytest.raises(ValueError, match="attention: expected 'norm' or an XCosAttention with residual=True"):
             XCosHead.from_closed_form(closed_form(), XCosAttention(4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,20 @@ def test_an_interrupted_bank_is_taken_up_again(
     whole = open_bank(teacher, pictures, GROUPS, config, tmp_path / "b")
     for name in ("images", "first", "second", "features", "embeddings"):
         assert torch.equal(getattr(resumed, name), getattr(whole, name)), name
+
+
+def test_of_several_processes_one_makes_the_bank(teacher: XCosModel, pictures: Pictures, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def make(_: int) -> int:
+        config = BankConfig(64 * 2, seed=4, amp=False)
+        return len(
+            open_bank(teacher, pictures, GROUPS, config, tmp_path, progress=lambda done, total: seen.append(done))
+        )
+
+    with ThreadPoolExecutor(3) as pool:  # locks are held by open files, so threads are as good as processes
+        assert list(pool.map(make, range(3))) == [128] * 3
+    assert seen == [64, 128]
 
 
 def test_a_teacher_in_training_mode_is_refused(teacher: XCosModel, pictures: Pictures, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from xcos_ext.errors import XCosError
 from xcos_ext.nn import XCosModel
 
 from .augment import AugmentConfig, augmented
-from .cache import normalised
+from .cache import alone, normalised
 from .data import Pictures
 from .mixing import bent, mixed
 from .seeds import derived_seed
@@ -84,6 +84,7 @@ def open_bank(
     progress: Callable[[int, int], None] | None = None,
 ) -> Bank:
     """The bank of a teacher and pictures: read if it is there, else made; what was interrupted is taken up again.
+    Of several processes one makes it, the others wait.
 
     Args:
         teacher: a plugged recogniser in evaluation mode.
@@ -109,11 +110,12 @@ def open_bank(
     ]
     place = folder / f"bank-{hashlib.sha256('|'.join(identity).encode()).hexdigest()[:16]}"
     try:
-        if not place.is_dir():
-            part = place.with_name(f"{place.name}.part")
-            part.mkdir(parents=True, exist_ok=True)
-            _make(teacher, pictures, groups, config, part, progress)
-            os.replace(part, place)
+        with alone(place):
+            if not place.is_dir():
+                part = place.with_name(f"{place.name}.part")
+                part.mkdir(parents=True, exist_ok=True)
+                _make(teacher, pictures, groups, config, part, progress)
+                os.replace(part, place)
         return _read(place, config.hints)
     except OSError as error:
         raise XCosError(f"{place}: the bank cannot be written or read: {error.strerror or error}") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,16 @@ from xcos_ext.fingerprint import fingerprint_weights
 
 from .data import Pictures
 
-__all__ = ["Maps", "cached_maps", "normalised"]
+__all__ = ["Maps", "alone", "cached_maps", "normalised"]
+
+
+@contextlib.contextmanager
+def alone(place: Path) -> Iterator[None]:
+    """Waits until no other process or thread is inside for the same place: what one computes, the others then find."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with place.with_name(f".{place.name}.lock").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 @dataclass
@@ -55,7 +66,7 @@ def cached_maps(
     """The maps and embeddings of all pictures: read from ``folder`` if they are there, else computed and written.
 
     Files are named by the fingerprints of the network's weights and of the pictures, so they are never another's;
-    an interrupted computation leaves no file of that name.
+    an interrupted computation leaves no file of that name. Of several processes one computes, the others wait.
 
     Args:
         recogniser: the frozen network, in evaluation mode.
@@ -74,12 +85,12 @@ def cached_maps(
     views = 2 if flipped else 1
     stem = f"{fingerprint_weights(recogniser)}-{pictures.fingerprint}-{views}"
     files = folder / f"{stem}.maps.npy", folder / f"{stem}.embeddings.npy"
-    if not files[0].is_file():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _compute(recogniser, pictures, files, views, torch.device(device), batch_size, progress)
-        except OSError as error:
-            raise XCosError(f"{folder}: maps cannot be written: {error.strerror or error}") from error
+    try:
+        with alone(files[0]):
+            if not files[0].is_file():
+                _compute(recogniser, pictures, files, views, torch.device(device), batch_size, progress)
+    except OSError as error:
+        raise XCosError(f"{folder}: maps cannot be written: {error.strerror or error}") from error
     grids = torch.from_numpy(np.load(files[0], mmap_mode="c"))  # copy-on-write: torch wants writable memory
     embeddings = torch.from_numpy(np.load(files[1])) if files[1].is_file() else None
     return Maps(grids, embeddings)

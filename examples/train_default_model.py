@@ -175,7 +175,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         files = [run_part(experiment, folds, options.out / f"folds-{'-'.join(map(str, folds))}") for folds in chosen]
         if options.only and len(chosen) < len(parts):
             return 0
-        result = {"experiment": dataclasses.asdict(experiment), **measure(experiment, parts, files, options.plot)}
+        settings = dataclasses.asdict(experiment)
+        for table_name, key in (("data", "pictures"), ("data", "pairs"), ("data", "cache"), ("pupil", "teacher")):
+            settings[table_name][key] = Path(settings[table_name][key]).name  # where they lay is nobody's business
+        result = {"experiment": settings, **measure(experiment, parts, files, options.plot)}
         print(table(result))
         if options.json is not None:
             temporary = options.json.with_name(f".{options.json.name}.tmp")

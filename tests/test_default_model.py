@@ -1,0 +1,97 @@
+"""The model that the package ships: what its card says of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors import safe_open
+
+from xcos_ext import load_model
+from xcos_ext.cli.app import xcos
+from xcos_ext.datasets import LFW
+from xcos_ext.errors import ModelError
+from xcos_ext.evaluation import evaluate, score_model
+from xcos_ext.nn import XCosModel, save_model
+from xcos_ext.shipped import default_weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PHOTOGRAPHS = Path(__file__).resolve().parent.parent / "examples" / "photographs"
+UNSEEN = (4, 5, 6, 7)  # folds, from 0, whose people the model has never seen
+
+
+@pytest.fixture(scope="module")
+def model() -> XCosModel:
+    return load_model()
+
+
+def test_the_file_is_small_and_in_half_precision() -> None:
+    file = default_weights()
+    assert file.stat().st_size < 6_000_000
+    with safe_open(str(file), "pt") as opened:
+        kinds = {opened.get_tensor(name).dtype for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+    assert kinds <= {torch.float16, torch.int64}
+
+
+def test_the_model_is_compact_and_calibrated(model: XCosModel) -> None:
+    assert model.architecture == "compact" and not model.training
+    assert sum(p.numel() for p in model.parameters()) < 1_500_000
+    assert set(model.fmr_thresholds) == {1e-1, 1e-2, 1e-3}
+    assert model.threshold is not None and model.fmr_curve is not None
+    assert model.fmr_thresholds[1e-2] < model.threshold < model.fmr_thresholds[1e-3]
+    assert model.fmr_curve.at(model.fmr_thresholds[1e-2]).rate == pytest.approx(1e-2, rel=1e-3)
+    features = model.features(model.preprocessing(np.zeros((1, 112, 112, 3), np.uint8)))
+    assert features.shape == (1, 32, 7, 7)
+
+
+def test_the_score_does_not_depend_on_the_order_of_the_faces(model: XCosModel) -> None:
+    a, b = torch.randn(2, 5, 32, 7, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(model.score(a, b), model.score(b, a))
+
+
+def test_two_photographs_are_verified_without_naming_a_model(tmp_path: Path) -> None:
+    photographs = [str(PHOTOGRAPHS / name) for name in ("astronaut.jpg", "astronaut-masked.jpg")]
+    runner = CliRunner(env={"XCOS_MODEL": None})
+    result = runner.invoke(xcos, ["verify", *photographs, "--out", str(tmp_path / "why.png")])
+    assert result.exit_code == 0, result.output
+    assert "same person" in result.output and "xcos-compact" in result.output
+    assert (tmp_path / "why.png").stat().st_size > 10_000
+
+
+def test_an_installation_without_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("xcos_ext.shipped._DEFAULT_WEIGHTS", tmp_path / "gone.safetensors")
+    with pytest.raises(ModelError, match=r"no model: .*gone\.safetensors is missing from this installation"):
+        load_model()
+
+
+def test_models_are_stored_in_half_precision_or_not_at_all(model: XCosModel, tmp_path: Path) -> None:
+    save_model(model, tmp_path / "again.safetensors", dtype=torch.float16)
+    again = load_model(tmp_path / "again.safetensors")
+    assert again.fingerprint() == model.fingerprint()  # it was in fp16 before
+    with pytest.raises(TypeError, match=r"dtype: expected a floating-point dtype or None, got torch\.int8"):
+        save_model(model, tmp_path / "x.safetensors", dtype=torch.int8)
+    large = load_model()
+    with torch.no_grad():
+        next(large.parameters()).fill_(1e6)
+    with pytest.raises(ModelError, match=r"model: 1 tensors do not fit into torch\.float16"):
+        save_model(large, tmp_path / "x.safetensors", dtype=torch.float16)
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.real_data
+def test_it_tells_people_apart_whom_it_has_never_seen(model: XCosModel, shared_data: Path) -> None:
+    lfw = LFW(shared_data / "lfw112.zip", shared_data / "pairs.txt", folds=UNSEEN)
+    result = evaluate(model, lfw, replicates=0)
+    report = result.variants["own"].report
+    assert report.accuracy is not None
+    assert report.accuracy.mean >= 0.96  # its card says 0.9642
+    assert model.threshold is not None
+    right = (result.variants["own"].scores >= model.threshold) == lfw.genuine
+    assert right.mean() >= 0.92  # 0.9283
+    scores = score_model(model, LFW(shared_data / "lfw112.zip", shared_data / "pairs.txt", folds=UNSEEN[:1]))
+    np.testing.assert_allclose(scores, result.variants["own"].scores[: len(scores)], atol=1e-5)

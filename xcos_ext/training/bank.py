@@ -110,7 +110,7 @@ def open_bank(
     ]
     place = folder / f"bank-{hashlib.sha256('|'.join(identity).encode()).hexdigest()[:16]}"
     try:
-        with alone(place):
+        with alone(folder):
             if not place.is_dir():
                 part = place.with_name(f"{place.name}.part")
                 part.mkdir(parents=True, exist_ok=True)

@@ -24,12 +24,15 @@ __all__ = ["Maps", "alone", "cached_maps", "normalised"]
 
 
 @contextlib.contextmanager
-def alone(place: Path) -> Iterator[None]:
-    """Waits until no other process or thread is inside for the same place: what one computes, the others then find."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with place.with_name(f".{place.name}.lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+def alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process or thread is inside for the same folder: what one computes, the others then find."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)  # the folder is its own lock, so none lies about
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 @dataclass
@@ -86,7 +89,7 @@ def cached_maps(
     stem = f"{fingerprint_weights(recogniser)}-{pictures.fingerprint}-{views}"
     files = folder / f"{stem}.maps.npy", folder / f"{stem}.embeddings.npy"
     try:
-        with alone(files[0]):
+        with alone(folder):
             if not files[0].is_file():
                 _compute(recogniser, pictures, files, views, torch.device(device), batch_size, progress)
     except OSError as error:

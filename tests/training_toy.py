@@ -76,4 +76,5 @@ if __name__ == "__main__":
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     toy = Toy(dropout=float(os.environ.get("TOY_DROPOUT", "0.1")), norm=os.environ.get("TOY_NORM", "1") == "1")
     result = train(toy, settings(*sys.argv[2:]), sys.argv[1], resume=True, show=False)
-    print(json.dumps({"steps": result.steps, "resumed": result.resumed, "loss": result.loss}))
+    if os.environ.get("RANK", "0") == "0":  # two processes would write into each other's line
+        print(json.dumps({"steps": result.steps, "resumed": result.resumed, "loss": result.loss}))

@@ -39,6 +39,9 @@ def processes(device: torch.device) -> Iterator[Processes]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         try:
             yield Processes(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+            # Nobody hangs up while another still reads what was last said; with the work done, who is gone may be.
+            with contextlib.suppress(RuntimeError):
+                dist.barrier()
         finally:
             dist.destroy_process_group()
 

@@ -36,7 +36,7 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-class MuonAdamW(torch.optim.Optimizer):
+class MuonAdamW(torch.optim.AdamW):
     """Muon where a group says ``muon=True``, AdamW elsewhere.
 
     Muon replaces the momentum of a weight matrix by the nearest orthogonal matrix, so that all its directions learn
@@ -49,7 +49,6 @@ class MuonAdamW(torch.optim.Optimizer):
         lr: learning rate.
         momentum: Muon's (Nesterov).
         betas: AdamW's.
-        eps: AdamW's.
         weight_decay: decoupled, times the learning rate.
     """
 
@@ -60,20 +59,12 @@ class MuonAdamW(torch.optim.Optimizer):
         *,
         momentum: float = 0.9,
         betas: tuple[float, float] = (0.9, 0.99),
-        eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "muon": False,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay)
+        self.momentum = momentum
         for group in self.param_groups:
-            if group["muon"] and any(p.dim() < 2 for p in group["params"]):
+            if group.setdefault("muon", False) and any(p.dim() < 2 for p in group["params"]):
                 raise ValueError("params: expected matrices or kernels in a group with muon=True, got a vector")
 
     @torch.no_grad()
@@ -83,33 +74,24 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+        withheld = []
         for group in self.param_groups:
-            update = self._muon if group["muon"] else self._adamw
-            for parameter in group["params"]:
+            for parameter in group["params"] if group["muon"] else ():
                 if parameter.grad is not None:
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    update(parameter, parameter.grad, group)
+                    self._turn(parameter, parameter.grad, group)
+                    withheld.append((parameter, parameter.grad))
+                    parameter.grad = None  # AdamW passes over it
+        super().step()
+        for parameter, gradient in withheld:
+            parameter.grad = gradient
         return result
 
-    def _muon(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _turn(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        matrix = gradient.lerp(momentum, group["momentum"]).flatten(1)
+        momentum = state["momentum"].lerp_(gradient, 1 - self.momentum)
+        matrix = gradient.lerp(momentum, self.momentum).flatten(1)
         size = _ADAM_SIZE * max(matrix.shape) ** 0.5
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(orthogonalised(matrix).view_as(parameter), alpha=-group["lr"] * size)
-
-    def _adamw(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros(())
-            state["mean"] = torch.zeros_like(parameter)
-            state["square"] = torch.zeros_like(parameter)
-        state["step"] += 1
-        step = float(state["step"])
-        beta1, beta2 = group["betas"]
-        mean = state["mean"].lerp_(gradient, 1 - beta1)
-        square = state["square"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        root = square.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
-        parameter.addcdiv_(mean, root, value=-group["lr"] / (1 - beta1**step))

@@ -12,7 +12,26 @@ from .console import CommandGroup
 __all__ = ["xcos"]
 
 _MODEL_HELP = "Weights: an xCos model, or a recogniser to be plugged in (.pt, .pth, .safetensors)."
-_OR_SHIPPED = f"{_MODEL_HELP} [env: XCOS_MODEL; default: the shipped compact model]"
+
+# Options that several commands share.
+_model = click.option(
+    "--model",
+    envvar="XCOS_MODEL",
+    metavar="FILE",
+    type=click.Path(),
+    help=f"{_MODEL_HELP} [env: XCOS_MODEL; default: the shipped compact model]",
+)
+_detector = click.option(
+    "--detector",
+    default="cascade",
+    show_default=True,
+    metavar="cascade|FILE.onnx",
+    help="OpenCV's bundled cascades, or a YuNet network.",
+)
+_aligned = click.option(
+    "--aligned", is_flag=True, help="The pictures are aligned crops already (112 x 112): detect nothing."
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 class _Finite(click.ParamType):
@@ -54,15 +73,9 @@ def xcos(ctx: click.Context) -> None:
 @xcos.command()
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
-@click.option("--model", envvar="XCOS_MODEL", metavar="FILE", type=click.Path(), help=_OR_SHIPPED)
-@click.option(
-    "--detector",
-    default="cascade",
-    show_default=True,
-    metavar="cascade|FILE.onnx",
-    help="OpenCV's bundled cascades, or a YuNet network.",
-)
-@click.option("--aligned", is_flag=True, help="The pictures are aligned crops already (112 x 112): detect nothing.")
+@_model
+@_detector
+@_aligned
 @click.option(
     "--face",
     "policy",
@@ -76,7 +89,7 @@ def xcos(ctx: click.Context) -> None:
     "--max-pixels", type=click.IntRange(min=1), metavar="N", help="Refuse larger pictures. [default: 100 million]"
 )
 @click.option("--out", metavar="FILE", type=click.Path(), help="Draw the decision: .png, .pdf or .svg.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_json
 def verify(**options: Any) -> int:
     """Are the faces of pictures A and B the same person's?"""
     from .verify import Request, run
@@ -85,7 +98,7 @@ def verify(**options: Any) -> int:
 
 
 @xcos.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_json
 def info(as_json: bool) -> int:
     """What was built, what is installed, and what it runs on."""
     from .info import run
@@ -95,9 +108,9 @@ def info(as_json: bool) -> int:
 
 @xcos.command()
 @click.argument("pictures", nargs=-1, type=click.Path(), metavar="[A B]")
-@click.option("--model", envvar="XCOS_MODEL", metavar="FILE", type=click.Path(), help=_OR_SHIPPED)
+@_model
 @click.option("--out", metavar="FILE", type=click.Path(), help="The picture to draw. [default: xcos_demo.png]")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_json
 def demo(pictures: tuple[str, ...], model: str | None, out: str | None, as_json: bool) -> int:
     """Pair scoring, gradients and a gallery search on generated feature maps, timed beside plain torch.
 
@@ -118,7 +131,7 @@ def demo(pictures: tuple[str, ...], model: str | None, out: str | None, as_json:
 @click.option("--out", metavar="DIR", type=click.Path(), help="Folder for the results.  [default: runs/CONFIG's name]")
 @click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint.")
 @click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads of torch's operators.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_json
 def train(**options: Any) -> int:
     """Train a head or a model as a TOML file says; with torchrun, on several processes.
 
@@ -144,7 +157,7 @@ def train(**options: Any) -> int:
 @click.option(
     "--limit", type=click.IntRange(min=2), metavar="N", default=1000, show_default=True, help="Use at most N people."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_json
 def plug(**options: Any) -> int:
     """Make an explainable model of a face recogniser, without training.
 
@@ -179,15 +192,9 @@ def evaluate(ctx: click.Context) -> None:
     type=click.Choice(["lfw", "cfp", "bin", "csv"]),
     help="Of the pairs; by default told from the file.",
 )
-@click.option("--aligned", is_flag=True, help="The pictures are aligned crops already (112 x 112): detect nothing.")
-@click.option("--model", envvar="XCOS_MODEL", metavar="FILE", type=click.Path(), help=_OR_SHIPPED)
-@click.option(
-    "--detector",
-    default="cascade",
-    show_default=True,
-    metavar="cascade|FILE.onnx",
-    help="OpenCV's bundled cascades, or a YuNet network.",
-)
+@_aligned
+@_model
+@_detector
 @click.option("--flip", is_flag=True, help="Average in the features of the mirrored pictures.")
 @click.option(
     "--attention",
@@ -210,7 +217,7 @@ def evaluate(ctx: click.Context) -> None:
     help="Replicates for the confidence intervals; 0 for none.",
 )
 @click.option("--plot", metavar="FILE", type=click.Path(), help="Draw the ROC curves: .png, .pdf or .svg.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_json
 def verification(**options: Any) -> int:
     """Accuracy, AUC, EER and TAR at false match rates on a list of pairs, with confidence intervals."""
     from .evaluate import VerificationRequest, run_verification

@@ -173,6 +173,49 @@ def test_symmetric_is_own_where_the_head_is(pairs: CSVPairs) -> None:
     np.testing.assert_allclose(result.variants["symmetric"].scores, result.variants["own"].scores, atol=1e-6)
 
 
+def parts_of(root: Path, folder: Path, *parts: tuple[int, ...]) -> list[CSVPairs]:
+    """The list's folds, some at a time."""
+    header, *rows = (root / "pairs.csv").read_text().splitlines()
+    lists = []
+    for part in parts:
+        file = folder / f"{'-'.join(map(str, part))}.csv"
+        file.write_text("\n".join([header, *(row for row in rows if int(row.rsplit(",", 1)[1]) in part)]) + "\n")
+        found = open_pairs(file, root)
+        assert isinstance(found, CSVPairs)
+        lists.append(found)
+    return lists
+
+
+def test_parts_scored_by_one_model_are_the_whole(pairs: CSVPairs, root: Path, tmp_path: Path) -> None:
+    model, teacher, names = learned(), network(5), ("own", "norm", "corr")
+    whole = ev.evaluate(model, pairs, attentions=names, teacher=teacher, replicates=20)
+    lists = parts_of(root, tmp_path, (0, 1), (2,))
+    loaded = iter([(model, lists[0]), (model, lists[1])])  # one at a time
+    parts = ev.cross_validated(loaded, attentions=names, teacher=teacher, replicates=20)
+    np.testing.assert_array_equal(parts.genuine, whole.genuine)
+    assert parts.resampling is not None and parts.resampling.units == PEOPLE
+    for name, variant in whole.variants.items():
+        found = parts.variants[name]  # other batches of pictures, so other roundings
+        np.testing.assert_allclose(found.scores, variant.scores, atol=1e-6)
+        assert found.report.accuracy is not None and variant.report.accuracy is not None
+        assert found.report.accuracy.folds == variant.report.accuracy.folds
+        assert found.report.auc == variant.report.auc and list(found.intervals) == list(variant.intervals)
+        assert found.correlation == pytest.approx(variant.correlation, abs=1e-6)
+
+
+def test_every_part_is_scored_by_its_own_model(root: Path, tmp_path: Path) -> None:
+    models, lists = (learned(), learned(symmetric=True)), parts_of(root, tmp_path, (2, 0), (1,))
+    with torch.no_grad():
+        next(models[1].head.parameters()).mul_(-2)
+    result = ev.cross_validated(zip(models, lists, strict=True), replicates=0)
+    own = [model.score(*features(model, part)).detach() for model, part in zip(models, lists, strict=True)]
+    np.testing.assert_allclose(result.variants["own"].scores, torch.cat(own), atol=1e-6)
+    with pytest.raises(ValueError, match="parts: expected every fold in one part, got fold 2 in several"):
+        ev.cross_validated([(models[0], part) for part in (lists[0], *parts_of(root, tmp_path, (1, 2)))])
+    with pytest.raises(ValueError, match="parts: expected at least one model with its pairs, got none"):
+        ev.cross_validated([])
+
+
 def test_flip_is_in_width() -> None:
     """A mirrored copy of every picture changes nothing after augmentation; an upside-down one does."""
     rng = np.random.default_rng(3)

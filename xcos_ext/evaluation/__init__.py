@@ -2,7 +2,17 @@
 
 from .bootstrap import Interval, Resampling, bootstrap
 from .calibration import all_pair_scores, calibrate, fmr_curve
-from .protocol import ATTENTIONS, Evaluation, Scores, Variant, corr_attention, evaluate, score_model, score_pairs
+from .protocol import (
+    ATTENTIONS,
+    Evaluation,
+    Scores,
+    Variant,
+    corr_attention,
+    cross_validated,
+    evaluate,
+    score_model,
+    score_pairs,
+)
 from .roc import roc_figure
 from .verification import (
     EER,
@@ -39,6 +49,7 @@ __all__ = [
     "bootstrap",
     "calibrate",
     "corr_attention",
+    "cross_validated",
     "eer",
     "error_curves",
     "evaluate",

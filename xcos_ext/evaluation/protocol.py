@@ -24,7 +24,17 @@ from xcos_ext.ops import grid_cosine, xcos_score
 from .bootstrap import Interval, Resampling, bootstrap
 from .verification import VerificationReport, verification
 
-__all__ = ["ATTENTIONS", "Evaluation", "Scores", "Variant", "corr_attention", "evaluate", "score_model", "score_pairs"]
+__all__ = [
+    "ATTENTIONS",
+    "Evaluation",
+    "Scores",
+    "Variant",
+    "corr_attention",
+    "cross_validated",
+    "evaluate",
+    "score_model",
+    "score_pairs",
+]
 
 #: Ways to weigh the cells -> what they are.
 ATTENTIONS: Mapping[str, str] = {
@@ -232,6 +242,7 @@ class Evaluation:
 
     Attributes:
         variants: name -> figures, in the order asked for; the teacher last.
+        genuine: bool [N], of the pairs.
         failures: pictures that could not be enrolled -> why.
         failed: bool [N], pairs with such a picture. They count as rejected at every threshold (ISO/IEC 19795-1's
             generalised rates): a genuine one as a false non-match, an impostor one as rightly rejected.
@@ -240,6 +251,7 @@ class Evaluation:
     """
 
     variants: dict[str, Variant]
+    genuine: NDArray[np.bool_]
     failures: dict[str, str]
     failed: NDArray[np.bool_]
     resampling: Resampling | None
@@ -342,40 +354,97 @@ def evaluate(
         ValueError: an unknown attention, ``corr`` without a target or with a single fold, or scores that are not
             finite.
     """
+    _check_folds(attentions, pairs.folds)  # before the work, not after it
+    return cross_validated(
+        [(model, pairs)],
+        attentions=attentions,
+        teacher=teacher,
+        detector=detector,
+        flip=flip,
+        fmrs=fmrs,
+        replicates=replicates,
+        batch_size=batch_size,
+        track=track,
+    )
+
+
+def cross_validated(
+    parts: Iterable[tuple[XCosModel, PairList]],
+    *,
+    attentions: Sequence[str] = ("own",),
+    teacher: Recogniser | None = None,
+    detector: Detector | None = None,
+    flip: bool = False,
+    fmrs: Sequence[float] = (1e-1, 1e-2, 1e-3),
+    replicates: int = 1000,
+    batch_size: int = 32,
+    track: Track | None = None,
+) -> Evaluation:
+    """As :func:`evaluate`, each part of the pairs scored by a model of its own, which has never seen its people.
+
+    Figures are of all pairs together: what is reported is the training, not one model. ``corr`` is estimated on the
+    other folds' pairs, whichever model scored them.
+
+    Args:
+        parts: models and their pairs; one at a time is looked at, so they may be loaded on the way. A fold is in one
+            part only.
+        attentions, teacher, detector, flip, fmrs, replicates, batch_size, track: as there.
+
+    Returns:
+        :class:`Evaluation`, pairs in the order of the parts.
+
+    Raises:
+        PictureError, ValueError: as there, and no parts, or a fold in two of them.
+    """
     attentions = tuple(dict.fromkeys(attentions))
     unknown = [name for name in attentions if name not in ATTENTIONS]
     if unknown or not attentions:
         raise ValueError(f"attentions: expected some of {', '.join(ATTENTIONS)}, got {', '.join(unknown) or 'none'}")
-    names = np.unique(pairs.folds)
-    recogniser, target = teacher, None if teacher is None else "teacher"
-    if "corr" in attentions:
-        if names.size < 2:
-            raise ValueError("corr: its weights are estimated on the other folds, and these pairs have a single one")
-        if recogniser is None and isinstance(model.backbone, Recogniser) and model.backbone.embedding_size is not None:
-            recogniser, target = model.backbone, "embedding"
-        if recogniser is None:
-            raise ValueError("corr: the model has no embedding of its own to correlate with; give a teacher")
-    scored = score_pairs(
-        pairs,
-        _extractor(model, recogniser, flip),
-        _scorers(model, attentions, recogniser is not None),
-        read=_crops(pairs, detector, model.preprocessing.size),
-        batch_size=batch_size,
-        track=track,
+    lists: list[PairList] = []
+    found: list[Scores] = []
+    target: str | None = None
+    grid: tuple[int, int] = (0, 0)
+    for model, pairs in parts:
+        shared = [fold for other in lists for fold in np.intersect1d(other.folds, pairs.folds)]
+        if shared:
+            raise ValueError(f"parts: expected every fold in one part, got fold {shared[0]} in several")
+        recogniser, target = teacher, None if teacher is None else "teacher"
+        if "corr" in attentions:
+            own = model.backbone
+            if recogniser is None and isinstance(own, Recogniser) and own.embedding_size is not None:
+                recogniser, target = own, "embedding"
+            if recogniser is None:
+                raise ValueError("corr: the model has no embedding of its own to correlate with; give a teacher")
+        lists.append(pairs)
+        grid = _grid(model)
+        found.append(
+            score_pairs(
+                pairs,
+                _extractor(model, recogniser, flip),
+                _scorers(model, attentions, recogniser is not None),
+                read=_crops(pairs, detector, model.preprocessing.size),
+                batch_size=batch_size,
+                track=track,
+            )
+        )
+    if not lists:
+        raise ValueError("parts: expected at least one model with its pairs, got none")
+    scored = Scores(
+        {name: np.concatenate([part.values[name] for part in found]) for name in found[0].values},
+        {key: why for part in found for key, why in part.failures.items()},
+        np.concatenate([part.failed for part in found]),
     )
+    genuine, all_folds = (np.concatenate([getattr(part, name) for part in lists]) for name in ("genuine", "folds"))
+    names = _check_folds(attentions, all_folds)
     good = ~scored.failed
-    if not (good & pairs.genuine).any() or not (good & ~pairs.genuine).any():
+    if not (good & genuine).any() or not (good & ~genuine).any():
         reason = next(iter(scored.failures.values()), "the list has pairs of one kind only")
         raise PictureError(f"no genuine or no impostor pair can be scored: {reason}")
     for name, values in scored.values.items():
         bad = int((~np.isfinite(values[good])).sum())
         if bad:
             raise ValueError(f"{name}: {bad} scores are NaN or infinite")
-    people = None
-    if pairs.people is not None:
-        _, ids = np.unique(pairs.people, return_inverse=True)
-        people = ids[pairs.first], ids[pairs.second]
-    resampling = Resampling(len(pairs), people) if replicates else None
+    resampling = Resampling(genuine.size, _people(lists)) if replicates else None
     cosine = scored.values.get("teacher")
 
     def variant(name: str) -> Variant:
@@ -383,21 +452,21 @@ def evaluate(
         if name == "corr":
             assert cosine is not None
             maps = []
-            by_fold = np.empty((names.size, len(pairs)))
+            by_fold = np.empty((names.size, genuine.size))
             for row, fold in zip(by_fold, names, strict=True):
-                train = good & (pairs.folds != fold)
+                train = good & (all_folds != fold)
                 maps.append(corr_attention(values[train], cosine[train]))
                 row[:] = values @ maps[-1]
-            values = by_fold[np.searchsorted(names, pairs.folds), np.arange(len(pairs))]
+            values = by_fold[np.searchsorted(names, all_folds), np.arange(genuine.size)]
             by_fold = _rejected(by_fold, scored.failed)
-            attention = np.mean(maps, 0).reshape(_grid(model))
+            attention = np.mean(maps, 0).reshape(grid)
         final = _rejected(values, scored.failed)
-        folds = pairs.folds if names.size > 1 else None
-        report = verification(final, pairs.genuine, folds, fold_scores=by_fold, fmrs=fmrs)
+        folds = all_folds if names.size > 1 else None
+        report = verification(final, genuine, folds, fold_scores=by_fold, fmrs=fmrs)
         intervals = {}
         if resampling is not None:
             intervals = bootstrap(
-                final, pairs.genuine, resampling, folds, fold_scores=by_fold, fmrs=fmrs, replicates=replicates
+                final, genuine, resampling, folds, fold_scores=by_fold, fmrs=fmrs, replicates=replicates
             )
         correlation = None
         if teacher is not None and cosine is not None:
@@ -407,11 +476,33 @@ def evaluate(
     shown = [*attentions, *(["teacher"] if teacher is not None else [])]
     return Evaluation(
         {name: variant(name) for name in shown},
+        genuine,
         scored.failures,
         scored.failed,
         resampling,
         target if "corr" in attentions else None,
     )
+
+
+def _check_folds(attentions: Sequence[str], folds: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The folds, each once."""
+    names = np.unique(folds)
+    if "corr" in attentions and names.size < 2:
+        raise ValueError("corr: its weights are estimated on the other folds, and these pairs have a single one")
+    return names
+
+
+def _people(lists: Sequence[PairList]) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    """The two people of every pair of all lists, as numbers; None where a list does not say."""
+    named = []
+    for pairs in lists:
+        if pairs.people is None:
+            return None
+        people = np.array(pairs.people)
+        named.append(np.stack((people[pairs.first], people[pairs.second])))
+    _, ids = np.unique(np.concatenate(named, 1), return_inverse=True)
+    first, second = ids.reshape(2, -1)
+    return first, second
 
 
 def _grid(model: XCosModel) -> tuple[int, int]:

@@ -12,7 +12,12 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY
-from test_training_tasks import EACH, PEOPLE, SOURCES
+from test_training_tasks import EACH, PEOPLE, SOURCES, network
+
+from xcos_ext import load_model
+from xcos_ext.backbones import registry
+from xcos_ext.datasets import LFW
+from xcos_ext.evaluation import evaluate
 
 pytest.importorskip("PIL.Image")
 EXAMPLES = str(REPOSITORY / "examples")
@@ -58,13 +63,21 @@ workers = 0
     return root
 
 
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pictures carry LFW's names, and the network is one that files can name."""
+    keys = tuple(f"P{i:02d}/P{i:02d}_{j + 1:04d}.png" for i in range(PEOPLE) for j in range(EACH))
+    named = dataclasses.replace(SOURCES, pictures=dataclasses.replace(SOURCES.pictures, keys=keys))
+    monkeypatch.setattr(example, "load_sources", lambda *_, **__: named)
+    monkeypatch.setattr(SOURCES.recogniser, "architecture", "toy", raising=False)
+    monkeypatch.setitem(registry._REGISTRY, "toy", network)
+
+
+@pytest.mark.usefixtures("known")
 @pytest.mark.parametrize("task", ["head", "model"])
 def test_every_fold_is_scored_by_a_head_that_never_saw_it(
     files: Path, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keys = tuple(f"P{i:02d}/P{i:02d}_{j + 1:04d}.png" for i in range(PEOPLE) for j in range(EACH))
-    known = dataclasses.replace(SOURCES, pictures=dataclasses.replace(SOURCES.pictures, keys=keys))
-    monkeypatch.setattr(example, "load_sources", lambda *_, **__: known)
     seen: list[tuple[set[str], int]] = []
 
     class Watched(example.HeadTask):  # type: ignore[misc, name-defined]
@@ -75,18 +88,45 @@ def test_every_fold_is_scored_by_a_head_that_never_saw_it(
     monkeypatch.setattr(example, "HeadTask", Watched)
     out = tmp_path / "result.json"
     arguments = [str(files / "head.toml"), "--json", str(out), "--threads", "1", "--set", f"task={task}"]
-    assert example.main([*arguments, "--label", "one"]) == 0
-    assert [people for people, _ in seen] == [{f"P{i:02d}" for i in range(start, start + 5)} for start in (0, 6)]
+    kept = ["--models", str(tmp_path / "models")]
+    assert example.main([*arguments, "--label", "one", *kept]) == 0
+    printed = capsys.readouterr().out
+    held_out = [{f"P{i:02d}" for i in range(start, start + 5)} for start in (0, 6)]
+    assert [people for people, _ in seen] == 2 * held_out  # trained, and as they start
     assert {count for _, count in seen} == {(PEOPLE - 5) * EACH}
-    assert example.main([*arguments, "--label", "other", "--folds", "1", "2"]) == 0
+    assert example.main([*arguments, "--label", "other", "--folds", "1", "2", *kept]) == 0  # nothing to train
+    assert example.main([*arguments, "--label", "again"]) == 0
     results = json.loads(out.read_text())
-    assert list(results) == ["one", "other"] and results["one"]["pairs"] == 16
-    assert results["one"]["scores"] == results["other"]["scores"]
+    assert list(results) == ["one", "other", "again"] and results["one"]["pairs"] == 16
+    assert results["one"]["held_out_together"] == [[1], [2]]
+    assert results["one"]["scores"] == results["other"]["scores"] == results["again"]["scores"]
     assert results["one"]["settings"]["data"]["pictures"] == "crops"
-    for name in ("trained", "start", "cosine"):
-        row = results["one"]["scores"][name]
-        assert 0 <= row["accuracy"] <= 1 and len(row["per_fold"]) == 2
-        assert f"| {name} | {100 * row['accuracy']:.2f}" in capsys.readouterr().out or name != "trained"
+    variants = [f"trained, {name}" for name in ("norm", "uniform", "corr", "symmetric")]
+    assert list(results["one"]["scores"]) == ["trained", "start", *variants, "cosine"]
+    for name, row in results["one"]["scores"].items():
+        assert 0 <= row["accuracy"]["mean"] <= 1 and len(row["accuracy"]["folds"]) == 2
+        low, high = row["intervals"]["auc"]
+        assert low <= row["auc"] <= high
+        assert f"| {name} | {100 * row['accuracy']['mean']:.2f} ±" in printed
+    model = load_model(tmp_path / "models" / "folds-1" / "model.safetensors")
+    lfw = LFW(files / "crops", files / "pairs.txt", folds=[0])
+    scores = evaluate(model, lfw, replicates=0).variants["own"].scores
+    best = results["one"]["scores"]["trained"]["accuracy"]["folds"][0]
+    assert max(((scores >= cut) == lfw.genuine).mean() for cut in scores) >= best  # the file is what was scored
+
+
+@pytest.mark.usefixtures("known")
+def test_folds_can_be_held_out_together(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (files / "pairs.txt").read_text().splitlines()
+    lines[0] = "3\t4"
+    (tmp_path / "pairs.txt").write_text("\n".join([*lines, *lines[1:9]]) + "\n")  # fold 3 is fold 1 once more
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(files / "head.toml"), "--json", "out.json", "--threads", "1", "--set", "data.pairs=pairs.txt"]
+    assert example.main([*arguments, "--together", "2", "--label", "x", "--folds", "1", "3", "2"]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())["x"]
+    assert result["held_out_together"] == [[1, 3], [2]] and len(result["seconds_per_part"]) == 2
 
 
 def test_mistakes_are_named(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,11 +42,16 @@ class _Output(nn.Module):
         return self.norm(self.linear(self.depthwise(grid).flatten(1)))
 
 
-def sources() -> Sources:
-    """People as noisy mosaics, and a random network whose last block is affine."""
-    torch.manual_seed(5)
+def network(**options: bool) -> backbones.Recogniser:
+    """A random network whose last block is affine; made as the registry makes them."""
     body = nn.Sequential(nn.Conv2d(3, 12, 16, 16), nn.BatchNorm2d(12), nn.PReLU(12))
-    recogniser = backbones.SplitRecogniser(body, _Output(), grid_shape=(12, 7, 7), embedding_size=8)
+    return backbones.SplitRecogniser(body, _Output(), grid_shape=(12, 7, 7), embedding_size=8)
+
+
+def sources() -> Sources:
+    """People as noisy mosaics, and maps of a random network."""
+    torch.manual_seed(5)
+    recogniser = network()
     own = torch.randint(40, 216, (PEOPLE, 1, 3, 7, 7))
     noisy = (own + torch.randint(-25, 26, (PEOPLE, EACH, 3, 7, 7))).flatten(0, 1).clamp(0, 255).float()
     images = torch.nn.functional.interpolate(noisy, size=(112, 112)).to(torch.uint8)

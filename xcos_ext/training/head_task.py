@@ -372,10 +372,14 @@ class HeadTask:
         """Verification on all pairs of pictures of the people held out (at most 3,000 pictures)."""
         return verify(self, cast(_Margins, module).head, lambda chosen: self.features(module, chosen))
 
+    def model(self, module: nn.Module) -> XCosModel:
+        """Recogniser and head, not calibrated."""
+        head = copy.deepcopy(cast(_Margins, module).head).cpu()
+        return XCosModel(self.sources.recogniser, head, name=self.name).eval()
+
     def export(self, module: nn.Module, folder: Path) -> list[Path]:
         """``model.safetensors``: recogniser and head, for ``xcos_ext.load_model``."""
-        head = copy.deepcopy(cast(_Margins, module).head).cpu()
-        model = XCosModel(self.sources.recogniser, head, name=self.name).eval()
+        model = self.model(module)
         calibrate_on(model, self, lambda chosen: self.features(module, chosen))
         path = folder / "model.safetensors"
         save_model(model, path)

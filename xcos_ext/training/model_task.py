@@ -133,10 +133,14 @@ class ModelTask:
         """As :meth:`HeadTask.evaluate`."""
         return verify(self.start, cast(_Trained, module).head, lambda chosen: self.features(module, chosen))
 
+    def model(self, module: nn.Module) -> XCosModel:
+        """Body and head, not calibrated."""
+        trained = copy.deepcopy(cast(_Trained, module)).cpu()
+        return XCosModel(trained.body, trained.head, name=self.start.name).eval()
+
     def export(self, module: nn.Module, folder: Path) -> list[Path]:
         """``model.safetensors``: body and head, for ``xcos_ext.load_model``."""
-        trained = copy.deepcopy(cast(_Trained, module)).cpu()
-        model = XCosModel(trained.body, trained.head, name=self.start.name).eval()
+        model = self.model(module)
         calibrate_on(model, self.start, lambda chosen: self.features(module, chosen))
         path = folder / "model.safetensors"
         save_model(model, path)

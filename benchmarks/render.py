@@ -1,10 +1,11 @@
-"""Renders README's result tables from the files in benchmarks/results.
+"""Renders the result tables of README and of pages in docs from the files in benchmarks/results.
 
-    python benchmarks/render.py            rewrite README.md between its results markers
-    python benchmarks/render.py --check    fail if README.md does not show what the files say
+    python benchmarks/render.py            rewrite the pages between their results markers
+    python benchmarks/render.py --check    fail if a page does not show what the files say
 
 A table is named by a marker ``<!-- results: cpu pairs -->`` ... ``<!-- /results -->``: ``cpu`` or ``gpu`` (every other
-file), and ``pairs`` (operators on N pairs), ``matrix`` (all pairs) or ``all`` (both).
+file), and ``pairs`` (operators on N pairs), ``matrix`` (all pairs) or ``all`` (both). ``models short`` and ``models
+all`` are the table of models on LFW: see models_table.py.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import models_table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "training.md")
 MARKER = re.compile(r"(<!-- results: (\w+) (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 ALL_PAIRS = ("xcos_topk/", "xcos_matrix/")
 
@@ -144,9 +148,11 @@ def _table(results: dict[str, Any], kind: str) -> str:
 
 
 def render(text: str) -> str:
-    """The README with its tables as the results files have them."""
+    """A page with its tables as the results files have them."""
 
     def replace(match: re.Match[str]) -> str:
+        if match[2] == "models":
+            return match[1] + models_table.table(match[3]) + match[4]
         if match[2] == "cpu":
             files = [RESULTS / "cpu.json"]
         else:
@@ -164,17 +170,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    rendered = render(text)
-    if check:
-        if rendered != text:
-            print("README.md does not show the figures of benchmarks/results; run python benchmarks/render.py")
-        return int(rendered != text)
-    temporary = readme.with_suffix(".tmp")
-    temporary.write_text(rendered)
-    os.replace(temporary, readme)
-    return 0
+    status = 0
+    for page in PAGES:
+        text = page.read_text()
+        rendered = render(text)
+        if rendered == text:
+            continue
+        if check:
+            print(f"{page.name} does not show the figures of benchmarks/results; run python benchmarks/render.py")
+            status = 1
+            continue
+        temporary = page.with_suffix(".tmp")
+        temporary.write_text(rendered)
+        os.replace(temporary, page)
+    return status
 
 
 if __name__ == "__main__":

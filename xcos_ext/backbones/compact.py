@@ -10,8 +10,8 @@ from .recogniser import Recogniser
 __all__ = ["CompactNet"]
 
 # Channels at 28, 14 and 7 pixels, and residual blocks there.
-_WIDTHS = (32, 72, 128)
-_BLOCKS = (1, 3, 2)
+_WIDTHS = (32, 96, 128)
+_BLOCKS = (2, 3, 2)
 
 
 def _conv(cin: int, cout: int, stride: int = 1) -> nn.Sequential:
@@ -59,7 +59,7 @@ class CompactNet(Recogniser):
         self.stages = nn.ModuleList(stages)
 
     def maps(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The stages' maps: [N, 32, 28, 28], [N, 72, 14, 14], [N, 128, 7, 7]."""
+        """The stages' maps: [N, 32, 28, 28], [N, 96, 14, 14], [N, 128, 7, 7]."""
         x = self.fold(images)
         made = []
         for stage in self.stages:

@@ -1,4 +1,4 @@
-"""Training a head together with the body below it, drawn to a frozen copy of the recogniser."""
+"""Training a head together with the body below it, drawn to what the recogniser said before."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xcos_ext.backbones import Recogniser
@@ -23,24 +22,10 @@ from .head_task import HeadTask, Sources, calibrate_on, combined_loss, held_out_
 from .seeds import BatchIndex
 from .task import weight_decay_groups
 
-__all__ = ["Experiment", "ModelTask", "assert_frozen", "create"]
+__all__ = ["Experiment", "ModelTask", "create"]
 
 #: The settings of this task's experiments.
 Experiment = HeadExperiment
-
-
-def assert_frozen(teacher: nn.Module) -> None:
-    """A teacher must neither learn nor depend on its batch.
-
-    Raises:
-        XCosError: a part of it is in training mode, or has parameters that want gradients.
-    """
-    for name, module in teacher.named_modules():
-        if module.training:
-            raise XCosError(f"teacher: expected evaluation mode, got training mode in {name or 'the whole of it'}")
-    for name, parameter in teacher.named_parameters():
-        if parameter.requires_grad:
-            raise XCosError(f"teacher: expected frozen parameters, got one that wants a gradient: {name}")
 
 
 class _Trained(nn.Module):
@@ -54,9 +39,10 @@ class _Trained(nn.Module):
 class ModelTask:
     """Trains a head and the recogniser's body, at a small rate, on altered pictures.
 
-    The teacher is a copy of the recogniser as it was: frozen, in evaluation mode, checked at every step; it sees the
-    pictures unaltered. Batch norms of the body keep the statistics that they have, those of the head the ones measured
-    at the start; all weights are trained. The body's output block takes no part and stays as it is.
+    The teacher is the recogniser as it was. It is never run while training: its embeddings of the unaltered pictures
+    were computed once, in evaluation mode, with the maps. Batch norms of the body keep the statistics that they have,
+    those of the head the ones measured at the start; all weights are trained. The body's output block takes no part and
+    stays as it is.
 
     Args:
         start: the head's task, whose head, data and losses are taken over.
@@ -66,11 +52,11 @@ class ModelTask:
     def __init__(self, start: HeadTask, body: BodyConfig) -> None:
         self.start, self.body_config = start, body
         recogniser = start.sources.recogniser
-        self.teacher = recogniser.eval().requires_grad_(False)
         trained = copy.deepcopy(recogniser).eval().requires_grad_(True)
         for name, parameter in trained.named_parameters():
             if name.startswith(trained.output_prefixes):
                 parameter.requires_grad_(False)
+        trained.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.module = _Trained(trained, start.module.head, start.module.margin)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -81,32 +67,29 @@ class ModelTask:
         ]
 
     def batch(self, index: BatchIndex, size: int) -> dict[str, Tensor]:
-        """Pictures of one part, altered and as they are."""
+        """Altered pictures of one part, and the teacher's embeddings of them as they are."""
         drawn = self.start.draw(index, size)
-        clean = self.start.sources.pictures.images[drawn.pictures]
+        sources = self.start.sources
         generator = index.generator(2, own=True)
-        return {
-            "images": augmented(clean, self.body_config.augment, generator),
-            "clean": clean,
+        made = {
+            "images": augmented(sources.pictures.images[drawn.pictures], self.body_config.augment, generator),
             **self.start.labelled(drawn.pictures, drawn.generator),
         }
+        if sources.maps.embeddings is not None:
+            made["embeddings"] = sources.maps.embeddings[0, drawn.pictures]
+        return made
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Mapping[str, float | Tensor]]:
-        """The head's losses, the teacher's cosines computed anew."""
+        """The head's losses; in lower precision, where it is asked for, only the body computes."""
         module, config = self.module, self.start.config
         if module.body.training or module.head.training:
             raise XCosError("model: expected body and head in evaluation mode, which fixes batch norms' statistics")
-        batch = dict(batch)
-        if config.cosine > 0:
-            if next(self.teacher.parameters()).device != batch["clean"].device:
-                self.teacher.to(batch["clean"].device)
-            assert_frozen(self.teacher)
-            with torch.no_grad():
-                batch["embeddings"] = F.normalize(self.teacher(normalised(self.teacher, batch["clean"])).float())
-        grid = module.body.grid(normalised(module.body, batch["images"]))
-        features = module.head.features(grid)
-        total, parts = combined_loss(config, self.start.contrast, module.head, module.margin, features, batch)
-        return self.start.anchored(total, parts)
+        images = normalised(module.body, batch["images"]).contiguous(memory_format=torch.channels_last)
+        grid = module.body.grid(images)
+        with torch.autocast(grid.device.type, enabled=False):
+            features = module.head.features(grid.float().contiguous())
+            total, parts = combined_loss(config, self.start.contrast, module.head, module.margin, features, batch)
+            return self.start.anchored(total, parts)
 
     def describe(self) -> Mapping[str, Any]:
         """The head's settings, and the body's."""

@@ -109,7 +109,7 @@ def test_score_model_is_the_direct_computation(pairs: CSVPairs) -> None:
 
 def test_pictures_are_read_once_and_features_are_dropped(pairs: CSVPairs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory holds what is open, not the list."""
-    monkeypatch.setattr("xcos_ext.evaluation.protocol._PAIRS_AT_ONCE", 2)
+    monkeypatch.setattr("xcos_ext.evaluation.scoring._PAIRS_AT_ONCE", 2)
     read: list[str] = []
     alive: list[int] = []
 
@@ -221,7 +221,7 @@ def test_flip_is_in_width() -> None:
     rng = np.random.default_rng(3)
     faces = rng.integers(0, 256, (4, 112, 112, 3), dtype=np.uint8)
     model = learned()
-    extract = ev.protocol._extractor(model, None, True)
+    extract = ev.scoring.extractor(model, None, True)
     plain, mirrored, upside = (
         extract(list(f))["features"] for f in (faces, faces[:, :, ::-1].copy(), faces[:, ::-1].copy())
     )

@@ -2,18 +2,9 @@
 
 from .bootstrap import Interval, Resampling, bootstrap
 from .calibration import all_pair_scores, calibrate, fmr_curve
-from .protocol import (
-    ATTENTIONS,
-    Evaluation,
-    Scores,
-    Variant,
-    corr_attention,
-    cross_validated,
-    evaluate,
-    score_model,
-    score_pairs,
-)
+from .protocol import Evaluation, Variant, corr_attention, cross_validated, evaluate
 from .roc import roc_figure
+from .scoring import ATTENTIONS, Scores, score_model, score_pairs
 from .verification import (
     EER,
     ErrorCurves,

@@ -33,7 +33,7 @@ from xcos_ext.nn import (
 )
 from xcos_ext.ops import xcos_score
 
-from .protocol import Score, Track, score_pairs
+from .scoring import Score, Track, score_pairs
 from .verification import VerificationReport, verification
 
 __all__ = ["FORMS", "compare_forms", "iterate_pictures", "lfw_statistics"]

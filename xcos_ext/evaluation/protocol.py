@@ -1,186 +1,26 @@
-"""Verification of a model on a list of pairs: features once per picture, scores in several forms, figures."""
+"""Verification of a model on a list of pairs, or of a training on its parts: scores in several forms, figures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
 from xcos_ext.backbones import Recogniser
 from xcos_ext.datasets import PairList
 from xcos_ext.errors import PictureError
 from xcos_ext.faces.detector import Detector
-from xcos_ext.faces.reader import extract_face
-from xcos_ext.fingerprint import fingerprint_weights
 from xcos_ext.nn import XCosModel
-from xcos_ext.ops import grid_cosine, xcos_score
 
 from .bootstrap import Interval, Resampling, bootstrap
+from .scoring import ATTENTIONS, Scores, Track, crops, extractor, score_pairs, scorers_of
 from .verification import VerificationReport, verification
 
-__all__ = [
-    "ATTENTIONS",
-    "Evaluation",
-    "Scores",
-    "Variant",
-    "corr_attention",
-    "cross_validated",
-    "evaluate",
-    "score_model",
-    "score_pairs",
-]
-
-#: Ways to weigh the cells -> what they are.
-ATTENTIONS: Mapping[str, str] = {
-    "own": "the model's own",
-    "uniform": "every cell alike",
-    "norm": "proportional to the product of the two cells' norms",
-    "corr": "each cell's correlation with the target cosine, estimated on the other folds",
-    "symmetric": "the model's own, mean of both orders of the faces",
-}
-
-_PAIRS_AT_ONCE = 64
-
-Pictures = list[NDArray[np.uint8]]
-Read = Callable[[str], NDArray[np.uint8]]
-Extract = Callable[[Pictures], Mapping[str, Tensor]]
-Score = Callable[[Tensor, Tensor], Tensor]
-Track = Callable[[Sequence[Any]], Iterable[Any]]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What scoring a list of pairs gives.
-
-    Attributes:
-        values: name -> fp64 [N], or [N, K] for scorers that give K numbers a pair; NaN for pairs that failed.
-        failures: pictures that could not be enrolled (unreadable, no face, of another size) -> why.
-        failed: bool [N], pairs with such a picture.
-    """
-
-    values: dict[str, NDArray[np.float64]]
-    failures: dict[str, str]
-    failed: NDArray[np.bool_]
-
-
-@torch.no_grad()
-def score_pairs(
-    pairs: PairList,
-    extract: Extract,
-    scorers: Mapping[str, tuple[str, Score]],
-    *,
-    read: Read | None = None,
-    batch_size: int = 32,
-    track: Track | None = None,
-) -> Scores:
-    """Extract named features of every picture once, and score pairs with them.
-
-    Features are kept from a picture's first pair to its last, so memory holds the pictures that are open at one time:
-    a fold of LFW, not the list.
-
-    Args:
-        pairs: the list.
-        extract: uint8 RGB pictures -> name -> features [n, ...].
-        scorers: name -> (name of the features, function of two batches of them that gives [n] or [n, K]).
-        read: gives a picture by its key, by default ``pairs.read``; a ``PictureError`` is a failure to enrol.
-        batch_size: pictures per forward pass.
-        track: wraps the blocks of pairs that are iterated over, for a progress bar.
-    """
-    read = read or pairs.read
-    count = len(pairs)
-    last = np.zeros(len(pairs.keys), dtype=np.int64)
-    for side in (pairs.first, pairs.second):
-        np.maximum.at(last, side, np.arange(count))
-    values: dict[str, NDArray[np.float64]] = {}
-    failures: dict[str, str] = {}
-    failed = np.zeros(count, dtype=bool)
-    kept: dict[int, dict[str, Tensor]] = {}
-
-    def enrol(wanted: Sequence[int]) -> None:
-        pictures: Pictures = []
-        found: list[int] = []
-        for index in wanted:
-            try:
-                pictures.append(read(pairs.keys[index]))
-                found.append(index)
-            except PictureError as error:
-                failures[pairs.keys[index]] = str(error)
-        if found:
-            for name, features in extract(pictures).items():
-                for index, row in zip(found, features, strict=True):
-                    kept.setdefault(index, {})[name] = row.clone()  # a view would keep the whole batch
-
-    blocks = [range(start, min(start + _PAIRS_AT_ONCE, count)) for start in range(0, count, _PAIRS_AT_ONCE)]
-    for block in blocks if track is None else track(blocks):
-        used = dict.fromkeys(np.stack((pairs.first[block], pairs.second[block]), 1).ravel().tolist())
-        new = [i for i in used if i not in kept and pairs.keys[i] not in failures]
-        for start in range(0, len(new), batch_size):
-            enrol(new[start : start + batch_size])
-        good = np.array([p for p in block if pairs.first[p] in kept and pairs.second[p] in kept], dtype=np.int64)
-        failed[list(set(block) - set(good.tolist()))] = True
-        for name, (features_of, score) in scorers.items():
-            if good.size:
-                a, b = (torch.stack([kept[i][features_of] for i in side[good]]) for side in (pairs.first, pairs.second))
-                part = score(a, b).double().cpu().numpy()
-                values.setdefault(name, np.full((count, *part.shape[1:]), np.nan))[good] = part
-        for index in [i for i in kept if last[i] < block.stop]:
-            del kept[index]
-    return Scores({name: values.get(name, np.full(count, np.nan)) for name in scorers}, failures, failed)
-
-
-def _crops(pairs: PairList, detector: Detector | None, size: tuple[int, int]) -> Read:
-    """A reader of aligned crops."""
-    if pairs.aligned:
-        detector = None
-
-    def read(key: str) -> NDArray[np.uint8]:
-        return extract_face(pairs.read(key), detector, name=key, size=size).rgb
-
-    return read
-
-
-def _own_score(model: XCosModel) -> Score:
-    def score(a: Tensor, b: Tensor) -> Tensor:
-        return model.score(a, b)
-
-    return score
-
-
-def score_model(
-    model: XCosModel, pairs: PairList, *, batch_size: int = 32, track: Track | None = None
-) -> NDArray[np.float64]:
-    """Scores of all pairs of a list of aligned crops.
-
-    Args:
-        model: any model, in evaluation mode.
-        pairs: the list, with crops of the size that the model expects.
-        batch_size: pictures per forward pass.
-        track: as in :func:`score_pairs`.
-
-    Returns:
-        [N], in the order of the list.
-
-    Raises:
-        PictureError: a picture cannot be used.
-    """
-    device = next(model.parameters()).device
-    scored = score_pairs(
-        pairs,
-        lambda pictures: {"features": model.features(model.preprocessing(pictures).to(device))},
-        {"own": ("features", _own_score(model))},
-        read=_crops(pairs, None, model.preprocessing.size),
-        batch_size=batch_size,
-        track=track,
-    )
-    if scored.failures:
-        raise PictureError(next(iter(scored.failures.values())))
-    return scored.values["own"]
+__all__ = ["Evaluation", "Variant", "corr_attention", "cross_validated", "evaluate"]
 
 
 def corr_attention(similarity: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -256,63 +96,6 @@ class Evaluation:
     failed: NDArray[np.bool_]
     resampling: Resampling | None
     corr_target: str | None
-
-
-def _extractor(model: XCosModel, recogniser: Recogniser | None, flip: bool) -> Extract:
-    """Grid features and, with a recogniser, its embedding."""
-    device = next(model.parameters()).device
-    shared = (
-        recogniser is not None
-        and isinstance(model.backbone, Recogniser)
-        and recogniser.preprocessing == model.preprocessing
-        and (recogniser is model.backbone or fingerprint_weights(recogniser) == fingerprint_weights(model.backbone))
-    )
-
-    def once(images: Tensor, others: Tensor | None) -> dict[str, Tensor]:
-        if shared:
-            assert isinstance(model.backbone, Recogniser)
-            grid = model.backbone.grid(images)
-            return {"features": model.head.features(grid), "embedding": model.backbone.embed(grid)}
-        found = {"features": model.features(images)}
-        if recogniser is not None and others is not None:
-            found["embedding"] = recogniser(others)
-        return found
-
-    def extract(pictures: Pictures) -> dict[str, Tensor]:
-        images = model.preprocessing(pictures).to(device)
-        others = None if recogniser is None or shared else recogniser.preprocessing(pictures).to(device)
-        found = once(images, others)
-        if flip:
-            mirrored = once(images.flip(3), None if others is None else others.flip(3))
-            # Flipped back in width, so that every cell meets the same part of the face.
-            found["features"] = (found["features"] + mirrored["features"].flip(3)) / 2
-            if "embedding" in found:
-                found["embedding"] = found["embedding"] + mirrored["embedding"]
-        return found
-
-    return extract
-
-
-def _scorers(model: XCosModel, attentions: Sequence[str], embedding: bool) -> dict[str, tuple[str, Score]]:
-    own = _own_score(model)
-
-    def uniform(a: Tensor, b: Tensor) -> Tensor:
-        return xcos_score(a, b)
-
-    def norm(a: Tensor, b: Tensor) -> Tensor:
-        return xcos_score(a, b, "norm")
-
-    def symmetric(a: Tensor, b: Tensor) -> Tensor:
-        return (own(a, b) + own(b, a)) / 2  # S is the same in both orders, so this is the mean of both W
-
-    def cells(a: Tensor, b: Tensor) -> Tensor:
-        return grid_cosine(a, b).flatten(1)
-
-    known = {"own": own, "uniform": uniform, "norm": norm, "symmetric": symmetric, "corr": cells}
-    scorers = {name: ("features", known[name]) for name in attentions}
-    if embedding:
-        scorers["teacher"] = "embedding", F.cosine_similarity
-    return scorers
 
 
 def _rejected(values: NDArray[np.float64], failed: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -420,9 +203,9 @@ def cross_validated(
         found.append(
             score_pairs(
                 pairs,
-                _extractor(model, recogniser, flip),
-                _scorers(model, attentions, recogniser is not None),
-                read=_crops(pairs, detector, model.preprocessing.size),
+                extractor(model, recogniser, flip),
+                scorers_of(model, attentions, recogniser is not None),
+                read=crops(pairs, detector, model.preprocessing.size),
                 batch_size=batch_size,
                 track=track,
             )

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xcos_ext.datasets import PersonFolder, read_pairs
+from xcos_ext.datasets import Pair, PersonFolder, read_pairs
 from xcos_ext.errors import PictureError, XCosError
 
 from .settings import ConfigError
@@ -179,16 +179,27 @@ def people_of_share(names: Sequence[str], share: float, seed: int = 0) -> set[st
     return {name for name in names if position(name) < share}
 
 
+def pairs_of_file(path: str | os.PathLike[str]) -> list[Pair]:
+    """Pairs of an LFW pairs file, for an experiment's ``data.pairs``.
+
+    Raises:
+        XCosError: a missing or malformed file.
+    """
+    try:
+        return read_pairs(path)
+    except OSError as error:
+        raise XCosError(f"data.pairs: {path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise XCosError(f"data.pairs: {error}") from error
+
+
 def people_of_folds(pairs: str | os.PathLike[str], folds: Sequence[int]) -> set[str]:
     """People in the pairs of some folds (numbered from 1) of an LFW pairs file.
 
     Raises:
         XCosError: a missing or malformed file, or an unknown fold.
     """
-    try:
-        rows = read_pairs(pairs)
-    except (OSError, ValueError) as error:
-        raise XCosError(str(error)) from error
+    rows = pairs_of_file(pairs)
     known = {row.fold + 1 for row in rows}
     if not set(folds) <= known:
         raise XCosError(f"data.folds: expected some of {sorted(known)}, got {sorted(folds)}")

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xcos_ext.backbones import CompactNet
-from xcos_ext.datasets import Pair, read_pairs
-from xcos_ext.errors import XCosError
+from xcos_ext.datasets import Pair
 from xcos_ext.evaluation import calibrate, verification
 from xcos_ext.nn import XCosAttention, XCosHead, XCosModel, load_recogniser, plug, plug_statistics, save_model
 from xcos_ext.nn.projection import CellProjection
@@ -25,7 +24,7 @@ from xcos_ext.templates import Templates
 from .bank import Bank, BankConfig, open_bank
 from .cache import normalised
 from .config import TrainConfig
-from .data import IdentityBatches, Pictures, read_pictures
+from .data import IdentityBatches, Pictures, pairs_of_file, read_pictures
 from .head_config import DataConfig
 from .head_task import held_out_people
 from .losses import all_pairs, teacher_loss
@@ -148,10 +147,7 @@ def load_distillation(
 
     recogniser = load_recogniser(pupil.teacher).requires_grad_(False)
     pictures = read_pictures(data.pictures, recogniser.preprocessing.size, progress=tell("reading"))
-    try:
-        pairs = [] if data.pairs is None else read_pairs(data.pairs)
-    except (OSError, ValueError) as error:
-        raise XCosError(str(error)) from error
+    pairs = [] if data.pairs is None else pairs_of_file(data.pairs)
     fold_of = {person: pair.fold + 1 for pair in pairs for person in (pair.person_a, pair.person_b)}
     groups = torch.tensor([fold_of.get(name, 0) for name in pictures.names])
     free = torch.nonzero((groups[pictures.people] == 0) if (groups == 0).any() else torch.ones(len(pictures))).flatten()

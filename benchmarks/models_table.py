@@ -1,7 +1,7 @@
 """The table of models on LFW, from the results files of the cross-validations and of the time per pair.
 
-``render.py`` puts it where a page has the marker ``<!-- results: models short -->`` (what README shows) or
-``<!-- results: models all -->`` (every attention, every training).
+``render.py`` puts it where a page has the marker ``<!-- results: models short -->`` (what README shows), ``models all``
+(every attention, every training) or ``models compact`` (the shipped model's card).
 """
 
 from __future__ import annotations
@@ -34,14 +34,19 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _rows(kind: str) -> Iterator[Row]:
-    """Name, W, figures, time."""
-    times = _read(RESULTS / "models" / "pair_time.json")
+def _times() -> dict[str, Any]:
+    """Recogniser -> label -> time per pair."""
+    found = _read(RESULTS / "models" / "pair_time.json")
+    return {stem: values["scores"] for stem, values in found.items()}
+
+
+def _trained(kind: str) -> Iterator[Row]:
+    """What was made of the recognisers."""
     for stem, name in RECOGNISERS.items():
         trainings = _read(RESULTS / "training" / f"crossval_{stem}.json")
         if not trainings:
             continue
-        seconds = times.get(stem, {}).get("scores", {})
+        seconds = _times().get(stem, {})
         start = trainings[SHORT[0]]["scores"]
         yield f"{name}: plain cosine", "", start["cosine"], seconds.get("cosine")
         yield "xCos, closed form, nothing trained", "norm", start["start"], seconds.get("closed form")
@@ -51,12 +56,25 @@ def _rows(kind: str) -> Iterator[Row]:
                     figures = trainings[label]["scores"].get(row)
                     if figures is not None:
                         yield f"xCos, {label}", attention, figures, seconds.get(label) if row == "trained" else None
-    compact = _read(RESULTS / "models" / "default_model.json").get("variants", {})
-    seconds = times.get(COMPACT_TEACHER, {}).get("scores", {})
+
+
+def _compact(kind: str) -> Iterator[Row]:
+    """The shipped model, cross-validated."""
+    variants = _read(RESULTS / "models" / "default_model.json").get("variants", {})
+    seconds = _times().get(COMPACT_TEACHER, {})
     for row, attention in {"own": "learned", "norm": "norm", "corr": "corr", "uniform": "uniform"}.items():
-        if row in compact and (kind == "all" or row == "own"):
+        if row in variants and (kind != "short" or row == "own"):
             time = seconds.get("compact") if row == "own" else None
-            yield "**xCos model that comes with the package**", attention, compact[row], time
+            yield "**xCos model that comes with the package**", attention, variants[row], time
+    if kind == "compact" and "teacher" in variants:
+        yield "its teacher: plain cosine", "", variants["teacher"], seconds.get("cosine")
+
+
+def _rows(kind: str) -> Iterator[Row]:
+    """Name, W, figures, time."""
+    if kind != "compact":
+        yield from _trained(kind)
+    yield from _compact(kind)
 
 
 def _interval(values: dict[str, Any], key: str, value: float, scale: float, digits: int) -> str:
@@ -73,7 +91,7 @@ def table(kind: str) -> str:
     """The table as Markdown.
 
     Args:
-        kind: ``"short"``: one row a model; ``"all"``: every attention too.
+        kind: ``"short"``: one row a model; ``"all"``: every attention too; ``"compact"``: the shipped model only.
     """
     lines = [
         "| score | W | accuracy % | AUC | EER % | TAR % at FMR 1e-2, 1e-3 | time per pair, times the plain cosine's |",

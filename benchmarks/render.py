@@ -4,8 +4,8 @@
     python benchmarks/render.py --check    fail if a page does not show what the files say
 
 A table is named by a marker ``<!-- results: cpu pairs -->`` ... ``<!-- /results -->``: ``cpu`` or ``gpu`` (every other
-file), and ``pairs`` (operators on N pairs), ``matrix`` (all pairs) or ``all`` (both). ``models short`` and ``models
-all`` are the table of models on LFW: see models_table.py.
+file), and ``pairs`` (operators on N pairs), ``matrix`` (all pairs) or ``all`` (both). ``models short``, ``models all``
+and ``models compact`` are tables of models on LFW: see models_table.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import models_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "training.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "training.md", ROOT / "docs" / "default_model.md")
 MARKER = re.compile(r"(<!-- results: (\w+) (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 ALL_PAIRS = ("xcos_topk/", "xcos_matrix/")
 

@@ -21,7 +21,7 @@ from xcos_ext.shipped import default_weights
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PHOTOGRAPHS = Path(__file__).resolve().parent.parent / "examples" / "photographs"
-UNSEEN = (4, 5, 6, 7)  # folds, from 0, whose people the model has never seen
+UNSEEN = (6, 7)  # folds, from 0, whose people the model has never seen
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +89,9 @@ def test_it_tells_people_apart_whom_it_has_never_seen(model: XCosModel, shared_d
     result = evaluate(model, lfw, replicates=0)
     report = result.variants["own"].report
     assert report.accuracy is not None
-    assert report.accuracy.mean >= 0.96  # its card says 0.9642
+    assert report.accuracy.mean >= 0.97  # its card says 0.9742
     assert model.threshold is not None
     right = (result.variants["own"].scores >= model.threshold) == lfw.genuine
-    assert right.mean() >= 0.92  # 0.9283
+    assert right.mean() >= 0.965  # 0.9700
     scores = score_model(model, LFW(shared_data / "lfw112.zip", shared_data / "pairs.txt", folds=UNSEEN[:1]))
     np.testing.assert_allclose(scores, result.variants["own"].scores[: len(scores)], atol=1e-5)

@@ -537,6 +537,8 @@ def test_ctrl_c() -> None:
         [
             sys.executable,
             "-c",
+            # Jobs in the background are started with the signal ignored.
+            "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
             "import xcos_ext.cli.info as i, time; i.run = lambda j: time.sleep(60); "
             "import sys; sys.argv = ['xcos', 'info']; from xcos_ext.cli import main; "
             "print('ready', flush=True); main()",

@@ -50,12 +50,12 @@ def _trained(kind: str) -> Iterator[Row]:
         start = trainings[SHORT[0]]["scores"]
         yield f"{name}: plain cosine", "", start["cosine"], seconds.get("cosine")
         yield "xCos, closed form, nothing trained", "norm", start["start"], seconds.get("closed form")
-        for label in SHORT if kind == "short" else trainings:
-            for row, attention in ATTENTIONS.items():
-                if label in trainings and (kind == "all" or row == "trained"):
-                    figures = trainings[label]["scores"].get(row)
-                    if figures is not None:
-                        yield f"xCos, {label}", attention, figures, seconds.get(label) if row == "trained" else None
+        shown = [label for label in SHORT if label in trainings] if kind == "short" else list(trainings)
+        for label in shown:
+            for row, attention in ATTENTIONS.items() if kind == "all" else [("trained", "learned")]:
+                figures = trainings[label]["scores"].get(row)  # without a plain cosine there is no corr
+                if figures is not None:
+                    yield f"xCos, {label}", attention, figures, seconds.get(label) if row == "trained" else None
 
 
 def _compact(kind: str) -> Iterator[Row]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from xcos_ext.backbones import Recogniser
+from xcos_ext.explain.files import write_atomically
 from xcos_ext.nn import XCosModel, load_model, load_recogniser
 
 Step = Callable[[], Any]
@@ -121,9 +121,7 @@ def main() -> int:
             "pairs_at_a_time": options.pairs,
             "scores": found,
         }
-        temporary = options.json.with_suffix(".tmp")
-        temporary.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, options.json)
+        write_atomically(options.json, lambda file: file.write(f"{json.dumps(known, indent=1)}\n".encode()))
     return 0
 
 

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ import torch
 from xcos_ext.datasets import LFW, PairList, read_pairs
 from xcos_ext.errors import XCosError
 from xcos_ext.evaluation import cross_validated
+from xcos_ext.explain.files import write_atomically
 from xcos_ext.nn import XCosModel, load_model
 from xcos_ext.training import train
 from xcos_ext.training.experiment import load_experiment
@@ -45,10 +45,16 @@ def say(line: str) -> None:
 
 
 class Parts:
-    """Folds held out together, and what is trained without them."""
+    """Trains without the people of some folds at a time.
+
+    Attributes:
+        starts: models as they started, with the pairs that they are judged by; of the parts that are trained.
+        seconds: that these trainings took.
+    """
 
     def __init__(self, experiment: HeadExperiment, sources: Sources, parts: Sequence[tuple[int, ...]]) -> None:
         self.experiment, self.sources, self.parts = experiment, sources, parts
+        self.starts: list[tuple[XCosModel, PairList]] = []
         self.seconds: list[float] = []
 
     def _task(self, folds: tuple[int, ...]) -> tuple[HeadTask | ModelTask, PairList]:
@@ -62,16 +68,11 @@ class Parts:
         assert not trained & set(lfw.keys)
         return ModelTask(start, experiment.body) if experiment.task == "model" else start, lfw
 
-    def started(self) -> Iterator[tuple[XCosModel, PairList]]:
-        """Models as they start, with the pairs that they are judged by."""
-        for folds in self.parts:
-            task, lfw = self._task(folds)
-            yield task.model(task.module), lfw
-
     def trained(self, models: Path) -> Iterator[tuple[XCosModel, PairList]]:
         """Trained models as their files say; what is in the folder already is not trained again."""
         for folds in self.parts:
             task, lfw = self._task(folds)
+            self.starts.append((task.model(task.module), lfw))
             out = models / f"folds-{'-'.join(map(str, folds))}"
             result = train(task, self.experiment.train, out, resume=True, show=False)
             self.seconds.append(result.seconds)
@@ -87,7 +88,7 @@ def cross_validate(
     plain = None if sources.recogniser.embedding_size is None else sources.recogniser
     attentions = ATTENTIONS if plain is not None else tuple(name for name in ATTENTIONS if name != "corr")
     trained = cross_validated(made.trained(models), attentions=attentions, teacher=plain, fmrs=FMRS)
-    start = cross_validated(made.started(), teacher=plain, fmrs=FMRS)
+    start = cross_validated(made.starts, teacher=plain, fmrs=FMRS)
     rows = {"trained": trained.variants["own"], "start": start.variants["own"]}
     rows |= {f"trained, {name}": v for name, v in trained.variants.items() if name not in ("own", "teacher")}
     if plain is not None:
@@ -160,9 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             settings[path[0]][path[1]] = Path(settings[path[0]][path[1]]).name
         known = json.loads(options.json.read_text()) if options.json.is_file() else {}
         known[label] = {"settings": settings, **result}
-        temporary = options.json.with_suffix(".tmp")
-        temporary.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, options.json)
+        write_atomically(options.json, lambda file: file.write(f"{json.dumps(known, indent=1)}\n".encode()))
     return 0
 
 

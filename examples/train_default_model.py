@@ -30,6 +30,7 @@ from xcos_ext.datasets import LFW, read_pairs
 from xcos_ext.errors import XCosError
 from xcos_ext.evaluation import cross_validated, error_curves, roc_figure
 from xcos_ext.explain import save_figure
+from xcos_ext.explain.files import write_atomically
 from xcos_ext.nn import load_model, load_recogniser, save_model
 from xcos_ext.training import train
 from xcos_ext.training.distill import Experiment
@@ -161,9 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = {"experiment": settings, **measure(experiment, parts, files, options.plot)}
         print(table(result))
         if options.json is not None:
-            temporary = options.json.with_name(f".{options.json.name}.tmp")
-            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(options.json)
+            write_atomically(options.json, lambda file: file.write(f"{json.dumps(result, indent=1)}\n".encode()))
         if options.ship is not None:
             save_model(load_model(files[-1]), options.ship, dtype=torch.float16)
     except (XCosError, OSError, ValueError, IndexError) as error:

@@ -29,8 +29,8 @@ from xcos_ext.faces import (
     read_face,
     similarity_transform,
 )
-from xcos_ext.faces._optional import need
 from xcos_ext.faces.cascade import SEARCHES, CascadeBoxes
+from xcos_ext.optional import need
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from xcos_ext.datasets import LFW
-from xcos_ext.faces._optional import need
 from xcos_ext.nn import XCosModel, find_statistics, fingerprint_weights, load_recogniser, plug
+from xcos_ext.optional import need
 
 __all__ = ["MAPS", "REGIONS", "region_swap"]
 

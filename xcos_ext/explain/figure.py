@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xcos_ext.faces._optional import need
+from xcos_ext.optional import need
 
 from .decision import Maps, contribution, one_pair
 from .files import check_output, write_atomically

@@ -1,6 +1,7 @@
 """Reading pictures, finding faces in them, and cutting them out upright (needs the ``cli`` extra)."""
 
-from ._optional import MissingPackageError, need
+from xcos_ext.optional import MissingPackageError, need
+
 from .alignment import ARCFACE_TEMPLATE, align_face, apply_transform, similarity_transform, template_for, warp
 from .cascade import CascadeDetector
 from .detector import Detector, Face

@@ -12,8 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from xcos_ext.errors import PictureError
-
-from ._optional import need
+from xcos_ext.optional import need
 
 __all__ = ["MAX_PIXELS", "display_name", "read_picture"]
 

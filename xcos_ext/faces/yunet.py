@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from xcos_ext.errors import ModelError
+from xcos_ext.optional import need
 
-from ._optional import need
 from .alignment import ARCFACE_TEMPLATE, apply_transform, compose, invert, similarity_transform, warp
 from .detector import Face, check_picture, scaled_copy
 from .pictures import display_name

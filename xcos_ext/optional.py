@@ -1,4 +1,4 @@
-"""Packages of the ``cli`` extra, imported when they are first needed."""
+"""Packages of the extras, imported when they are first needed."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from xcos_ext.errors import XCosError
 
 __all__ = ["MissingPackageError", "need"]
 
-_PIP_NAMES = {"PIL": "pillow", "cv2": "opencv-python-headless"}
+_PIP_NAMES = {"PIL": "pillow", "cv2": "opencv-python-headless", "faiss": "faiss-cpu", "lance": "pylance"}
 
 
 class MissingPackageError(XCosError, ImportError):
     """An optional package is not installed; the message says which one and how to install it."""
 
 
-def need(module: str, purpose: str) -> Any:
+def need(module: str, purpose: str, *, extra: str = "cli") -> Any:
     """Import an optional module.
 
     Args:
         module: dotted name, e.g. ``"cv2"``.
         purpose: what it is needed for, to complete "... needs <package>".
+        extra: of this package, that brings it.
 
     Raises:
         MissingPackageError: it is not installed, or its own imports fail.
@@ -33,4 +34,4 @@ def need(module: str, purpose: str) -> Any:
         package = _PIP_NAMES.get(top, top)
         missing = isinstance(error, ModuleNotFoundError) and error.name == top
         reason = "which is not installed" if missing else f"which cannot be loaded ({error})"
-        raise MissingPackageError(f"{purpose} needs {package}, {reason}: pip install 'xcos_ext[cli]'") from error
+        raise MissingPackageError(f"{purpose} needs {package}, {reason}: pip install 'xcos_ext[{extra}]'") from error

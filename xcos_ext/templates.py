@@ -101,7 +101,14 @@ class AttentionState:
         return self._fingerprint
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _known_state, (self.fingerprint,)
+        return AttentionState.known, (self.fingerprint,)
+
+    @classmethod
+    def known(cls, fingerprint: str) -> AttentionState:
+        """The state that a stored fingerprint stands for."""
+        state = cls.__new__(cls)
+        state._extra, state._fingerprint, state._snapshot = "", fingerprint, None
+        return state
 
     @classmethod
     def of(cls, module: nn.Module, settings: Mapping[str, Any]) -> AttentionState:
@@ -119,7 +126,7 @@ class AttentionState:
             if any(t.is_inference() for t in tensors.values()):
                 return cls(tensors, extra)  # such tensors count nothing
             # No values to look at (tracing, torch.func): whatever this module makes fits together.
-            return _UNTRACKED.setdefault(module, _known_state("untracked"))
+            return _UNTRACKED.setdefault(module, cls.known("untracked"))
         known = _STATES.get(module)
         if known is not None and known.marks == marks and known.extra == extra:
             return known.state
@@ -138,12 +145,6 @@ class _Known(NamedTuple):
 
 _STATES: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
 _UNTRACKED: weakref.WeakKeyDictionary[nn.Module, AttentionState] = weakref.WeakKeyDictionary()
-
-
-def _known_state(fingerprint: str) -> AttentionState:
-    state = AttentionState.__new__(AttentionState)
-    state._extra, state._fingerprint, state._snapshot = "", fingerprint, None
-    return state
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -44,13 +45,14 @@ def _fake(*args: Any) -> None:
     return None
 
 
-def _checked_k(k: Any) -> int:
-    _checks.refuse_tensor(_OP, "k", k)
+def checked_k(k: Any, op: str = _OP) -> int:
+    """The argument k of a search: an int from 1 to 2048."""
+    _checks.refuse_tensor(op, "k", k)
     if isinstance(k, bool) or not hasattr(k, "__index__"):
-        raise TypeError(f"{_OP}: k: expected an int, got {type(k).__name__}")
+        raise TypeError(f"{op}: k: expected an int, got {type(k).__name__}")
     k = operator.index(k)
     if not 1 <= k <= MOST_K:
-        raise RuntimeError(f"{_OP}: k: expected 1 to {MOST_K}, got {k}")
+        raise RuntimeError(f"{op}: k: expected 1 to {MOST_K}, got {k}")
     return k
 
 
@@ -84,14 +86,106 @@ def _checked_exclude(exclude: Any, probes: Templates, gallery: Templates) -> tup
     return indices, mask
 
 
-def _checked_score(min_score: Any) -> float:
+def checked_score(min_score: Any, op: str = _OP) -> float:
+    """The argument min_score of a search; None is -inf."""
     if min_score is None:
         return -math.inf
-    _checks.refuse_tensor(_OP, "min_score", min_score)
+    _checks.refuse_tensor(op, "min_score", min_score)
     min_score = float(min_score)
     if math.isnan(min_score):
-        raise RuntimeError(f"{_OP}: min_score: expected a number or None, got nan")
+        raise RuntimeError(f"{op}: min_score: expected a number or None, got nan")
     return min_score
+
+
+class TopkLists:
+    """Running lists of the best gallery faces of P probes, fed part by part; their order does not depend on the parts.
+
+    Args:
+        probes: P.
+        k: places per probe.
+        dtype: of the scores: float32 or float64.
+        device: where the scores are.
+        min_score: scores below it are no hits.
+    """
+
+    def __init__(
+        self, probes: int, k: int, dtype: torch.dtype, device: torch.device, min_score: float = -math.inf
+    ) -> None:
+        self.min_score = min_score
+        self.values = torch.full((probes, k), -math.inf, dtype=dtype, device=device)
+        self.indices = torch.full((probes, k), -1, dtype=torch.int64, device=device)
+
+    @property
+    def result(self) -> XCosTopk:
+        """The lists as they are now."""
+        return XCosTopk(self.values, self.indices)
+
+    def add_scores(
+        self,
+        scores: Tensor,
+        first_index: int,
+        *,
+        rows: slice = slice(None),
+        exclude_indices: Tensor | None = None,
+        exclude_mask: Tensor | None = None,
+    ) -> None:
+        """Sift scores [P', M] of the probes ``rows`` against the gallery faces from ``first_index`` on."""
+        _update(
+            self.values[rows], self.indices[rows], scores, first_index, self.min_score, exclude_indices, exclude_mask
+        )
+
+    def add_pairs(
+        self,
+        pairs: AllPairs,
+        first_index: int,
+        *,
+        exclude_indices: Tensor | None = None,
+        exclude_mask: Tensor | None = None,
+    ) -> None:
+        """Score all pairs, a block at a time, and sift them.
+
+        Args:
+            pairs: the probes against a part of the gallery.
+            first_index: index of the part's first face.
+            exclude_indices: int64 [P, E], counted from the whole gallery's beginning.
+            exclude_mask: bool [1 or P, M], of the part.
+        """
+        count = len(pairs.probes)
+        for rows, part in score_blocks(count, len(pairs.gallery), pairs.dtype, self.values.device):
+            mask = exclude_mask
+            if mask is not None:
+                mask = mask[:, part] if mask.shape[0] == 1 else mask[rows, part]
+            self.add_scores(
+                pairs.scores(rows, part),
+                first_index + part.start,
+                rows=rows,
+                exclude_indices=None if exclude_indices is None else exclude_indices[rows],
+                exclude_mask=mask,
+            )
+
+    def add_lists(self, values: Tensor, indices: Tensor) -> None:
+        """Merge other lists of the same probes, [P, m], in any order; index -1 marks an empty place."""
+        self.values, self.indices = best_of(
+            torch.cat((self.values, values), 1), torch.cat((self.indices, indices), 1), self.values.shape[1]
+        )
+
+
+def best_of(values: Tensor, indices: Tensor, k: int) -> XCosTopk:
+    """The k best of lists [P, m], m >= k: higher values first, then lower indices; empty places last."""
+    order = torch.where(indices < 0, torch.iinfo(torch.int64).max, indices).argsort(dim=1, stable=True)
+    values, indices = values.gather(1, order), indices.gather(1, order)
+    order = values.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return XCosTopk(values.gather(1, order), indices.gather(1, order))
+
+
+def score_blocks(probes: int, faces: int, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Parts of a matrix [probes, faces] small enough to be sifted while the cache holds them."""
+    for top in range(0, probes, _BLOCK_PROBES):
+        rows = slice(top, min(top + _BLOCK_PROBES, probes))
+        room = _BLOCK_BYTES.get(device.type, 8 << 20) // ((rows.stop - rows.start) * dtype.itemsize)
+        block = max(1024, room // 1024 * 1024)
+        for start in range(0, faces, block):
+            yield rows, slice(start, min(start + block, faces))
 
 
 @torch.no_grad()
@@ -129,25 +223,12 @@ def xcos_topk(
         RuntimeError: templates that do not fit each other, or an argument of a wrong shape, dtype, device or value.
     """
     pairs = AllPairs(_OP, probes, gallery, attention)
-    k = _checked_k(k)
-    floor = _checked_score(min_score)
+    k = checked_k(k)
+    floor = checked_score(min_score)
     indices, mask = _checked_exclude(exclude, probes, gallery)
     first_index = operator.index(first_index)
     if first_index < 0:
         raise RuntimeError(f"{_OP}: first_index: expected 0 or more, got {first_index}")
-    faces = len(gallery)
-    best = torch.full((len(probes), k), -math.inf, dtype=pairs.dtype, device=probes.device)
-    hits = torch.full((len(probes), k), -1, dtype=torch.int64, device=probes.device)
-    for top in range(0, len(probes), _BLOCK_PROBES):
-        rows = slice(top, min(top + _BLOCK_PROBES, len(probes)))
-        count = rows.stop - rows.start
-        room = _BLOCK_BYTES.get(probes.device.type, 8 << 20) // (count * pairs.dtype.itemsize)
-        block = max(1024, room // 1024 * 1024)
-        excluded = None if indices is None else indices[rows]
-        masked = mask if mask is None or mask.shape[0] == 1 else mask[rows]
-        for start in range(0, faces, block):
-            part = slice(start, min(start + block, faces))
-            columns = None if masked is None else masked[:, part]
-            scores = pairs.scores(rows, part)
-            _update(best[rows], hits[rows], scores, first_index + start, floor, excluded, columns)
-    return XCosTopk(best, hits)
+    lists = TopkLists(len(probes), k, pairs.dtype, probes.device, floor)
+    lists.add_pairs(pairs, first_index, exclude_indices=indices, exclude_mask=mask)
+    return lists.result

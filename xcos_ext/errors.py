@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["ModelError", "PictureError", "XCosError"]
+from collections.abc import Sequence
+
+__all__ = [
+    "GalleryBusyError",
+    "GalleryDamagedError",
+    "GalleryError",
+    "ModelError",
+    "PictureError",
+    "XCosError",
+]
 
 
 class XCosError(Exception):
@@ -15,3 +24,23 @@ class ModelError(XCosError, ValueError):
 
 class PictureError(XCosError, ValueError):
     """A picture that cannot be used: unreadable, too large, without a face, or of the wrong size."""
+
+
+class GalleryError(XCosError, ValueError):
+    """A gallery that cannot be used as asked: not there, of another head, ids that are taken or unknown."""
+
+
+class GalleryBusyError(GalleryError):
+    """Another process holds what is needed: it writes, or it still reads what should be deleted."""
+
+
+class GalleryDamagedError(GalleryError):
+    """Stored faces that are not what was written.
+
+    Attributes:
+        rows: positions of the damaged faces in the gallery, as far as they are known.
+    """
+
+    def __init__(self, message: str, rows: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.rows = tuple(rows)

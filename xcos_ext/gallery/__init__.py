@@ -1,0 +1,18 @@
+"""Galleries: faces kept on disk, changed and searched at the same time, on one machine or several."""
+
+from xcos_ext.errors import GalleryBusyError, GalleryDamagedError, GalleryError
+
+from .gallery import Gallery
+from .hits import Duplicate, Duplicates, Hit, HitMaps, Hits
+
+__all__ = [
+    "Duplicate",
+    "Duplicates",
+    "Gallery",
+    "GalleryBusyError",
+    "GalleryDamagedError",
+    "GalleryError",
+    "Hit",
+    "HitMaps",
+    "Hits",
+]

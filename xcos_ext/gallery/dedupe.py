@@ -1,0 +1,101 @@
+"""All pairs of a gallery's faces against each other, a block of probes at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xcos_ext.ops.xcos_matrix import AllPairs
+from xcos_ext.ops.xcos_topk import score_blocks
+from xcos_ext.templates import AttentionParameters, Templates
+
+from .layout import Layout
+from .stream import Tile
+
+__all__ = ["PROBES", "alike", "as_probes", "symmetric"]
+
+#: Faces that meet the whole gallery together.
+PROBES = 4096
+
+
+def symmetric(layout: Layout) -> bool:
+    """Whether a pair's two orders have one score."""
+    return not isinstance(layout.attention, AttentionParameters) or layout.attention.symmetric
+
+
+def as_probes(layout: Layout, faces: Templates, head: Any) -> Templates:
+    """Stored faces as the first of their pairs.
+
+    Args:
+        layout: of the gallery.
+        faces: from the gallery, [N].
+        head: makes probes of features where they cannot be had otherwise; else None is enough.
+    """
+    if not isinstance(layout.attention, AttentionParameters):
+        return faces.as_probe()
+    if layout.attention.symmetric:
+        # Order 0 of a gallery face is (-v), order 1 (u); of a probe (u), (-v): the same parts the other way around.
+        assert faces.projection is not None and faces.bias is not None
+        return Templates(
+            faces.features,
+            faces.norms,
+            faces.grid,
+            faces.attention,
+            role="probe",
+            projection=faces.projection.flip(1),
+            bias=faces.bias.flip(1),
+        )
+    # F is the unit cells times their norms, up to the rounding of storage.
+    cells = faces.features.to(faces.norms.dtype) * faces.norms.unsqueeze(2)
+    features = cells.transpose(1, 2).unflatten(2, layout.grid)
+    return head.templates(features, "probe", layout.dtype)
+
+
+def alike(
+    probes: Templates,
+    places: Tensor,
+    tiles: Iterable[Tile],
+    threshold: float,
+    *,
+    both_orders: bool,
+    tick: Callable[[int], None],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs of a block of probes and the gallery that reach the threshold: places (probe, face) and scores.
+
+    Args:
+        probes: faces of the gallery, N of them.
+        places: theirs, int64 [N], ascending.
+        tiles: the gallery; from the first probe's place on is enough where a pair's orders score alike.
+        threshold: least score.
+        both_orders: whether to keep pairs whose face comes before the probe.
+        tick: is told the faces gone through.
+    """
+    rows: list[Tensor] = []
+    columns: list[Tensor] = []
+    values: list[Tensor] = []
+    own = places.to(probes.device).unsqueeze(1)
+    for tile in tiles:
+        pairs = AllPairs("gallery.dedupe", probes, tile.templates, "own")
+        for block, part in score_blocks(len(probes), len(tile.templates), pairs.dtype, probes.device):
+            scores = pairs.scores(block, part)
+            others = torch.arange(tile.first + part.start, tile.first + part.stop, device=probes.device)
+            found = scores >= threshold
+            found &= others != own[block] if both_orders else others > own[block]
+            if tile.excluded is not None:
+                found &= ~tile.excluded[part]
+            row, column = found.nonzero(as_tuple=True)
+            rows.append(own[block].squeeze(1)[row])
+            columns.append(others[column])
+            values.append(scores[row, column])
+        tick(len(tile.templates))
+    if not rows:
+        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
+    return (
+        torch.cat(rows).cpu().numpy(),
+        torch.cat(columns).cpu().numpy(),
+        torch.cat(values).cpu().numpy(),
+    )

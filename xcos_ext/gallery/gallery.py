@@ -1,0 +1,664 @@
+"""A gallery: templates kept on disk, changed and searched at the same time."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xcos_ext.errors import GalleryDamagedError, GalleryError
+from xcos_ext.nn.model import XCosModel
+from xcos_ext.ops.xcos_topk import checked_k, checked_score
+from xcos_ext.templates import Templates
+
+from . import dedupe as _dedupe
+from .hits import Duplicate, Duplicates, Hits
+from .layout import Layout, checked_metadata, checked_text, damaged_labels, damaged_rows, iter_slices
+from .query import Alone, Query
+from .search import Fusion
+from .store import Store, folder_bytes, reading
+from .stream import Tile, stream
+from .tiles import TileCache, gather
+
+__all__ = ["Gallery"]
+
+StrPath = str | os.PathLike[str]
+
+#: Called with the work done so far and all of it, in faces.
+Progress = Callable[[int, int], None]
+
+_WHERE = "gallery.search"
+
+
+def _nobody(done: int, total: int) -> None:
+    return None
+
+
+class Gallery:
+    """Faces enrolled for search, in a folder on disk; :meth:`create` makes one, :meth:`open` opens one.
+
+    Readers see one committed version (:attr:`version`), whatever is written meanwhile, until :meth:`refresh`; writing
+    through this object refreshes it. One process writes at a time. Rows are stored by Lance, and templates are packed
+    into tiles on the first search, so that later ones map them and start at once. Nothing is read by pickle.
+
+    A face has a *position*: its place among the faces of the version, in the order of enrolment, from 0. Where scores
+    are equal the lower position wins, always.
+
+    Close it, or use it in a ``with`` statement: an open gallery keeps its version's files from being deleted by
+    :meth:`compact`.
+
+    Attributes:
+        path: of the folder.
+        layout: shapes, dtype, head and model of the templates.
+    """
+
+    def __init__(self, store: Store, model: Any = None, cache: StrPath | bool = True, timeout: float = 10.0) -> None:
+        self._store = store
+        self._timeout = timeout
+        self._snapshot, self._lock = store.snapshot()
+        try:
+            self.path = store.folder
+            self.layout: Layout = self._snapshot.layout
+            self._model = None
+            if model is not None:
+                self._bind(model)
+            folder: Path | None = None
+            if cache is True:
+                folder = store.folder / "tiles"
+            elif cache is not False:
+                folder = Path(cache)
+            self._tiles = TileCache(folder, self.layout)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def create(
+        cls,
+        path: StrPath,
+        source: Any,
+        *,
+        dtype: torch.dtype = torch.float16,
+        grid: tuple[int, int] = (7, 7),
+        cache: StrPath | bool = True,
+        timeout: float = 10.0,
+    ) -> Gallery:
+        """Make an empty gallery.
+
+        Args:
+            path: of the folder; it must not exist, or be empty.
+            source: whose templates it will hold: an :class:`xcos_ext.XCosModel` (fingerprint, threshold and calibration
+                are kept, too), a head, or any :class:`xcos_ext.Templates`.
+            dtype: how templates are stored: float16, bfloat16, float32 or float64.
+            grid: (H, W), where ``source`` is a head alone.
+            cache: of packed tiles: True keeps them in the gallery's folder; a folder of their own; False: none.
+            timeout: seconds to wait for another writer.
+
+        Raises:
+            GalleryError: there is a gallery already, or other files, or the folder cannot be written.
+            TypeError: another source or dtype.
+            MissingPackageError: the extra ``gallery`` is not installed.
+        """
+        store = Store.create(Path(path), Layout.of(source, dtype, grid))
+        model = source if hasattr(source, "templates") else None
+        return cls(store, model, cache, timeout)
+
+    @classmethod
+    def open(cls, path: StrPath, model: Any = None, *, cache: StrPath | bool = True, timeout: float = 10.0) -> Gallery:
+        """Open a gallery at its newest version.
+
+        Args:
+            path: of the folder.
+            model: the model or head that makes its templates; it is checked against what the gallery was made for, and
+                lets :meth:`add` and :meth:`search` take features [N, C, H, W] as well.
+            cache, timeout: as in :meth:`create`.
+
+        Raises:
+            GalleryError: it is not there, is of another format, or was made for another model or head.
+            GalleryDamagedError: it cannot be opened.
+        """
+        return cls(Store(Path(path)), model, cache, timeout)
+
+    def _bind(self, model: Any) -> None:
+        if not hasattr(model, "templates"):
+            raise TypeError(f"gallery: model: expected an XCosModel or a head, got {type(model).__name__}")
+        if isinstance(model, XCosModel) and self.layout.model is not None:
+            got = model.fingerprint()
+            if got != self.layout.model:
+                raise GalleryError(
+                    f"{self.path}: model: expected the one that the gallery was made for ({self.layout.model_name}, "
+                    f"{self.layout.model}), got another ({model.name}, {got})"
+                )
+        else:
+            head = Layout.of(model, self.layout.dtype, self.layout.grid)
+            self.layout.check(head.empty(), "model", str(self.path))
+        self._model = model
+
+    # ------------------------------------------------------------------ state
+
+    def __enter__(self) -> Gallery:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let the version go. The object must not be used afterwards."""
+        self._lock.release()
+
+    def refresh(self) -> Gallery:
+        """Move to the newest version; returns this gallery."""
+        snapshot, lock = self._store.snapshot()
+        self._lock.release()
+        self._snapshot, self._lock = snapshot, lock
+        return self
+
+    @property
+    def version(self) -> int:
+        """Number of the version that this object sees; every commit raises it."""
+        return self._snapshot.version
+
+    def __len__(self) -> int:
+        return self._snapshot.rows
+
+    def __contains__(self, identity: object) -> bool:
+        return isinstance(identity, str) and bool(self.positions([identity]))
+
+    def __repr__(self) -> str:
+        return f"Gallery({str(self.path)!r}, faces={len(self)}, version={self.version})"
+
+    def ids(self) -> Iterator[str]:
+        """All ids, by position."""
+        for batch in self._snapshot.ids():
+            yield from batch.to_pylist()
+
+    def positions(self, ids: Iterable[str]) -> dict[str, int]:
+        """Positions of those of the ids that there are."""
+        wanted = set(ids)
+        found: dict[str, int] = {}
+        if not wanted:
+            return found
+        from ._packages import pyarrow
+
+        pa = pyarrow()
+        import pyarrow.compute as pc
+
+        values = pa.array(sorted(wanted), pa.string())
+        start = 0
+        for batch in self._snapshot.ids():
+            matches = np.flatnonzero(pc.is_in(batch, value_set=values).to_numpy(zero_copy_only=False))
+            found.update((batch[int(i)].as_py(), start + int(i)) for i in matches)
+            start += len(batch)
+        return found
+
+    def get(self, ids: Sequence[str]) -> tuple[Templates, list[dict[str, Any]]]:
+        """Stored templates and metadata of faces.
+
+        Returns:
+            Templates of role "gallery" [N], and a dictionary with "id", "person" and "metadata" for each.
+
+        Raises:
+            GalleryError: an id that is not in the gallery.
+        """
+        positions = self._known(ids, "gallery.get")
+        places = self._snapshot.places_of(np.array(positions, np.int64))
+        labels = self._snapshot.labels(places)
+        rows = [dict(zip(labels, row, strict=True)) for row in zip(*labels.values(), strict=True)]
+        return gather(self.layout, self._snapshot, self._tiles, places), rows
+
+    def _known(self, ids: Sequence[str], where: str) -> list[int]:
+        if isinstance(ids, str):
+            raise TypeError(f"{where}: ids: expected a sequence of texts, got one text")
+        found = self.positions(ids)
+        missing = [i for i in dict.fromkeys(ids) if i not in found]
+        if missing:
+            raise GalleryError(f"{where}: ids: expected ids that are in the gallery, got {_shown(missing)}")
+        return [found[i] for i in ids]
+
+    def info(self) -> dict[str, Any]:
+        """Counts, sizes, head and model, as plain values."""
+        snapshot = self._snapshot
+        persons: set[str] = set()
+        unnamed = 0
+        with reading(snapshot):
+            for batch in snapshot.scan(["person"], batch_size=65536):
+                column = batch.column("person")
+                unnamed += column.null_count
+                persons.update(p for p in column.unique().to_pylist() if p is not None)
+        data = folder_bytes(self._store.data)
+        return {
+            "path": str(self.path),
+            "faces": snapshot.rows,
+            "persons": len(persons),
+            "faces_without_person": unnamed,
+            "removed_but_stored": len(snapshot.deleted),
+            "version": snapshot.version,
+            "fragments": len(snapshot.fragments),
+            "bytes": data,
+            "bytes_per_face": data / snapshot.places if snapshot.places else None,
+            "template_bytes": self.layout.face_bytes,
+            "tiles_bytes": 0 if self._tiles.folder is None else folder_bytes(self._tiles.folder),
+            "tiles_ready": sum(self._tiles.file(f) is not None for f in snapshot.fragments),
+            "grid": list(self.layout.grid),
+            "channels": self.layout.channels,
+            "dtype": str(self.layout.dtype).removeprefix("torch."),
+            "head": self.layout.head,
+            "model": self.layout.model,
+            "model_name": self.layout.model_name,
+            "threshold": self.layout.threshold,
+        }
+
+    # ------------------------------------------------------------------ writing
+
+    def add(
+        self,
+        ids: Sequence[str],
+        templates: Templates | Tensor,
+        *,
+        persons: Sequence[str | None] | None = None,
+        metadata: Sequence[Mapping[str, Any] | None] | None = None,
+        on_duplicate: Literal["error", "skip", "replace"] = "error",
+    ) -> int:
+        """Enrol faces, all of them or none, in one commit.
+
+        Args:
+            ids: N texts, each once; any Unicode but the empty text.
+            templates: N, of role "gallery" or "both"; or, with a model, features F [N, C, H, W].
+            persons: who they are; None: not known.
+            metadata: mappings that JSON can hold, searchable through ``where``; integers of at most 64 bits.
+            on_duplicate: what to do about ids that are in the gallery: refuse everything, leave the stored faces as
+                they are, or put the new ones in their place (they move to the end).
+
+        Returns:
+            Number of faces written.
+
+        Raises:
+            GalleryError: wrong ids, persons or metadata, ids twice, templates of another head, a full disk.
+            GalleryBusyError: another process is writing.
+            TypeError: other types.
+        """
+        where = "gallery.add"
+        if on_duplicate not in ("error", "skip", "replace"):
+            raise GalleryError(f"{where}: on_duplicate: expected 'error', 'skip' or 'replace', got {on_duplicate!r}")
+        if isinstance(ids, str):
+            raise TypeError(f"{where}: ids: expected a sequence of texts, got one text")
+        names = [checked_text(value, f"{where}: ids[{i}]") for i, value in enumerate(ids)]
+        if len(set(names)) != len(names):
+            twice = [i for i in dict.fromkeys(names) if names.count(i) > 1] if len(names) < 10_000 else _twice(names)
+            raise GalleryError(f"{where}: ids: expected each once, got {_shown(twice)} more than once")
+        stored = self._templates(templates, "gallery", "templates", where)
+        stored = self.layout.check_role(stored, "templates", where).to("cpu")
+        for name, values in (("templates", stored), ("persons", persons), ("metadata", metadata)):
+            if values is not None and len(values) != len(names):
+                raise GalleryError(f"{where}: {name}: expected {len(names)} like ids, got {len(values)}")
+        people = [
+            None if value is None else checked_text(value, f"{where}: persons[{i}]")
+            for i, value in enumerate(persons if persons is not None else [None] * len(names))
+        ]
+        texts = [
+            checked_metadata(value, f"{where}: metadata[{i}]")
+            for i, value in enumerate(metadata if metadata is not None else [None] * len(names))
+        ]
+        if not names:
+            return 0
+        with self._store.writer(self._timeout):
+            taken = self._store.existing(names)
+            if taken and on_duplicate == "error":
+                raise GalleryError(
+                    f"{where}: ids: expected new ones, got {_shown([i for i in names if i in taken])}, already "
+                    "enrolled; on_duplicate='skip' or 'replace' says what to do"
+                )
+            if taken and on_duplicate == "skip":
+                kept = [i for i, name in enumerate(names) if name not in taken]
+                if not kept:
+                    return 0
+                stored, names = stored[kept], [names[i] for i in kept]
+                people, texts = [people[i] for i in kept], [texts[i] for i in kept]
+            table = self.layout.batch(stored, names, people, texts)
+            if taken and on_duplicate == "replace":
+                self._store.upsert(table)
+            else:
+                self._store.append(table)
+        self.refresh()
+        return len(names)
+
+    def remove(self, ids: Sequence[str], *, missing: Literal["error", "ignore"] = "error") -> int:
+        """Delete faces in one commit. Searches do not find them any more; their bytes go with :meth:`compact`.
+
+        Args:
+            ids: of the faces.
+            missing: whether ids that are not there are an error, in which case nothing is deleted.
+
+        Returns:
+            Number of faces deleted.
+
+        Raises:
+            GalleryError: an unknown id, or the folder cannot be written.
+            GalleryBusyError: another process is writing.
+        """
+        with self._store.writer(self._timeout):
+            self.refresh()
+            if missing == "ignore":
+                positions = list(self.positions(ids).values())
+            else:
+                positions = self._known(list(dict.fromkeys(ids)), "gallery.remove")
+            if positions:
+                places = self._snapshot.places_of(np.array(positions, np.int64))
+                self._store.delete(self._snapshot, np.sort(places))
+        self.refresh()
+        return len(positions)
+
+    def compact(self, *, timeout: float = 30.0, progress: Callable[[str], None] | None = None) -> dict[str, int]:
+        """Rewrite the gallery without removed faces, then delete all older versions and their tiles.
+
+        Afterwards nothing of a removed face is left in the folder.
+
+        Args:
+            timeout: seconds to wait for readers of older versions.
+            progress: is told what is being done.
+
+        Returns:
+            Bytes before and after, and fragments removed and added.
+
+        Raises:
+            GalleryBusyError: somebody writes, or still reads an older version; in the latter case the newest version is
+                compact, and old files go with the next call.
+        """
+        tick = progress or (lambda text: None)
+        with self._store.writer(self._timeout):
+            # This object reads nothing meanwhile, and must not be waited for.
+            self._lock.release()
+            try:
+                report = self._store.compact(timeout, tick)
+            finally:
+                self.refresh()
+            tick("deleting tiles")
+            self._tiles.purge({f.key for f in self._snapshot.fragments})
+        return report
+
+    def verify(self, *, progress: Progress | None = None) -> dict[str, Any]:
+        """Read everything and compare it with the checksums that it was written with.
+
+        Damaged tiles are deleted, for they are made again from the rows.
+
+        Returns:
+            ``ok``; ``faces`` read; ``damaged``: position, id (None where it cannot be read) and what is damaged, for
+            each; ``unreadable``: file and positions that cannot be read at all; ``tiles_dropped``.
+        """
+        tick = progress or _nobody
+        snapshot = self._snapshot
+        damaged: list[dict[str, Any]] = []
+        unreadable: list[dict[str, Any]] = []
+        dropped: list[str] = []
+        read = 0
+        for fragment in snapshot.fragments:
+            alive = np.setdiff1d(np.arange(fragment.rows), fragment.deleted)
+            positions = snapshot.positions(fragment.first + alive)
+            try:
+                with reading(snapshot, fragment):
+                    wrong_rows: dict[int, list[str]] = {}
+                    done = 0
+                    lance_fragment = snapshot.dataset.get_fragment(fragment.number)
+                    for batch in snapshot.scan(
+                        [field.name for field in self.layout.schema()],
+                        fragments=[lance_fragment],
+                        batch_size=min(self.layout.tile_rows, 4096),
+                    ):
+                        for what, rows in (
+                            ("template", damaged_rows(self.layout, batch)),
+                            ("labels", damaged_labels(batch)),
+                        ):
+                            for row in rows:
+                                wrong_rows.setdefault(done + row, []).append(what)
+                        for row in list(wrong_rows):
+                            if done <= row < done + batch.num_rows:
+                                damaged.append(
+                                    {
+                                        "position": int(positions[row]),
+                                        "id": batch.column("id")[row - done].as_py(),
+                                        "damaged": wrong_rows[row],
+                                    }
+                                )
+                        done += batch.num_rows
+                        read += batch.num_rows
+                        tick(read, snapshot.rows)
+            except GalleryDamagedError as error:
+                unreadable.append({"files": list(fragment.paths), "positions": list(error.rows), "reason": str(error)})
+            try:
+                bad = self._tiles.verify(snapshot, fragment)
+            except GalleryDamagedError:
+                bad = [0]
+            if bad:
+                self._tiles.drop(fragment)
+                dropped.append(f"{fragment.key}.arrow")
+        return {
+            "ok": not damaged and not unreadable,
+            "faces": read,
+            "damaged": damaged,
+            "unreadable": unreadable,
+            "tiles_dropped": dropped,
+        }
+
+    # ------------------------------------------------------------------ searching
+
+    def _templates(
+        self, templates: Templates | Tensor, role: Literal["probe", "gallery"], name: str, where: str
+    ) -> Templates:
+        if isinstance(templates, Tensor):
+            if self._model is None:
+                raise TypeError(
+                    f"{where}: {name}: expected Templates, got a tensor; features need the gallery's model"
+                )
+            templates = self._model.templates(templates, role, self.layout.dtype)
+        return self.layout.check(templates, name, where)
+
+    def tiles(
+        self, device: torch.device | str = "cpu", *, where: str | None = None, begin: int = 0, end: int | None = None
+    ) -> Iterator[Tile]:
+        """The stored templates as a stream of tiles, for scoring of one's own.
+
+        Args:
+            device: where to.
+            where: filter, see :meth:`search`.
+            begin, end: positions of a part.
+        """
+        snapshot = self._snapshot
+        bounds = snapshot.places_of(np.array([begin], np.int64))[0]
+        last = (
+            snapshot.places
+            if end is None or end >= snapshot.rows
+            else int(snapshot.places_of(np.array([end], np.int64))[0])
+        )
+        selected = None if where is None else snapshot.select(where)
+        return stream(snapshot, self._tiles, torch.device(device), selected=selected, begin=int(bounds), end=last)
+
+    def search(
+        self,
+        probes: Templates | Tensor,
+        k: int = 10,
+        *,
+        attention: Tensor | str = "own",
+        where: str | None = None,
+        min_score: float | None = None,
+        groups: Sequence[Any] | None = None,
+        fusion: Fusion = "max",
+        by: Literal["face", "person"] = "face",
+        rerank: int | None = None,
+        coarse: Any = "uniform",
+        recall_probes: int = 0,
+        exclude: Sequence[Sequence[str]] | Sequence[str] | None = None,
+        explain: bool = False,
+        threshold: float | None = None,
+        metadata: bool = True,
+        progress: Progress | None = None,
+    ) -> Hits:
+        """The best candidates of every probe, exactly, whatever the size of the gallery.
+
+        Args:
+            probes: P templates of role "probe" or "both", of the gallery's head; or, with a model, features F
+                [P, C, H, W]. They may be on a GPU: tiles then stream there.
+            k: hits a probe, 1 to 2048.
+            attention: as in :func:`xcos_ext.xcos_topk`: ``"own"`` (learned), ``"uniform"``, ``"norm"``, or weights.
+            where: only faces that this SQL condition selects: over ``id``, ``person``, and into the metadata by
+                ``json_extract(metadata, '$.key')``, ``json_get_int(metadata, 'key')`` and the like.
+            min_score: only scores from here on are hits (a decision threshold makes this an open-set search).
+            groups: a label for each probe; probes with equal labels are one person, whose scores become one by
+                ``fusion``. The result then has a row for each label.
+            fusion: ``"max"`` or ``"mean"``; also of a person's faces where ``by="person"``.
+            by: ``"face"``, or ``"person"``: hits are persons, scored over all of their faces; faces without a person
+                count as persons of their own.
+            rerank: search in two stages: R candidates by cheap scores, of which the exact best are found. Not exact,
+                and the result says so.
+            coarse: how the R are found: ``"uniform"`` or ``"norm"`` attention (matrix products), or an index from
+                :func:`xcos_ext.gallery.faiss_index`.
+            recall_probes: measure the recall of a two-stage search on so many of the probes (evenly chosen), by
+                searching for them exactly as well.
+            exclude: ids that a probe must not get: one list for all, or a list for each probe.
+            explain: also return the hits' maps.
+            threshold: t of the maps' contributions; None: the model's.
+            metadata: read the hits' metadata.
+            progress: is told (faces gone through, all).
+
+        Returns:
+            :class:`Hits`; ties in favour of the lower position, NaN scores are no hits.
+
+        Raises:
+            GalleryError: probes of another head, a filter that cannot be understood, ids that are not there.
+            GalleryDamagedError: stored faces that were to be scored are not what was written.
+            TypeError, RuntimeError: other arguments of wrong types or values.
+        """
+        query = Query.of(
+            self._snapshot,
+            self._tiles,
+            Alone(),
+            self._templates(probes, "probe", "probes", _WHERE),
+            checked_k(k, _WHERE),
+            attention=attention,
+            where=where,
+            min_score=checked_score(min_score, _WHERE),
+            groups=groups,
+            fusion=fusion,
+            by=by,
+            exclude=exclude,
+            positions=self.positions,
+        )
+        return query.run(
+            rerank=rerank,
+            coarse=coarse,
+            recall_probes=recall_probes,
+            explain=explain,
+            threshold=threshold,
+            metadata=metadata,
+            progress=progress or _nobody,
+        )
+
+    def dedupe(self, threshold: float | None = None, *, progress: Progress | None = None) -> Duplicates:
+        """All pairs of the gallery's faces that score at least a threshold, and the groups that they make up.
+
+        Every pair is scored; where its two orders score differently, both, and the better counts.
+
+        Args:
+            threshold: None: the model's.
+            progress: is told (pairs scored, all).
+
+        Raises:
+            GalleryError: no threshold is known; or the head's attention is not symmetric and the gallery was opened
+                without its model, which has to make probes of the stored faces.
+        """
+        t = self.layout.threshold if threshold is None else float(threshold)
+        if t is None or not math.isfinite(t):
+            raise GalleryError(f"gallery.dedupe: threshold: expected a finite number, got {threshold}")
+        both = not _dedupe.symmetric(self.layout)
+        if both and self._model is None:
+            raise GalleryError("gallery.dedupe: model: expected the gallery to be opened with its model, got none")
+        head = getattr(self._model, "head", self._model)
+        snapshot, tick = self._snapshot, progress or _nobody
+        total = snapshot.rows**2 if both else snapshot.rows * (snapshot.rows + 1) // 2
+        scored = 0
+        first, second, scores = [], [], []
+        for part in iter_slices(snapshot.rows, _dedupe.PROBES):
+            places = snapshot.places_of(np.arange(part.start, part.stop))
+            with torch.inference_mode():
+                faces = gather(self.layout, snapshot, self._tiles, places)
+                probes = _dedupe.as_probes(self.layout, faces, head)
+                begin = 0 if both else int(places[0])
+
+                def gone(faces: int, count: int = len(places)) -> None:
+                    nonlocal scored
+                    scored = min(scored + faces * count, total)
+                    tick(scored, total)
+
+                rows, columns, values = _dedupe.alike(
+                    probes,
+                    torch.from_numpy(places),
+                    stream(snapshot, self._tiles, torch.device("cpu"), begin=begin),
+                    t,
+                    both_orders=both,
+                    tick=gone,
+                )
+            first.append(rows)
+            second.append(columns)
+            scores.append(values)
+        tick(total, total)
+        return self._duplicates(first, second, scores, t, total)
+
+    def _duplicates(
+        self,
+        first: list[np.ndarray],
+        second: list[np.ndarray],
+        scores: list[np.ndarray],
+        threshold: float,
+        compared: int,
+    ) -> Duplicates:
+        empty = np.empty(0, np.int64)
+        a, b = np.concatenate([empty, *first]), np.concatenate([empty, *second])
+        values = np.concatenate([np.empty(0), *scores])
+        best: dict[tuple[int, int], float] = {}
+        for i, j, score in zip(a.tolist(), b.tolist(), values.tolist(), strict=True):
+            pair = (min(i, j), max(i, j))
+            best[pair] = max(score, best.get(pair, -math.inf))
+        places = np.unique(np.array(list(best), np.int64).reshape(-1))
+        labels = self._snapshot.labels(places, ("id", "person"))
+        at = {place: i for i, place in enumerate(places.tolist())}
+        positions = self._snapshot.positions(places).tolist()
+        pairs = [
+            Duplicate(
+                (positions[at[i]], positions[at[j]]),
+                (labels["id"][at[i]], labels["id"][at[j]]),
+                (labels["person"][at[i]], labels["person"][at[j]]),
+                score,
+            )
+            for (i, j), score in sorted(best.items())
+        ]
+        root = list(range(len(places)))
+
+        def find(i: int) -> int:
+            while root[i] != i:
+                root[i] = root[root[i]]
+                i = root[i]
+            return i
+
+        for i, j in best:
+            one, two = find(at[i]), find(at[j])
+            root[max(one, two)] = min(one, two)
+        groups: dict[int, list[str]] = {}
+        for i in range(len(places)):
+            groups.setdefault(find(i), []).append(labels["id"][i])
+        return Duplicates(pairs, list(groups.values()), threshold, compared, self.version)
+
+
+def _twice(names: list[str]) -> list[str]:
+    seen: set[str] = set()
+    return [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
+
+
+def _shown(names: Sequence[str], most: int = 3) -> str:
+    """Some names in words."""
+    text = ", ".join(repr(name if len(name) <= 60 else name[:57] + "...") for name in names[:most])
+    return text if len(names) <= most else f"{text} and {len(names) - most} more"

@@ -1,0 +1,500 @@
+"""What the rows of a gallery are: a face's template and labels as Arrow columns, and the head that they belong to."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xcos_ext.errors import GalleryError
+from xcos_ext.nn.calibration import FMRCurve
+from xcos_ext.nn.model import XCosModel
+from xcos_ext.templates import (
+    AttentionParameters,
+    AttentionState,
+    FixedAttention,
+    Templates,
+    check_storage,
+    result_dtype,
+)
+
+from ._packages import pyarrow as _pyarrow
+from ._packages import xxhash as _xxhash
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["FORMAT", "LABELS", "Layout", "canonical_json"]
+
+#: Version of the format on disk. A reader refuses versions that it does not know.
+FORMAT = 1
+
+_KEY = b"xcos.gallery"
+LABELS = ("id", "person", "metadata")
+# Checks of what was written: of the template's bytes, and of the labels.
+CHECKS = ("checksum", "label_checksum")
+
+# Arrow has no bfloat16: its bits are kept.
+_ARROW = {torch.float16: "float16", torch.bfloat16: "uint16", torch.float32: "float32", torch.float64: "float64"}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _ARROW}
+
+
+def canonical_json(value: Mapping[str, Any]) -> str:
+    """JSON text that is the same whenever the value is."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _integers_fit(value: Any) -> bool:
+    """Whether JSON as Lance stores it (64-bit integers) holds a value's numbers exactly."""
+    if isinstance(value, bool) or value is None:
+        return True
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**64
+    if isinstance(value, Mapping):
+        return all(_integers_fit(v) for v in value.values())
+    if isinstance(value, (list, tuple)):
+        return all(_integers_fit(v) for v in value)
+    return True
+
+
+def checked_metadata(value: Any, where: str) -> str:
+    """A face's metadata as canonical JSON text; None is the empty object.
+
+    Raises:
+        GalleryError: not a mapping with text keys, or a value that JSON cannot hold.
+    """
+    if value is None:
+        return "{}"
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise GalleryError(f"{where}: expected a mapping with text keys, got {type(value).__name__}")
+    try:
+        text = canonical_json(value)
+        text.encode()
+        fits = _integers_fit(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise GalleryError(f"{where}: expected values that JSON can hold ({error})") from error
+    if not fits:
+        raise GalleryError(f"{where}: expected integers of at most 64 bits, got a larger one")
+    return text
+
+
+def checked_text(value: Any, where: str, *, empty: bool = False) -> str:
+    """A text that storage can hold.
+
+    Raises:
+        GalleryError: not a text, empty, or with lone surrogates.
+    """
+    if not isinstance(value, str):
+        raise GalleryError(f"{where}: expected text, got {type(value).__name__}")
+    if not value and not empty:
+        raise GalleryError(f"{where}: expected a text that is not empty, got ''")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise GalleryError(f"{where}: expected text that UTF-8 can encode, got {value!r}") from error
+    return str(value)
+
+
+def label_checksum(identity: str, person: str | None, metadata: str) -> int:
+    """Checksum (xxh3, 64 bits) of a row's labels; ``metadata`` is canonical JSON."""
+    state = _xxhash().xxh3_64()
+    for text in (identity, "" if person is None else "p" + person, metadata):
+        data = text.encode()
+        state.update(len(data).to_bytes(8, "little"))
+        state.update(data)
+    return int(state.intdigest())
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """One array of a template.
+
+    Attributes:
+        name: of the attribute of :class:`xcos_ext.Templates` and of the Arrow column.
+        shape: of one face's values.
+        dtype: as torch has it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def values(self) -> int:
+        """Values of a face."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a face."""
+        return self.values * self.dtype.itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Shapes and dtype of a gallery's templates, and where they come from.
+
+    Attributes:
+        grid: (H, W).
+        channels: of a cell.
+        dtype: of features and projections.
+        attention: the templates' own.
+        model: fingerprint of the model that makes the templates; None: only their head is known.
+        model_name: for reports.
+        threshold: the model's decision threshold for one pair; None: unknown.
+        fmr_curve: the model's false match rate at any score; None: unknown.
+    """
+
+    grid: tuple[int, int]
+    channels: int
+    dtype: torch.dtype
+    attention: AttentionParameters | FixedAttention
+    model: str | None = None
+    model_name: str | None = None
+    threshold: float | None = None
+    fmr_curve: FMRCurve | None = None
+
+    @classmethod
+    def of(cls, source: Any, dtype: torch.dtype, grid: tuple[int, int] = (7, 7)) -> Layout:
+        """The layout for a model, a head, or templates.
+
+        Raises:
+            TypeError: something else, or a dtype that is not floating-point.
+        """
+        check_storage(dtype, "dtype", "Gallery.create")
+        if isinstance(source, Templates):
+            sample, model = source[:0].to(dtype=dtype), None
+        elif hasattr(source, "templates"):
+            model = source if isinstance(source, XCosModel) else None
+            with torch.inference_mode():
+                if model is None:
+                    features = torch.zeros(1, source.channels, *grid)
+                else:
+                    device = next(model.parameters()).device
+                    features = model.features(torch.zeros(1, 3, *model.preprocessing.size, device=device))
+                sample = source.templates(features, "gallery", dtype)
+        else:
+            raise TypeError(
+                f"Gallery.create: source: expected an XCosModel, a head or Templates, got {type(source).__name__}"
+            )
+        attention = sample.attention
+        if isinstance(attention, AttentionParameters):
+            attention = attention.detach().to("cpu")
+        layout = cls(sample.grid, sample.channels, dtype, attention)
+        return layout if model is None else layout.of_model(model)
+
+    def of_model(self, model: XCosModel) -> Layout:
+        """The same with what a model knows of itself."""
+        return replace(
+            self,
+            model=model.fingerprint(),
+            model_name=model.name,
+            threshold=model.threshold,
+            fmr_curve=model.fmr_curve,
+        )
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The template's arrays, in the order in which they are stored."""
+        cells = self.grid[0] * self.grid[1]
+        wide = result_dtype(self.dtype)
+        columns = [Column("features", (cells, self.channels), self.dtype), Column("norms", (cells,), wide)]
+        if isinstance(self.attention, AttentionParameters):
+            layers, hidden = self.attention.orders, self.attention.hidden
+            columns.append(Column("projection", (layers, hidden, cells), self.dtype))
+            columns.append(Column("bias", (layers, cells), wide))
+        return tuple(columns)
+
+    @property
+    def face_bytes(self) -> int:
+        """Bytes of one face's template."""
+        return sum(column.nbytes for column in self.columns)
+
+    @property
+    def tile_rows(self) -> int:
+        """Faces that are read and scored together: about 80 MB of them, at least 1,024."""
+        return max(1024, (80 << 20) // self.face_bytes // 1024 * 1024)
+
+    @property
+    def head(self) -> str:
+        """Fingerprint of the learned attention, or the fixed attention's name."""
+        return self.attention.fingerprint if isinstance(self.attention, AttentionParameters) else self.attention
+
+    def schema(self) -> pa.Schema:
+        """Arrow schema of the rows, with this layout in its metadata."""
+        pa = _pyarrow()
+        fields = [
+            pa.field("id", pa.string(), nullable=False),
+            pa.field("person", pa.string()),
+            pa.field("metadata", pa.json_(), nullable=False),
+            *(pa.field(name, pa.uint64(), nullable=False) for name in CHECKS),
+            *self._array_fields(),
+        ]
+        return pa.schema(fields, metadata={_KEY: canonical_json(self.as_dict()).encode()})
+
+    def _array_fields(self) -> list[pa.Field]:
+        pa = _pyarrow()
+        # Random bits to a compressor: looking at them costs time and saves no byte.
+        plain = {b"lance-encoding:compression": b"none"}
+        return [
+            pa.field(
+                column.name,
+                pa.list_(pa.field("item", getattr(pa, _ARROW[column.dtype])(), nullable=False), column.values),
+                nullable=False,
+                metadata=plain,
+            )
+            for column in self.columns
+        ]
+
+    def tile_schema(self) -> pa.Schema:
+        """Arrow schema of the packed tiles: the arrays and their checksum."""
+        pa = _pyarrow()
+        return pa.schema([pa.field("checksum", pa.uint64(), nullable=False), *self._array_fields()])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        attention: Any = self.attention
+        if isinstance(attention, AttentionParameters):
+            attention = {
+                "weight": attention.weight.tolist(),
+                "slope": attention.slope.tolist(),
+                "temperature": attention.temperature,
+                "normalize": attention.normalize,
+                "symmetric": attention.symmetric,
+                "fingerprint": attention.fingerprint,
+            }
+        return {
+            "format": FORMAT,
+            "grid": list(self.grid),
+            "channels": self.channels,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "attention": attention,
+            "model": self.model,
+            "model_name": self.model_name,
+            "threshold": self.threshold,
+            "fmr_curve": None if self.fmr_curve is None else self.fmr_curve.as_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Layout:
+        """The layout that :meth:`as_dict` wrote.
+
+        Raises:
+            GalleryError: another version of the format, or damaged data.
+        """
+        version = data.get("format")
+        if version != FORMAT:
+            raise GalleryError(
+                f"format: expected version {FORMAT}, got {version!r}; another version of xcos_ext wrote it"
+            )
+        try:
+            dtype = _DTYPES[data["dtype"]]
+            attention = data["attention"]
+            if not isinstance(attention, str):
+                wide = result_dtype(dtype)
+                attention = AttentionParameters(
+                    weight=torch.tensor(attention["weight"], dtype=wide),
+                    slope=torch.tensor(attention["slope"], dtype=wide),
+                    temperature=float(attention["temperature"]),
+                    normalize=attention["normalize"],
+                    symmetric=bool(attention["symmetric"]),
+                    state=AttentionState.known(attention["fingerprint"]),
+                )
+            curve = data["fmr_curve"]
+            height, width = data["grid"]
+            return cls(
+                grid=(int(height), int(width)),
+                channels=int(data["channels"]),
+                dtype=dtype,
+                attention=attention,
+                model=data["model"],
+                model_name=data["model_name"],
+                threshold=data["threshold"],
+                fmr_curve=None if curve is None else FMRCurve.from_dict(curve),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise GalleryError(f"format: damaged description ({type(error).__name__}: {error})") from error
+
+    @classmethod
+    def from_schema(cls, schema: pa.Schema) -> Layout:
+        """The layout in a schema's metadata.
+
+        Raises:
+            GalleryError: there is none, or it is damaged or of another version.
+        """
+        raw = (schema.metadata or {}).get(_KEY)
+        if raw is None:
+            raise GalleryError("format: expected a gallery of xcos_ext, got another Lance data set")
+        try:
+            data = json.loads(raw)
+        except ValueError as error:
+            raise GalleryError(f"format: damaged description ({error})") from error
+        if not isinstance(data, dict):
+            raise GalleryError(f"format: damaged description (a {type(data).__name__})")
+        return cls.from_dict(data)
+
+    def on(self, device: torch.device) -> Layout:
+        """The same with the attention's parameters on a device."""
+        if isinstance(self.attention, str):
+            return self
+        return replace(self, attention=self.attention.to(device))
+
+    def empty(self) -> Templates:
+        """No faces, of this kind."""
+        return self.assemble({c.name: torch.empty(0, *c.shape, dtype=c.dtype) for c in self.columns})
+
+    def assemble(self, tensors: Mapping[str, Tensor]) -> Templates:
+        """Templates of arrays by column name."""
+        return Templates(
+            features=tensors["features"],
+            norms=tensors["norms"],
+            grid=self.grid,
+            attention=self.attention,
+            role="gallery",
+            projection=tensors.get("projection"),
+            bias=tensors.get("bias"),
+        )
+
+    def check(self, templates: Any, argument: str, where: str) -> Templates:
+        """Templates of this gallery's kind, in its dtype.
+
+        Raises:
+            TypeError: not templates.
+            GalleryError: another grid, number of channels, or head.
+        """
+        if not isinstance(templates, Templates):
+            raise TypeError(f"{where}: {argument}: expected Templates, got {type(templates).__name__}")
+        for what, expected, got in (
+            ("channels", self.channels, templates.channels),
+            ("grid", "{}x{}".format(*self.grid), "{}x{}".format(*templates.grid)),
+        ):
+            if got != expected:
+                raise GalleryError(f"{where}: {argument}: expected {what} {expected} as the gallery has, got {got}")
+        mine, theirs = self.attention, templates.attention
+        if isinstance(mine, AttentionParameters) and isinstance(theirs, AttentionParameters):
+            same = mine.matches(theirs)
+        else:
+            same = mine == theirs
+        if not same:
+            got = theirs.fingerprint if isinstance(theirs, AttentionParameters) else theirs
+            raise GalleryError(
+                f"{where}: {argument}: expected templates of the gallery's head ({self.head}), got those of another "
+                f"({got})"
+            )
+        return templates.detach().to(self.dtype)
+
+    def check_role(self, templates: Templates, argument: str, where: str) -> Templates:
+        """Templates as the second faces of their pairs.
+
+        Raises:
+            GalleryError: they are probes, which lack that part.
+        """
+        try:
+            return templates.as_gallery()
+        except ValueError as error:
+            raise GalleryError(
+                f"{where}: {argument}: expected templates of role 'gallery' or 'both', got role {templates.role!r}; "
+                "make them with templates(features, role='gallery')"
+            ) from error
+
+    def arrays(self, templates: Templates) -> dict[str, np.ndarray]:
+        """The templates' bytes, uint8 [N, bytes of a face] a column."""
+        arrays = {}
+        for column in self.columns:
+            tensor: Tensor = getattr(templates, column.name).contiguous()
+            arrays[column.name] = tensor.view(torch.uint8).reshape(len(templates), column.nbytes).numpy()
+        return arrays
+
+    def batch(
+        self, templates: Templates, ids: Sequence[str], persons: Sequence[str | None], metadata: Sequence[str]
+    ) -> pa.Table:
+        """Rows ready to be written.
+
+        Args:
+            templates: from :meth:`check`.
+            ids, persons, metadata: one each; metadata as :func:`canonical_json` writes it.
+        """
+        pa = _pyarrow()
+        arrays = self.arrays(templates)
+        labels = [label_checksum(*row) for row in zip(ids, persons, metadata, strict=True)]
+        schema = self.schema()
+        columns = [
+            pa.array(ids, pa.string()),
+            pa.array(persons, pa.string()),
+            pa.array(metadata, pa.json_()),
+            pa.array(row_checksums(arrays), pa.uint64()),
+            pa.array(np.array(labels, dtype=np.uint64), pa.uint64()),
+        ]
+        for column in self.columns:
+            field = schema.field(column.name)
+            values = pa.Array.from_buffers(
+                field.type.value_type, len(ids) * column.values, [None, pa.py_buffer(arrays[column.name])]
+            )
+            columns.append(pa.FixedSizeListArray.from_arrays(values, type=field.type))
+        return pa.Table.from_arrays(columns, schema=schema)
+
+    def templates(self, batch: pa.RecordBatch) -> Templates:
+        """The templates of rows: views of the batch's memory, which is read-only and kept as long as they are."""
+        return self.assemble({c.name: column_tensor(batch.column(c.name), c) for c in self.columns})
+
+
+def row_checksums(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Checksums (xxh3, 64 bits) of the templates' bytes, uint64 [N]."""
+    digest = _xxhash().xxh3_64_intdigest
+    rows = np.concatenate(list(arrays.values()), axis=1)
+    return np.fromiter((digest(row) for row in rows), dtype=np.uint64, count=len(rows))
+
+
+def damaged_rows(layout: Layout, batch: pa.RecordBatch) -> list[int]:
+    """Rows of a batch whose template is not what its checksum says."""
+    found = row_checksums(layout.arrays(layout.templates(batch)))
+    stored = batch.column("checksum").to_numpy(zero_copy_only=False)
+    return np.flatnonzero(found != stored).tolist()
+
+
+def damaged_labels(batch: pa.RecordBatch) -> list[int]:
+    """Rows of a batch whose labels are not what their checksum says."""
+    wrong = []
+    columns = (*(batch.column(name).to_pylist() for name in LABELS), batch.column("label_checksum").to_pylist())
+    for row, (identity, person, metadata, stored) in enumerate(zip(*columns, strict=True)):
+        try:
+            right = label_checksum(identity, person, canonical_json(json.loads(metadata))) == stored
+        except (ValueError, AttributeError, TypeError):
+            right = False
+        if not right:
+            wrong.append(row)
+    return wrong
+
+
+def column_span(array: pa.FixedSizeListArray, column: Column) -> tuple[int, int]:
+    """Address and bytes of a column's values."""
+    values = array.values
+    buffer = values.buffers()[1]
+    if buffer is None:
+        return 0, 0
+    start = (values.offset + array.offset * column.values) * column.dtype.itemsize
+    return buffer.address + start, len(array) * column.nbytes
+
+
+def column_tensor(array: pa.FixedSizeListArray, column: Column) -> Tensor:
+    """A column's values as a tensor [N, *shape] on the same memory."""
+    address, size = column_span(array, column)
+    if size == 0:
+        return torch.empty(len(array), *column.shape, dtype=column.dtype)
+    # Not through NumPy: torch warns of its read-only arrays, and nobody writes here.
+    memory = (ctypes.c_char * size).from_address(address)
+    memory._arrow = array  # type: ignore[attr-defined]
+    return torch.frombuffer(memory, dtype=column.dtype).view(len(array), *column.shape)
+
+
+def iter_slices(count: int, step: int) -> Iterator[slice]:
+    """[0, count) in pieces of ``step``."""
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))

@@ -1,0 +1,436 @@
+"""One search: what was asked for, checked, and the way from tiles to hits."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xcos_ext.errors import GalleryError
+from xcos_ext.ops.xcos_maps import xcos_maps
+from xcos_ext.ops.xcos_matrix import AllPairs
+from xcos_ext.ops.xcos_topk import MOST_K, XCosTopk
+from xcos_ext.templates import Templates
+
+from .hits import HitMaps, Hits
+from .search import Fusion, Groups, exact_topk, persons_topk, rerank
+from .store import Snapshot, reading
+from .stream import Tile, stream
+from .tiles import TileCache, gather
+
+__all__ = ["Alone", "Query", "Team"]
+
+_WHERE = "gallery.search"
+
+
+class Team(Protocol):
+    """Those who search together, each its own part of the gallery."""
+
+    def part(self, places: int) -> tuple[int, int]:
+        """This member's places, [begin, end)."""
+        ...
+
+    def merge(self, lists: XCosTopk, k: int) -> XCosTopk:
+        """The k best of all members' lists, the same on every member."""
+        ...
+
+    def reduce(self, table: Tensor, how: Literal["max", "sum"]) -> Tensor:
+        """The members' tables put together, the same on every member."""
+        ...
+
+
+class Alone:
+    """A team of one."""
+
+    def part(self, places: int) -> tuple[int, int]:
+        """Everything."""
+        return 0, places
+
+    def merge(self, lists: XCosTopk, k: int) -> XCosTopk:
+        """The lists themselves."""
+        return lists
+
+    def reduce(self, table: Tensor, how: Literal["max", "sum"]) -> Tensor:
+        """The table itself."""
+        return table
+
+
+class CoarseIndex(Protocol):
+    """Finds candidates; see :func:`xcos_ext.gallery.faiss_index`."""
+
+    def candidates(self, probes: Templates, count: int) -> Tensor:
+        """Places, int64 [P, count]; -1 where there are fewer."""
+        ...
+
+    def check(self, snapshot: Snapshot) -> None:
+        """Refuse a snapshot that it was not made of."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """A checked search.
+
+    Attributes:
+        snapshot, tiles: what is searched.
+        team: who searches with us.
+        probes: P, of the gallery's kind.
+        k, attention, min_score, groups, by, fusion: as in :meth:`Gallery.search`.
+        selected: places that count, ascending; None: all.
+        exclude: int64 [P, E], places that a probe must not get; None: none.
+    """
+
+    snapshot: Snapshot
+    tiles: TileCache
+    team: Team
+    probes: Templates
+    k: int
+    attention: Tensor | str
+    min_score: float
+    groups: Groups | None
+    by: Literal["face", "person"]
+    fusion: Fusion
+    selected: np.ndarray | None
+    exclude: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        snapshot: Snapshot,
+        tiles: TileCache,
+        team: Team,
+        probes: Templates,
+        k: int,
+        *,
+        attention: Tensor | str,
+        where: str | None,
+        min_score: float,
+        groups: Sequence[Any] | None,
+        fusion: Fusion,
+        by: Literal["face", "person"],
+        exclude: Sequence[Any] | None,
+        positions: Callable[[Sequence[str]], dict[str, int]],
+    ) -> Query:
+        """Check what was asked for."""
+        if fusion not in ("max", "mean"):
+            raise GalleryError(f"{_WHERE}: fusion: expected 'max' or 'mean', got {fusion!r}")
+        if by not in ("face", "person"):
+            raise GalleryError(f"{_WHERE}: by: expected 'face' or 'person', got {by!r}")
+        if groups is not None and len(groups) != len(probes):
+            raise GalleryError(f"{_WHERE}: groups: expected {len(probes)} labels like probes, got {len(groups)}")
+        try:
+            probes = probes.as_probe()
+        except ValueError as error:
+            if attention == "own":
+                raise GalleryError(
+                    f"{_WHERE}: probes: expected templates of role 'probe' or 'both', got role {probes.role!r}; make "
+                    "them with templates(features, role='probe')"
+                ) from error
+        # Checks the attention before anything is read.
+        AllPairs(_WHERE, probes, snapshot.layout.on(probes.device).empty().to(probes.device), attention)
+        selected = None if where is None else snapshot.select(where)
+        each = None
+        if exclude is not None and len(exclude):
+            if all(isinstance(one, str) for one in exclude):
+                hidden = _places(snapshot, positions, list(exclude))
+                everyone = np.arange(snapshot.places) if selected is None else selected
+                selected = np.setdiff1d(everyone, hidden, assume_unique=True)
+            else:
+                if len(exclude) != len(probes):
+                    raise GalleryError(
+                        f"{_WHERE}: exclude: expected ids, or {len(probes)} lists like probes, got {len(exclude)} lists"
+                    )
+                if groups is not None or by == "person":
+                    raise GalleryError(
+                        f"{_WHERE}: exclude: expected one list of ids where scores are fused or by person, got one for "
+                        "each probe"
+                    )
+                each = _padded(snapshot, positions, exclude).to(probes.device)
+        made = None if groups is None else Groups.of(groups, fusion)
+        return cls(snapshot, tiles, team, probes, k, attention, min_score, made, by, fusion, selected, each)
+
+    def _stream(self, tick: Callable[[int, int], None] | None = None) -> Iterator[Tile]:
+        begin, end = self.team.part(self.snapshot.places)
+        for tile in stream(self.snapshot, self.tiles, self.probes.device, selected=self.selected, begin=begin, end=end):
+            yield tile
+            if tick is not None:
+                tick(tile.first + len(tile.templates) - begin, end - begin)
+
+    def _gather(self, places: np.ndarray) -> Templates:
+        return gather(self.snapshot.layout, self.snapshot, self.tiles, places).to(self.probes.device)
+
+    @torch.inference_mode()
+    def run(
+        self,
+        *,
+        rerank: int | None,
+        coarse: Any,
+        recall_probes: int,
+        explain: bool,
+        threshold: float | None,
+        metadata: bool,
+        progress: Callable[[int, int], None],
+    ) -> Hits:
+        """Search; see :meth:`Gallery.search`."""
+        recall, measured = None, 0
+        if self.by == "person":
+            if rerank is not None:
+                raise GalleryError(f"{_WHERE}: rerank: expected None in a search by person, got {rerank}")
+            found = self._best_faces(self._persons(progress))
+        elif rerank is None:
+            found = self._exact(progress)
+        else:
+            found = self._two_stages(rerank, coarse, progress)
+            recall, measured = self._recall(found, recall_probes)
+        return self._hits(found, rerank is None, recall, measured, explain, threshold, metadata)
+
+    def _exact(self, tick: Callable[[int, int], None] | None = None) -> XCosTopk:
+        lists = exact_topk(
+            self._stream(tick),
+            self.probes,
+            self.k,
+            self.attention,
+            min_score=self.min_score,
+            groups=self.groups,
+            exclude=self.exclude,
+        )
+        return self.team.merge(lists, self.k)
+
+    # -------------------------------------------------------------- persons
+
+    @functools.cached_property
+    def _person_codes(self) -> tuple[np.ndarray, int]:
+        """Person of each place, numbered by their first faces; faces without one are persons of their own."""
+        import pyarrow as pa
+
+        chunks = [b.column("person") for b in self._scan_persons()]
+        column = pa.chunked_array(chunks, pa.string()).combine_chunks().dictionary_encode()
+        index = column.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        position = np.arange(len(index))
+        known = index >= 0
+        first = np.full(len(column.dictionary), len(index), np.int64)
+        np.minimum.at(first, index[known], position[known])
+        keys = np.where(known, first[np.maximum(index, 0)] if len(first) else position, position)
+        _, codes = np.unique(keys, return_inverse=True)
+        places = np.zeros(self.snapshot.places, np.int64)  # deleted rows are excluded anyway
+        places[self.snapshot.places_of(position)] = codes
+        return places, int(codes.max()) + 1 if len(codes) else 0
+
+    def _scan_persons(self) -> Iterator[Any]:
+        with reading(self.snapshot):
+            yield from self.snapshot.scan(["person"], batch_size=65536)
+
+    def _persons(self, tick: Callable[[int, int], None]) -> XCosTopk:
+        codes, count = self._person_codes
+        return persons_topk(
+            lambda: self._stream(tick),
+            codes,
+            count,
+            self.probes,
+            self.k,
+            self.attention,
+            fusion=self.fusion,
+            min_score=self.min_score,
+            groups=self.groups,
+            reduce=self.team.reduce,
+        )
+
+    def _best_faces(self, persons: XCosTopk) -> XCosTopk:
+        """The same lists with, for each person, the place of the face that fits best."""
+        codes, _ = self._person_codes
+        counts = np.ones(self.snapshot.places, dtype=bool)
+        if self.selected is not None:
+            counts[:] = False
+            counts[self.selected] = True
+        counts[self.snapshot.deleted] = False
+        usable = np.flatnonzero(counts)
+        usable = usable[np.argsort(codes[usable], kind="stable")]
+        sorted_codes = codes[usable]
+        places = torch.full_like(persons.indices, -1)
+        for row, wanted in enumerate(persons.indices.cpu().numpy()):
+            wanted = wanted[wanted >= 0]
+            if len(wanted) == 0:
+                continue
+            begins = np.searchsorted(sorted_codes, wanted)
+            ends = np.searchsorted(sorted_codes, wanted, side="right")
+            faces = np.concatenate([usable[a:b] for a, b in zip(begins, ends, strict=True)])
+            scores = self._scores(row, self._gather(faces))[0].cpu().numpy()
+            at = 0
+            for column, size in enumerate((ends - begins).tolist()):
+                own = scores[at : at + size]
+                best = int(np.nanargmax(own)) if not np.isnan(own).all() else 0
+                places[row, column] = int(faces[at + best])
+                at += size
+        return XCosTopk(persons.values, places)
+
+    def _members(self, row: int) -> Tensor:
+        """Probes of a row of the result."""
+        if self.groups is None:
+            return torch.tensor([row])
+        return (self.groups.codes == row).nonzero().squeeze(1)
+
+    def _scores(self, row: int, faces: Templates) -> Tensor:
+        """Scores [1, M] of a row of the result against faces."""
+        members = self._members(row)
+        scores = AllPairs(_WHERE, self.probes[members], faces, self._attention_of(members)).scores()
+        if self.groups is None:
+            return scores
+        one = Groups((0,), torch.zeros(len(members), dtype=torch.int64), self.groups.fusion)
+        return one.fuse(scores, one.rounds(scores.device))
+
+    def _attention_of(self, members: Tensor) -> Tensor | str:
+        if isinstance(self.attention, Tensor) and self.attention.dim() == 3:
+            return self.attention[members.to(self.attention.device)]
+        return self.attention
+
+    # -------------------------------------------------------------- two stages
+
+    def _two_stages(self, count: int, coarse: Any, tick: Callable[[int, int], None]) -> XCosTopk:
+        if isinstance(count, bool) or not isinstance(count, int) or not self.k <= count <= MOST_K:
+            raise GalleryError(f"{_WHERE}: rerank: expected an int from k = {self.k} to {MOST_K}, got {count!r}")
+        begin, end = self.team.part(self.snapshot.places)
+        if isinstance(coarse, str):
+            if coarse not in ("uniform", "norm"):
+                raise GalleryError(f"{_WHERE}: coarse: expected 'uniform', 'norm' or an index, got {coarse!r}")
+            lists = exact_topk(self._stream(tick), self.probes, count, coarse, groups=self.groups, exclude=self.exclude)
+            candidates = self.team.merge(lists, count).indices
+        else:
+            if self.groups is not None or self.exclude is not None or self.selected is not None:
+                raise GalleryError(
+                    f"{_WHERE}: coarse: expected 'uniform' or 'norm' with groups, exclude or where, got an index"
+                )
+            coarse.check(self.snapshot)
+            candidates = coarse.candidates(self.probes, count)
+        mine = torch.where((candidates >= begin) & (candidates < end), candidates, -1)
+        lists = rerank(self._gather, self._scores, mine, self.k, min_score=self.min_score)
+        return self.team.merge(lists, self.k)
+
+    def _recall(self, found: XCosTopk, count: int) -> tuple[float | None, int]:
+        """Recall of the found lists on evenly chosen rows, which are searched exactly."""
+        rows = len(found.indices)
+        count = min(count, rows)
+        if count <= 0 or rows == 0:
+            return None, 0
+        chosen = torch.linspace(0, rows - 1, count).round().to(torch.int64).unique()
+        members = torch.cat([self._members(int(row)) for row in chosen])
+        labels = torch.cat([torch.full((len(self._members(int(row))),), int(row)) for row in chosen])
+        exact = Query(
+            self.snapshot,
+            self.tiles,
+            self.team,
+            self.probes[members],
+            self.k,
+            self._attention_of(members),
+            self.min_score,
+            None if self.groups is None else Groups.of(labels.tolist(), self.groups.fusion),
+            self.by,
+            self.fusion,
+            self.selected,
+            None if self.exclude is None else self.exclude[members],
+        )._exact()
+        there = exact.indices.unsqueeze(2) == found.indices[chosen].unsqueeze(1)
+        valid = exact.indices >= 0
+        hits = (there.any(2) & valid).sum().item()
+        return (hits / valid.sum().item() if valid.any() else 1.0), len(chosen)
+
+    # -------------------------------------------------------------- hits
+
+    def _hits(
+        self,
+        found: XCosTopk,
+        exact: bool,
+        recall: float | None,
+        measured: int,
+        explain: bool,
+        threshold: float | None,
+        metadata: bool,
+    ) -> Hits:
+        snapshot = self.snapshot
+        scores, places = found.values.cpu(), found.indices.cpu()
+        valid = places >= 0
+        flat = places[valid].numpy()
+        columns = ("id", "person", "metadata") if metadata else ("id", "person")
+        labels = snapshot.labels(flat, columns)
+        counts = valid.sum(1).tolist()
+        positions = torch.full_like(places, -1)
+        positions[valid] = torch.from_numpy(snapshot.positions(flat))
+        maps = self._maps(found, threshold) if explain else None
+        return Hits(
+            # Out of inference mode: callers go on with them.
+            scores=scores.clone(),
+            positions=positions.clone(),
+            ids=_rows(labels["id"], counts),
+            persons=_rows(labels["person"], counts),
+            metadata=_rows(labels["metadata"], counts) if metadata else None,
+            exact=exact,
+            recall=recall,
+            recall_probes=measured,
+            groups=None if self.groups is None else self.groups.labels,
+            maps=maps,
+            version=snapshot.version,
+        )
+
+    def _maps(self, found: XCosTopk, threshold: float | None) -> HitMaps:
+        """Maps of all hits; of fused probes the best one's, or their mean, as their scores were fused."""
+        t = self.snapshot.layout.threshold if threshold is None else threshold
+        if t is not None and not math.isfinite(t):
+            raise GalleryError(f"{_WHERE}: threshold: expected a finite number or None, got {t}")
+        rows, k = found.indices.shape
+        height, width = self.snapshot.layout.grid
+        out = [torch.full((rows, k, height, width), math.nan, dtype=found.values.dtype) for _ in range(3)]
+        for row in range(rows):
+            places = found.indices[row][found.indices[row] >= 0].cpu().numpy()
+            if len(places) == 0:
+                continue
+            members = self._members(row)
+            grid = torch.cartesian_prod(torch.arange(len(members)), torch.arange(len(places)))
+            attention = self._attention_of(members)
+            maps = xcos_maps(
+                self.probes[members], self._gather(places), grid.to(self.probes.device), attention, threshold=t
+            )
+            shape = (len(members), len(places))
+            scores = maps.score.view(shape)
+            mean = self.groups is not None and self.groups.fusion == "mean"
+            best = scores.argmax(0)
+            for target, part in zip(out, (maps.similarity, maps.attention, maps.contribution), strict=True):
+                if part is not None:
+                    part = part.view(*shape, height, width)
+                    chosen = part.mean(0) if mean else part[best, torch.arange(len(places), device=best.device)]
+                    target[row, : len(places)] = chosen.cpu()
+        similarity, attended, contribution = (part.clone() for part in out)
+        return HitMaps(similarity, attended, None if t is None else contribution)
+
+
+def _rows(values: list[Any], counts: list[int]) -> list[list[Any]]:
+    """A flat list cut into rows."""
+    rows, at = [], 0
+    for count in counts:
+        rows.append(values[at : at + count])
+        at += count
+    return rows
+
+
+def _places(snapshot: Snapshot, positions: Callable[[Sequence[str]], dict[str, int]], ids: Sequence[str]) -> np.ndarray:
+    """Places of those of the ids that are in the gallery, ascending."""
+    return np.sort(snapshot.places_of(np.array(list(positions(ids).values()), np.int64)))
+
+
+def _padded(
+    snapshot: Snapshot, positions: Callable[[Sequence[str]], dict[str, int]], lists: Sequence[Sequence[str]]
+) -> Tensor:
+    """A list of ids for each probe as places, int64 [P, E]; ids that are not in the gallery are -1."""
+    known = positions([one for ids in lists for one in ids])
+    width = max((len(ids) for ids in lists), default=0)
+    table = np.full((len(lists), max(width, 1)), -1, np.int64)
+    for row, ids in enumerate(lists):
+        if isinstance(ids, str):
+            raise GalleryError(f"{_WHERE}: exclude: expected ids, or a list of ids for each probe, got a mixture")
+        found = np.array([known[one] for one in ids if one in known], np.int64)
+        table[row, : len(found)] = snapshot.places_of(found)
+    return torch.from_numpy(table)

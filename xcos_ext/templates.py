@@ -528,7 +528,7 @@ class Templates:
         chosen = index.reshape(-1).to(self.device)
         # A mask is turned into indices once, not for every tensor.
         chosen = chosen.nonzero().squeeze(1) if chosen.dtype == torch.bool else chosen.to(torch.int64)
-        return self._map(lambda t: t[chosen])
+        return self._map(lambda t: t.index_select(0, chosen))
 
     def _map(self, change: Callable[[Tensor], Tensor], **others: Any) -> Templates:
         """The same change of every tensor that has the faces first."""

@@ -32,6 +32,16 @@ _aligned = click.option(
     "--aligned", is_flag=True, help="The pictures are aligned crops already (112 x 112): detect nothing."
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+_quiet = click.option("--quiet", "-q", is_flag=True, help="No progress bar, no summary.")
+_face = click.option(
+    "--face",
+    "policy",
+    type=click.Choice(["prominent", "largest", "centre", "only"]),
+    default="prominent",
+    show_default=True,
+    help="Which of several faces: large and near the middle, the largest, the most central; or refuse.",
+)
+_gallery = click.argument("gallery", type=click.Path(), metavar="GALLERY")
 
 
 class _Finite(click.ParamType):
@@ -76,14 +86,7 @@ def xcos(ctx: click.Context) -> None:
 @_model
 @_detector
 @_aligned
-@click.option(
-    "--face",
-    "policy",
-    type=click.Choice(["prominent", "largest", "centre", "only"]),
-    default="prominent",
-    show_default=True,
-    help="Which of several faces: large and near the middle, the largest, the most central; or refuse.",
-)
+@_face
 @click.option("--threshold", type=_Finite(), metavar="T", help="The same person if score >= T; by default the model's.")
 @click.option(
     "--max-pixels", type=click.IntRange(min=1), metavar="N", help="Refuse larger pictures. [default: 100 million]"
@@ -223,3 +226,163 @@ def verification(**options: Any) -> int:
     from .evaluate import VerificationRequest, run_verification
 
     return run_verification(VerificationRequest(**options))
+
+
+@xcos.command()
+@_gallery
+@click.argument("photos", nargs=-1, required=True, type=click.Path(), metavar="PHOTOS...")
+@_model
+@_detector
+@_aligned
+@_face
+@click.option("--person", metavar="NAME", help="Who is on all of them; by default the folder each lies in.")
+@click.option(
+    "--labels",
+    metavar="CSV",
+    type=click.Path(),
+    help="Columns picture (path below its folder or archive), person, and any others, which become metadata.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "float32"]),
+    default="float16",
+    show_default=True,
+    help="Of the templates, for a new gallery.",
+)
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=256, show_default=True, metavar="N", help="Faces a commit."
+)
+@click.option("--replace", is_flag=True, help="Enrol pictures again that are in; by default they are skipped.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="Threads that read."
+)
+@_quiet
+@_json
+def enroll(**options: Any) -> int:
+    """Enrol photographs in GALLERY: files, folders (all below them) and zip archives.
+
+    GALLERY is a folder, made if it is not there. Running the command again goes on where it was interrupted.
+    Pictures without a face are listed and left out.
+    """
+    from .enroll import Request, run
+
+    return run(Request(**options))
+
+
+@xcos.command()
+@_gallery
+@click.argument("probes", nargs=-1, required=True, type=click.Path(), metavar="PROBES...")
+@_model
+@_detector
+@_aligned
+@_face
+@click.option(
+    "-k", type=click.IntRange(1, 2048), default=5, show_default=True, metavar="N", help="Candidates for each probe."
+)
+@click.option("--threshold", type=_Finite(), metavar="T", help="The same person if score >= T; by default the model's.")
+@click.option(
+    "--fpir",
+    type=_Finite(),
+    metavar="RATE",
+    help="The threshold at which a stranger finds anybody at most at this rate, for a gallery of this size.",
+)
+@click.option("--where", metavar="SQL", help="Only faces that a condition selects: \"person = 'Ann'\".")
+@click.option(
+    "--attention",
+    type=click.Choice(["own", "uniform", "norm"]),
+    default="own",
+    show_default=True,
+    help="How the cells are weighed.",
+)
+@click.option("--by-person", is_flag=True, help="Candidates are persons, by the best of their faces.")
+@click.option(
+    "--fuse", "fusion", type=click.Choice(["max", "mean"]), help="All PROBES are one person: one score of all."
+)
+@click.option(
+    "--rerank",
+    type=click.IntRange(1, 2048),
+    metavar="R",
+    help="Approximate: re-rank the R best by uniform attention; the recall is measured on some of the probes.",
+)
+@click.option("--explain", is_flag=True, help="With --json: the maps of every candidate.")
+@_quiet
+@_json
+def search(**options: Any) -> int:
+    """Who in GALLERY looks like the faces of PROBES? Exact: every enrolled face is scored."""
+    from .search import Request, run
+
+    return run(Request(**options))
+
+
+@xcos.group(invoke_without_command=True)
+@click.pass_context
+def gallery(ctx: click.Context) -> None:
+    """Look after a gallery."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@gallery.command("info")
+@_gallery
+@_json
+def gallery_info(gallery: str, as_json: bool) -> int:
+    """Faces, persons, sizes, and the model that it belongs to."""
+    from .gallery import info
+
+    return info(gallery, as_json)
+
+
+@gallery.command("remove")
+@_gallery
+@click.argument("ids", nargs=-1)
+@click.option("--person", "persons", multiple=True, metavar="NAME", help="All faces of a person; repeatable.")
+@click.option("--ids-from", metavar="FILE", type=click.Path(allow_dash=True), help="Ids, one a line; - is stdin.")
+@_json
+def gallery_remove(**options: Any) -> int:
+    """Remove faces: all that are named, or none if one is not there."""
+    from .gallery import remove
+
+    return remove(**options)
+
+
+@gallery.command("compact")
+@_gallery
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="To wait for readers of old versions.",
+)
+@_json
+def gallery_compact(gallery: str, timeout: float, as_json: bool) -> int:
+    """Delete removed faces from the disk, with all old versions."""
+    from .gallery import compact
+
+    return compact(gallery, timeout, as_json)
+
+
+@gallery.command("verify")
+@_gallery
+@_quiet
+@_json
+def gallery_verify(gallery: str, quiet: bool, as_json: bool) -> int:
+    """Compare everything with the checksums it was written with; exit status 2 if something is damaged."""
+    from .gallery import verify
+
+    return verify(gallery, quiet, as_json)
+
+
+@xcos.command()
+@_gallery
+@_model
+@click.option("--threshold", type=_Finite(), metavar="T", help="Pairs that score T or more; by default the model's.")
+@click.option("--out", metavar="CSV", type=click.Path(), help="Write the pairs.")
+@_quiet
+@_json
+def dedupe(**options: Any) -> int:
+    """Find faces of GALLERY that look like the same person: every pair is scored."""
+    from .gallery import dedupe
+
+    return dedupe(**options)

@@ -8,14 +8,14 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import click
 
 from xcos_ext.errors import XCosError
 
-__all__ = ["TROUBLE", "CommandGroup", "note", "notes_for_warnings", "print_json", "progress", "quiet_opencv"]
+__all__ = ["TROUBLE", "CommandGroup", "bar", "note", "notes_for_warnings", "print_json", "progress", "quiet_opencv"]
 
 #: Exit statuses: 0 success (verify: the same person), 1 only from verify (different people), 2 anything wrong.
 SAME, DIFFERENT, TROUBLE, INTERRUPTED = 0, 1, 2, 130
@@ -72,6 +72,33 @@ def progress(items: Iterable[Any], total: int, title: str, *, quiet: bool = Fals
     from rich.progress import track
 
     yield from track(items, description=title, total=total, console=Console(stderr=True), transient=True)
+
+
+@contextlib.contextmanager
+def bar(title: str, unit: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with rate and time left on stderr, where that is a terminal; gives ``tick(done, total)``."""
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{speed:,.0f} {unit}/s")
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
+        Rate(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task(title, total=1)
+        yield lambda done, total: shown.update(task, completed=done, total=max(total, 1))
 
 
 def quiet_opencv() -> None:

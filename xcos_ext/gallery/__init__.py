@@ -4,6 +4,7 @@ from xcos_ext.errors import GalleryBusyError, GalleryDamagedError, GalleryError
 
 from .gallery import Gallery
 from .hits import Duplicate, Duplicates, Hit, HitMaps, Hits
+from .thresholds import identification_threshold
 
 __all__ = [
     "Duplicate",
@@ -15,4 +16,5 @@ __all__ = [
     "Hit",
     "HitMaps",
     "Hits",
+    "identification_threshold",
 ]

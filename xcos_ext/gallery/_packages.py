@@ -7,7 +7,7 @@ from typing import Any
 
 from xcos_ext.optional import need
 
-__all__ = ["lance", "pyarrow", "xxhash"]
+__all__ = ["compute", "lance", "pyarrow", "xxhash"]
 
 _PURPOSE = "a gallery"
 
@@ -22,6 +22,12 @@ def lance() -> Any:
 def pyarrow() -> Any:
     """Arrow."""
     return need("pyarrow", _PURPOSE, extra="gallery")
+
+
+@functools.cache
+def compute() -> Any:
+    """Arrow's functions on columns."""
+    return need("pyarrow.compute", _PURPOSE, extra="gallery")
 
 
 @functools.cache

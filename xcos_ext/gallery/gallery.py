@@ -18,6 +18,8 @@ from xcos_ext.ops.xcos_topk import checked_k, checked_score
 from xcos_ext.templates import Templates
 
 from . import dedupe as _dedupe
+from ._packages import compute as pc
+from ._packages import pyarrow
 from .hits import Duplicate, Duplicates, Hits
 from .layout import Layout, checked_metadata, checked_text, damaged_labels, damaged_rows, iter_slices
 from .query import Alone, Query
@@ -67,7 +69,8 @@ class Gallery:
             self.layout: Layout = self._snapshot.layout
             self._model = None
             if model is not None:
-                self._bind(model)
+                self.check_model(model)
+                self._model = model
             folder: Path | None = None
             if cache is True:
                 folder = store.folder / "tiles"
@@ -125,9 +128,20 @@ class Gallery:
         """
         return cls(Store(Path(path)), model, cache, timeout)
 
-    def _bind(self, model: Any) -> None:
+    @staticmethod
+    def exists(path: StrPath) -> bool:
+        """Whether there is a gallery in a folder."""
+        return Store(Path(path)).exists()
+
+    def check_model(self, model: Any) -> None:
+        """Refuse a model or head that does not make this gallery's templates.
+
+        Raises:
+            GalleryError: another model, or another head.
+            TypeError: neither.
+        """
         if not hasattr(model, "templates"):
-            raise TypeError(f"gallery: model: expected an XCosModel or a head, got {type(model).__name__}")
+            raise TypeError(f"{self.path}: model: expected an XCosModel or a head, got {type(model).__name__}")
         if isinstance(model, XCosModel) and self.layout.model is not None:
             got = model.fingerprint()
             if got != self.layout.model:
@@ -138,7 +152,6 @@ class Gallery:
         else:
             head = Layout.of(model, self.layout.dtype, self.layout.grid)
             self.layout.check(head.empty(), "model", str(self.path))
-        self._model = model
 
     # ------------------------------------------------------------------ state
 
@@ -178,21 +191,25 @@ class Gallery:
         for batch in self._snapshot.ids():
             yield from batch.to_pylist()
 
+    def ids_of(self, person: str) -> list[str]:
+        """Ids of a person's faces, by position."""
+        found: list[str] = []
+        with reading(self._snapshot):
+            for batch in self._snapshot.scan(["id", "person"], batch_size=65536):
+                mask = pc().equal(batch.column("person"), person)
+                found += batch.column("id").filter(mask).to_pylist()
+        return found
+
     def positions(self, ids: Iterable[str]) -> dict[str, int]:
         """Positions of those of the ids that there are."""
         wanted = set(ids)
         found: dict[str, int] = {}
         if not wanted:
             return found
-        from ._packages import pyarrow
-
-        pa = pyarrow()
-        import pyarrow.compute as pc
-
-        values = pa.array(sorted(wanted), pa.string())
+        values = pyarrow().array(sorted(wanted), pyarrow().string())
         start = 0
         for batch in self._snapshot.ids():
-            matches = np.flatnonzero(pc.is_in(batch, value_set=values).to_numpy(zero_copy_only=False))
+            matches = np.flatnonzero(pc().is_in(batch, value_set=values).to_numpy(zero_copy_only=False))
             found.update((batch[int(i)].as_py(), start + int(i)) for i in matches)
             start += len(batch)
         return found
@@ -452,9 +469,7 @@ class Gallery:
     ) -> Templates:
         if isinstance(templates, Tensor):
             if self._model is None:
-                raise TypeError(
-                    f"{where}: {name}: expected Templates, got a tensor; features need the gallery's model"
-                )
+                raise TypeError(f"{where}: {name}: expected Templates, got a tensor; features need the gallery's model")
             templates = self._model.templates(templates, role, self.layout.dtype)
         return self.layout.check(templates, name, where)
 

@@ -294,7 +294,7 @@ class Store:
         try:
             if folder.exists() and not folder.is_dir():
                 raise GalleryError(f"{folder}: expected a folder, or nothing, got a file")
-            if store.data.exists() and store._has_version():
+            if store.data.exists() and store.exists():
                 raise GalleryError(f"{folder}: there is a gallery already; open it to add faces")
             if folder.exists() and any(p.name not in _OURS for p in folder.iterdir()):
                 raise GalleryError(f"{folder}: expected an empty folder, or none, got one with other files in it")
@@ -308,7 +308,8 @@ class Store:
             )
         return store
 
-    def _has_version(self) -> bool:
+    def exists(self) -> bool:
+        """Whether the folder holds a gallery."""
         return any((self.data / "_versions").glob("*.manifest"))
 
     def snapshot(self) -> tuple[Snapshot, ReaderLock]:

@@ -1,0 +1,168 @@
+"""``xcos gallery`` and ``xcos dedupe``: looking after a gallery."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from xcos_ext.errors import GalleryError
+
+from .console import TROUBLE, bar, note, print_json
+from .verify import check_model_path, load
+
+__all__ = ["compact", "dedupe", "info", "remove", "verify"]
+
+_NAMED = 20  # rows shown on the terminal; all are in the JSON
+
+
+def _open(path: str, model: Any = None) -> Any:
+    from xcos_ext.optional import need
+
+    need("lance", "a gallery", extra="gallery")
+    from xcos_ext.gallery import Gallery
+
+    return Gallery.open(path, model)
+
+
+def _size(count: float) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def info(path: str, as_json: bool) -> int:
+    """Counts, sizes, model."""
+    with _open(path) as gallery:
+        data = gallery.info()
+    if as_json:
+        print_json(data)
+        return 0
+    each = "" if data["bytes_per_face"] is None else f", {data['bytes_per_face']:.0f} bytes a face"
+    rows = [
+        ("faces", f"{data['faces']:,} of {data['persons']:,} persons"),
+        ("version", f"{data['version']}, {data['fragments']} fragments, {data['removed_but_stored']:,} removed faces"),
+        ("on disk", f"{_size(data['bytes'])}{each}; packed tiles {_size(data['tiles_bytes'])}"),
+        ("template", f"{data['grid'][0]}x{data['grid'][1]}, {data['channels']} channels, {data['dtype']}"),
+        ("head", str(data["head"])),
+        ("model", f"{data['model_name'] or 'not recorded'} {data['model'] or ''}".strip()),
+        ("threshold", "not known" if data["threshold"] is None else f"{data['threshold']:.4f}"),
+    ]
+    for name, value in rows:
+        click.echo(f"{name:<10} {value}")
+    if data["removed_but_stored"]:
+        note("removed faces are still on disk until xcos gallery compact")
+    return 0
+
+
+def remove(path: str, ids: Sequence[str], persons: Sequence[str], ids_from: str | None, as_json: bool) -> int:
+    """Delete faces by id or by person."""
+    chosen = list(ids)
+    if ids_from is not None:
+        try:
+            with click.open_file(ids_from, encoding="utf-8") as file:
+                chosen += [line.rstrip("\n") for line in file if line.rstrip("\n")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise GalleryError(f"{ids_from}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    with _open(path) as gallery:
+        for person in persons:
+            found = gallery.ids_of(person)
+            if not found:
+                raise GalleryError(f"--person: expected a person of the gallery, got {person!r}")
+            chosen += found
+        if not chosen:
+            raise GalleryError("ids: expected at least one, or --person or --ids-from, got none")
+        count = gallery.remove(chosen)
+        left = len(gallery)
+    if as_json:
+        print_json({"removed": count, "faces": left})
+    else:
+        click.echo(f"{count:,} removed, {left:,} left; xcos gallery compact deletes them from the disk")
+    return 0
+
+
+def compact(path: str, timeout: float, as_json: bool) -> int:
+    """Rewrite without removed faces and delete old versions."""
+    with _open(path) as gallery:
+        report = gallery.compact(timeout=timeout)
+        faces = len(gallery)
+    if as_json:
+        print_json({**report, "faces": faces})
+    else:
+        click.echo(f"{faces:,} faces, {_size(report['bytes_before'])} before, {_size(report['bytes_after'])} now")
+    return 0
+
+
+def verify(path: str, quiet: bool, as_json: bool) -> int:
+    """Compare everything with its checksums; 2 if something is damaged."""
+    with _open(path) as gallery, bar("verifying", "faces", quiet=quiet or as_json) as tick:
+        report = gallery.verify(progress=tick)
+    if as_json:
+        print_json(report)
+    else:
+        for row in report["damaged"][:_NAMED]:
+            click.echo(f"damaged: position {row['position']}, id {row['id']!r} ({', '.join(row['damaged'])})")
+        if len(report["damaged"]) > _NAMED:
+            click.echo(f"... and {len(report['damaged']) - _NAMED:,} more (--json lists them)")
+        for file in report["unreadable"]:
+            click.echo(f"unreadable: {file['reason']}")
+        for name in report["tiles_dropped"]:
+            click.echo(f"packed tiles {name} were damaged: deleted, the next search makes them again")
+        click.echo(f"{report['faces']:,} faces read: {'all as written' if report['ok'] else 'DAMAGED'}")
+    return 0 if report["ok"] else TROUBLE
+
+
+def dedupe(path: str, model: str | None, threshold: float | None, out: str | None, quiet: bool, as_json: bool) -> int:
+    """Pairs of alike faces of a gallery."""
+    if out is not None:
+        from xcos_ext.explain.files import check_output
+
+        check_output(out, (".csv",))
+    with (
+        _open(path, load(check_model_path(model))) as gallery,
+        bar("comparing", "pairs", quiet=quiet or as_json) as tick,
+    ):
+        result = gallery.dedupe(threshold, progress=tick)
+        faces = len(gallery)
+    across = [p for p in result.pairs if None not in p.persons and p.persons[0] != p.persons[1]]
+    if out is not None:
+        _write_csv(out, result)
+    if as_json:
+        print_json(
+            {
+                "faces": faces,
+                "compared": result.compared,
+                "threshold": result.threshold,
+                "pairs": [asdict(pair) for pair in result.pairs],
+                "groups": result.groups,
+            }
+        )
+        return 0
+    for group in result.groups[:_NAMED]:
+        click.echo(f"{len(group)} alike: {', '.join(repr(i) for i in group[:6])}{', ...' if len(group) > 6 else ''}")
+    if len(result.groups) > _NAMED:
+        click.echo(f"... and {len(result.groups) - _NAMED:,} more groups (--json or --out lists them)")
+    click.echo(
+        f"{len(result.pairs):,} of {result.compared:,} pairs score {result.threshold:.4f} or more, "
+        f"{len(across):,} of them across persons; {len(result.groups):,} groups"
+    )
+    return 0
+
+
+def _write_csv(path: str, result: Any) -> None:
+    import io
+
+    from xcos_ext.explain.files import write_atomically
+
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["id_a", "id_b", "person_a", "person_b", "score"])
+    for pair in result.pairs:
+        writer.writerow([*pair.ids, *("" if p is None else p for p in pair.persons), repr(pair.score)])
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    print(f"xcos: {len(result.pairs)} pairs written to {path}", file=sys.stderr)

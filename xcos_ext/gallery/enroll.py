@@ -1,0 +1,252 @@
+"""From pictures to a gallery: read, find the face, embed, commit some hundred at a time; what is in is skipped."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from xcos_ext.datasets import PictureTree
+from xcos_ext.errors import GalleryError, PictureError
+from xcos_ext.faces import Detector, display_name, extract_face, read_picture
+from xcos_ext.nn import XCosModel, for_inference
+
+from .gallery import Gallery
+
+__all__ = ["Enrolment", "Picture", "enroll", "find_pictures", "read_faces"]
+
+_EMBED = 32  # pictures a forward pass
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture to be enrolled.
+
+    Attributes:
+        id: of the face in the gallery.
+        read: gives the picture, uint8 RGB [H, W, 3], or raises PictureError.
+        person: who it is; None: not known.
+        metadata: to be kept with it.
+    """
+
+    id: str
+    read: Callable[[], np.ndarray]
+    person: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Enrolment:
+    """What enrolling came to.
+
+    Attributes:
+        enrolled: ids of new faces.
+        present: number of pictures that were in the gallery already.
+        skipped: id -> why, of pictures without a usable face.
+        several: ids of pictures with more than one face, of which one was taken.
+        seconds: spent on reading, detecting, embedding and committing.
+    """
+
+    enrolled: list[str]
+    present: int
+    skipped: dict[str, str]
+    several: list[str]
+    seconds: float
+
+
+def find_pictures(paths: Iterable[str | os.PathLike[str]], *, person: str | None = None) -> list[Picture]:
+    """The pictures that files, folders and zip archives name.
+
+    A file's id is its name. In folders (searched through all of their folders) and archives it is the path below them,
+    and the folder that a picture lies in is its person.
+
+    Args:
+        paths: of pictures, folders, archives.
+        person: of all of them; None: from the folders.
+
+    Raises:
+        GalleryError: a path that is not there, no pictures at all, or two with the same id.
+    """
+    found: dict[str, Picture] = {}
+    for path in paths:
+        here = list(_pictures_of(Path(path), person))
+        if not here:
+            raise GalleryError(f"{display_name(path)}: expected pictures, got none")
+        for picture in here:
+            if picture.id in found:
+                raise GalleryError(
+                    f"{display_name(path)}: expected each picture name once, got {picture.id!r} again; enrol one of "
+                    "them under another name"
+                )
+            found[picture.id] = picture
+    return list(found.values())
+
+
+def _pictures_of(path: Path, person: str | None) -> Iterator[Picture]:
+    if path.is_file() and path.suffix.lower() != ".zip":
+        yield Picture(display_name(path.name), lambda: read_picture(path), person)
+        return
+    try:
+        tree = PictureTree(path)
+    except (OSError, ValueError) as error:
+        raise GalleryError(str(error)) from error
+    for name in tree.names:
+        who = person if person is not None else PurePosixPath(name).parent.name or None
+        if path.is_dir():
+            read: Callable[[], np.ndarray] = lambda name=name: read_picture(path / name)  # noqa: E731
+        else:
+            read = lambda name=name: tree.read(name)  # noqa: E731
+        yield Picture(display_name(name), read, None if who is None else display_name(who))
+
+
+@dataclass(frozen=True, eq=False)
+class _Read:
+    picture: Picture
+    rgb: np.ndarray | None
+    faces: int
+    problem: str | None
+
+
+def read_faces(
+    pictures: Sequence[Picture],
+    size: tuple[int, int],
+    detector: Callable[[], Detector] | None,
+    *,
+    policy: str = "prominent",
+    threads: int = 2,
+) -> Iterator[tuple[Picture, np.ndarray | None, int, str | None]]:
+    """Aligned faces of pictures, in order, read and detected in threads.
+
+    Args:
+        pictures: what to read.
+        size: (height, width) of the crops.
+        detector: makes a detector, one for each thread; None: the pictures are aligned crops.
+        policy: which of several faces; see :func:`xcos_ext.faces.choose_face`.
+        threads: that read.
+
+    Yields:
+        (picture, crop or None, faces found, why there is no crop).
+    """
+    local = threading.local()
+
+    def work(picture: Picture) -> _Read:
+        try:
+            found = None
+            if detector is not None:
+                found = getattr(local, "detector", None)
+                if found is None:  # detectors keep working memory: they are not for several threads
+                    found = local.detector = detector()
+            face = extract_face(picture.read(), found, name=picture.id, policy=policy, size=size)
+        except PictureError as error:
+            return _Read(picture, None, 0, str(error))
+        return _Read(picture, face.rgb, face.found, None)
+
+    with ThreadPoolExecutor(max(1, threads), "xcos-reader") as pool:
+        waiting: deque[Future[_Read]] = deque()
+        source = iter(pictures)
+        try:
+            for picture in source:
+                waiting.append(pool.submit(work, picture))
+                if len(waiting) >= 4 * _EMBED:
+                    break
+            while waiting:
+                done = waiting.popleft().result()
+                following = next(source, None)
+                if following is not None:
+                    waiting.append(pool.submit(work, following))
+                yield done.picture, done.rgb, done.faces, done.problem
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def enroll(
+    gallery: Gallery,
+    model: XCosModel,
+    pictures: Sequence[Picture],
+    detector: Callable[[], Detector] | None = None,
+    *,
+    policy: str = "prominent",
+    batch: int = 256,
+    threads: int = 2,
+    on_duplicate: Literal["skip", "replace", "error"] = "skip",
+    progress: Callable[[int, int], None] | None = None,
+) -> Enrolment:
+    """Enrol pictures, some at a time, so that an interrupted run can be repeated and goes on where it was.
+
+    Args:
+        gallery: opened with ``model`` or without.
+        model: in evaluation mode; of the gallery's fingerprint.
+        pictures: see :func:`find_pictures`.
+        detector, policy, threads: see :func:`read_faces`.
+        batch: faces a commit.
+        on_duplicate: about ids that are in the gallery: ``"skip"`` does not even read those pictures.
+        progress: is told (pictures gone through, all).
+
+    Returns:
+        :class:`Enrolment`. Pictures without a face are listed there and never enrolled.
+
+    Raises:
+        GalleryError: another model's gallery, an id that is in it (``"error"``), a full disk. Commits before it stay.
+    """
+    if batch < 1:
+        raise GalleryError(f"enroll: batch: expected 1 or more, got {batch}")
+    gallery.check_model(model)
+    begin = time.perf_counter()
+    there = gallery.positions(p.id for p in pictures)
+    if there and on_duplicate == "error":
+        raise GalleryError(f"enroll: pictures: expected new ids, got {next(iter(there))!r}, which is enrolled")
+    todo = [p for p in pictures if on_duplicate == "replace" or p.id not in there]
+    present = len(pictures) - len(todo)
+    fast = for_inference(model)
+    enrolled: list[str] = []
+    skipped: dict[str, str] = {}
+    several: list[str] = []
+    crops: list[np.ndarray] = []
+    chosen: list[Picture] = []
+    done = present
+
+    def commit() -> None:
+        if not chosen:
+            return
+        with torch.inference_mode():
+            parts = [fast.features(fast.preprocessing(crops[i : i + _EMBED])) for i in range(0, len(crops), _EMBED)]
+            templates = fast.templates(torch.cat(parts), "gallery", gallery.layout.dtype)
+        gallery.add(
+            [p.id for p in chosen],
+            templates,
+            persons=[p.person for p in chosen],
+            metadata=[p.metadata for p in chosen],
+            on_duplicate=on_duplicate,
+        )
+        enrolled.extend(p.id for p in chosen)
+        chosen.clear()
+        crops.clear()
+
+    tick = progress or (lambda done, total: None)
+    tick(done, len(pictures))
+    for picture, crop, faces, problem in read_faces(
+        todo, model.preprocessing.size, detector, policy=policy, threads=threads
+    ):
+        if crop is None:
+            skipped[picture.id] = problem or "no face"
+        else:
+            if faces > 1:
+                several.append(picture.id)
+            chosen.append(picture)
+            crops.append(crop)
+            if len(chosen) >= batch:
+                commit()
+        done += 1
+        tick(done, len(pictures))
+    commit()
+    return Enrolment(enrolled, present, skipped, several, time.perf_counter() - begin)

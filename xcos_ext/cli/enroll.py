@@ -149,9 +149,7 @@ def run(request: Request) -> int:
         if len(result.skipped) > _NAMED:
             note(f"... and {len(result.skipped) - _NAMED:,} more pictures skipped (--json lists them)")
         if result.several:
-            note(
-                f"{len(result.several):,} pictures with several faces: took the {request.policy} one of each (see --face)"
-            )
+            note(f"{len(result.several):,} pictures with several faces: took the {request.policy} one (see --face)")
     if not result.enrolled and not result.present:
         if not result.skipped:
             raise XCosError("nothing to enrol")

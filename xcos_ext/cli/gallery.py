@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import sys
+import io
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 
@@ -60,7 +60,7 @@ def info(path: str, as_json: bool) -> int:
     return 0
 
 
-def remove(path: str, ids: Sequence[str], persons: Sequence[str], ids_from: str | None, as_json: bool) -> int:
+def remove(gallery: str, ids: Sequence[str], persons: Sequence[str], ids_from: str | None, as_json: bool) -> int:
     """Delete faces by id or by person."""
     chosen = list(ids)
     if ids_from is not None:
@@ -69,16 +69,16 @@ def remove(path: str, ids: Sequence[str], persons: Sequence[str], ids_from: str 
                 chosen += [line.rstrip("\n") for line in file if line.rstrip("\n")]
         except (OSError, UnicodeDecodeError) as error:
             raise GalleryError(f"{ids_from}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    with _open(path) as gallery:
+    with _open(gallery) as opened:
         for person in persons:
-            found = gallery.ids_of(person)
+            found = opened.ids_of(person)
             if not found:
                 raise GalleryError(f"--person: expected a person of the gallery, got {person!r}")
             chosen += found
         if not chosen:
             raise GalleryError("ids: expected at least one, or --person or --ids-from, got none")
-        count = gallery.remove(chosen)
-        left = len(gallery)
+        count = opened.remove(chosen)
+        left = len(opened)
     if as_json:
         print_json({"removed": count, "faces": left})
     else:
@@ -117,18 +117,18 @@ def verify(path: str, quiet: bool, as_json: bool) -> int:
     return 0 if report["ok"] else TROUBLE
 
 
-def dedupe(path: str, model: str | None, threshold: float | None, out: str | None, quiet: bool, as_json: bool) -> int:
+def dedupe(
+    gallery: str, model: str | None, threshold: float | None, out: str | None, quiet: bool, as_json: bool
+) -> int:
     """Pairs of alike faces of a gallery."""
     if out is not None:
         from xcos_ext.explain.files import check_output
 
         check_output(out, (".csv",))
-    with (
-        _open(path, load(check_model_path(model))) as gallery,
-        bar("comparing", "pairs", quiet=quiet or as_json) as tick,
-    ):
-        result = gallery.dedupe(threshold, progress=tick)
-        faces = len(gallery)
+    loaded = load(check_model_path(model))
+    with _open(gallery, loaded) as opened, bar("comparing", "pairs", quiet=quiet or as_json) as tick:
+        result = opened.dedupe(threshold, progress=tick)
+        faces = len(opened)
     across = [p for p in result.pairs if None not in p.persons and p.persons[0] != p.persons[1]]
     if out is not None:
         _write_csv(out, result)
@@ -155,8 +155,6 @@ def dedupe(path: str, model: str | None, threshold: float | None, out: str | Non
 
 
 def _write_csv(path: str, result: Any) -> None:
-    import io
-
     from xcos_ext.explain.files import write_atomically
 
     text = io.StringIO()
@@ -164,5 +162,9 @@ def _write_csv(path: str, result: Any) -> None:
     writer.writerow(["id_a", "id_b", "person_a", "person_b", "score"])
     for pair in result.pairs:
         writer.writerow([*pair.ids, *("" if p is None else p for p in pair.persons), repr(pair.score)])
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-    print(f"xcos: {len(result.pairs)} pairs written to {path}", file=sys.stderr)
+    data = text.getvalue().encode()
+
+    def write(file: BinaryIO) -> None:
+        file.write(data)
+
+    write_atomically(path, write)

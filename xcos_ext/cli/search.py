@@ -127,7 +127,9 @@ def run(request: Request) -> int:
         if not hits.ids[row]:
             click.echo("   nobody")
         for rank, hit in enumerate(hits[row], 1):
-            verdict = "" if threshold is None else ("  same person" if hit.score >= threshold else "  below threshold")
+            verdict = (
+                "" if threshold is None else ("  over" if hit.score >= threshold else "  below") + " the threshold"
+            )
             who = f"  {hit.person}" if hit.person is not None else ""
             click.echo(f"   {rank}  {hit.score:7.4f}  {display_name(hit.id)}{display_name(who)}{verdict}")
     if not request.quiet:
@@ -137,6 +139,8 @@ def run(request: Request) -> int:
             if hits.recall is not None:
                 how += f", recall {hits.recall:.3f} measured on {hits.recall_probes} of the probes"
         limit = "no threshold" if threshold is None else f"threshold {threshold:.4f}"
+        if threshold is not None and request.threshold is None and request.fpir is None:
+            limit += ", the model's for one pair: among many faces strangers pass it (--fpir)"
         note(f"{searched:,} faces in {seconds:.2f} s ({how}); {limit}")
     return 0
 
@@ -146,7 +150,7 @@ def _described(title: str, hits: Any, row: int, threshold: float | None) -> dict
     for rank, hit in enumerate(hits[row]):
         one: dict[str, Any] = {
             "score": hit.score,
-            "same": None if threshold is None else hit.score >= threshold,
+            "over_threshold": None if threshold is None else hit.score >= threshold,
             "id": hit.id,
             "person": hit.person,
             "position": hit.position,

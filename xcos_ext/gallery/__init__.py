@@ -2,6 +2,7 @@
 
 from xcos_ext.errors import GalleryBusyError, GalleryDamagedError, GalleryError
 
+from .faiss_index import FaissIndex
 from .gallery import Gallery
 from .hits import Duplicate, Duplicates, Hit, HitMaps, Hits
 from .thresholds import identification_threshold
@@ -9,6 +10,7 @@ from .thresholds import identification_threshold
 __all__ = [
     "Duplicate",
     "Duplicates",
+    "FaissIndex",
     "Gallery",
     "GalleryBusyError",
     "GalleryDamagedError",

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -101,10 +102,7 @@ def _pictures_of(path: Path, person: str | None) -> Iterator[Picture]:
         raise GalleryError(str(error)) from error
     for name in tree.names:
         who = person if person is not None else PurePosixPath(name).parent.name or None
-        if path.is_dir():
-            read: Callable[[], np.ndarray] = lambda name=name: read_picture(path / name)  # noqa: E731
-        else:
-            read = lambda name=name: tree.read(name)  # noqa: E731
+        read = partial(read_picture, path / name) if path.is_dir() else partial(tree.read, name)
         yield Picture(display_name(name), read, None if who is None else display_name(who))
 
 

@@ -24,7 +24,7 @@ from .hits import Duplicate, Duplicates, Hits
 from .layout import Layout, checked_metadata, checked_text, damaged_labels, damaged_rows, iter_slices
 from .query import Alone, Query
 from .search import Fusion
-from .store import Store, folder_bytes, reading
+from .store import Snapshot, Store, folder_bytes, reading
 from .stream import Tile, stream
 from .tiles import TileCache, gather
 
@@ -177,6 +177,11 @@ class Gallery:
         """Number of the version that this object sees; every commit raises it."""
         return self._snapshot.version
 
+    @property
+    def snapshot(self) -> Snapshot:
+        """What this object sees."""
+        return self._snapshot
+
     def __len__(self) -> int:
         return self._snapshot.rows
 
@@ -224,10 +229,24 @@ class Gallery:
             GalleryError: an id that is not in the gallery.
         """
         positions = self._known(ids, "gallery.get")
-        places = self._snapshot.places_of(np.array(positions, np.int64))
+        places = self._places(positions)
         labels = self._snapshot.labels(places)
         rows = [dict(zip(labels, row, strict=True)) for row in zip(*labels.values(), strict=True)]
         return gather(self.layout, self._snapshot, self._tiles, places), rows
+
+    def templates_at(self, positions: Sequence[int]) -> Templates:
+        """Stored templates by their positions, of role "gallery" [N].
+
+        Raises:
+            GalleryError: a position outside.
+        """
+        return gather(self.layout, self._snapshot, self._tiles, self._places(positions))
+
+    def _places(self, positions: Sequence[int]) -> np.ndarray:
+        chosen = np.asarray(positions, np.int64).reshape(-1)
+        if len(chosen) and not (chosen.min() >= 0 and chosen.max() < len(self)):
+            raise GalleryError(f"positions: expected 0 to {len(self) - 1}, got {chosen.min()} to {chosen.max()}")
+        return self._snapshot.places_of(chosen)
 
     def _known(self, ids: Sequence[str], where: str) -> list[int]:
         if isinstance(ids, str):
@@ -504,6 +523,7 @@ class Gallery:
         groups: Sequence[Any] | None = None,
         fusion: Fusion = "max",
         by: Literal["face", "person"] = "face",
+        person_fusion: Fusion = "max",
         rerank: int | None = None,
         coarse: Any = "uniform",
         recall_probes: int = 0,
@@ -525,13 +545,14 @@ class Gallery:
             min_score: only scores from here on are hits (a decision threshold makes this an open-set search).
             groups: a label for each probe; probes with equal labels are one person, whose scores become one by
                 ``fusion``. The result then has a row for each label.
-            fusion: ``"max"`` or ``"mean"``; also of a person's faces where ``by="person"``.
+            fusion: ``"max"`` or ``"mean"`` of a group's scores.
             by: ``"face"``, or ``"person"``: hits are persons, scored over all of their faces; faces without a person
                 count as persons of their own.
+            person_fusion: a person's score is the ``"max"`` or the ``"mean"`` of the faces'.
             rerank: search in two stages: R candidates by cheap scores, of which the exact best are found. Not exact,
                 and the result says so.
             coarse: how the R are found: ``"uniform"`` or ``"norm"`` attention (matrix products), or an index from
-                :func:`xcos_ext.gallery.faiss_index`.
+                :class:`xcos_ext.gallery.FaissIndex`.
             recall_probes: measure the recall of a two-stage search on so many of the probes (evenly chosen), by
                 searching for them exactly as well.
             exclude: ids that a probe must not get: one list for all, or a list for each probe.
@@ -560,6 +581,7 @@ class Gallery:
             groups=groups,
             fusion=fusion,
             by=by,
+            person_fusion=person_fusion,
             exclude=exclude,
             positions=self.positions,
         )

@@ -62,7 +62,7 @@ class Alone:
 
 
 class CoarseIndex(Protocol):
-    """Finds candidates; see :func:`xcos_ext.gallery.faiss_index`."""
+    """Finds candidates; see :class:`xcos_ext.gallery.FaissIndex`."""
 
     def candidates(self, probes: Templates, count: int) -> Tensor:
         """Places, int64 [P, count]; -1 where there are fewer."""
@@ -81,7 +81,7 @@ class Query:
         snapshot, tiles: what is searched.
         team: who searches with us.
         probes: P, of the gallery's kind.
-        k, attention, min_score, groups, by, fusion: as in :meth:`Gallery.search`.
+        k, attention, min_score, groups, by, person_fusion: as in :meth:`Gallery.search`.
         selected: places that count, ascending; None: all.
         exclude: int64 [P, E], places that a probe must not get; None: none.
     """
@@ -95,7 +95,7 @@ class Query:
     min_score: float
     groups: Groups | None
     by: Literal["face", "person"]
-    fusion: Fusion
+    person_fusion: Fusion
     selected: np.ndarray | None
     exclude: Tensor | None
 
@@ -114,12 +114,14 @@ class Query:
         groups: Sequence[Any] | None,
         fusion: Fusion,
         by: Literal["face", "person"],
+        person_fusion: Fusion,
         exclude: Sequence[Any] | None,
         positions: Callable[[Sequence[str]], dict[str, int]],
     ) -> Query:
         """Check what was asked for."""
-        if fusion not in ("max", "mean"):
-            raise GalleryError(f"{_WHERE}: fusion: expected 'max' or 'mean', got {fusion!r}")
+        for name, value in (("fusion", fusion), ("person_fusion", person_fusion)):
+            if value not in ("max", "mean"):
+                raise GalleryError(f"{_WHERE}: {name}: expected 'max' or 'mean', got {value!r}")
         if by not in ("face", "person"):
             raise GalleryError(f"{_WHERE}: by: expected 'face' or 'person', got {by!r}")
         if groups is not None and len(groups) != len(probes):
@@ -153,7 +155,7 @@ class Query:
                     )
                 each = _padded(snapshot, positions, exclude).to(probes.device)
         made = None if groups is None else Groups.of(groups, fusion)
-        return cls(snapshot, tiles, team, probes, k, attention, min_score, made, by, fusion, selected, each)
+        return cls(snapshot, tiles, team, probes, k, attention, min_score, made, by, person_fusion, selected, each)
 
     def _stream(self, tick: Callable[[int, int], None] | None = None) -> Iterator[Tile]:
         begin, end = self.team.part(self.snapshot.places)
@@ -235,7 +237,7 @@ class Query:
             self.probes,
             self.k,
             self.attention,
-            fusion=self.fusion,
+            fusion=self.person_fusion,
             min_score=self.min_score,
             groups=self.groups,
             reduce=self.team.reduce,
@@ -330,7 +332,7 @@ class Query:
             self.min_score,
             None if self.groups is None else Groups.of(labels.tolist(), self.groups.fusion),
             self.by,
-            self.fusion,
+            self.person_fusion,
             self.selected,
             None if self.exclude is None else self.exclude[members],
         )._exact()

@@ -167,15 +167,21 @@ class Snapshot:
             **options,
         ).to_batches()
 
-    def fragment_batches(self, fragment: Fragment) -> Iterator[pa.RecordBatch]:
-        """All rows of a fragment, deleted ones included: their templates and checksums, a tile at a time.
+    def fragment_batches(self, fragment: Fragment, begin: int = 0, end: int | None = None) -> Iterator[pa.RecordBatch]:
+        """Rows of a fragment, deleted ones included: their templates and checksums, a tile at a time.
+
+        Args:
+            fragment: whose.
+            begin, end: offsets of a part; None: to the last.
 
         Raises:
             GalleryDamagedError: rows that are not what was written, or cannot be read.
         """
         from_lance = self.dataset.get_fragment(fragment.number)
         columns = [field.name for field in self.layout.tile_schema()]
-        done = 0
+        end = fragment.rows if end is None else end
+        done = begin
+        part = {} if (begin, end) == (0, fragment.rows) else {"offset": begin, "limit": end - begin}
         with reading(self, fragment):
             batches = self.scan(
                 columns,
@@ -184,6 +190,7 @@ class Snapshot:
                 with_row_id=True,
                 batch_size=self.layout.tile_rows,
                 strict_batch_size=True,
+                **part,
             )
             for batch in batches:
                 wrong = damaged_rows(self.layout, batch)
@@ -191,8 +198,8 @@ class Snapshot:
                     raise self.damage(fragment, [done + row for row in wrong])
                 done += batch.num_rows
                 yield batch.select(columns)
-        if done != fragment.rows:
-            raise self.damage(fragment, list(range(done, fragment.rows)))
+        if done != end:
+            raise self.damage(fragment, list(range(done, end)))
 
     def damage(self, fragment: Fragment, offsets: Sequence[int], what: str = "templates") -> GalleryDamagedError:
         """The error for damaged rows of a fragment."""
@@ -312,11 +319,11 @@ class Store:
         """Whether the folder holds a gallery."""
         return any((self.data / "_versions").glob("*.manifest"))
 
-    def snapshot(self) -> tuple[Snapshot, ReaderLock]:
-        """The newest version, held until its lock is released.
+    def snapshot(self, version: int | None = None) -> tuple[Snapshot, ReaderLock]:
+        """The newest version or a chosen one, held until its lock is released.
 
         Raises:
-            GalleryError: it is not a gallery, or one of another format.
+            GalleryError: it is not a gallery, or one of another format, or there is no such version.
         """
         if not self.folder.is_dir():
             raise GalleryError(f"{self.folder}: there is no such gallery")
@@ -324,14 +331,20 @@ class Store:
             raise GalleryError(f"{self.folder}: expected a gallery, got another folder (it has no {_DATA})")
         while True:
             try:
-                dataset = _lance().dataset(str(self.data))
+                dataset = _lance().dataset(str(self.data), version=version)
             except Exception as error:
+                if version is not None and self._has_version():
+                    raise GalleryError(
+                        f"{self.folder}: version {version} cannot be opened ({first_line(error)})"
+                    ) from error
                 raise GalleryDamagedError(f"{self.folder}: cannot be opened ({first_line(error)})") from error
             lock = ReaderLock(self.folder, int(dataset.version))
             # Compacted away between opening and locking: look again.
             if self.latest() == dataset.version or any(v["version"] == dataset.version for v in dataset.versions()):
                 break
             lock.release()
+            if version is not None:
+                raise GalleryError(f"{self.folder}: version {version} is gone: it was compacted meanwhile")
         try:
             return Snapshot(dataset, Layout.from_schema(dataset.schema)), lock
         except GalleryError as error:

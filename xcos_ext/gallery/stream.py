@@ -68,7 +68,7 @@ def stream(
         cache: packed tiles; those that are missing are made on the way.
         device: where the templates are wanted. On a GPU they pass through two pinned buffers.
         selected: places, ascending, of the only faces that count; None: all. Tiles without any are not read.
-        begin, end: places of a part.
+        begin, end: places of a part. Tiles are made of fragments that are wanted whole.
 
     Raises:
         GalleryDamagedError: rows that are not what was written.
@@ -129,6 +129,7 @@ def _raw_pieces(
             continue
         if not _counts(selected, fragment.first, fragment.rows):
             continue
+        whole = begin <= fragment.first and fragment.first + fragment.rows <= end
         file = cache.file(fragment)
         if file is not None:
             try:
@@ -138,8 +139,14 @@ def _raw_pieces(
                 # Derived data: read the truth instead, from the first face that has not been given yet.
                 cache.drop(fragment)
                 begin = max(begin, damage.first)
-        first = fragment.first
-        for batch in cache.build(snapshot, fragment):
+        if whole:
+            first, batches = fragment.first, cache.build(snapshot, fragment)
+        else:
+            # Whoever wants a part need not read the rest, which may be far larger, to write it down.
+            first = max(begin, fragment.first)
+            last = min(end, fragment.first + fragment.rows)
+            batches = snapshot.fragment_batches(fragment, first - fragment.first, last - fragment.first)
+        for batch in batches:
             piece = _cut(_Piece(first, layout.templates(batch), None), begin, end)
             if piece is not None:
                 yield piece

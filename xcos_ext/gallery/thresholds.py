@@ -36,8 +36,8 @@ def identification_threshold(curve: FMRCurve | None, fpir: float, candidates: in
         largest = -math.expm1(max(1, candidates) * math.log1p(-curve.smallest))
         raise GalleryError(
             f"fpir: expected at least {largest:.2g} for {candidates:,} candidates, got {fpir:g}: it asks for a false "
-            f"match rate of {fmr:.2g}, and the calibration's {curve.pairs:,} impostor pairs tell {curve.smallest:.2g} at "
-            "best"
+            f"match rate of {fmr:.2g}, and the calibration's {curve.pairs:,} impostor pairs tell {curve.smallest:.2g} "
+            "at best"
         )
     rates = np.log(np.array(curve.rates))
     if math.log(fmr) <= rates[-1]:

@@ -168,6 +168,21 @@ class TileCache:
             if sink is not None:
                 sink.discard()
 
+    def write(self, snapshot: Snapshot, fragment: Fragment) -> None:
+        """Write a fragment's tiles down without giving them out; nothing where the cache cannot be written.
+
+        Raises:
+            GalleryDamagedError: rows that are not what was written.
+        """
+        sink = _Sink.open(self, fragment) if self.writable else None
+        if sink is None:
+            return
+        try:
+            if all(sink.write(batch) for batch in snapshot.fragment_batches(fragment)):
+                sink.finish()
+        finally:
+            sink.discard()
+
     def purge(self, keep: set[str]) -> None:
         """Delete the tiles of all fragments but these, and what interrupted writers left."""
         if self.folder is None or not self.folder.is_dir():

@@ -1,0 +1,259 @@
+"""xcos enroll, search, gallery and dedupe, on drawn photographs and the shipped model."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from drawn import background, draw_face, portrait
+from PIL import Image
+from test_cli import run, strict, trouble
+
+from xcos_ext.errors import GalleryError
+from xcos_ext.gallery import Gallery
+from xcos_ext.gallery.enroll import find_pictures
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# A job in the background ignores Ctrl-C, so the handler is set explicitly.
+MAIN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from xcos_ext.cli import main; main()"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ann/, bob/: drawn portraits; wall.png: nobody; team.png: two faces."""
+    folder = tmp_path_factory.mktemp("photos")
+    for person, tint in (("ann", 1.0), ("bob", 0.6)):
+        (folder / person).mkdir()
+        for i, degrees in enumerate((0, 5, -5)):
+            Image.fromarray(portrait(tint=tint, degrees=degrees)).save(folder / person / f"{i}.png")
+    Image.fromarray(background(200, 200)).save(folder / "wall.png")
+    team = background(300, 600)
+    draw_face(team, (140, 150), 110)
+    draw_face(team, (430, 150), 140)
+    Image.fromarray(team).save(folder / "team.png")
+    (folder / "notes.txt").write_text("no picture")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 broken")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def crops(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty aligned crops of noise: enough to be enrolled in several commits."""
+    folder = tmp_path_factory.mktemp("crops")
+    rng = np.random.default_rng(3)
+    for i in range(40):
+        (folder / f"person{i % 8}").mkdir(exist_ok=True)
+        pixels = rng.integers(0, 256, (112, 112, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"person{i % 8}" / f"{i:02d}.png")
+    return folder
+
+
+def test_photographs_from_enrolment_to_deletion(photos: Path, tmp_path: Path) -> None:
+    gallery = tmp_path / "people"
+    result = run("enroll", gallery, photos)
+    assert result.exit_code == 0, result.output
+    assert re.match(r"7 enrolled \(\d+/s\), 0 already in, 2 skipped; 7 faces in ", result.stdout)
+    assert re.search(r"skipped wall\.png: no face found", result.stderr)
+    assert re.search(r"skipped \S+broken\.jpg: damaged picture", result.stderr)
+    assert "1 pictures with several faces" in result.stderr
+    again = strict(run("enroll", gallery, photos, "--json").stdout)
+    assert again["enrolled"] == 0 and again["already_in"] == 7 and set(again["skipped"]) == {"wall.png", "broken.jpg"}
+
+    found = run("search", gallery, photos / "ann" / "0.png", "-k", "2")
+    assert found.exit_code == 0
+    lines = found.stdout.splitlines()
+    assert lines[0] == "0.png" and re.match(r" +1 +[01]\.\d+ +ann/0\.png +ann +over the threshold", lines[1])
+    assert "every face scored" in found.stderr and "--fpir" in found.stderr
+    data = strict(run("search", gallery, photos / "bob", "--json", "--explain", "-k", "3").stdout)
+    assert [p["probe"] for p in data["probes"]] == ["0.png", "1.png", "2.png"] and data["exact"] is True
+    hit = data["probes"][1]["hits"][0]
+    assert hit["id"] == "bob/1.png" and hit["person"] == "bob" and hit["over_threshold"] is True
+    assert np.sum(hit["contribution"]) == pytest.approx(hit["score"] - data["threshold"], abs=2e-3)
+    fused = strict(run("search", gallery, photos / "bob", "--json", "--fuse", "mean", "--by-person", "-k", "2").stdout)
+    assert len(fused["probes"]) == 1 and fused["probes"][0]["hits"][0]["person"] == "bob"
+    near = strict(run("search", gallery, photos / "bob", "--json", "--rerank", "7", "-k", "2").stdout)
+    assert near["exact"] is False and near["recall"] == 1.0
+    nobody = run("search", gallery, photos / "ann" / "0.png", "--where", "person = 'eve'")
+    assert nobody.exit_code == 0 and "nobody" in nobody.stdout
+
+    info = strict(run("gallery", "info", gallery, "--json").stdout)
+    assert info["faces"] == 7 and info["persons"] == 2 and info["faces_without_person"] == 1
+    assert re.search(r"^faces +7 of 2 persons$", run("gallery", "info", gallery).stdout, re.M)
+    trouble(run("gallery", "remove", gallery, "ann/0.png", "eve/0.png"), "eve/0.png")
+    removed = run("gallery", "remove", gallery, "--person", "ann", "team.png")
+    assert "4 removed, 3 left" in removed.stdout
+    compacted = strict(run("gallery", "compact", gallery, "--json").stdout)
+    assert compacted["faces"] == 3 and compacted["bytes_after"] < compacted["bytes_before"]
+    assert strict(run("gallery", "verify", gallery, "--json").stdout)["ok"] is True
+    pairs = strict(run("dedupe", gallery, "--json", "--out", tmp_path / "pairs.csv").stdout)
+    assert pairs["groups"] == [["bob/0.png", "bob/1.png", "bob/2.png"]] and pairs["compared"] == 6
+    rows = list(csv.DictReader((tmp_path / "pairs.csv").open()))
+    assert len(rows) == 3 and rows[0]["person_a"] == "bob" and float(rows[0]["score"]) == pairs["pairs"][0]["score"]
+    assert "3 of 6 pairs" in run("dedupe", gallery).stdout
+
+
+def test_crops_labels_and_archives(crops: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "crops.zip"
+    with zipfile.ZipFile(archive, "w") as out:
+        for path in sorted(crops.rglob("*.png")):
+            out.write(path, path.relative_to(crops))
+    labels = tmp_path / "labels.csv"
+    labels.write_text("picture,person,camera\nperson0/00.png,Zoë,north\nperson1/01.png,,south\n", encoding="utf-8")
+    result = run(
+        "enroll", tmp_path / "g", archive, "--aligned", "--labels", labels, "--batch", "16", "--dtype", "float32"
+    )
+    assert result.exit_code == 0, result.output
+    with Gallery.open(tmp_path / "g") as gallery:
+        assert len(gallery) == 40 and gallery.version == 4 and gallery.info()["dtype"] == "float32"
+        _, (first, second, third) = gallery.get(["person0/00.png", "person1/01.png", "person1/09.png"])
+    assert first["person"] == "Zoë" and first["metadata"] == {"camera": "north"}
+    assert second["person"] == "person1" and second["metadata"] == {"camera": "south"}
+    assert third["person"] == "person1" and third["metadata"] == {}
+    where = "json_get_string(metadata, 'camera') = 'south'"
+    found = strict(run("search", tmp_path / "g", crops / "person1", "--aligned", "--json", "--where", where).stdout)
+    assert [h["id"] for h in found["probes"][0]["hits"]] == ["person1/01.png"]
+
+    same = run("enroll", tmp_path / "g", archive, "--aligned", "--replace", "--person", "everybody", "-q")
+    assert same.exit_code == 0 and same.stdout == ""
+    ids = tmp_path / "ids.txt"
+    ids.write_text("person0/00.png\nperson1/01.png\n")
+    assert "2 removed, 38 left" in run("gallery", "remove", tmp_path / "g", "--ids-from", ids).stdout
+
+
+def test_quick_search_of_a_stranger_rate(crops: Path, tmp_path: Path) -> None:
+    run("enroll", tmp_path / "g", crops, "--aligned", "-q")
+    probe = crops / "person0" / "00.png"
+    one = strict(run("search", tmp_path / "g", probe, "--aligned", "--json").stdout)["threshold"]
+    many = strict(run("search", tmp_path / "g", probe, "--aligned", "--json", "--fpir", "0.01").stdout)["threshold"]
+    assert many > one
+    trouble(
+        run("search", tmp_path / "g", probe, "--aligned", "--fpir", "1e-9"), "fpir: expected at least", "40 candidates"
+    )
+
+
+def test_interrupted_enrolment_goes_on(crops: Path, tmp_path: Path) -> None:
+    gallery = tmp_path / "g"
+    command = [sys.executable, "-c", MAIN, "enroll", str(gallery), str(crops), "--aligned", "--batch", "4"]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+    end = time.monotonic() + 60
+    while time.monotonic() < end and len(list(gallery.glob("templates.lance/_versions/*.manifest"))) < 3:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    with Gallery.open(gallery) as opened:
+        there = len(opened)
+    assert there >= 8 and there % 4 == 0
+    assert process.returncode in (0, 130), errors
+    again = strict(run("enroll", gallery, crops, "--aligned", "--json").stdout)
+    assert again["already_in"] == there and again["enrolled"] == 40 - there and again["faces"] == 40
+
+
+def test_progress_has_a_rate_and_time_left(crops: Path, tmp_path: Path) -> None:
+    """On a terminal, stderr shows the bar; stdout stays clean."""
+    pty = pytest.importorskip("pty")
+    main, follower = pty.openpty()
+    command = [sys.executable, "-c", MAIN, "enroll", str(tmp_path / "g"), str(crops), "--aligned", "--batch", "4"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=follower, env=environment)
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            part = os.read(main, 65536)
+        except OSError:
+            break
+        if not part:
+            break
+        shown += part
+    out, _ = process.communicate(timeout=60)
+    os.close(main)
+    text = shown.decode("utf-8", "replace")
+    assert process.returncode == 0 and out.startswith(b"40 enrolled")
+    assert "enrolling" in text and "faces/s" in text and re.search(r"\d:\d\d:\d\d", text), text[-500:]
+
+
+def test_one_line_for_every_mistake(crops: Path, photos: Path, tmp_path: Path) -> None:
+    gallery = tmp_path / "g"
+    run("enroll", gallery, crops, "--aligned", "-q")
+    probe = crops / "person0" / "00.png"
+    trouble(run("search", tmp_path / "none", probe, "--aligned"), "none: there is no such gallery")
+    trouble(run("search", photos, probe, "--aligned"), "expected a gallery, got another folder")
+    trouble(run("search", gallery, probe, "--aligned", "--where", "nonsense = ("), "where: expected an SQL condition")
+    trouble(run("search", gallery, tmp_path / "missing.png", "--aligned"), "missing.png")
+    trouble(run("search", gallery, probe, "--aligned", "--threshold", "0.1", "--fpir", "0.1"), "expected one of them")
+    trouble(run("enroll", gallery, tmp_path / "missing", "--aligned"), "missing: no such folder")
+    trouble(run("enroll", photos, crops, "--aligned"), "expected an empty folder")
+    trouble(run("enroll", gallery, crops, photos / "ann", crops, "--aligned"), "expected each picture name once")
+    trouble(run("enroll", gallery, crops, "--labels", photos / "notes.txt"), "expected CSV with a column 'picture'")
+    (tmp_path / "labels.csv").write_text("picture,person\nnobody.png,x\n")
+    trouble(run("enroll", gallery, crops, "--labels", tmp_path / "labels.csv"), "got 'nobody.png'")
+    trouble(run("gallery", "remove", gallery), "ids: expected at least one")
+    trouble(run("gallery", "remove", gallery, "--person", "eve"), "expected a person of the gallery, got 'eve'")
+    trouble(run("gallery", "info", photos), "expected a gallery")
+    trouble(run("dedupe", gallery, "--out", tmp_path / "x.txt"), "expected a file ending in .csv")
+    (tmp_path / "empty").mkdir()
+    trouble(run("enroll", gallery, tmp_path / "empty"), "expected pictures, got none")
+
+
+def test_photographs_without_any_face(photos: Path, tmp_path: Path) -> None:
+    result = run("enroll", tmp_path / "g", photos / "wall.png", "--json")
+    assert result.exit_code == 2 and strict(result.stdout)["enrolled"] == 0
+    with Gallery.open(tmp_path / "g") as gallery:
+        assert len(gallery) == 0
+    run("enroll", tmp_path / "g", photos / "ann", "-q")
+    trouble_lines = run("search", tmp_path / "g", photos / "wall.png")
+    assert trouble_lines.exit_code == 2 and "no probe has a usable face" in trouble_lines.stderr
+
+
+def test_odd_file_names(crops: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    source = (crops / "person0" / "00.png").read_bytes()
+    for name in ("é😀.png", "a'b.png", 'quote".png', "line\nbreak.png", "\u202ertl.png"):
+        (folder / name).write_bytes(source)
+    with open(os.fsencode(folder) + b"/\xff.png", "wb") as file:
+        file.write(source)
+    result = strict(run("enroll", tmp_path / "g", folder, "--aligned", "--json").stdout)
+    assert result["enrolled"] == 6
+    with Gallery.open(tmp_path / "g") as gallery:
+        ids = set(gallery.ids())
+    assert {"é😀.png", "a'b.png", 'quote".png', "line\\nbreak.png"} <= ids
+    assert strict(run("enroll", tmp_path / "g", folder, "--aligned", "--json").stdout)["already_in"] == 6
+    assert run("gallery", "remove", tmp_path / "g", "a'b.png").exit_code == 0
+
+
+def test_find_pictures(crops: Path, tmp_path: Path) -> None:
+    found = find_pictures([crops])
+    assert len(found) == 40 and found[0].id == "person0/00.png" and found[0].person == "person0"
+    (one,) = find_pictures([crops / "person0" / "00.png"], person="x")
+    assert one.id == "00.png" and one.person == "x" and one.read().shape == (112, 112, 3)
+    with pytest.raises(GalleryError, match="missing"):
+        find_pictures([tmp_path / "missing"])
+
+
+def test_model_of_another_gallery(crops: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from xcos_ext.nn import load_model, save_model
+
+    run("enroll", tmp_path / "g", crops / "person0", "--aligned", "-q")
+    other = load_model()
+    other.backbone.requires_grad_(False)
+    next(other.backbone.parameters()).mul_(1.1)
+    save_model(other, tmp_path / "other.safetensors")
+    for command in (("enroll", tmp_path / "g", crops), ("search", tmp_path / "g", crops / "person0")):
+        trouble(
+            run(*command, "--aligned", "--model", tmp_path / "other.safetensors"),
+            "model: expected the one that the gallery was made for",
+        )
+    report = json.loads(run("gallery", "info", tmp_path / "g", "--json").stdout)
+    assert report["model_name"] == load_model().name

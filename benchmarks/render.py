@@ -5,7 +5,8 @@
 
 A table is named by a marker ``<!-- results: cpu pairs -->`` ... ``<!-- /results -->``: ``cpu`` or ``gpu`` (every other
 file), and ``pairs`` (operators on N pairs), ``matrix`` (all pairs) or ``all`` (both). ``models short``, ``models all``
-and ``models compact`` are tables of models on LFW: see models_table.py.
+and ``models compact`` are tables of models on LFW: see models_table.py. ``gallery short``, ``gallery scale`` and
+``gallery identification`` are tables of searches: see gallery_table.py.
 """
 
 from __future__ import annotations
@@ -17,11 +18,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+import gallery_table
 import models_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "training.md", ROOT / "docs" / "default_model.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "training.md",
+    ROOT / "docs" / "default_model.md",
+    ROOT / "docs" / "gallery.md",
+)
 MARKER = re.compile(r"(<!-- results: (\w+) (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 ALL_PAIRS = ("xcos_topk/", "xcos_matrix/")
 
@@ -153,6 +160,8 @@ def render(text: str) -> str:
     def replace(match: re.Match[str]) -> str:
         if match[2] == "models":
             return match[1] + models_table.table(match[3]) + match[4]
+        if match[2] == "gallery":
+            return match[1] + gallery_table.table(match[3]) + match[4]
         if match[2] == "cpu":
             files = [RESULTS / "cpu.json"]
         else:

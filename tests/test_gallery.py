@@ -235,7 +235,7 @@ def test_rerank_of_everything_is_exact(enrolled: Enrolled) -> None:
 
 def test_measured_recall_is_the_recall(enrolled: Enrolled) -> None:
     exact = enrolled.gallery.search(enrolled.probes, 10)
-    two = enrolled.gallery.search(enrolled.probes, 10, rerank=12, recall_probes=9)
+    two = enrolled.gallery.search(enrolled.probes, 10, rerank=12, coarse="uniform", recall_probes=9)
     found = [len(set(a) & set(b)) for a, b in zip(two.ids, exact.ids, strict=True)]
     assert two.recall == pytest.approx(sum(found) / 90)
     assert enrolled.gallery.search(enrolled.probes, 10, rerank=12).recall is None

@@ -302,7 +302,7 @@ def enroll(**options: Any) -> int:
     "--rerank",
     type=click.IntRange(1, 2048),
     metavar="R",
-    help="Approximate: re-rank the R best by uniform attention; the recall is measured on some of the probes.",
+    help="Approximate: re-rank the R best by norm attention; the recall is measured on some of the probes.",
 )
 @click.option("--explain", is_flag=True, help="With --json: the maps of every candidate.")
 @_quiet

@@ -1,7 +1,16 @@
-"""Verification figures and the protocols that produce them."""
+"""Verification and identification figures, and the protocols that produce them."""
 
 from .bootstrap import Interval, Resampling, bootstrap
 from .calibration import all_pair_scores, calibrate, fmr_curve
+from .identification import (
+    Candidates,
+    Estimate,
+    IdentificationPoint,
+    IdentificationReport,
+    average_identification,
+    identification,
+    ranked_persons,
+)
 from .protocol import Evaluation, Variant, corr_attention, cross_validated, evaluate
 from .roc import roc_figure
 from .scoring import ATTENTIONS, Scores, score_model, score_pairs
@@ -25,8 +34,12 @@ from .verification import (
 __all__ = [
     "ATTENTIONS",
     "EER",
+    "Candidates",
     "ErrorCurves",
+    "Estimate",
     "Evaluation",
+    "IdentificationPoint",
+    "IdentificationReport",
     "Interval",
     "KFoldAccuracy",
     "OperatingPoint",
@@ -36,6 +49,7 @@ __all__ = [
     "VerificationReport",
     "all_pair_scores",
     "auc",
+    "average_identification",
     "best_threshold",
     "bootstrap",
     "calibrate",
@@ -47,8 +61,10 @@ __all__ = [
     "fmr_curve",
     "fmr_threshold",
     "fmr_upper_bound",
+    "identification",
     "kfold_accuracy",
     "operating_point",
+    "ranked_persons",
     "roc_figure",
     "score_model",
     "score_pairs",

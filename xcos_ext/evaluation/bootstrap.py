@@ -86,7 +86,7 @@ class _Fold:
         return result
 
 
-def _accept_rate(curves: ErrorCurves, rate: float) -> float:
+def accept_rate(curves: ErrorCurves, rate: float) -> float:
     """TAR at a false match rate, with the threshold of :func:`~xcos_ext.evaluation.fmr_threshold`."""
     thresholds, fmr, fnmr = curves
     allowed = int(np.argmax(fmr <= rate * (1 + 1e-12)))  # just above the largest score that has to be rejected
@@ -151,7 +151,7 @@ def bootstrap(
             found["auc"].append(float(area(fmr, 1 - fnmr)))
             found["eer"].append(crossing(curves).rate)
             for rate in fmrs:
-                found[f"tar@{rate:g}"].append(_accept_rate(curves, rate))
+                found[f"tar@{rate:g}"].append(accept_rate(curves, rate))
     if len(found["auc"]) < 0.9 * replicates:
         raise ValueError(f"scores: {values.size} pairs are too few to be resampled")
     tail = 100 * (1 - confidence) / 2

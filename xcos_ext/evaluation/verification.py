@@ -247,7 +247,7 @@ def fmr_threshold(impostor_scores: ArrayLike, fmr: float) -> float:
     impostors = np.sort(np.asarray(impostor_scores, dtype=np.float64).ravel())
     if impostors.size == 0 or not np.isfinite(impostors).all():
         raise ValueError("impostor_scores: expected at least one score, all finite")
-    rejected = impostors[impostors.size - 1 - _allowed(fmr, impostors.size)]
+    rejected = impostors[impostors.size - 1 - allowed_matches(fmr, impostors.size)]
     above = impostors[np.searchsorted(impostors, rejected, "right") :]
     if above.size:
         return float((rejected + above[0]) / 2)
@@ -256,7 +256,7 @@ def fmr_threshold(impostor_scores: ArrayLike, fmr: float) -> float:
     return threshold if threshold > rejected else float(np.nextafter(rejected, np.inf))
 
 
-def _allowed(fmr: float, impostors: int) -> int:
+def allowed_matches(fmr: float, impostors: int) -> int:
     """False matches that a rate allows; the product may miss a whole number by rounding (0.07 * 100)."""
     return int(np.floor(fmr * impostors * (1 + 1e-12)))
 
@@ -311,7 +311,7 @@ def operating_point(scores: ArrayLike, genuine: ArrayLike, fmr: float) -> Operat
         tar=float((values[labels] >= threshold).mean()),
         false_matches=false_matches,
         impostors=int(impostors.size),
-        resolved=_allowed(fmr, impostors.size) >= 1,
+        resolved=allowed_matches(fmr, impostors.size) >= 1,
     )
 
 

@@ -525,7 +525,7 @@ class Gallery:
         by: Literal["face", "person"] = "face",
         person_fusion: Fusion = "max",
         rerank: int | None = None,
-        coarse: Any = "uniform",
+        coarse: Any = "norm",
         recall_probes: int = 0,
         exclude: Sequence[Sequence[str]] | Sequence[str] | None = None,
         explain: bool = False,
@@ -551,7 +551,7 @@ class Gallery:
             person_fusion: a person's score is the ``"max"`` or the ``"mean"`` of the faces'.
             rerank: search in two stages: R candidates by cheap scores, of which the exact best are found. Not exact,
                 and the result says so.
-            coarse: how the R are found: ``"uniform"`` or ``"norm"`` attention (matrix products), or an index from
+            coarse: how the R are found: ``"norm"`` or ``"uniform"`` attention (matrix products), or an index from
                 :class:`xcos_ext.gallery.FaissIndex`.
             recall_probes: measure the recall of a two-stage search on so many of the probes (evenly chosen), by
                 searching for them exactly as well.

@@ -84,6 +84,7 @@ def load_sources(
     model: ModelConfig,
     *,
     flipped: bool = False,
+    chosen: Callable[[str], bool] | None = None,
     device: str | torch.device = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Sources:
@@ -93,6 +94,7 @@ def load_sources(
         data: which pictures, and where maps are kept.
         model: which recogniser.
         flipped: with the mirrored pictures' maps.
+        chosen: which people to read; None: all.
         device: where maps are computed.
         progress: called with what is done, items done and items in all.
     """
@@ -101,7 +103,8 @@ def load_sources(
     def tell(what: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, total: progress(what, done, total)
 
-    pictures = read_pictures(data.pictures, recogniser.preprocessing.size, progress=tell("reading"))
+    size = recogniser.preprocessing.size
+    pictures = read_pictures(data.pictures, size, chosen=chosen, progress=tell("reading"))
     folder = Path(data.cache)
     maps = cached_maps(recogniser, pictures, folder, flipped=flipped, device=device, progress=tell("computing maps"))
     recogniser.to("cpu")

@@ -29,6 +29,8 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 GRID = (3, 4)
 CHANNELS = 6
 
+pytest.importorskip("lance", reason="needs the extra gallery (pylance)")
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -583,3 +585,25 @@ def test_the_format_is_plain(enrolled: Enrolled) -> None:
     for path in enrolled.gallery.path.rglob("*"):
         if path.is_file():
             assert not path.read_bytes().startswith(b"\x80\x04"), path
+
+
+def test_tiles_stream_to_the_device(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU tiles of different sizes pass through the pinned buffers; deleted and filtered faces stay out."""
+    monkeypatch.setattr(Layout, "tile_rows", 64)
+    monkeypatch.setattr(streams, "_SMALL", 16)
+    made = Enrolled(tmp_path / "g")
+    gallery = made.gallery
+    gallery.remove(names(40, 100))
+    kept = torch.tensor([*range(100), *range(140, 300)])
+    probes, faces = made.probes.to(device), made.faces[kept].to(device)
+    for weights in ("own", "uniform", "norm"):
+        wanted = xcos_topk(probes, faces, 6, weights)
+        for _ in range(2):
+            hits = gallery.search(probes, 6, attention=weights)
+            assert torch.equal(hits.positions, wanted.indices.cpu())
+            assert torch.equal(hits.scores, wanted.values.cpu())
+    labels = list("aabbbccda")
+    for options in ({"groups": labels, "fusion": "mean"}, {"by": "person"}, {"rerank": 50}, {"explain": True}):
+        there, here = (gallery.search(p, 4, **options) for p in (probes, made.probes))
+        torch.testing.assert_close(there.scores, here.scores, rtol=0, atol=2e-3)
+    assert gallery.search(probes, 3, where="id = 'f7'").ids == [["f7"]] * 9

@@ -23,6 +23,8 @@ from xcos_ext.errors import GalleryError
 from xcos_ext.gallery import Gallery
 from xcos_ext.gallery.enroll import find_pictures
 
+pytest.importorskip("lance", reason="needs the extra gallery (pylance)")
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # A job in the background ignores Ctrl-C, so the handler is set explicitly.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,10 +14,12 @@ from xcos_ext.ops.xcos_matrix import AllPairs
 from xcos_ext.ops.xcos_topk import score_blocks
 from xcos_ext.templates import AttentionParameters, Templates
 
+from .hits import Duplicate, Duplicates
 from .layout import Layout
+from .store import Snapshot
 from .stream import Tile
 
-__all__ = ["PROBES", "alike", "as_probes", "symmetric"]
+__all__ = ["PROBES", "alike", "as_probes", "grouped", "symmetric"]
 
 #: Faces that meet the whole gallery together.
 PROBES = 4096
@@ -99,3 +102,42 @@ def alike(
         torch.cat(columns).cpu().numpy(),
         torch.cat(values).cpu().numpy(),
     )
+
+
+def grouped(
+    snapshot: Snapshot,
+    first: list[np.ndarray],
+    second: list[np.ndarray],
+    scores: list[np.ndarray],
+    threshold: float,
+    compared: int,
+) -> Duplicates:
+    """Pairs that :func:`alike` found, block by block, with their labels, and the groups that they make up."""
+    best: dict[tuple[int, int], float] = {}
+    for rows, columns, values in zip(first, second, scores, strict=True):
+        for i, j, score in zip(rows.tolist(), columns.tolist(), values.tolist(), strict=True):
+            pair = (min(i, j), max(i, j))
+            best[pair] = max(score, best.get(pair, -math.inf))
+    places = np.unique(np.array(list(best), np.int64).reshape(-1))
+    labels = snapshot.labels(places, ("id", "person"))
+    ids, persons = labels["id"], labels["person"]
+    positions = snapshot.positions(places).tolist()
+    at = {place: i for i, place in enumerate(places.tolist())}
+    pairs = []
+    root = list(range(len(places)))  # of each face's group: its first face
+
+    def find(i: int) -> int:
+        while root[i] != i:
+            root[i] = root[root[i]]
+            i = root[i]
+        return i
+
+    for (one, two), score in sorted(best.items()):
+        i, j = at[one], at[two]
+        pairs.append(Duplicate((positions[i], positions[j]), (ids[i], ids[j]), (persons[i], persons[j]), score))
+        low, high = sorted((find(i), find(j)))
+        root[high] = low
+    groups: dict[int, list[str]] = {}
+    for i in range(len(places)):
+        groups.setdefault(find(i), []).append(ids[i])
+    return Duplicates(pairs, list(groups.values()), threshold, compared, snapshot.version)

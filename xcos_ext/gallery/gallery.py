@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xcos_ext.errors import GalleryDamagedError, GalleryError
+from xcos_ext.errors import GalleryError
 from xcos_ext.nn.model import XCosModel
 from xcos_ext.ops.xcos_topk import checked_k, checked_score
 from xcos_ext.templates import Templates
@@ -20,13 +20,14 @@ from xcos_ext.templates import Templates
 from . import dedupe as _dedupe
 from ._packages import compute as pc
 from ._packages import pyarrow
-from .hits import Duplicate, Duplicates, Hits
-from .layout import Layout, checked_metadata, checked_text, damaged_labels, damaged_rows, iter_slices
+from .hits import Duplicates, Hits
+from .layout import Layout, checked_metadata, checked_text, iter_slices
 from .query import Alone, Query
 from .search import Fusion
 from .store import Snapshot, Store, folder_bytes, reading
 from .stream import Tile, stream
 from .tiles import TileCache, gather
+from .verify import verify
 
 __all__ = ["Gallery"]
 
@@ -242,6 +243,10 @@ class Gallery:
         """
         return gather(self.layout, self._snapshot, self._tiles, self._places(positions))
 
+    def load(self) -> Templates:
+        """All stored templates in memory, of role "gallery", by position: for a gallery that fits, e.g. on a GPU."""
+        return gather(self.layout, self._snapshot, self._tiles, self._snapshot.places_of(np.arange(len(self))))
+
     def _places(self, positions: Sequence[int]) -> np.ndarray:
         chosen = np.asarray(positions, np.int64).reshape(-1)
         if len(chosen) and not (chosen.min() >= 0 and chosen.max() < len(self)):
@@ -427,59 +432,7 @@ class Gallery:
             ``ok``; ``faces`` read; ``damaged``: position, id (None where it cannot be read) and what is damaged, for
             each; ``unreadable``: file and positions that cannot be read at all; ``tiles_dropped``.
         """
-        tick = progress or _nobody
-        snapshot = self._snapshot
-        damaged: list[dict[str, Any]] = []
-        unreadable: list[dict[str, Any]] = []
-        dropped: list[str] = []
-        read = 0
-        for fragment in snapshot.fragments:
-            alive = np.setdiff1d(np.arange(fragment.rows), fragment.deleted)
-            positions = snapshot.positions(fragment.first + alive)
-            try:
-                with reading(snapshot, fragment):
-                    wrong_rows: dict[int, list[str]] = {}
-                    done = 0
-                    lance_fragment = snapshot.dataset.get_fragment(fragment.number)
-                    for batch in snapshot.scan(
-                        [field.name for field in self.layout.schema()],
-                        fragments=[lance_fragment],
-                        batch_size=min(self.layout.tile_rows, 4096),
-                    ):
-                        for what, rows in (
-                            ("template", damaged_rows(self.layout, batch)),
-                            ("labels", damaged_labels(batch)),
-                        ):
-                            for row in rows:
-                                wrong_rows.setdefault(done + row, []).append(what)
-                        for row in list(wrong_rows):
-                            if done <= row < done + batch.num_rows:
-                                damaged.append(
-                                    {
-                                        "position": int(positions[row]),
-                                        "id": batch.column("id")[row - done].as_py(),
-                                        "damaged": wrong_rows[row],
-                                    }
-                                )
-                        done += batch.num_rows
-                        read += batch.num_rows
-                        tick(read, snapshot.rows)
-            except GalleryDamagedError as error:
-                unreadable.append({"files": list(fragment.paths), "positions": list(error.rows), "reason": str(error)})
-            try:
-                bad = self._tiles.verify(snapshot, fragment)
-            except GalleryDamagedError:
-                bad = [0]
-            if bad:
-                self._tiles.drop(fragment)
-                dropped.append(f"{fragment.key}.arrow")
-        return {
-            "ok": not damaged and not unreadable,
-            "faces": read,
-            "damaged": damaged,
-            "unreadable": unreadable,
-            "tiles_dropped": dropped,
-        }
+        return verify(self._snapshot, self._tiles, progress or _nobody)
 
     # ------------------------------------------------------------------ searching
 
@@ -643,51 +596,7 @@ class Gallery:
             second.append(columns)
             scores.append(values)
         tick(total, total)
-        return self._duplicates(first, second, scores, t, total)
-
-    def _duplicates(
-        self,
-        first: list[np.ndarray],
-        second: list[np.ndarray],
-        scores: list[np.ndarray],
-        threshold: float,
-        compared: int,
-    ) -> Duplicates:
-        empty = np.empty(0, np.int64)
-        a, b = np.concatenate([empty, *first]), np.concatenate([empty, *second])
-        values = np.concatenate([np.empty(0), *scores])
-        best: dict[tuple[int, int], float] = {}
-        for i, j, score in zip(a.tolist(), b.tolist(), values.tolist(), strict=True):
-            pair = (min(i, j), max(i, j))
-            best[pair] = max(score, best.get(pair, -math.inf))
-        places = np.unique(np.array(list(best), np.int64).reshape(-1))
-        labels = self._snapshot.labels(places, ("id", "person"))
-        at = {place: i for i, place in enumerate(places.tolist())}
-        positions = self._snapshot.positions(places).tolist()
-        pairs = [
-            Duplicate(
-                (positions[at[i]], positions[at[j]]),
-                (labels["id"][at[i]], labels["id"][at[j]]),
-                (labels["person"][at[i]], labels["person"][at[j]]),
-                score,
-            )
-            for (i, j), score in sorted(best.items())
-        ]
-        root = list(range(len(places)))
-
-        def find(i: int) -> int:
-            while root[i] != i:
-                root[i] = root[root[i]]
-                i = root[i]
-            return i
-
-        for i, j in best:
-            one, two = find(at[i]), find(at[j])
-            root[max(one, two)] = min(one, two)
-        groups: dict[int, list[str]] = {}
-        for i in range(len(places)):
-            groups.setdefault(find(i), []).append(labels["id"][i])
-        return Duplicates(pairs, list(groups.values()), threshold, compared, self.version)
+        return _dedupe.grouped(snapshot, first, second, scores, t, total)
 
 
 def _twice(names: list[str]) -> list[str]:

@@ -259,3 +259,9 @@ def test_model_of_another_gallery(crops: Path, tmp_path: Path, monkeypatch: pyte
         )
     report = json.loads(run("gallery", "info", tmp_path / "g", "--json").stdout)
     assert report["model_name"] == load_model().name
+
+
+def test_without_the_extra(crops: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lance", None)
+    for command in (("enroll", tmp_path / "g", crops), ("search", tmp_path / "g", crops), ("gallery", "info", tmp_path)):
+        trouble(run(*command), "needs pylance", "pip install 'xcos_ext[gallery]'")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from xcos_ext import reference as reference
     from xcos_ext.errors import ModelError, PictureError, XCosError
-    from xcos_ext.gallery import Gallery
+    from xcos_ext.gallery import Gallery, ShardedGallery
     from xcos_ext.nn import ArcFaceHead, CosFaceHead, XCosAttention, XCosHead, XCosModel, load_model, plug
     from xcos_ext.ops import XCosMaps, XCosScore, XCosTopk, build_info
     from xcos_ext.ops.grid_cosine import grid_cosine
@@ -42,7 +42,7 @@ _HOMES = {
         "xcos_score",
         "xcos_topk",
     ),
-    "xcos_ext.gallery": ("Gallery",),
+    "xcos_ext.gallery": ("Gallery", "ShardedGallery"),
     "xcos_ext.errors": ("ModelError", "PictureError", "XCosError"),
     "xcos_ext.templates": ("Templates",),
     "xcos_ext.nn": (
@@ -63,6 +63,7 @@ __all__ = [
     "Gallery",
     "ModelError",
     "PictureError",
+    "ShardedGallery",
     "Templates",
     "XCosAttention",
     "XCosError",

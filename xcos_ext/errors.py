@@ -8,6 +8,7 @@ __all__ = [
     "GalleryBusyError",
     "GalleryDamagedError",
     "GalleryError",
+    "LostRankError",
     "ModelError",
     "PictureError",
     "XCosError",
@@ -44,3 +45,16 @@ class GalleryDamagedError(GalleryError):
     def __init__(self, message: str, rows: Sequence[int] = ()) -> None:
         super().__init__(message)
         self.rows = tuple(rows)
+
+
+class LostRankError(GalleryError):
+    """Processes that search together have lost some of their number: killed, stopped, or cut off.
+
+    Attributes:
+        ranks: those that are lost, ascending, as the process group numbers them; none where only the store of the
+            process group is known to be gone.
+    """
+
+    def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)

@@ -1,10 +1,11 @@
 """Galleries: faces kept on disk, changed and searched at the same time, on one machine or several."""
 
-from xcos_ext.errors import GalleryBusyError, GalleryDamagedError, GalleryError
+from xcos_ext.errors import GalleryBusyError, GalleryDamagedError, GalleryError, LostRankError
 
 from .faiss_index import FaissIndex
 from .gallery import Gallery
 from .hits import Duplicate, Duplicates, Hit, HitMaps, Hits
+from .sharded import ShardedGallery
 from .thresholds import identification_threshold
 
 __all__ = [
@@ -18,5 +19,7 @@ __all__ = [
     "Hit",
     "HitMaps",
     "Hits",
+    "LostRankError",
+    "ShardedGallery",
     "identification_threshold",
 ]

@@ -432,7 +432,7 @@ class Gallery:
             ``ok``; ``faces`` read; ``damaged``: position, id (None where it cannot be read) and what is damaged, for
             each; ``unreadable``: file and positions that cannot be read at all; ``tiles_dropped``.
         """
-        return verify(self._snapshot, self._tiles, progress or _nobody)
+        return verify(self._store, self._snapshot, self._tiles, progress or _nobody)
 
     # ------------------------------------------------------------------ searching
 

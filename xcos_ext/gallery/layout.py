@@ -31,13 +31,15 @@ from ._packages import xxhash as _xxhash
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["FORMAT", "LABELS", "Layout", "canonical_json"]
+__all__ = ["FORMAT", "LABELS", "MOST_LEVELS", "Layout", "canonical_json"]
 
 #: Version of the format on disk. A reader refuses versions that it does not know.
 FORMAT = 1
 
 _KEY = b"xcos.gallery"
 LABELS = ("id", "person", "metadata")
+#: Lists and mappings within each other that metadata may have.
+MOST_LEVELS = 100
 # Checks of what was written: of the template's bytes, and of the labels.
 CHECKS = ("checksum", "label_checksum")
 
@@ -51,17 +53,21 @@ def canonical_json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
-def _integers_fit(value: Any) -> bool:
-    """Whether JSON as Lance stores it (64-bit integers) holds a value's numbers exactly."""
-    if isinstance(value, bool) or value is None:
-        return True
-    if isinstance(value, int):
-        return -(2**63) <= value < 2**64
+def _check_value(value: Any, where: str, level: int = 1) -> None:
+    """Refuse what JSON as Lance stores it (64-bit integers) does not give back as it was."""
+    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**64:
+        raise GalleryError(f"{where}: expected integers of at most 64 bits, got a larger one")
+    if not isinstance(value, (Mapping, list, tuple)):
+        return
+    if level > MOST_LEVELS:
+        raise GalleryError(f"{where}: expected at most {MOST_LEVELS} levels of lists and mappings, got more")
     if isinstance(value, Mapping):
-        return all(_integers_fit(v) for v in value.values())
-    if isinstance(value, (list, tuple)):
-        return all(_integers_fit(v) for v in value)
-    return True
+        for key in value:
+            if not isinstance(key, str):
+                raise GalleryError(f"{where}: expected text keys, got {type(key).__name__}")
+        value = value.values()
+    for one in value:
+        _check_value(one, where, level + 1)
 
 
 def checked_metadata(value: Any, where: str) -> str:
@@ -72,16 +78,14 @@ def checked_metadata(value: Any, where: str) -> str:
     """
     if value is None:
         return "{}"
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+    if not isinstance(value, Mapping):
         raise GalleryError(f"{where}: expected a mapping with text keys, got {type(value).__name__}")
+    _check_value(value, where)
     try:
-        text = canonical_json(value)
+        text = canonical_json(dict(value))
         text.encode()
-        fits = _integers_fit(value)
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError) as error:
         raise GalleryError(f"{where}: expected values that JSON can hold ({error})") from error
-    if not fits:
-        raise GalleryError(f"{where}: expected integers of at most 64 bits, got a larger one")
     return text
 
 
@@ -459,18 +463,42 @@ def damaged_rows(layout: Layout, batch: pa.RecordBatch) -> list[int]:
     return np.flatnonzero(found != stored).tolist()
 
 
-def damaged_labels(batch: pa.RecordBatch) -> list[int]:
-    """Rows of a batch whose labels are not what their checksum says."""
+def checked_labels(rows: pa.Table | pa.RecordBatch) -> tuple[dict[str, list[Any]], list[int]]:
+    """Labels of rows, metadata parsed, and the rows whose labels are not what their checksum says.
+
+    Args:
+        rows: with the labels' columns and ``label_checksum``.
+    """
+    texts = {name: _texts(rows.column(name)) for name in LABELS}
+    found = {**texts, "metadata": []}
     wrong = []
-    columns = (*(batch.column(name).to_pylist() for name in LABELS), batch.column("label_checksum").to_pylist())
-    for row, (identity, person, metadata, stored) in enumerate(zip(*columns, strict=True)):
+    sums = rows.column("label_checksum").to_pylist()
+    for row, (*labels, stored) in enumerate(zip(*texts.values(), sums, strict=True)):
+        identity, person, metadata = labels
+        parsed = None
         try:
-            right = label_checksum(identity, person, canonical_json(json.loads(metadata))) == stored
-        except (ValueError, AttributeError, TypeError):
+            parsed = json.loads(metadata)
+            right = stored in (
+                label_checksum(identity, person, metadata),
+                # Lance writes numbers, and may one day order keys, in its own way.
+                label_checksum(identity, person, canonical_json(parsed)),
+            )
+        except (ValueError, AttributeError, TypeError, RecursionError):
             right = False
         if not right:
             wrong.append(row)
-    return wrong
+        found["metadata"].append(parsed)
+    return found, wrong
+
+
+def _texts(column: pa.Array | pa.ChunkedArray) -> list[str | None]:
+    """Texts of a column; where damage has made them something else, signs that stand for its bytes."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        pa = _pyarrow()
+        values = column.cast(pa.string()).cast(pa.binary()).to_pylist()
+        return [None if value is None else value.decode("utf-8", "backslashreplace") for value in values]
 
 
 def column_span(array: pa.FixedSizeListArray, column: Column) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from .layout import Layout
 from .store import Fragment, Snapshot
 from .tiles import TileCache, TileFile
 
-__all__ = ["MAPPED_BYTES", "Tile", "stream"]
+__all__ = ["MAPPED_BYTES", "Tile", "has_selected", "stream"]
 
 #: Galleries of more bytes than this are unmapped behind the reader, so that memory does not grow with them.
 MAPPED_BYTES = 768 << 20
@@ -80,7 +80,7 @@ def stream(
     return _ahead(_in_memory(pieces, snapshot, selected))
 
 
-def _counts(selected: np.ndarray | None, first: int, rows: int) -> bool:
+def has_selected(selected: np.ndarray | None, first: int, rows: int) -> bool:
     """Whether any face of a part is selected."""
     if selected is None:
         return True
@@ -127,7 +127,7 @@ def _raw_pieces(
     for fragment in snapshot.fragments:
         if fragment.first >= end or fragment.first + fragment.rows <= begin:
             continue
-        if not _counts(selected, fragment.first, fragment.rows):
+        if not has_selected(selected, fragment.first, fragment.rows):
             continue
         whole = begin <= fragment.first and fragment.first + fragment.rows <= end
         file = cache.file(fragment)
@@ -171,7 +171,7 @@ def _mapped(
     for index in range(file.tiles):
         first = fragment.first + index * layout.tile_rows
         rows = min(layout.tile_rows, fragment.first + fragment.rows - first)
-        if first >= end or first + rows <= begin or not _counts(selected, first, rows):
+        if first >= end or first + rows <= begin or not has_selected(selected, first, rows):
             continue
         try:
             batch = file.batch(index)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ from xcos_ext.templates import Templates
 from ._packages import pyarrow as _pyarrow
 from ._packages import xxhash as _xxhash
 from .layout import Layout, column_span, damaged_rows
-from .store import Fragment, Snapshot
+from .locks import try_lock
+from .store import Fragment, Snapshot, reading
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -41,9 +43,9 @@ def _advise(address: int, size: int, advice: int) -> None:
         _libc.madvise(start, address + size - start, advice)  # advice: a failure costs time, not truth
 
 
-def _digest(batch: pa.RecordBatch, layout: Layout) -> bytes:
-    """Checksum of a tile's arrays."""
-    state = _xxhash().xxh3_64()
+def _digest(batch: pa.RecordBatch, layout: Layout, index: int) -> bytes:
+    """Checksum of a tile's arrays and of which tile it is."""
+    state = _xxhash().xxh3_64(index.to_bytes(8, "little"))
     for address, size in _spans(batch, layout):
         state.update((ctypes.c_char * size).from_address(address))
     return state.hexdigest().encode()
@@ -69,13 +71,18 @@ class TileFile:
         pa = _pyarrow()
         self.path = path
         self._layout = layout
-        self._map = pa.memory_map(str(path))
-        self._reader = pa.ipc.open_file(self._map)
+        self._rows = fragment.rows
+        # The memory stays mapped as long as it is used, the file is not kept open: there may be thousands.
+        with pa.memory_map(str(path)) as file:
+            memory = file.read_buffer()
+        self._reader = pa.ipc.open_file(pa.BufferReader(memory))
         if not self._reader.schema.equals(layout.tile_schema()):
             raise ValueError("other columns")
-        if (self._reader.metadata or {}).get(b"rows") != str(fragment.rows).encode():
-            raise ValueError("another number of rows")
-        self.tiles = self._reader.num_record_batches
+        if self._reader.metadata != _metadata(fragment):
+            raise ValueError("another fragment's")
+        self.tiles = -(-fragment.rows // layout.tile_rows)
+        if self._reader.num_record_batches != self.tiles:
+            raise ValueError("another number of tiles")
         self._checked: set[int] = set()
 
     def batch(self, index: int) -> pa.RecordBatch:
@@ -84,11 +91,18 @@ class TileFile:
         Raises:
             ValueError: they are not what was written.
         """
-        batch, custom = self._reader.get_batch_with_custom_metadata(index)
-        if index not in self._checked:
-            if _digest(batch, self._layout) != (custom or {}).get(b"xxh3"):
-                raise ValueError(f"tile {index} is damaged")
-            self._checked.add(index)
+        try:
+            batch, custom = self._reader.get_batch_with_custom_metadata(index)
+            if index in self._checked:
+                return batch
+            batch.validate()  # that arrays lie within the file, before they are touched
+        except Exception as error:  # whatever Arrow says of damage
+            raise ValueError(f"tile {index} is damaged ({error})") from error
+        step = self._layout.tile_rows
+        rows = min(step, self._rows - index * step)
+        if batch.num_rows != rows or _digest(batch, self._layout, index) != (custom or {}).get(b"xxh3"):
+            raise ValueError(f"tile {index} is damaged")
+        self._checked.add(index)
         return batch
 
     def prefetch(self, batch: pa.RecordBatch) -> None:
@@ -100,6 +114,10 @@ class TileFile:
         """Unmap a tile's pages: they stay in the system's cache, not in this process."""
         for span in _spans(batch, self._layout):
             _advise(*span, _DONT_NEED)
+
+
+def _metadata(fragment: Fragment) -> dict[bytes, bytes]:
+    return {b"fragment": fragment.key.encode(), b"rows": str(fragment.rows).encode()}
 
 
 class TileCache:
@@ -114,6 +132,7 @@ class TileCache:
         self.folder = folder
         self.layout = layout
         self._open: dict[str, TileFile] = {}
+        self._swept = False
         self.writable = folder is not None
 
     def _path(self, fragment: Fragment) -> Path:
@@ -130,10 +149,10 @@ class TileCache:
         path = self._path(fragment)
         try:
             file = TileFile(path, fragment, self.layout)
-        except FileNotFoundError:
-            return None
-        except Exception:  # whatever Arrow says of a damaged file: tiles are derived, so they are made again
-            self.drop(fragment)
+        except Exception as error:
+            if not (isinstance(error, OSError) and error.errno is not None):
+                # Whatever Arrow says of a damaged file, the system does not: tiles are derived, and made again.
+                self.drop(fragment)
             return None
         self._open[fragment.key] = file
         return file
@@ -156,8 +175,16 @@ class TileCache:
         sink: _Sink | None = None
         if self.writable:
             sink = _Sink.open(self, fragment)
+
+        def dead() -> None:
+            # Readers of older versions may still see those rows, and must learn of the damage.
+            nonlocal sink
+            if sink is not None:
+                sink.discard()
+                sink = None
+
         try:
-            for batch in snapshot.fragment_batches(fragment):
+            for batch in snapshot.fragment_batches(fragment, dead=dead):
                 if sink is not None and not sink.write(batch):
                     sink = None
                 yield batch
@@ -178,7 +205,7 @@ class TileCache:
         if sink is None:
             return
         try:
-            if all(sink.write(batch) for batch in snapshot.fragment_batches(fragment)):
+            if all(sink.write(batch) for batch in snapshot.fragment_batches(fragment, dead=sink.discard)):
                 sink.finish()
         finally:
             sink.discard()
@@ -193,6 +220,16 @@ class TileCache:
                 with contextlib.suppress(OSError):
                     path.unlink()
 
+    def sweep(self) -> None:
+        """Delete what killed writers had begun; once, before this process writes anything."""
+        if self._swept or self.folder is None:
+            return
+        self._swept = True
+        for path in self.folder.glob(".*.tmp"):
+            with contextlib.suppress(OSError), open(path, "r+b") as file:
+                if try_lock(file.fileno(), fcntl.F_WRLCK):
+                    path.unlink()
+
     def verify(self, snapshot: Snapshot, fragment: Fragment) -> list[int] | None:
         """Offsets of a fragment's damaged rows; None if there are no tiles or the file cannot be read at all."""
         if self.folder is None or not self._path(fragment).exists():
@@ -201,7 +238,7 @@ class TileCache:
             file = TileFile(self._path(fragment), fragment, self.layout)
             wrong, done = [], 0
             for index in range(file.tiles):
-                batch = file._reader.get_batch(index)
+                batch = file.batch(index)
                 wrong += [done + row for row in damaged_rows(self.layout, batch)]
                 done += batch.num_rows
                 file.release(batch)
@@ -211,39 +248,52 @@ class TileCache:
 
 
 class _Sink:
-    """A tile file that is being written; it takes its name when it is whole."""
+    """A tile file that is being written; it takes its name when it is whole.
 
-    def __init__(self, cache: TileCache, fragment: Fragment, temporary: str, writer: Any) -> None:
-        self._cache, self._fragment, self._temporary, self._writer = cache, fragment, temporary, writer
+    Its lock, which ends with this process at the latest, tells it from what a killed one left.
+    """
+
+    def __init__(self, cache: TileCache, fragment: Fragment) -> None:
+        assert cache.folder is not None
+        pa = _pyarrow()
+        self._cache, self._fragment = cache, fragment
+        self._writer: Any = None
+        self._tiles = 0
+        cache.folder.mkdir(exist_ok=True)
+        cache.sweep()
+        self._lock, self._temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=cache.folder)
+        try:
+            try_lock(self._lock, fcntl.F_WRLCK)
+            self._writer = pa.ipc.new_file(self._temporary, cache.layout.tile_schema(), metadata=_metadata(fragment))
+        except OSError:
+            self.discard()
+            raise
 
     @classmethod
     def open(cls, cache: TileCache, fragment: Fragment) -> _Sink | None:
-        assert cache.folder is not None
-        pa = _pyarrow()
+        """One for a fragment, if the cache can be written."""
         try:
-            cache.folder.mkdir(exist_ok=True)
-            handle, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=cache.folder)
-            os.close(handle)
-            writer = pa.ipc.new_file(
-                temporary, cache.layout.tile_schema(), metadata={b"rows": str(fragment.rows).encode()}
-            )
+            return cls(cache, fragment)
         except OSError:
             cache.writable = False
             return None
-        return cls(cache, fragment, temporary, writer)
 
     def write(self, batch: pa.RecordBatch) -> bool:
-        """Add a tile; False if the disk does not take it."""
+        """Add a tile; False if the disk does not take it, or it has been discarded."""
         layout = self._cache.layout
+        if self._writer is None:
+            return False
         try:
             batch = batch.cast(layout.tile_schema())
-            self._writer.write_batch(batch, custom_metadata={b"xxh3": _digest(batch, layout)})
+            self._writer.write_batch(batch, custom_metadata={b"xxh3": _digest(batch, layout, self._tiles)})
         except OSError:
             self.discard()
             return False
+        self._tiles += 1
         return True
 
     def finish(self) -> None:
+        """Give the file its name."""
         try:
             self._writer.close()
             umask = os.umask(0)
@@ -251,13 +301,20 @@ class _Sink:
             os.chmod(self._temporary, 0o666 & ~umask)
             os.replace(self._temporary, self._cache._path(self._fragment))
         except OSError:
+            pass
+        finally:
             self.discard()
 
     def discard(self) -> None:
+        """Delete the file, unless it has its name."""
+        writer, self._writer = self._writer, None
+        descriptor, self._lock = self._lock, -1
         with contextlib.suppress(Exception):
-            self._writer.close()
-        with contextlib.suppress(OSError):
-            os.unlink(self._temporary)
+            writer.close()
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):
+                os.unlink(self._temporary)
+            os.close(descriptor)
 
 
 def gather(layout: Layout, snapshot: Snapshot, cache: TileCache, places: np.ndarray) -> Templates:
@@ -279,21 +336,29 @@ def gather(layout: Layout, snapshot: Snapshot, cache: TileCache, places: np.ndar
         offsets = places[begin:end] - fragment.first
         parts = {name: out[begin:end] for name, out in result.items()}
         file = cache.file(fragment)
-        if file is None:
-            _take(layout, snapshot, fragment, offsets, parts)
-            continue
-        starts = np.arange(file.tiles + 1) * layout.tile_rows
-        limits = np.searchsorted(offsets, starts[1:])
-        first = 0
-        for index, last in enumerate(limits):
-            if last > first:
-                tile = layout.templates(file.batch(index))
-                chosen = torch.from_numpy(offsets[first:last] - starts[index])
-                for name, part in parts.items():
-                    # Rows of one dimension are copied whole: twice as fast as rows of two.
-                    torch.index_select(getattr(tile, name).flatten(1), 0, chosen, out=part[first:last].flatten(1))
-                first = last
+        if file is not None:
+            try:
+                _pick(layout, file, offsets, parts)
+                continue
+            except ValueError:  # derived data: read the truth instead
+                cache.drop(fragment)
+        _take(layout, snapshot, fragment, offsets, parts)
     return layout.assemble(result)
+
+
+def _pick(layout: Layout, file: TileFile, offsets: np.ndarray, result: dict[str, torch.Tensor]) -> None:
+    """Rows from tiles."""
+    starts = np.arange(file.tiles + 1) * layout.tile_rows
+    limits = np.searchsorted(offsets, starts[1:])
+    first = 0
+    for index, last in enumerate(limits):
+        if last > first:
+            tile = layout.templates(file.batch(index))
+            chosen = torch.from_numpy(offsets[first:last] - starts[index])
+            for name, part in result.items():
+                # Rows of one dimension are copied whole: twice as fast as rows of two.
+                torch.index_select(getattr(tile, name).flatten(1), 0, chosen, out=part[first:last].flatten(1))
+            first = last
 
 
 def _take(
@@ -304,8 +369,6 @@ def _take(
     result: dict[str, torch.Tensor],
 ) -> None:
     """Rows straight from the store, checked."""
-    from .store import reading
-
     unique, inverse = np.unique(snapshot.positions(fragment.first + offsets), return_inverse=True)
     columns = [field.name for field in layout.tile_schema()]
     with reading(snapshot, fragment):

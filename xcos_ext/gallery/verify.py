@@ -9,8 +9,8 @@ import numpy as np
 
 from xcos_ext.errors import GalleryDamagedError
 
-from .layout import damaged_labels, damaged_rows
-from .store import Fragment, Snapshot, reading
+from .layout import checked_labels, damaged_rows
+from .store import Fragment, Snapshot, Store, reading
 from .tiles import TileCache
 
 __all__ = ["verify"]
@@ -18,12 +18,16 @@ __all__ = ["verify"]
 _ROWS = 4096  # compared at a time
 
 
-def verify(snapshot: Snapshot, tiles: TileCache, tick: Callable[[int, int], None]) -> dict[str, Any]:
+def verify(store: Store, snapshot: Snapshot, tiles: TileCache, tick: Callable[[int, int], None]) -> dict[str, Any]:
     """See :meth:`xcos_ext.gallery.Gallery.verify`."""
     damaged: list[dict[str, Any]] = []
     unreadable: list[dict[str, Any]] = []
     dropped: list[str] = []
     read = 0
+    try:
+        store.check(snapshot.dataset)
+    except GalleryDamagedError as error:
+        unreadable.append({"files": [], "positions": [], "reason": str(error)})
     for fragment in snapshot.fragments:
         try:
             for rows, found in _damage(snapshot, fragment):
@@ -58,10 +62,8 @@ def _damage(snapshot: Snapshot, fragment: Fragment) -> Iterator[tuple[int, list[
         chosen = [snapshot.dataset.get_fragment(fragment.number)]
         for batch in snapshot.scan(columns, fragments=chosen, batch_size=min(snapshot.layout.tile_rows, _ROWS)):
             wrong: dict[int, list[str]] = {}
-            for what, rows in (
-                ("template", damaged_rows(snapshot.layout, batch)),
-                ("labels", damaged_labels(batch)),
-            ):
+            labels, wrong_labels = checked_labels(batch)
+            for what, rows in (("template", damaged_rows(snapshot.layout, batch)), ("labels", wrong_labels)):
                 for row in rows:
                     wrong.setdefault(row, []).append(what)
             yield (
@@ -69,10 +71,12 @@ def _damage(snapshot: Snapshot, fragment: Fragment) -> Iterator[tuple[int, list[
                 [
                     {
                         "position": int(positions[done + row]),
-                        "id": batch.column("id")[row].as_py(),
+                        "id": labels["id"][row],
                         "damaged": wrong[row],
                     }
                     for row in sorted(wrong)
                 ],
             )
             done += batch.num_rows
+    if done != len(alive):
+        raise snapshot.damage(fragment, alive[done:].tolist())

@@ -263,5 +263,6 @@ def test_model_of_another_gallery(crops: Path, tmp_path: Path, monkeypatch: pyte
 
 def test_without_the_extra(crops: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lance", None)
-    for command in (("enroll", tmp_path / "g", crops), ("search", tmp_path / "g", crops), ("gallery", "info", tmp_path)):
+    gallery = tmp_path / "g"
+    for command in (("enroll", gallery, crops), ("search", gallery, crops), ("gallery", "info", gallery)):
         trouble(run(*command), "needs pylance", "pip install 'xcos_ext[gallery]'")

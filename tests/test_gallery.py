@@ -143,7 +143,7 @@ def test_ties_go_to_the_lower_position(tmp_path: Path) -> None:
 def test_large_fragments_are_several_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Layout, "tile_rows", 64)
     monkeypatch.setattr(streams, "_SMALL", 16)
-    monkeypatch.setattr(streams, "MAPPED_BYTES", 0)  # every tile is unmapped behind the reader
+    monkeypatch.setattr("xcos_ext.gallery.tiles.MAPPED_BYTES", 0)  # every tile is unmapped behind the reader
     made = Enrolled(tmp_path / "g", count=300)
     with Gallery.create(tmp_path / "h", made.faces) as gallery:
         gallery.add(names(300), made.faces)

@@ -223,8 +223,8 @@ class Layout:
 
     @property
     def tile_rows(self) -> int:
-        """Faces that are read and scored together: about 80 MB of them, at least 1,024."""
-        return max(1024, (80 << 20) // self.face_bytes // 1024 * 1024)
+        """Faces that are read and scored together: about 100 MB of them, at least 1,024."""
+        return max(1024, (96 << 20) // self.face_bytes // 1024 * 1024)
 
     @property
     def head(self) -> str:

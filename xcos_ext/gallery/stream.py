@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,9 @@ from xcos_ext.templates import Templates
 
 from .layout import Layout
 from .store import Fragment, Snapshot
-from .tiles import TileCache, TileFile
+from .tiles import TileCache, TileFile, stays_mapped
 
-__all__ = ["MAPPED_BYTES", "Tile", "has_selected", "stream"]
-
-#: Galleries of more bytes than this are unmapped behind the reader, so that memory does not grow with them.
-MAPPED_BYTES = 768 << 20
+__all__ = ["Tile", "has_selected", "stream"]
 
 # Tiles with fewer faces are put together: a kernel's start would cost more than its work.
 _SMALL = 4096
@@ -123,7 +121,6 @@ def _raw_pieces(
     snapshot: Snapshot, cache: TileCache, selected: np.ndarray | None, begin: int, end: int
 ) -> Iterator[_Piece]:
     layout = snapshot.layout
-    drop = snapshot.places * layout.face_bytes > MAPPED_BYTES
     for fragment in snapshot.fragments:
         if fragment.first >= end or fragment.first + fragment.rows <= begin:
             continue
@@ -133,7 +130,7 @@ def _raw_pieces(
         file = cache.file(fragment)
         if file is not None:
             try:
-                yield from _mapped(file, fragment, layout, selected, begin, end, drop)
+                yield from _mapped(file, fragment, layout, selected, begin, end)
                 continue
             except _Damaged as damage:
                 # Derived data: read the truth instead, from the first face that has not been given yet.
@@ -166,7 +163,6 @@ def _mapped(
     selected: np.ndarray | None,
     begin: int,
     end: int,
-    drop: bool,
 ) -> Iterator[_Piece]:
     for index in range(file.tiles):
         first = fragment.first + index * layout.tile_rows
@@ -178,7 +174,7 @@ def _mapped(
         except ValueError as error:
             raise _Damaged(first) from error
         file.prefetch(batch)
-        release = (lambda batch=batch: file.release(batch)) if drop else None
+        release = None if stays_mapped(layout, first - begin) else partial(file.release, batch)
         piece = _cut(_Piece(first, layout.templates(batch), release), begin, end)
         if piece is not None:
             yield piece

@@ -29,7 +29,10 @@ from .store import Fragment, Snapshot, reading
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["TileCache", "TileFile"]
+__all__ = ["MAPPED_BYTES", "TileCache", "TileFile"]
+
+#: So much of what is read stays mapped; what follows is unmapped behind the reader, so that memory does not grow.
+MAPPED_BYTES = 512 << 20
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _WILL_NEED, _DONT_NEED = 3, 4  # madvise(2)
@@ -53,6 +56,11 @@ def _digest(batch: pa.RecordBatch, layout: Layout, index: int) -> bytes:
 
 def _spans(batch: pa.RecordBatch, layout: Layout) -> list[tuple[int, int]]:
     return [column_span(batch.column(c.name), c) for c in layout.columns]
+
+
+def stays_mapped(layout: Layout, place: int) -> bool:
+    """Whether a tile that begins so many faces into what is read stays mapped after its use."""
+    return place * layout.face_bytes < MAPPED_BYTES
 
 
 class TileFile:
@@ -338,7 +346,7 @@ def gather(layout: Layout, snapshot: Snapshot, cache: TileCache, places: np.ndar
         file = cache.file(fragment)
         if file is not None:
             try:
-                _pick(layout, file, offsets, parts)
+                _pick(layout, file, fragment.first, offsets, parts)
                 continue
             except ValueError:  # derived data: read the truth instead
                 cache.drop(fragment)
@@ -346,18 +354,21 @@ def gather(layout: Layout, snapshot: Snapshot, cache: TileCache, places: np.ndar
     return layout.assemble(result)
 
 
-def _pick(layout: Layout, file: TileFile, offsets: np.ndarray, result: dict[str, torch.Tensor]) -> None:
-    """Rows from tiles."""
+def _pick(layout: Layout, file: TileFile, place: int, offsets: np.ndarray, result: dict[str, torch.Tensor]) -> None:
+    """Rows from the tiles of a fragment that begins at a place."""
     starts = np.arange(file.tiles + 1) * layout.tile_rows
     limits = np.searchsorted(offsets, starts[1:])
     first = 0
     for index, last in enumerate(limits):
         if last > first:
-            tile = layout.templates(file.batch(index))
+            batch = file.batch(index)
+            tile = layout.templates(batch)
             chosen = torch.from_numpy(offsets[first:last] - starts[index])
             for name, part in result.items():
                 # Rows of one dimension are copied whole: twice as fast as rows of two.
                 torch.index_select(getattr(tile, name).flatten(1), 0, chosen, out=part[first:last].flatten(1))
+            if not stays_mapped(layout, place + int(starts[index])):
+                file.release(batch)
             first = last
 
 

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, machine
+from harness import RESULTS, machine, spread
 
 import xcos_ext
 from xcos_ext.explain.files import write_atomically
@@ -476,16 +476,6 @@ class Faults:
 
 
 # ------------------------------------------------------------------ what durability costs
-
-
-def spread(samples: list[float]) -> dict[str, float]:
-    ordered = sorted(samples)
-    return {
-        "median": statistics.median(ordered),
-        "low": ordered[len(ordered) // 4],
-        "high": ordered[(3 * len(ordered)) // 4],
-        "rounds": len(ordered),
-    }
 
 
 def durability(folder: Path, faces: Templates) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import RESULTS, machine
+from harness import RESULTS, machine, spread
 from torch import Tensor
 
 import xcos_ext
@@ -69,17 +69,6 @@ def probes(count: int, faces: int, model: xcos_ext.XCosHead) -> Templates:
     """Templates of probes whose mates are in a gallery of this many faces."""
     persons = torch.linspace(0, max(faces // FACES_PER_PERSON - 1, 0), count).to(torch.int64)
     return model.templates(_features(persons, 77), "probe", torch.float16)
-
-
-def spread(samples: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    ordered = sorted(samples)
-    return {
-        "median": statistics.median(ordered),
-        "low": ordered[len(ordered) // 4],
-        "high": ordered[(3 * len(ordered)) // 4],
-        "rounds": len(ordered),
-    }
 
 
 def timed(function: Callable[[], Any]) -> float:

@@ -72,6 +72,11 @@ def _summary(samples: list[float]) -> Timing:
     return Timing(statistics.median(ordered), ordered[n // 4], ordered[(3 * n) // 4], n)
 
 
+def spread(samples: list[float]) -> dict[str, float]:
+    """Median, quartiles and number of samples, for a results file."""
+    return asdict(_summary(samples))
+
+
 def _time_once(function: Callable[[], Any], repeats: int, device: str) -> float:
     if device == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -25,7 +25,8 @@ def test_links_lead_somewhere():
 
 
 @pytest.mark.real_data
-def test_the_screen_of_code_runs(shared_data):
+def test_the_screen_of_code_runs(shared_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     block = block.replace('"mobilefacenet_arcface.pt"', f'"{shared_data / "mobilefacenet_arcface.pt"}"')
     a, b = (torch.randn(4, 32, 7, 7, requires_grad=True) for _ in range(2))
@@ -41,12 +42,15 @@ def test_the_screen_of_code_runs(shared_data):
         "features_a": torch.randn(3, 32, 7, 7),
         "features_b": torch.randn(20, 32, 7, 7),
         "pairs": torch.tensor([[0, 19], [2, 0]]),
+        "ids": [f"face {i}" for i in range(20)],
+        "persons": ["Ann", "Ben"] * 10,
     }
     exec(block, names)
     assert a.grad is not None
     assert names["probe_scores"].shape == (9,)
     assert names["result"].similarity.shape == (2, 7, 7)
     assert names["hits"].indices.shape == (3, 10)
+    assert all(len(hits) == 10 and {hit.person for hit in hits} == {"Ben"} for hits in names["found"])
 
 
 def test_the_code_of_the_page_on_all_pairs_runs():

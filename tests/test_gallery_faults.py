@@ -1,0 +1,455 @@
+"""Galleries killed, filled up, flipped, truncated, locked and misused; 200 kills: benchmarks/gallery_faults.py."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from template_samples import attention
+
+from xcos_ext import Gallery, Templates, xcos_topk
+from xcos_ext.errors import GalleryBusyError, GalleryDamagedError, GalleryError
+
+lance = pytest.importorskip("lance", reason="needs the extra gallery (pylance)")
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def faces(count: int, seed: int = 0, role: str = "gallery") -> Templates:
+    """Templates of one head: [count], 7 x 7 cells of 8 channels, fp16."""
+    torch.manual_seed(1)
+    head = attention("softmax", 8, 4).float().eval()
+    with torch.no_grad():
+        features = torch.randn(count, 8, 7, 7, generator=torch.Generator().manual_seed(seed))
+        return head.templates(features, role, torch.float16)
+
+
+def names(count: int, start: int = 0) -> list[str]:
+    """Ids that are long enough to be found in files."""
+    return [f"identity-{i:05d}" for i in range(start, start + count)]
+
+
+@pytest.fixture
+def gallery(tmp_path: Path) -> Iterator[Gallery]:
+    """Two hundred faces in two commits."""
+    stored = faces(200)
+    with Gallery.create(tmp_path / "g", stored) as made:
+        for start in (0, 100):
+            made.add(
+                names(100, start),
+                stored[start : start + 100],
+                persons=[f"somebody-{i:05d}" for i in range(start, start + 100)],
+                metadata=[{"note": f"metadata-{i:05d}"} for i in range(start, start + 100)],
+            )
+        yield made
+
+
+def expect(gallery: Gallery, kept: Templates) -> None:
+    """The gallery finds exactly what is found among these faces in memory."""
+    probes = faces(4, 9, "probe")
+    hits, wanted = gallery.search(probes, 6), xcos_topk(probes, kept, 6)
+    assert torch.equal(hits.scores, wanted.values) and torch.equal(hits.positions, wanted.indices)
+
+
+def data_file(gallery: Gallery, fragment: int = 0) -> Path:
+    """The file of a fragment's rows."""
+    return gallery.path / "templates.lance" / "data" / gallery.snapshot.fragments[fragment].paths[0]
+
+
+def flip(path: Path, needle: bytes, offset: int = 3) -> None:
+    """Change a bit behind the place where these bytes are in a file."""
+    data = bytearray(path.read_bytes())
+    at = data.find(needle)
+    assert at >= 0, f"{needle!r} is not in {path.name}"
+    data[at + offset] ^= 1
+    path.write_bytes(data)
+
+
+# ------------------------------------------------------------------ killed
+
+
+def test_some_kills(tmp_path: Path) -> None:
+    """A short form of the script's 200."""
+    command = [sys.executable, str(REPOSITORY / "benchmarks" / "gallery_faults.py"), "--kills", "15", "--seed", "3"]
+    done = subprocess.run([*command, "--json", str(tmp_path / "faults.json")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "faults.json").read_text())
+    assert report["failures"] == []
+
+
+# ------------------------------------------------------------------ disk
+
+
+def in_a_mount(tmp_path: Path, mount: str, code: str) -> str:
+    """Run code in a mount namespace of its own; skip where that is not allowed."""
+    script = tmp_path / "code.py"
+    prelude = "import sys, torch; torch.set_num_threads(1)\n"
+    prelude += f"sys.path.insert(0, {str(REPOSITORY / 'tests')!r})\n"
+    prelude += "from test_gallery_faults import *\n"
+    script.write_text(prelude + textwrap.dedent(code))
+    (tmp_path / "mount").mkdir(exist_ok=True)
+    for options in (["-m"], ["-rm"]):
+        inside = ["unshare", *options, "sh", "-c", f"{mount} && exec {sys.executable} {script}"]
+        if subprocess.run(["unshare", *options, "sh", "-c", mount], capture_output=True).returncode == 0:
+            done = subprocess.run(inside, capture_output=True, text=True, cwd=tmp_path)
+            assert done.returncode == 0, done.stdout + done.stderr
+            return done.stdout
+    pytest.skip("needs to mount a small file system, which is not allowed here")
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    out = in_a_mount(
+        tmp_path,
+        f"mount -t tmpfs -o size=1m none {tmp_path}/mount",
+        """
+        from pathlib import Path
+        stored = faces(1500)
+        gallery = Gallery.create("mount/g", stored)
+        count = 0
+        while True:
+            try:
+                gallery.add(names(100, count), stored[count:count + 100])
+                count += 100
+            except GalleryError as error:
+                print(error)
+                break
+        assert 0 < count < 1500 and len(gallery) == count
+        assert sorted(gallery.ids()) == names(count)
+        for _ in range(2):
+            expect(gallery, stored[:count])     # there may be no room for tiles
+        gallery.close()
+        gallery = Gallery.open("mount/g")
+        assert gallery.verify()["ok"] and len(gallery) == count
+        import shutil
+        shutil.rmtree("mount/g/tiles", ignore_errors=True)
+        assert not list(Path("mount/g").rglob("*.tmp"))
+        gallery.remove(names(count))
+        gallery.compact()
+        gallery.add(names(100), stored[:100])
+        expect(gallery, stored[:100])
+        print("fine")
+        """,
+    )
+    assert "cannot be written (the disk is full); nothing was changed" in out and out.endswith("fine\n")
+
+
+def test_read_only_folder(tmp_path: Path, gallery: Gallery) -> None:
+    gallery.close()
+    out = in_a_mount(
+        tmp_path,
+        f"mount --bind {tmp_path}/g {tmp_path}/mount && mount -o remount,bind,ro {tmp_path}/mount",
+        """
+        from pathlib import Path
+        stored = faces(200)
+        gallery = Gallery.open("mount")
+        for _ in range(2):
+            expect(gallery, stored)
+        assert gallery.verify()["ok"] and gallery.info()["faces"] == 200
+        for change in (
+            lambda: gallery.add(["x"], stored[:1]),
+            lambda: gallery.remove(names(1)),
+            lambda: gallery.compact(),
+            lambda: Gallery.create("mount/sub", stored),
+        ):
+            try:
+                change()
+                raise SystemExit("changed a read-only folder")
+            except GalleryError as error:
+                assert "cannot be written" in str(error), error
+        with Gallery.open("mount", cache="elsewhere") as other:
+            expect(other, stored)
+        assert list(Path("elsewhere").iterdir()) and not Path("mount/tiles").exists()
+        print("fine")
+        """,
+    )
+    assert out.endswith("fine\n")
+
+
+# ------------------------------------------------------------------ flipped bits
+
+
+@pytest.mark.parametrize("column", ["features", "norms", "projection", "bias"])
+def test_flipped_bits_of_templates(gallery: Gallery, column: str) -> None:
+    stored = faces(200)
+    expect(gallery, stored)  # packs the tiles
+    needle = getattr(stored, column)[137].contiguous().view(torch.uint8).numpy().tobytes()[:24]
+    flip(data_file(gallery, 1), needle)
+    expect(gallery, stored)  # tiles are as they were written
+    report = gallery.verify()
+    assert not report["ok"] and report["damaged"] == [
+        {"position": 137, "id": "identity-00137", "damaged": ["template"]}
+    ]
+    with (
+        Gallery.open(gallery.path, cache=False) as other,
+        pytest.raises(GalleryDamagedError, match="positions 137 ") as caught,
+    ):
+        other.search(faces(4, 9, "probe"), 6)
+    assert caught.value.rows == (137,)
+    with Gallery.open(gallery.path, cache=False) as other, pytest.raises(GalleryDamagedError, match="137"):
+        other.get(names(1, 137))
+    gallery.remove(names(1, 137))  # what is damaged can be removed, and the rest is found
+    with Gallery.open(gallery.path, cache=False) as other:
+        expect(other, stored[[i for i in range(200) if i != 137]])
+
+
+@pytest.mark.parametrize("text", ["identity-00042", "somebody-00042", "metadata-00042"])
+def test_flipped_bits_of_labels(gallery: Gallery, text: str) -> None:
+    flip(data_file(gallery), text.encode(), len(text) - 1)
+    report = gallery.refresh().verify()
+    assert not report["ok"]
+    assert [(row["position"], row["damaged"]) for row in report["damaged"]] == [(42, ["labels"])]
+    with pytest.raises(GalleryDamagedError, match="labels at positions 42 "):  # as every hit's are read
+        gallery.snapshot.labels(np.array([42]))
+
+
+def test_flipped_bits_of_tiles(gallery: Gallery) -> None:
+    stored = faces(200)
+    for position, column in ((3, "features"), (150, "bias")):
+        expect(gallery, stored)
+        needle = getattr(stored, column)[position].contiguous().view(torch.uint8).numpy().tobytes()[:24]
+        key = gallery.snapshot.fragments[position // 100].key
+        tiles = gallery.path / "tiles" / f"{key}.arrow"
+        flip(tiles, needle)
+        damaged = tiles.read_bytes()
+        with Gallery.open(
+            gallery.path
+        ) as other:  # this process has not seen them yet: it notices, and makes them again
+            expect(other, stored)
+        assert tiles.read_bytes() != damaged
+        flip(tiles, needle)
+        assert f"{key}.arrow" in gallery.verify()["tiles_dropped"]
+        with Gallery.open(gallery.path) as other:
+            expect(other, stored)
+            assert other.verify() == {"ok": True, "faces": 200, "damaged": [], "unreadable": [], "tiles_dropped": []}
+
+
+def test_random_flips_are_never_a_wrong_score(gallery: Gallery) -> None:
+    stored, rng = faces(200), torch.Generator().manual_seed(7)
+    paths = [data_file(gallery, 0), data_file(gallery, 1)]
+    paths += sorted((gallery.path / "templates.lance" / "_versions").glob("*.manifest"))[:1]
+    outcomes = set()
+    for path in paths:
+        whole = path.read_bytes()
+        for _ in range(12):
+            data = bytearray(whole)
+            data[int(torch.randint(len(data), (1,), generator=rng))] ^= 1 << int(torch.randint(8, (1,), generator=rng))
+            path.write_bytes(data)
+            try:
+                with Gallery.open(gallery.path, cache=False) as other:
+                    expect(other, stored)
+                    outcomes.add("right")
+            except (GalleryDamagedError, GalleryError) as error:
+                outcomes.add("refused")
+                assert str(error)
+        path.write_bytes(whole)
+    expect(gallery, stored)
+    assert "refused" in outcomes
+
+
+def test_truncated_files(gallery: Gallery) -> None:
+    stored = faces(200)
+    expect(gallery, stored)
+    tiles = next((gallery.path / "tiles").iterdir())
+    tiles.write_bytes(tiles.read_bytes()[:-1000])
+    with Gallery.open(gallery.path) as other:
+        expect(other, stored)
+    path = data_file(gallery, 1)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    report = Gallery.open(gallery.path).verify()
+    assert not report["ok"] and len(report["unreadable"]) == 1
+    assert report["unreadable"][0]["positions"] == list(range(100, 200))
+    with (
+        Gallery.open(gallery.path, cache=False) as other,
+        pytest.raises(GalleryDamagedError, match="positions 100-199"),
+    ):
+        other.search(faces(4, 9, "probe"), 6)
+    path.unlink()
+    with Gallery.open(gallery.path, cache=False) as other, pytest.raises(GalleryDamagedError, match="100-199"):
+        other.search(faces(4, 9, "probe"), 6)
+
+
+# ------------------------------------------------------------------ several at a time
+
+
+WRITER = """
+import sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+from test_gallery_faults import *
+stored = faces(200)
+gallery = Gallery.open({path!r}, timeout=60)
+for i in range(8):
+    gallery.add([f"{{sys.argv[1]}}-{{i}}-{{j}}" for j in range(5)] + [f"both-{{i}}"], stored[:6], on_duplicate="skip")
+"""
+
+
+def test_two_processes_write(gallery: Gallery) -> None:
+    code = WRITER.format(tests=str(REPOSITORY / "tests"), path=str(gallery.path))
+    writers = [subprocess.Popen([sys.executable, "-c", code, name]) for name in ("a", "b")]
+    assert [writer.wait(120) for writer in writers] == [0, 0]
+    ids = list(gallery.refresh().ids())
+    assert len(ids) == len(set(ids)) == 200 + 2 * 8 * 5 + 8
+    assert gallery.verify()["ok"]
+
+
+def test_a_writer_that_does_not_finish(gallery: Gallery) -> None:
+    stored = faces(1)
+    with Gallery.open(gallery.path, timeout=0.2) as other:
+        with gallery._store.writer(1.0):
+            for change in (
+                lambda: other.add(["x"], stored),
+                lambda: other.remove(names(1)),
+                lambda: other.compact(),
+            ):
+                with pytest.raises(GalleryBusyError, match=f"process {os.getpid()} on .* is writing"):
+                    change()
+        assert other.add(["x"], stored) == 1
+
+
+def test_compaction_waits_for_readers(gallery: Gallery) -> None:
+    stored = faces(200)
+    reader = Gallery.open(gallery.path)
+    gallery.remove(names(50))
+    with pytest.raises(GalleryBusyError, match=rf"version {reader.version} is still being read"):
+        gallery.compact(timeout=0.2)
+    expect(reader, stored)  # the old version, from its files
+    expect(gallery, stored[50:])
+    timer = threading.Timer(0.5, reader.close)
+    timer.start()
+    gallery.compact(timeout=30)
+    timer.join()
+    expect(gallery, stored[50:])
+    assert len(gallery) == 150
+
+
+def test_removed_faces_leave_no_trace(gallery: Gallery) -> None:
+    stored = faces(200)
+    expect(gallery, stored)
+    gone = [0, 41, 199]
+    needles = [n.encode() for i in gone for n in (f"identity-{i:05d}", f"metadata-{i:05d}")]
+    needles += [stored.features[i].numpy().tobytes()[:64] for i in gone]
+    needles += [stored.projection[i].numpy().tobytes()[:64] for i in gone if stored.projection is not None]
+
+    def found() -> list[bytes]:
+        everything = b"\0".join(p.read_bytes() for p in gallery.path.rglob("*") if p.is_file())
+        return [needle for needle in needles if needle in everything]
+
+    assert len(found()) == len(needles)
+    gallery.remove([f"identity-{i:05d}" for i in gone])
+    gallery.compact()
+    assert found() == []
+    expect(gallery, stored[[i for i in range(200) if i not in gone]])
+
+
+# ------------------------------------------------------------------ odd and wrong input
+
+
+def test_odd_ids_and_large_metadata(gallery: Gallery) -> None:
+    odd = [
+        "a'b",
+        'a"b',
+        "\x00nul",
+        "😀",
+        "e\u0301",
+        "é",
+        "  ",
+        "\u202ertl",
+        "line\nbreak",
+        "'; DROP TABLE x; --",
+        "x" * 100_000,
+    ]
+    large = {"text": "y" * 10_000_000, "list": [1, 2.5, None, True, {"deep": ["ä"]}], "n": -(2**63), "m": 2**64 - 1}
+    stored = faces(len(odd), 5)
+    gallery.add(odd, stored, persons=odd, metadata=[large] * len(odd))
+    for name in odd:
+        assert gallery.ids_of(name) == [name]
+    _, rows = gallery.get(odd)
+    assert [row["id"] for row in rows] == odd and all(row["metadata"] == large for row in rows)
+    hits = gallery.search(faces(3, 9, "probe"), 20, where="json_exists(metadata, '$.list')")
+    assert sorted(hits.ids[0]) == sorted(odd)
+    assert gallery.verify()["ok"]
+    assert gallery.remove(odd) == len(odd)
+    gallery.compact()
+    expect(gallery, faces(200))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ids": [""]}, r"ids\[0\]: expected a text that is not empty"),
+        ({"ids": ["\ud800"]}, r"ids\[0\]: expected text that UTF-8 can encode"),
+        ({"ids": [3]}, r"ids\[0\]: expected text, got int"),
+        ({"ids": ["a", "a"]}, r"ids: expected each once, got 'a' more than once"),
+        ({"ids": ["a", "b"]}, r"templates: expected 2 like ids, got 1"),
+        ({"ids": ["a"], "metadata": [{"x": math.nan}]}, r"metadata\[0\]: expected values that JSON can hold"),
+        ({"ids": ["a"], "metadata": [{"x": {1, 2}}]}, r"metadata\[0\]: expected values that JSON can hold"),
+        ({"ids": ["a"], "metadata": [{"x": 2**70}]}, r"metadata\[0\]: expected integers of at most 64 bits"),
+        ({"ids": ["a"], "metadata": [{1: 2}]}, r"metadata\[0\]: expected"),
+        ({"ids": ["a"], "metadata": ["text"]}, r"metadata\[0\]: expected a mapping"),
+        ({"ids": ["a"], "persons": [""]}, r"persons\[0\]: expected a text that is not empty"),
+        ({"ids": ["a"], "on_duplicate": "ignore"}, r"on_duplicate: expected 'error', 'skip' or 'replace'"),
+    ],
+)
+def test_wrong_rows_change_nothing(gallery: Gallery, options: dict[str, Any], message: str) -> None:
+    count = 2 if options["ids"] == ["a", "a"] else 1
+    with pytest.raises(GalleryError, match=message):
+        gallery.add(options.pop("ids"), faces(count), **options)
+    assert len(gallery) == len(gallery.refresh()) == 200
+
+
+def test_metadata_that_is_too_deep(gallery: Gallery) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(5000):
+        deep = {"x": deep}
+    with pytest.raises(GalleryError, match=r"metadata\[0\]: expected"):
+        gallery.add(["a"], faces(1), metadata=[deep])
+
+
+def test_what_is_no_gallery(tmp_path: Path, gallery: Gallery) -> None:
+    import pyarrow as pa
+
+    with pytest.raises(GalleryError, match="there is no such gallery"):
+        Gallery.open(tmp_path / "nothing")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(GalleryError, match="expected a gallery, got another folder"):
+        Gallery.open(tmp_path / "other")
+    with pytest.raises(GalleryError, match="expected an empty folder"):
+        Gallery.create(tmp_path / "other", faces(1))
+    with pytest.raises(GalleryError, match="there is a gallery already"):
+        Gallery.create(gallery.path, faces(1))
+    (tmp_path / "file").touch()
+    with pytest.raises(GalleryError, match="expected a folder"):
+        Gallery.create(tmp_path / "file", faces(1))
+    lance.write_dataset(pa.table({"x": [1]}), str(tmp_path / "theirs" / "templates.lance"))
+    with pytest.raises(GalleryError, match="expected a gallery of xcos_ext, got another Lance data set"):
+        Gallery.open(tmp_path / "theirs")
+    newer = gallery.layout.schema()
+    about = json.loads(newer.metadata[b"xcos.gallery"])
+    about["format"] = 2
+    newer = newer.with_metadata({b"xcos.gallery": json.dumps(about).encode()})
+    lance.write_dataset(newer.empty_table(), str(tmp_path / "newer" / "templates.lance"))
+    with pytest.raises(GalleryError, match="format: expected version 1, got 2"):
+        Gallery.open(tmp_path / "newer")
+
+
+def test_creation_that_was_interrupted(tmp_path: Path) -> None:
+    (tmp_path / "g" / "templates.lance").mkdir(parents=True)
+    (tmp_path / "g" / "writer.lock").touch()
+    assert not Gallery.exists(tmp_path / "g")
+    with Gallery.create(tmp_path / "g", faces(1)) as made:
+        made.add(["x"], faces(1))
+    assert Gallery.exists(tmp_path / "g")

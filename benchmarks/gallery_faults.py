@@ -3,11 +3,11 @@
     python benchmarks/gallery_faults.py --kills 200 --seed 0
 
 A child process adds, replaces or removes faces, compacts, or packs the tiles of a first search, and writes a line to a
-log when a commit begins and when it has returned. It is killed a random time after such a line; the times are drawn from
-how long that operation has been seen to take. Afterwards, each time: the gallery opens; it holds what was reported as
-committed and perhaps the one commit that was under way, wholly or not at all, bit for bit; everything verifies; a search
-gives exactly what `xcos_topk` gives over those faces in memory; and a new writer writes at once. Every gallery goes
-through many kills; in the end it is compacted, and nothing that was removed is left in any file.
+log when a commit begins and when it has returned. It is killed a random time after such a line; the times are drawn
+from how long that operation has been seen to take. Afterwards, each time: the gallery opens; it holds what was reported
+as committed and perhaps the one commit that was under way, wholly or not at all, bit for bit; everything verifies; a
+search gives exactly what `xcos_topk` gives over those faces in memory; and a new writer writes at once. Every gallery
+goes through many kills; in the end it is compacted, and nothing that was removed is left in any file.
 
 What making commits durable (fsync) costs is measured beside it. Results go to benchmarks/results/gallery/faults.json.
 """

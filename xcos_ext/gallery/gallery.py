@@ -22,7 +22,7 @@ from ._packages import compute as pc
 from ._packages import pyarrow
 from .hits import Duplicates, Hits
 from .layout import Layout, checked_metadata, checked_text, iter_slices
-from .query import Alone, Query
+from .query import Alone, Query, Team
 from .search import Fusion
 from .store import Snapshot, Store, folder_bytes, reading
 from .stream import Tile, stream
@@ -522,21 +522,18 @@ class Gallery:
             GalleryDamagedError: stored faces that were to be scored are not what was written.
             TypeError, RuntimeError: other arguments of wrong types or values.
         """
-        query = Query.of(
-            self._snapshot,
-            self._tiles,
+        query = self.query(
             Alone(),
-            self._templates(probes, "probe", "probes", _WHERE),
-            checked_k(k, _WHERE),
+            probes,
+            k,
             attention=attention,
             where=where,
-            min_score=checked_score(min_score, _WHERE),
+            min_score=min_score,
             groups=groups,
             fusion=fusion,
             by=by,
             person_fusion=person_fusion,
             exclude=exclude,
-            positions=self.positions,
         )
         return query.run(
             rerank=rerank,
@@ -546,6 +543,21 @@ class Gallery:
             threshold=threshold,
             metadata=metadata,
             progress=progress or _nobody,
+        )
+
+    def query(
+        self, team: Team, probes: Templates | Tensor, k: int, *, min_score: float | None, **options: Any
+    ) -> Query:
+        """A search of the team's, checked and ready to run; arguments as in :meth:`search`."""
+        return Query.of(
+            self._snapshot,
+            self._tiles,
+            team,
+            self._templates(probes, "probe", "probes", _WHERE),
+            checked_k(k, _WHERE),
+            min_score=checked_score(min_score, _WHERE),
+            positions=self.positions,
+            **options,
         )
 
     def dedupe(self, threshold: float | None = None, *, progress: Progress | None = None) -> Duplicates:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from xcos_ext.errors import GalleryError
-from xcos_ext.ops.xcos_topk import XCosTopk, best_of, checked_k, checked_score
+from xcos_ext.ops.xcos_topk import XCosTopk, best_of
 from xcos_ext.templates import Templates
 
 from ._packages import xxhash as _xxhash
@@ -269,21 +269,18 @@ class ShardedGallery:
         with ranks.together():
             if self._state is None:
                 raise GalleryError(f"{_WHERE}: version: expected one that all ranks agreed on; refresh() failed")
-            query = Query.of(
-                gallery.snapshot,
-                gallery._tiles,
+            query = gallery.query(
                 _Team(ranks, self._cuts),
-                gallery._templates(probes, "probe", "probes", _WHERE),
-                checked_k(k, _WHERE),
+                probes,
+                k,
                 attention=attention,
                 where=where,
-                min_score=checked_score(min_score, _WHERE),
+                min_score=min_score,
                 groups=groups,
                 fusion=fusion,
                 by=by,
                 person_fusion=person_fusion,
                 exclude=exclude,
-                positions=gallery.positions,
             )
             fields = {
                 **self._state,

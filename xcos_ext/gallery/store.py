@@ -153,16 +153,30 @@ class Snapshot:
         try:
             with reading(self):
                 found, wrong = checked_labels(self.dataset.take(unique.tolist(), columns=columns_read))
-        except GalleryDamagedError:
-            for fragment, part in self._by_fragment(unique):  # which ones?
-                with reading(self, fragment):
-                    checked_labels(self.dataset.take(part.tolist(), columns=columns_read))
-            raise
+        except GalleryDamagedError as error:
+            unread = [part for part, rows in self.pieces(unique, columns_read) if rows is None]
+            if not unread:
+                raise
+            raise _damaged_labels(np.concatenate(unread)) from error
         if wrong:
             raise _damaged_labels(unique[wrong])
         return {name: [found[name][i] for i in inverse] for name in columns}
 
+    def probe(self, fragment: Fragment) -> None:
+        """Read a row in each of the ways in which rows are read: files say in several places where a column is.
+
+        Raises:
+            GalleryDamagedError: one of them fails.
+        """
+        tiles = [field.name for field in self.layout.tile_schema()]
+        with reading(self, fragment):
+            for columns in (*([name] for name in LABELS), [*LABELS, "label_checksum"], tiles):
+                for _ in self.scan(columns, fragments=[self.dataset.get_fragment(fragment.number)], limit=1):
+                    pass
+
     def _check_labels(self) -> None:
+        for fragment in self.fragments:
+            self.probe(fragment)
         done = 0
         with reading(self):
             for batch in self.scan([*LABELS, "label_checksum"]):
@@ -171,13 +185,31 @@ class Snapshot:
                     raise _damaged_labels(done + np.array(wrong))
                 done += batch.num_rows
 
-    def _by_fragment(self, positions: np.ndarray) -> Iterator[tuple[Fragment, np.ndarray]]:
-        """Fragments of positions, ascending, and those that each has."""
-        for fragment in self.fragments:
-            begin, end = self.positions(np.array([fragment.first, fragment.first + fragment.rows]))
-            part = positions[(positions >= begin) & (positions < end)]
-            if len(part):
-                yield fragment, part
+    def pieces(
+        self, positions: np.ndarray, columns: Sequence[str], size: int = 4096, tries: int = 512
+    ) -> Iterator[tuple[np.ndarray, pa.Table | None]]:
+        """Rows that cannot all be read: those that can, and None for those that cannot.
+
+        Args:
+            positions: of the rows, ascending.
+            columns: that are read.
+            size: rows read at a time; where that fails, ever fewer.
+            tries: failures after which no more is narrowed down.
+        """
+        waiting = [positions[start : start + size] for start in range(0, len(positions), size)][::-1]
+        while waiting:
+            piece = waiting.pop()
+            try:
+                rows = self.dataset.take(piece.tolist(), columns=list(columns))
+            except BaseException as error:
+                if not engine_failed(error):
+                    raise
+                rows = None
+                if len(piece) > 1 and tries > 0:
+                    tries -= 1
+                    waiting += [piece[len(piece) // 2 :], piece[: len(piece) // 2]]
+                    continue
+            yield piece, rows
 
     def ids(self) -> Iterator[pa.Array]:
         """All ids, in order, some at a time."""
@@ -243,13 +275,13 @@ class Snapshot:
         positions = self.positions(fragment.first + alive).tolist()
         path = f"{_DATA}/data/{fragment.paths[0]}" if fragment.paths else _DATA
         return GalleryDamagedError(
-            f"gallery: {what} at positions {_ranges(positions)} are not what was written ({path}); "
+            f"gallery: {what} at positions {ranges(positions)} are not what was written ({path}); "
             "xcos gallery verify lists all damage",
             positions,
         )
 
 
-def _ranges(positions: Sequence[int], most: int = 8) -> str:
+def ranges(positions: Sequence[int], most: int = 8) -> str:
     """Positions in words: 3, 7-12, ..."""
     runs: list[list[int]] = []
     for position in positions:
@@ -270,14 +302,23 @@ def first_line(error: BaseException) -> str:
 def _damaged_labels(positions: np.ndarray) -> GalleryDamagedError:
     listed = positions.tolist()
     return GalleryDamagedError(
-        f"gallery: labels at positions {_ranges(listed)} are not what was written; "
-        "xcos gallery verify lists all damage",
+        f"gallery: labels at positions {ranges(listed)} are not what was written; xcos gallery verify lists all damage",
         listed,
     )
 
 
 def engine_failed(error: BaseException) -> bool:
-    """Whether an error may be the engine's, whose panics are no Exceptions."""
+    """Whether an error may be the engine's, whose panics are no Exceptions.
+
+    Raises:
+        KeyboardInterrupt, SystemExit: the engine has wrapped what a signal's handler raised; it is no failure.
+    """
+    if "External error: KeyboardInterrupt:" in str(error):
+        raise KeyboardInterrupt from error
+    _, wrapped, text = str(error).partition("External error: SystemExit:")
+    if wrapped:
+        code = text.split(",")[0].strip()
+        raise SystemExit(int(code) if code.isdecimal() else code or None) from error
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
@@ -304,7 +345,7 @@ def reading(snapshot: Snapshot, fragment: Fragment | None = None) -> Iterator[No
         rows = np.setdiff1d(np.arange(fragment.rows), fragment.deleted)
         positions = snapshot.positions(fragment.first + rows).tolist()
         raise GalleryDamagedError(
-            f"gallery: faces at positions {_ranges(positions)} cannot be read "
+            f"gallery: faces at positions {ranges(positions)} cannot be read "
             f"({_DATA}/data/{fragment.paths[0]}: {first_line(error)})",
             positions,
         ) from error
@@ -404,8 +445,11 @@ class Store:
                     f"{self.folder}: version {version} cannot be opened ({first_line(error)})"
                 ) from error
             for number in versions if self.log else ():
-                with contextlib.suppress(Exception):
+                try:
                     return _lance().dataset(str(self.data), version=number)
+                except BaseException as another:
+                    if not engine_failed(another):
+                        raise
                 if self.log.find(number) is not None:
                     break
             raise GalleryDamagedError(f"{self.folder}: cannot be opened ({first_line(error)})") from error

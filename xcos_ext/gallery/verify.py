@@ -10,7 +10,7 @@ import numpy as np
 from xcos_ext.errors import GalleryDamagedError
 
 from .layout import checked_labels, damaged_rows
-from .store import Fragment, Snapshot, Store, reading
+from .store import Fragment, Snapshot, Store, first_line, ranges, reading
 from .tiles import TileCache
 
 __all__ = ["verify"]
@@ -24,18 +24,36 @@ def verify(store: Store, snapshot: Snapshot, tiles: TileCache, tick: Callable[[i
     unreadable: list[dict[str, Any]] = []
     dropped: list[str] = []
     read = 0
+
+    def note(found: list[dict[str, Any]], rows: int) -> None:
+        nonlocal read
+        damaged.extend(found)
+        read += rows
+        tick(read, snapshot.rows)
+
     try:
         store.check(snapshot.dataset)
     except GalleryDamagedError as error:
         unreadable.append({"files": [], "positions": [], "reason": str(error)})
     for fragment in snapshot.fragments:
+        alive = np.setdiff1d(np.arange(fragment.rows), fragment.deleted)
+        positions = snapshot.positions(fragment.first + alive)
+        start = read
         try:
-            for rows, found in _damage(snapshot, fragment):
-                damaged += found
-                read += rows
-                tick(read, snapshot.rows)
+            for batch in _batches(snapshot, fragment, len(alive)):
+                part = positions[read - start : read - start + batch.num_rows]
+                note(_damage(snapshot, batch, part), batch.num_rows)
+            snapshot.probe(fragment)
         except GalleryDamagedError as error:
-            unreadable.append({"files": list(fragment.paths), "positions": list(error.rows), "reason": str(error)})
+            unread: list[int] = []  # one bit can make thousands of rows unreadable at once, and few of them alone
+            for part, rows in snapshot.pieces(positions[read - start :], _columns(snapshot)):
+                if rows is None:
+                    unread += part.tolist()
+                else:
+                    note(_damage(snapshot, rows.combine_chunks().to_batches()[0], part), rows.num_rows)
+            reason = f"positions {ranges(unread)}" if unread else "some columns alone, or all faces together"
+            reason += f" ({', '.join(fragment.paths)}: {first_line(error.__cause__ or error)})"
+            unreadable.append({"files": list(fragment.paths), "positions": unread, "reason": reason})
         try:
             whole = not tiles.verify(snapshot, fragment)
         except GalleryDamagedError:
@@ -52,31 +70,28 @@ def verify(store: Store, snapshot: Snapshot, tiles: TileCache, tick: Callable[[i
     }
 
 
-def _damage(snapshot: Snapshot, fragment: Fragment) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """(rows read, what is damaged among them) of a fragment, some rows at a time."""
-    alive = np.setdiff1d(np.arange(fragment.rows), fragment.deleted)
-    positions = snapshot.positions(fragment.first + alive)
-    columns = [field.name for field in snapshot.layout.schema()]
+def _columns(snapshot: Snapshot) -> list[str]:
+    return [field.name for field in snapshot.layout.schema()]
+
+
+def _batches(snapshot: Snapshot, fragment: Fragment, count: int) -> Iterator[Any]:
+    """The rows of a fragment, some at a time."""
     done = 0
     with reading(snapshot, fragment):
         chosen = [snapshot.dataset.get_fragment(fragment.number)]
-        for batch in snapshot.scan(columns, fragments=chosen, batch_size=min(snapshot.layout.tile_rows, _ROWS)):
-            wrong: dict[int, list[str]] = {}
-            labels, wrong_labels = checked_labels(batch)
-            for what, rows in (("template", damaged_rows(snapshot.layout, batch)), ("labels", wrong_labels)):
-                for row in rows:
-                    wrong.setdefault(row, []).append(what)
-            yield (
-                batch.num_rows,
-                [
-                    {
-                        "position": int(positions[done + row]),
-                        "id": labels["id"][row],
-                        "damaged": wrong[row],
-                    }
-                    for row in sorted(wrong)
-                ],
-            )
+        size = min(snapshot.layout.tile_rows, _ROWS)
+        for batch in snapshot.scan(_columns(snapshot), fragments=chosen, batch_size=size):
             done += batch.num_rows
-    if done != len(alive):
-        raise snapshot.damage(fragment, alive[done:].tolist())
+            yield batch
+    if done != count:
+        raise GalleryDamagedError(f"gallery: {fragment.paths[0]}: expected {count} rows, got {done}")
+
+
+def _damage(snapshot: Snapshot, batch: Any, positions: np.ndarray) -> list[dict[str, Any]]:
+    """What is damaged in rows at these positions."""
+    wrong: dict[int, list[str]] = {}
+    labels, wrong_labels = checked_labels(batch)
+    for what, rows in (("template", damaged_rows(snapshot.layout, batch)), ("labels", wrong_labels)):
+        for row in rows:
+            wrong.setdefault(row, []).append(what)
+    return [{"position": int(positions[row]), "id": labels["id"][row], "damaged": wrong[row]} for row in sorted(wrong)]

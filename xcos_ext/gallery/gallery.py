@@ -581,7 +581,7 @@ class Gallery:
             raise GalleryError("gallery.dedupe: model: expected the gallery to be opened with its model, got none")
         head = getattr(self._model, "head", self._model)
         snapshot, tick = self._snapshot, progress or _nobody
-        total = snapshot.rows**2 if both else snapshot.rows * (snapshot.rows + 1) // 2
+        total = snapshot.rows * (snapshot.rows - 1) // (1 if both else 2)
         scored = 0
         first, second, scores = [], [], []
         for part in iter_slices(snapshot.rows, _dedupe.PROBES):

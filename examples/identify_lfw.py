@@ -59,7 +59,7 @@ from xcos_ext.training.cache import normalised
 from xcos_ext.training.data import Pictures, people_of_folds, people_of_share
 from xcos_ext.training.experiment import load_experiment
 from xcos_ext.training.head_config import HeadExperiment
-from xcos_ext.training.head_task import HeadTask, Sources, load_sources
+from xcos_ext.training.head_task import Sources, create_from, load_sources
 
 SCHEMA = 1
 ENROLLED = 3  # pictures of a person at most
@@ -242,20 +242,11 @@ def shipped(part: Part, pictures: Pictures, teacher: Recogniser | None, replicat
 def trained(part: Part, experiment: HeadExperiment, sources: Sources, folder: Path, replicates: int) -> Tested:
     """A head trained without the people of the part, its closed form, and the recogniser's cosine."""
     pictures, maps = sources.pictures, sources.maps
-    config = experiment.train
     held_out = set(part.of(part.gallery)) | set(part.of(part.probes))
-    task = HeadTask(
-        sources,
-        experiment.model,
-        experiment.loss,
-        held_out,
-        batch=config.part_size(1),
-        seed=config.seed,
-        name=experiment.name,
-    )
+    task = create_from(sources, experiment, held_out)
     assert not held_out & set(part.of(task.trained))
     start = task.model(task.module)
-    result = train(task, config, folder, resume=True, show=False)
+    result = train(task, experiment.train, folder, resume=True, show=False)
     say(f"{part.name}: {result.seconds:.0f} s of training, loss {result.loss:.5f}")
     model = load_model(result.files[0])
 

@@ -203,7 +203,11 @@ def test_by_person(enrolled: Enrolled, fusion: Any) -> None:
 def test_by_person_in_several_portions(enrolled: Enrolled, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = enrolled.gallery.search(enrolled.probes, 6, by="person")
     grouped = enrolled.gallery.search(enrolled.probes, 6, by="person", groups=list("aabbbccda"))
+    maps = torch.rand(9, *GRID)
+    weighed = enrolled.gallery.search(enrolled.probes, 6, by="person", attention=maps)
     monkeypatch.setattr("xcos_ext.gallery.search._TABLE_BYTES", 1000)
+    again = enrolled.gallery.search(enrolled.probes, 6, by="person", attention=maps)
+    assert torch.equal(again.positions, weighed.positions) and torch.equal(again.scores, weighed.scores)
     assert torch.equal(enrolled.gallery.search(enrolled.probes, 6, by="person").positions, whole.positions)
     again = enrolled.gallery.search(enrolled.probes, 6, by="person", groups=list("aabbbccda"))
     assert torch.equal(again.positions, grouped.positions) and torch.equal(again.scores, grouped.scores)
@@ -310,6 +314,7 @@ def test_features_need_the_model(tmp_path: Path) -> None:
         gallery.add(names(20), features(20))
         hits = gallery.search(features(20)[:3], 1)
     assert hits.ids == [["f0"], ["f1"], ["f2"]]
+    assert not hits.scores.is_inference() and not hits.positions.is_inference()  # callers may train with them
     with Gallery.open(tmp_path / "g") as other, pytest.raises(TypeError, match="features need the gallery's model"):
         other.search(features(3), 1)
 

@@ -41,6 +41,15 @@ _face = click.option(
     show_default=True,
     help="Which of several faces: large and near the middle, the largest, the most central; or refuse.",
 )
+
+
+def _faces(command: Any) -> Any:
+    """The options of a command that takes one face of each picture."""
+    for option in (_face, _aligned, _detector, _model):
+        command = option(command)
+    return command
+
+
 _gallery = click.argument("gallery", type=click.Path(), metavar="GALLERY")
 
 
@@ -83,10 +92,7 @@ def xcos(ctx: click.Context) -> None:
 @xcos.command()
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
-@_model
-@_detector
-@_aligned
-@_face
+@_faces
 @click.option("--threshold", type=_Finite(), metavar="T", help="The same person if score >= T; by default the model's.")
 @click.option(
     "--max-pixels", type=click.IntRange(min=1), metavar="N", help="Refuse larger pictures. [default: 100 million]"
@@ -231,10 +237,7 @@ def verification(**options: Any) -> int:
 @xcos.command()
 @_gallery
 @click.argument("photos", nargs=-1, required=True, type=click.Path(), metavar="PHOTOS...")
-@_model
-@_detector
-@_aligned
-@_face
+@_faces
 @click.option("--person", metavar="NAME", help="Who is on all of them; by default the folder each lies in.")
 @click.option(
     "--labels",
@@ -272,10 +275,7 @@ def enroll(**options: Any) -> int:
 @xcos.command()
 @_gallery
 @click.argument("probes", nargs=-1, required=True, type=click.Path(), metavar="PROBES...")
-@_model
-@_detector
-@_aligned
-@_face
+@_faces
 @click.option(
     "-k", type=click.IntRange(1, 2048), default=5, show_default=True, metavar="N", help="Candidates for each probe."
 )

@@ -63,9 +63,14 @@ def notes_for_warnings() -> Iterator[None]:
                 note(message)
 
 
+def on_terminal() -> bool:
+    """Whether stderr is a terminal, where progress can be shown."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def progress(items: Iterable[Any], total: int, title: str, *, quiet: bool = False) -> Iterator[Any]:
     """The items, with a progress bar on stderr where that is a terminal."""
-    if quiet or sys.stderr is None or not sys.stderr.isatty():
+    if quiet or not on_terminal():
         yield from items
         return
     from rich.console import Console
@@ -77,7 +82,7 @@ def progress(items: Iterable[Any], total: int, title: str, *, quiet: bool = Fals
 @contextlib.contextmanager
 def bar(title: str, unit: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
     """A progress bar with rate and time left on stderr, where that is a terminal; gives ``tick(done, total)``."""
-    if quiet or sys.stderr is None or not sys.stderr.isatty():
+    if quiet or not on_terminal():
         yield lambda done, total: None
         return
     from rich.console import Console

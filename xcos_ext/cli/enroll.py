@@ -13,7 +13,7 @@ import click
 from xcos_ext.errors import GalleryError, XCosError
 
 from .console import TROUBLE, bar, note, print_json, quiet_opencv
-from .verify import check_model_path, load
+from .verify import FaceOptions, check_model_path, load
 
 if TYPE_CHECKING:
     from xcos_ext.gallery.enroll import Picture
@@ -23,16 +23,12 @@ __all__ = ["Request", "run"]
 _NAMED = 5  # skipped pictures named on the terminal; all are in the JSON
 
 
-@dataclass(frozen=True)
-class Request:
+@dataclass(frozen=True, kw_only=True)
+class Request(FaceOptions):
     """The command line's options."""
 
     gallery: str
     photos: tuple[str, ...]
-    model: str | None = None
-    detector: str = "cascade"
-    aligned: bool = False
-    policy: str = "prominent"
     person: str | None = None
     labels: str | None = None
     dtype: str = "float16"

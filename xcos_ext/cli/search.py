@@ -11,21 +11,17 @@ import click
 from xcos_ext.errors import GalleryError, PictureError
 
 from .console import bar, note, print_json, quiet_opencv
-from .verify import check_model_path, load
+from .verify import FaceOptions, check_model_path, load
 
 __all__ = ["Request", "run"]
 
 
-@dataclass(frozen=True)
-class Request:
+@dataclass(frozen=True, kw_only=True)
+class Request(FaceOptions):
     """The command line's options."""
 
     gallery: str
     probes: tuple[str, ...]
-    model: str | None = None
-    detector: str = "cascade"
-    aligned: bool = False
-    policy: str = "prominent"
     k: int = 5
     threshold: float | None = None
     fpir: float | None = None
@@ -84,8 +80,7 @@ def run(request: Request) -> int:
         if not crops:
             raise PictureError("no probe has a usable face")
         with torch.inference_mode():
-            batches = [fast.features(fast.preprocessing(crops[i : i + 32])) for i in range(0, len(crops), 32)]
-            probes = fast.templates(torch.cat(batches), "probe", gallery.layout.dtype)
+            probes = fast.templates(fast.features_of(crops), "probe", gallery.layout.dtype)
         begin = time.perf_counter()
         with bar("searching", "faces", quiet=request.quiet or request.as_json) as tick:
             hits = gallery.search(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import click
 
-from .console import note, print_json
+from .console import note, on_terminal, print_json
 
 __all__ = ["Request", "run"]
 
@@ -30,7 +29,7 @@ class Request:
 
 def _preparing() -> tuple[Callable[[str, int, int], None], Callable[[], None]]:
     """What reports progress while data is read, on a terminal, and what ends it."""
-    if sys.stderr is None or not sys.stderr.isatty():
+    if not on_terminal():
         return (lambda what, done, total: None), (lambda: None)
     from rich.console import Console
     from rich.progress import Progress

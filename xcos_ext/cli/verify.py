@@ -16,19 +16,25 @@ from .console import DIFFERENT, SAME, note, notes_for_warnings, print_json, quie
 if TYPE_CHECKING:
     from xcos_ext.nn import FMRCurve, XCosModel
 
-__all__ = ["Request", "check_model_path", "load", "run"]
+__all__ = ["FaceOptions", "Request", "check_model_path", "load", "run"]
 
 
-@dataclass(frozen=True)
-class Request:
-    """The command line's options."""
+@dataclass(frozen=True, kw_only=True)
+class FaceOptions:
+    """Options of the commands that take one face of each picture."""
 
-    a: str
-    b: str
     model: str | None = None
     detector: str = "cascade"
     aligned: bool = False
     policy: str = "prominent"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(FaceOptions):
+    """The command line's options."""
+
+    a: str
+    b: str
     threshold: float | None = None
     max_pixels: int | None = None
     out: str | None = None

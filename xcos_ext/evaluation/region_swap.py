@@ -85,11 +85,10 @@ def region_swap(
     people = [key.split("/")[0] for key in lfw.keys]
     result: dict[str, dict[str, dict[str, float]]] = {m: {name: {} for name in MAPS} for m in models}
 
-    def features(model: XCosModel, pictures: list[NDArray[np.uint8]]) -> torch.Tensor:
-        parts = range(0, len(pictures), batch_size)
-        return torch.cat([model.features(model.preprocessing(pictures[i : i + batch_size])) for i in parts])
-
-    clean = {name: (features(model, first), features(model, second)) for name, model in models.items()}
+    clean = {
+        name: (model.features_of(first, batch_size), model.features_of(second, batch_size))
+        for name, model in models.items()
+    }
     for region, cells in REGIONS.items():
         changed = []
         for picture, index in zip(first, lfw.first[chosen], strict=True):
@@ -106,7 +105,7 @@ def region_swap(
         for name, model in models.items():
             a, b = clean[name]
             before = model.score(a, b, return_maps=True)
-            after = model.score(features(model, changed), b, return_maps=True)
+            after = model.score(model.features_of(changed, batch_size), b, return_maps=True)
             maps = {
                 "-S": 1 - after.similarity,
                 "W(1-S)": after.attention * (1 - after.similarity),

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from xcos_ext.errors import XCosError
 
-__all__ = ["OutputError", "check_output", "write_atomically"]
+__all__ = ["OutputError", "check_output", "ordinary_mode", "write_atomically"]
 
 StrPath = str | os.PathLike[str]
 
@@ -64,6 +64,13 @@ def check_output(path: StrPath, suffixes: Sequence[str]) -> str:
     return target
 
 
+def ordinary_mode() -> int:
+    """Permissions that a new file gets."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
 def write_atomically(path: StrPath, write: Callable[[BinaryIO], None]) -> None:
     """Write through a temporary file in the same folder that then takes the name.
 
@@ -81,9 +88,7 @@ def write_atomically(path: StrPath, write: Callable[[BinaryIO], None]) -> None:
         handle, temporary = tempfile.mkstemp(prefix=".xcos-", suffix=".tmp", dir=folder)
         with os.fdopen(handle, "wb") as file:
             write(file)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private; a picture is an ordinary file
+        os.chmod(temporary, ordinary_mode())  # mkstemp makes it private
         os.replace(temporary, target)
         temporary = None
     except OSError as error:

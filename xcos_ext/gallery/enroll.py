@@ -25,7 +25,7 @@ from .gallery import Gallery
 
 __all__ = ["Enrolment", "Picture", "enroll", "find_pictures", "read_faces"]
 
-_EMBED = 32  # pictures a forward pass
+_AHEAD = 128  # pictures that are read before they are asked for
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +154,7 @@ def read_faces(
         try:
             for picture in source:
                 waiting.append(pool.submit(work, picture))
-                if len(waiting) >= 4 * _EMBED:
+                if len(waiting) >= _AHEAD:
                     break
             while waiting:
                 done = waiting.popleft().result()
@@ -217,8 +217,7 @@ def enroll(
         if not chosen:
             return
         with torch.inference_mode():
-            parts = [fast.features(fast.preprocessing(crops[i : i + _EMBED])) for i in range(0, len(crops), _EMBED)]
-            templates = fast.templates(torch.cat(parts), "gallery", gallery.layout.dtype)
+            templates = fast.templates(fast.features_of(crops), "gallery", gallery.layout.dtype)
         gallery.add(
             [p.id for p in chosen],
             templates,

@@ -8,13 +8,14 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from xcos_ext.errors import GalleryError
+from xcos_ext.explain.files import OutputError, write_atomically
 from xcos_ext.optional import need
 from xcos_ext.templates import Templates
 
@@ -114,13 +115,18 @@ class FaissIndex:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the index, and what it was made of beside it (``.json``)."""
         path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
+        temporary, about = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".json")
+
+        def write(file: BinaryIO) -> None:
+            file.write(json.dumps({"mark": self.mark, "lists": self.lists}).encode())
+
         try:
             _faiss().write_index(self.index, str(temporary))
-            about = json.dumps({"mark": self.mark, "lists": self.lists})
-            path.with_name(path.name + ".json").write_text(about)
+            # An index without what it was made of is refused; one beside another's would not be.
+            about.unlink(missing_ok=True)
             os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:
+            write_atomically(about, write)
+        except (OSError, RuntimeError, OutputError) as error:
             temporary.unlink(missing_ok=True)
             raise GalleryError(f"{path}: cannot be written ({error})") from error
 

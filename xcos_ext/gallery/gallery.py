@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,6 @@ from xcos_ext.templates import Templates
 
 from . import dedupe as _dedupe
 from ._packages import compute as pc
-from ._packages import pyarrow
 from .hits import Duplicates, Hits
 from .layout import Layout, checked_metadata, checked_text, iter_slices
 from .query import Alone, Query, Team
@@ -68,7 +68,7 @@ class Gallery:
         try:
             self.path = store.folder
             self.layout: Layout = self._snapshot.layout
-            self._model = None
+            self._model: Any = None
             if model is not None:
                 self.check_model(model)
                 self._model = model
@@ -110,8 +110,9 @@ class Gallery:
             MissingPackageError: the extra ``gallery`` is not installed.
         """
         store = Store.create(Path(path), Layout.of(source, dtype, grid))
-        model = source if hasattr(source, "templates") else None
-        return cls(store, model, cache, timeout)
+        gallery = cls(store, None, cache, timeout)
+        gallery._model = source if hasattr(source, "templates") else None  # its own, so it need not be checked
+        return gallery
 
     @classmethod
     def open(cls, path: StrPath, model: Any = None, *, cache: StrPath | bool = True, timeout: float = 10.0) -> Gallery:
@@ -208,17 +209,7 @@ class Gallery:
 
     def positions(self, ids: Iterable[str]) -> dict[str, int]:
         """Positions of those of the ids that there are."""
-        wanted = set(ids)
-        found: dict[str, int] = {}
-        if not wanted:
-            return found
-        values = pyarrow().array(sorted(wanted), pyarrow().string())
-        start = 0
-        for batch in self._snapshot.ids():
-            matches = np.flatnonzero(pc().is_in(batch, value_set=values).to_numpy(zero_copy_only=False))
-            found.update((batch[int(i)].as_py(), start + int(i)) for i in matches)
-            start += len(batch)
-        return found
+        return self._snapshot.find(ids)
 
     def get(self, ids: Sequence[str]) -> tuple[Templates, list[dict[str, Any]]]:
         """Stored templates and metadata of faces.
@@ -331,8 +322,7 @@ class Gallery:
             raise TypeError(f"{where}: ids: expected a sequence of texts, got one text")
         names = [checked_text(value, f"{where}: ids[{i}]") for i, value in enumerate(ids)]
         if len(set(names)) != len(names):
-            twice = [i for i in dict.fromkeys(names) if names.count(i) > 1] if len(names) < 10_000 else _twice(names)
-            raise GalleryError(f"{where}: ids: expected each once, got {_shown(twice)} more than once")
+            raise GalleryError(f"{where}: ids: expected each once, got {_shown(_twice(names))} more than once")
         stored = self._templates(templates, "gallery", "templates", where)
         stored = self.layout.check_role(stored, "templates", where).to("cpu")
         for name, values in (("templates", stored), ("persons", persons), ("metadata", metadata)):
@@ -556,7 +546,6 @@ class Gallery:
             self._templates(probes, "probe", "probes", _WHERE),
             checked_k(k, _WHERE),
             min_score=checked_score(min_score, _WHERE),
-            positions=self.positions,
             **options,
         )
 
@@ -612,8 +601,7 @@ class Gallery:
 
 
 def _twice(names: list[str]) -> list[str]:
-    seen: set[str] = set()
-    return [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def _shown(names: Sequence[str], most: int = 3) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +19,9 @@ from xcos_ext.ops.xcos_matrix import AllPairs
 from xcos_ext.ops.xcos_topk import MOST_K, XCosTopk
 from xcos_ext.templates import Templates
 
+from ._packages import pyarrow
 from .hits import HitMaps, Hits
-from .search import Fusion, Groups, exact_topk, persons_topk, rerank
+from .search import Fusion, Groups, attention_of, exact_topk, persons_topk, rerank
 from .store import Snapshot, reading
 from .stream import Tile, stream
 from .tiles import TileCache, gather
@@ -116,7 +118,6 @@ class Query:
         by: Literal["face", "person"],
         person_fusion: Fusion,
         exclude: Sequence[Any] | None,
-        positions: Callable[[Sequence[str]], dict[str, int]],
     ) -> Query:
         """Check what was asked for."""
         for name, value in (("fusion", fusion), ("person_fusion", person_fusion)):
@@ -140,7 +141,7 @@ class Query:
         each = None
         if exclude is not None and len(exclude):
             if all(isinstance(one, str) for one in exclude):
-                hidden = _places(snapshot, positions, list(exclude))
+                hidden = np.sort(snapshot.places_of(np.array(list(snapshot.find(exclude).values()), np.int64)))
                 everyone = np.arange(snapshot.places) if selected is None else selected
                 selected = np.setdiff1d(everyone, hidden, assume_unique=True)
             else:
@@ -153,7 +154,7 @@ class Query:
                         f"{_WHERE}: exclude: expected one list of ids where scores are fused or by person, got one for "
                         "each probe"
                     )
-                each = _padded(snapshot, positions, exclude).to(probes.device)
+                each = _padded(snapshot, exclude).to(probes.device)
         made = None if groups is None else Groups.of(groups, fusion)
         return cls(snapshot, tiles, team, probes, k, attention, min_score, made, by, person_fusion, selected, each)
 
@@ -167,7 +168,7 @@ class Query:
     def _gather(self, places: np.ndarray) -> Templates:
         return gather(self.snapshot.layout, self.snapshot, self.tiles, places).to(self.probes.device)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: callers go on with what is found
     def run(
         self,
         *,
@@ -209,8 +210,7 @@ class Query:
     @functools.cached_property
     def _person_codes(self) -> tuple[np.ndarray, int]:
         """Person of each place, numbered by their first faces; faces without one are persons of their own."""
-        import pyarrow as pa
-
+        pa = pyarrow()
         chunks = [b.column("person") for b in self._scan_persons()]
         column = pa.chunked_array(chunks, pa.string()).combine_chunks().dictionary_encode()
         index = column.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
@@ -280,16 +280,11 @@ class Query:
     def _scores(self, row: int, faces: Templates) -> Tensor:
         """Scores [1, M] of a row of the result against faces."""
         members = self._members(row)
-        scores = AllPairs(_WHERE, self.probes[members], faces, self._attention_of(members)).scores()
+        scores = AllPairs(_WHERE, self.probes[members], faces, attention_of(self.attention, members)).scores()
         if self.groups is None:
             return scores
         one = Groups((0,), torch.zeros(len(members), dtype=torch.int64), self.groups.fusion)
         return one.fuse(scores, one.rounds(scores.device))
-
-    def _attention_of(self, members: Tensor) -> Tensor | str:
-        if isinstance(self.attention, Tensor) and self.attention.dim() == 3:
-            return self.attention[members.to(self.attention.device)]
-        return self.attention
 
     # -------------------------------------------------------------- two stages
 
@@ -322,19 +317,12 @@ class Query:
         chosen = torch.linspace(0, rows - 1, count).round().to(torch.int64).unique()
         members = torch.cat([self._members(int(row)) for row in chosen])
         labels = torch.cat([torch.full((len(self._members(int(row))),), int(row)) for row in chosen])
-        exact = Query(
-            self.snapshot,
-            self.tiles,
-            self.team,
-            self.probes[members],
-            self.k,
-            self._attention_of(members),
-            self.min_score,
-            None if self.groups is None else Groups.of(labels.tolist(), self.groups.fusion),
-            self.by,
-            self.person_fusion,
-            self.selected,
-            None if self.exclude is None else self.exclude[members],
+        exact = dataclasses.replace(
+            self,
+            probes=self.probes[members],
+            attention=attention_of(self.attention, members),
+            groups=None if self.groups is None else Groups.of(labels.tolist(), self.groups.fusion),
+            exclude=None if self.exclude is None else self.exclude[members],
         )._exact()
         there = exact.indices.unsqueeze(2) == found.indices[chosen].unsqueeze(1)
         valid = exact.indices >= 0
@@ -364,9 +352,8 @@ class Query:
         positions[valid] = torch.from_numpy(snapshot.positions(flat))
         maps = self._maps(found, threshold) if explain else None
         return Hits(
-            # Out of inference mode: callers go on with them.
-            scores=scores.clone(),
-            positions=positions.clone(),
+            scores=scores,
+            positions=positions,
             ids=_rows(labels["id"], counts),
             persons=_rows(labels["person"], counts),
             metadata=_rows(labels["metadata"], counts) if metadata else None,
@@ -392,7 +379,7 @@ class Query:
                 continue
             members = self._members(row)
             grid = torch.cartesian_prod(torch.arange(len(members)), torch.arange(len(places)))
-            attention = self._attention_of(members)
+            attention = attention_of(self.attention, members)
             maps = xcos_maps(
                 self.probes[members], self._gather(places), grid.to(self.probes.device), attention, threshold=t
             )
@@ -405,7 +392,7 @@ class Query:
                     part = part.view(*shape, height, width)
                     chosen = part.mean(0) if mean else part[best, torch.arange(len(places), device=best.device)]
                     target[row, : len(places)] = chosen.cpu()
-        similarity, attended, contribution = (part.clone() for part in out)
+        similarity, attended, contribution = out
         return HitMaps(similarity, attended, None if t is None else contribution)
 
 
@@ -418,16 +405,9 @@ def _rows(values: list[Any], counts: list[int]) -> list[list[Any]]:
     return rows
 
 
-def _places(snapshot: Snapshot, positions: Callable[[Sequence[str]], dict[str, int]], ids: Sequence[str]) -> np.ndarray:
-    """Places of those of the ids that are in the gallery, ascending."""
-    return np.sort(snapshot.places_of(np.array(list(positions(ids).values()), np.int64)))
-
-
-def _padded(
-    snapshot: Snapshot, positions: Callable[[Sequence[str]], dict[str, int]], lists: Sequence[Sequence[str]]
-) -> Tensor:
+def _padded(snapshot: Snapshot, lists: Sequence[Sequence[str]]) -> Tensor:
     """A list of ids for each probe as places, int64 [P, E]; ids that are not in the gallery are -1."""
-    known = positions([one for ids in lists for one in ids])
+    known = snapshot.find(one for ids in lists for one in ids)
     width = max((len(ids) for ids in lists), default=0)
     table = np.full((len(lists), max(width, 1)), -1, np.int64)
     for row, ids in enumerate(lists):

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from xcos_ext.ops.xcos_matrix import AllPairs
-from xcos_ext.ops.xcos_topk import TopkLists, XCosTopk, best_of, score_blocks
+from xcos_ext.ops.xcos_topk import TopkLists, XCosTopk, best_of, columns_at_a_time
 from xcos_ext.templates import Templates, result_dtype
 
 from .stream import Tile
 
-__all__ = ["Fusion", "Groups", "exact_topk", "persons_topk", "rerank"]
+__all__ = ["Fusion", "Groups", "attention_of", "exact_topk", "persons_topk", "rerank"]
 
 Fusion = Literal["max", "mean"]
 
@@ -75,6 +75,13 @@ class Groups:
         return fused
 
 
+def attention_of(attention: Tensor | str, chosen: Tensor | slice) -> Tensor | str:
+    """The attention of some of the probes: their maps where each has one of its own."""
+    if not isinstance(attention, Tensor) or attention.dim() != 3:
+        return attention
+    return attention[chosen if isinstance(chosen, slice) else chosen.to(attention.device)]
+
+
 def _blocks(
     tiles: Iterable[Tile], probes: Templates, attention: Tensor | str, groups: Groups | None
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
@@ -83,8 +90,8 @@ def _blocks(
     for tile in tiles:
         pairs = AllPairs("gallery.search", probes, tile.templates, attention)
         count = len(tile.templates)
-        # Columns of a block for all probes at once: a group's probes may be anywhere.
-        step = max(part.stop - part.start for _, part in score_blocks(1024, count, pairs.dtype, probes.device))
+        # All probes at once: a group's may be anywhere.
+        step = columns_at_a_time(len(probes), pairs.dtype, probes.device)
         for start in range(0, count, step):
             part = slice(start, min(start + step, count))
             scores = pairs.scores(slice(None), part)
@@ -175,12 +182,12 @@ def persons_topk(
     room = max(1, _TABLE_BYTES // max(1, count * wide.itemsize))
     parts = []
     for chosen, part_groups in _portions(len(probes), groups, room):
-        some = probes if chosen is None else probes[chosen]
+        some, weights = probes[chosen], attention_of(attention, chosen)
         rows = len(some) if part_groups is None else len(part_groups.labels)
         start = -math.inf if fusion == "max" else 0.0
         table = torch.full((rows, count), start, dtype=wide, device=probes.device)
         sizes = torch.zeros(count, dtype=wide, device=probes.device)
-        for place, scores, excluded in _blocks(tiles(), some, attention, part_groups):
+        for place, scores, excluded in _blocks(tiles(), some, weights, part_groups):
             kept = None if excluded is None else (~excluded).nonzero().squeeze(1)
             columns = codes[place : place + scores.shape[1]]
             if kept is not None:
@@ -210,11 +217,11 @@ def _raise_to(table: Tensor, columns: Tensor, scores: Tensor) -> None:
         table.index_reduce_(1, columns, scores, "amax")
 
 
-def _portions(count: int, groups: Groups | None, room: int) -> Iterator[tuple[Tensor | slice | None, Groups | None]]:
+def _portions(count: int, groups: Groups | None, room: int) -> Iterator[tuple[Tensor | slice, Groups | None]]:
     """Probes (or groups with all of their probes) a table's worth at a time."""
     if groups is None:
         for start in range(0, max(count, 1), room):
-            yield (None if count <= room else slice(start, start + room)), None
+            yield slice(start, start + room), None
         return
     for start in range(0, max(len(groups.labels), 1), room):
         labels = groups.labels[start : start + room]

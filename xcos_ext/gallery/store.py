@@ -19,6 +19,7 @@ import numpy as np
 
 from xcos_ext.errors import GalleryDamagedError, GalleryError
 
+from ._packages import compute as _compute
 from ._packages import lance as _lance
 from ._packages import pyarrow as _pyarrow
 from .commits import LOG, CommitLog, Record, checksum_of, sync
@@ -215,6 +216,19 @@ class Snapshot:
         """All ids, in order, some at a time."""
         with reading(self):
             yield from (b.column("id") for b in self.scan(["id"], batch_size=65536))
+
+    def find(self, ids: Iterable[str]) -> dict[str, int]:
+        """Positions of those of the ids that there are."""
+        wanted = set(ids)
+        found: dict[str, int] = {}
+        if wanted:
+            values = _pyarrow().array(sorted(wanted), _pyarrow().string())
+            start = 0
+            for batch in self.ids():
+                matches = np.flatnonzero(_compute().is_in(batch, value_set=values).to_numpy(zero_copy_only=False))
+                found.update((batch[int(i)].as_py(), start + int(i)) for i in matches)
+                start += len(batch)
+        return found
 
     def scan(self, columns: Sequence[str], **options: Any) -> Iterator[pa.RecordBatch]:
         """Rows in order, in bounded memory."""
@@ -610,19 +624,11 @@ class Store:
 
     def existing(self, ids: Iterable[str]) -> set[str]:
         """Those of the ids that the newest version has."""
-        pa = _pyarrow()
-        import pyarrow.compute as pc
-
-        wanted = pa.array(list(ids), pa.string())
-        found: set[str] = set()
-        if len(wanted):
-            snapshot, lock = self.snapshot()
-            try:
-                for batch in snapshot.ids():
-                    found.update(batch.filter(pc.is_in(batch, value_set=wanted)).to_pylist())
-            finally:
-                lock.release()
-        return found
+        snapshot, lock = self.snapshot()
+        try:
+            return set(snapshot.find(ids))
+        finally:
+            lock.release()
 
     def delete(self, snapshot: Snapshot, places: np.ndarray) -> None:
         """Delete rows of the newest version, ascending, in one commit; the caller is the writer."""
@@ -697,7 +703,7 @@ class Store:
 
 
 _PARTS = ("data", "_deletions", "_versions")
-_OURS = (_DATA, WRITER, READERS, LOG, LOG + ".new", "readers", "tiles", "faiss")
+_OURS = (_DATA, WRITER, READERS, LOG, LOG + ".new", "tiles")
 
 
 def folder_bytes(folder: Path) -> int:

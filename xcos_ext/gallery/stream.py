@@ -112,8 +112,7 @@ def _joined(pieces: list[_Piece]) -> _Piece:
         return pieces[0]
     templates = Templates.cat([p.templates for p in pieces])
     for piece in pieces:
-        if piece.release is not None:
-            piece.release()
+        _release(piece)
     return _Piece(pieces[0].first, templates, None)
 
 
@@ -169,11 +168,11 @@ def _mapped(
         rows = min(layout.tile_rows, fragment.first + fragment.rows - first)
         if first >= end or first + rows <= begin or not has_selected(selected, first, rows):
             continue
+        file.prefetch(index + 1)  # the disk reads it while this one is checked and scored
         try:
             batch = file.batch(index)
         except ValueError as error:
             raise _Damaged(first) from error
-        file.prefetch(batch)
         release = None if stays_mapped(layout, first - begin) else partial(file.release, batch)
         piece = _cut(_Piece(first, layout.templates(batch), release), begin, end)
         if piece is not None:
@@ -271,7 +270,6 @@ def _ahead(tiles: Iterator[Tile]) -> Iterator[Tile]:
     """Run an iterator one step ahead in a thread."""
     ready: queue.Queue[Any] = queue.Queue(1)
     stop = threading.Event()
-    inference = torch.is_inference_mode_enabled()
 
     def put(item: Any) -> bool:
         while not stop.is_set():
@@ -284,7 +282,7 @@ def _ahead(tiles: Iterator[Tile]) -> Iterator[Tile]:
 
     def work() -> None:
         try:
-            with torch.inference_mode(inference), torch.no_grad():
+            with torch.no_grad():
                 for tile in tiles:
                     if not put(tile):
                         break

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from xcos_ext.errors import GalleryDamagedError
+from xcos_ext.explain.files import ordinary_mode
 from xcos_ext.templates import Templates
 
 from ._packages import pyarrow as _pyarrow
@@ -113,10 +113,12 @@ class TileFile:
         self._checked.add(index)
         return batch
 
-    def prefetch(self, batch: pa.RecordBatch) -> None:
-        """Ask for a tile's pages ahead of their use."""
-        for span in _spans(batch, self._layout):
-            _advise(*span, _WILL_NEED)
+    def prefetch(self, index: int) -> None:
+        """Ask for a tile's pages ahead of their use; nothing where there is no such tile."""
+        if index < self.tiles:
+            with contextlib.suppress(Exception):  # of damage :meth:`batch` will tell
+                for span in _spans(self._reader.get_batch(index), self._layout):
+                    _advise(*span, _WILL_NEED)
 
     def release(self, batch: pa.RecordBatch) -> None:
         """Unmap a tile's pages: they stay in the system's cache, not in this process."""
@@ -180,25 +182,16 @@ class TileCache:
         Raises:
             GalleryDamagedError: rows that are not what was written.
         """
-        sink: _Sink | None = None
-        if self.writable:
-            sink = _Sink.open(self, fragment)
-
-        def dead() -> None:
-            # Readers of older versions may still see those rows, and must learn of the damage.
-            nonlocal sink
-            if sink is not None:
-                sink.discard()
-                sink = None
-
+        sink = _Sink.open(self, fragment) if self.writable else None
+        # Readers of older versions may still see deleted rows, and must learn of damage in them: no tiles then.
+        dead = None if sink is None else sink.discard
         try:
             for batch in snapshot.fragment_batches(fragment, dead=dead):
-                if sink is not None and not sink.write(batch):
-                    sink = None
+                if sink is not None:
+                    sink.write(batch)
                 yield batch
             if sink is not None:
                 sink.finish()
-                sink = None
         finally:
             if sink is not None:
                 sink.discard()
@@ -238,21 +231,17 @@ class TileCache:
                 if try_lock(file.fileno(), fcntl.F_WRLCK):
                     path.unlink()
 
-    def verify(self, snapshot: Snapshot, fragment: Fragment) -> list[int] | None:
-        """Offsets of a fragment's damaged rows; None if there are no tiles or the file cannot be read at all."""
+    def intact(self, fragment: Fragment) -> bool:
+        """Whether a fragment's tiles, all of which are read, are as they were written; so are none."""
         if self.folder is None or not self._path(fragment).exists():
-            return None
+            return True
         try:
             file = TileFile(self._path(fragment), fragment, self.layout)
-            wrong, done = [], 0
             for index in range(file.tiles):
-                batch = file.batch(index)
-                wrong += [done + row for row in damaged_rows(self.layout, batch)]
-                done += batch.num_rows
-                file.release(batch)
-        except Exception as error:
-            raise GalleryDamagedError(f"gallery: {self._path(fragment).name} cannot be read ({error})") from error
-        return wrong
+                file.release(file.batch(index))
+        except Exception:  # whatever Arrow says of damage
+            return False
+        return True
 
 
 class _Sink:
@@ -301,12 +290,12 @@ class _Sink:
         return True
 
     def finish(self) -> None:
-        """Give the file its name."""
+        """Give the file its name, unless it has been discarded."""
+        if self._writer is None:
+            return
         try:
             self._writer.close()
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(self._temporary, 0o666 & ~umask)
+            os.chmod(self._temporary, ordinary_mode())
             os.replace(self._temporary, self._cache._path(self._fragment))
         except OSError:
             pass

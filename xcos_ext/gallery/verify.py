@@ -54,11 +54,7 @@ def verify(store: Store, snapshot: Snapshot, tiles: TileCache, tick: Callable[[i
             reason = f"positions {ranges(unread)}" if unread else "some columns alone, or all faces together"
             reason += f" ({', '.join(fragment.paths)}: {first_line(error.__cause__ or error)})"
             unreadable.append({"files": list(fragment.paths), "positions": unread, "reason": reason})
-        try:
-            whole = not tiles.verify(snapshot, fragment)
-        except GalleryDamagedError:
-            whole = False
-        if not whole:
+        if not tiles.intact(fragment):
             tiles.drop(fragment)
             dropped.append(f"{fragment.key}.arrow")
     return {

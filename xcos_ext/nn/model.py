@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Literal, overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from xcos_ext.backbones.preprocessing import ARCFACE, Preprocessing
@@ -117,6 +119,19 @@ class XCosModel(nn.Module):
             TypeError: an integer dtype.
         """
         return self._features(images, "images")
+
+    def features_of(self, pictures: Sequence[NDArray[np.uint8]], batch_size: int = 32) -> Tensor:
+        """Grid features of aligned pictures, some at a time.
+
+        Args:
+            pictures: N >= 1, uint8 RGB [height, width, 3], of the size that ``preprocessing`` expects.
+            batch_size: pictures per forward pass.
+
+        Returns:
+            F [N, C, 7, 7].
+        """
+        starts = range(0, len(pictures), batch_size)
+        return torch.cat([self.features(self.preprocessing(pictures[i : i + batch_size])) for i in starts])
 
     @overload
     def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[False] = ...) -> Tensor: ...

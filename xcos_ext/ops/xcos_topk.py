@@ -178,12 +178,17 @@ def best_of(values: Tensor, indices: Tensor, k: int) -> XCosTopk:
     return XCosTopk(values.gather(1, order), indices.gather(1, order))
 
 
+def columns_at_a_time(rows: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Gallery faces whose scores with so many probes the cache holds, at least 1,024."""
+    room = _BLOCK_BYTES.get(device.type, 8 << 20) // (max(rows, 1) * dtype.itemsize)
+    return max(1024, room // 1024 * 1024)
+
+
 def score_blocks(probes: int, faces: int, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[slice, slice]]:
     """Parts of a matrix [probes, faces] small enough to be sifted while the cache holds them."""
     for top in range(0, probes, _BLOCK_PROBES):
         rows = slice(top, min(top + _BLOCK_PROBES, probes))
-        room = _BLOCK_BYTES.get(device.type, 8 << 20) // ((rows.stop - rows.start) * dtype.itemsize)
-        block = max(1024, room // 1024 * 1024)
+        block = columns_at_a_time(rows.stop - rows.start, dtype, device)
         for start in range(0, faces, block):
             yield rows, slice(start, min(start + block, faces))
 

@@ -49,7 +49,16 @@ from .seeds import BatchIndex
 from .settings import ConfigError
 from .task import weight_decay_groups
 
-__all__ = ["Experiment", "HeadTask", "Sources", "build_head", "create", "held_out_people", "load_sources"]
+__all__ = [
+    "Experiment",
+    "HeadTask",
+    "Sources",
+    "build_head",
+    "create",
+    "create_from",
+    "held_out_people",
+    "load_sources",
+]
 
 _FMRS = (1e-2, 1e-3)
 _DECISION_FMR = 5e-3  # of the exported model's threshold, as in xcos_ext.evaluation.calibrate
@@ -502,7 +511,17 @@ def create(experiment: HeadExperiment, progress: Callable[[str, int, int], None]
         progress: called with what is done, items done and items in all.
     """
     sources = load_sources(experiment.data, experiment.model, flipped=experiment.loss.flipped, progress=progress)
-    held_out = held_out_people(experiment.data, sources.pictures.names)
+    return create_from(sources, experiment, held_out_people(experiment.data, sources.pictures.names))
+
+
+def create_from(sources: Sources, experiment: HeadExperiment, held_out: set[str]) -> HeadTask:
+    """The task of an experiment's file on pictures that are there already.
+
+    Args:
+        sources: of the experiment.
+        experiment: settings.
+        held_out: people who are not trained on.
+    """
     train = experiment.train
     return HeadTask(
         sources,

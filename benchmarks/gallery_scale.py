@@ -32,7 +32,7 @@ from torch import Tensor
 
 import xcos_ext
 from xcos_ext.explain.files import write_atomically
-from xcos_ext.gallery import Gallery
+from xcos_ext.gallery import FaissIndex, Gallery
 from xcos_ext.gallery.search import exact_topk
 from xcos_ext.templates import Templates
 
@@ -268,7 +268,10 @@ def two_stages_lfw(folder: Path, faces: int) -> dict[str, Any]:
         shutil.rmtree(lfw, ignore_errors=True)
 
 
-def _two_stages(gallery: Gallery, some: Templates, exclude: list[list[str]] | None) -> list[dict[str, Any]]:
+def _two_stages(
+    gallery: Gallery, some: Templates, exclude: list[list[str]] | None, ways: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """Rows for each way to find candidates, by its name."""
     rows = []
     for width in (1, 64):
         few, own = some[:width], None if exclude is None else exclude[:width]
@@ -277,7 +280,7 @@ def _two_stages(gallery: Gallery, some: Templates, exclude: list[list[str]] | No
             return gallery.search(few, 10, exclude=own, metadata=False, **options)  # noqa: B023
 
         search()
-        for coarse in ("uniform", "norm"):
+        for name, coarse in (ways or {"uniform": "uniform", "norm": "norm"}).items():
             for count in (100, 1000):
                 exact, fast = [], []
                 for _ in range(5):
@@ -289,7 +292,7 @@ def _two_stages(gallery: Gallery, some: Templates, exclude: list[list[str]] | No
                 rows.append(
                     {
                         "probes": width,
-                        "coarse": coarse,
+                        "coarse": name,
                         "rerank": count,
                         "recall_at_10": found.recall,
                         "recall_probes": found.recall_probes,
@@ -299,6 +302,20 @@ def _two_stages(gallery: Gallery, some: Templates, exclude: list[list[str]] | No
                     }
                 )
     return rows
+
+
+def faiss(folder: Path, faces: int) -> dict[str, Any]:
+    """Candidates from a faiss index, which is in memory, beside the exact search."""
+    some = probes(64, faces, head())
+    rows = []
+    with Gallery.open(folder) as gallery:
+        built = time.perf_counter()
+        index = FaissIndex.build(gallery)
+        seconds = time.perf_counter() - built
+        for lists in (16, 128):
+            index.lists = lists
+            rows += _two_stages(gallery, some, None, {f"faiss, {lists} lists": index})
+    return {"build_seconds": seconds, "rows": rows}
 
 
 def remove_and_compact(folder: Path, faces: int) -> dict[str, Any]:
@@ -324,6 +341,7 @@ PHASES = {
     "sizes": sizes,
     "two_stages": two_stages,
     "two_stages_lfw": two_stages_lfw,
+    "faiss": faiss,
     "cold_disk": cold_disk,
     "remove_and_compact": remove_and_compact,
 }

@@ -37,6 +37,7 @@ __all__ = ["FORMAT", "LABELS", "MOST_LEVELS", "Layout", "canonical_json"]
 FORMAT = 1
 
 _KEY = b"xcos.gallery"
+_ROWS_AT_ONCE = 256  # whose bytes are laid side by side for their checksums: they stay in the cache
 LABELS = ("id", "person", "metadata")
 #: Lists and mappings within each other that metadata may have.
 MOST_LEVELS = 100
@@ -452,8 +453,12 @@ class Layout:
 def row_checksums(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     """Checksums (xxh3, 64 bits) of the templates' bytes, uint64 [N]."""
     digest = _xxhash().xxh3_64_intdigest
-    rows = np.concatenate(list(arrays.values()), axis=1)
-    return np.fromiter((digest(row) for row in rows), dtype=np.uint64, count=len(rows))
+    count = len(next(iter(arrays.values())))
+    sums = np.empty(count, np.uint64)
+    for part in iter_slices(count, _ROWS_AT_ONCE):
+        rows = np.concatenate([array[part] for array in arrays.values()], axis=1)
+        sums[part] = [digest(row) for row in rows]
+    return sums
 
 
 def damaged_rows(layout: Layout, batch: pa.RecordBatch) -> list[int]:

@@ -235,7 +235,7 @@ class Snapshot:
         options.setdefault("batch_size", self.layout.tile_rows)
         yield from self.dataset.scanner(
             columns=list(columns),
-            batch_readahead=2,
+            batch_readahead=1,
             fragment_readahead=1,
             io_buffer_size=_IO_BYTES,
             scan_in_order=True,

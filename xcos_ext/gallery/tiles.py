@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["MAPPED_BYTES", "TileCache", "TileFile"]
 
 #: So much of what is read stays mapped; what follows is unmapped behind the reader, so that memory does not grow.
-MAPPED_BYTES = 512 << 20
+MAPPED_BYTES = 640 << 20
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _WILL_NEED, _DONT_NEED = 3, 4  # madvise(2)

@@ -2,6 +2,7 @@
 
 from .compact import CompactNet
 from .irse import IRSE
+from .local import LocalNet
 from .mobilefacenet import MobileFaceNet, MobileFaceNetReLU
 from .preprocessing import ARCFACE, IMAGENET, Preprocessing
 from .recogniser import Recogniser, SplitRecogniser
@@ -12,6 +13,7 @@ __all__ = [
     "IMAGENET",
     "IRSE",
     "CompactNet",
+    "LocalNet",
     "MobileFaceNet",
     "MobileFaceNetReLU",
     "Preprocessing",

@@ -7,6 +7,7 @@ from typing import Any
 
 from .compact import CompactNet
 from .irse import IRSE
+from .local import LocalNet
 from .mobilefacenet import MobileFaceNet, MobileFaceNetReLU
 from .recogniser import Recogniser
 
@@ -65,5 +66,6 @@ for _depth in (50, 100, 152):
     register(f"ir_{_depth}", _irse(_depth, False))
     register(f"ir_se_{_depth}", _irse(_depth, True))
 register("compact", CompactNet)
+register("local", LocalNet)
 register("mobilefacenet", MobileFaceNet)
 register("mobilefacenet_relu", MobileFaceNetReLU)

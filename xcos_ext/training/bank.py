@@ -9,10 +9,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from xcos_ext.errors import XCosError
@@ -25,7 +27,7 @@ from .mixing import bent, mixed
 from .seeds import derived_seed
 from .settings import number
 
-__all__ = ["Bank", "BankConfig", "open_bank"]
+__all__ = ["Bank", "BankConfig", "Told", "open_bank", "told_of"]
 
 _BLOCK = 64  # pictures of one forward pass, and of one step of the generator
 _NOTED = 50  # blocks between two notes of how far it is
@@ -72,6 +74,66 @@ class Bank:
 
     def __len__(self) -> int:
         return len(self.images)
+
+
+class Told(NamedTuple):
+    """What a teacher says of pictures, as they are and mirrored.
+
+    Attributes:
+        features: fp16 [2, N, K, h, w], grid features.
+        embeddings: fp32 [2, N, D], at unit length.
+    """
+
+    features: Tensor
+    embeddings: Tensor
+
+
+@torch.no_grad()
+def told_of(
+    teacher: XCosModel,
+    pictures: Pictures,
+    folder: Path,
+    *,
+    amp: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Told:
+    """What a teacher says of the pictures themselves: read if it is there, else computed and written.
+
+    Args:
+        teacher: a plugged recogniser in evaluation mode.
+        pictures: of the size that it expects.
+        folder: of the file, 6 kB a picture.
+        amp: the teacher computes in bfloat16.
+        progress: called with pictures done and pictures in all.
+
+    Raises:
+        XCosError: the folder cannot be written.
+    """
+    file = folder / f"told-{teacher.fingerprint()}-{pictures.fingerprint}-{int(amp)}.safetensors"
+    recogniser = teacher.backbone
+    try:
+        with alone(folder):
+            if not file.is_file():
+                made: dict[str, list[Tensor]] = {"features": [], "embeddings": []}
+                for view in range(2):
+                    for start in range(0, len(pictures), _BLOCK):
+                        images = pictures.images[start : start + _BLOCK]
+                        images = images.flip(3) if view else images
+                        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                            grid = recogniser.grid(normalised(recogniser, images))  # type: ignore[union-attr, operator, arg-type]
+                        made["features"].append(teacher.head.features(grid.float()).half())
+                        made["embeddings"].append(F.normalize(recogniser.embed(grid.float()).float()))  # type: ignore[union-attr, operator]
+                        if progress is not None:
+                            progress(view * len(pictures) + start + len(images), 2 * len(pictures))
+                whole = {
+                    name: torch.cat(parts).view(2, len(pictures), *parts[0].shape[1:]) for name, parts in made.items()
+                }
+                temporary = file.with_suffix(".tmp")
+                save_file(whole, temporary)
+                os.replace(temporary, file)
+            return Told(**load_file(file))
+    except OSError as error:
+        raise XCosError(f"{file}: cannot be written or read: {error.strerror or error}") from error
 
 
 def open_bank(

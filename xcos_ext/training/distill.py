@@ -13,15 +13,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xcos_ext.backbones import CompactNet
+from xcos_ext.backbones import CompactNet, LocalNet, Recogniser
 from xcos_ext.datasets import Pair
 from xcos_ext.evaluation import calibrate, verification
-from xcos_ext.nn import XCosAttention, XCosHead, XCosModel, load_recogniser, plug, plug_statistics, save_model
+from xcos_ext.nn import (
+    XCosAttention,
+    XCosHead,
+    XCosModel,
+    load_model,
+    load_recogniser,
+    plug,
+    plug_statistics,
+    save_model,
+)
 from xcos_ext.nn.projection import CellProjection
 from xcos_ext.ops import xcos_matrix, xcos_score
 from xcos_ext.templates import Templates
 
-from .bank import Bank, BankConfig, open_bank
+from .augment import AugmentConfig, augmented
+from .bank import Bank, BankConfig, Told, open_bank, told_of
 from .cache import normalised
 from .config import TrainConfig
 from .data import IdentityBatches, Pictures, pairs_of_file, read_pictures
@@ -31,11 +41,20 @@ from .losses import all_pairs, teacher_loss
 from .norms import fix_statistics
 from .seeds import BatchIndex
 from .settings import ConfigError, number
+from .swaps import CellEvidence, SwapConfig, swapped
 from .task import weight_decay_groups
 
 __all__ = ["DistillConfig", "DistillSources", "DistillTask", "Experiment", "PupilConfig", "create", "load_distillation"]
 
 _BATCH = 64  # pictures of a forward pass outside training
+_EVIDENCE_RATE = 5.0  # of learning the cells' scale and shift, times the rate of the rest
+
+
+# Swapped faces are altered after the swap, so little that cells stay where they are.
+_LIGHT = AugmentConfig(
+    flip=0, rotate=1, scale=0.01, stretch=0.01, shift=0.01, brightness=0.2, contrast=0.2, saturation=0.3, gamma=0.2,
+    tint=0.08, grey=0.05, blur=0.1, noise=2, patch=0,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +63,8 @@ class PupilConfig:
 
     Attributes:
         teacher: weights of the recogniser that teaches, through its closed form.
+        body: ``"compact"``, whose cells see most of the face, or ``"local"``, whose cells see 44x44 pixels.
+        start: a model of the same form to start from; none: random weights.
         spread: of the teacher's closed form, in cells.
         channels: of the grid feature: principal axes kept of every cell of the teacher's.
         attention: ``"norm"``, or ``"residual"``: its learned correction.
@@ -52,6 +73,8 @@ class PupilConfig:
     """
 
     teacher: str
+    body: Literal["compact", "local"] = "compact"
+    start: str | None = None
     spread: float = number(0.7, minimum=0)
     channels: int = number(32, minimum=1)
     attention: Literal["norm", "residual"] = "residual"
@@ -85,7 +108,7 @@ class Experiment:
     """An experiment's file for ``task = "distill"``.
 
     Attributes:
-        data, pupil, bank, loss, train: tables of the file.
+        data, pupil, bank, loss, swaps, train: tables of the file.
         task: this one.
         name: of the exported model.
     """
@@ -95,18 +118,20 @@ class Experiment:
     train: TrainConfig
     bank: BankConfig = field(default_factory=BankConfig)
     loss: DistillConfig = field(default_factory=DistillConfig)
+    swaps: SwapConfig = field(default_factory=SwapConfig)
     task: Literal["distill"] = "distill"
     name: str = "xcos-compact"
 
 
 def create(experiment: Experiment, progress: Callable[[str, int, int], None] | None = None) -> DistillTask:
     """The task of an experiment's file: reads the pictures and reads or makes the bank."""
-    sources = load_distillation(experiment.data, experiment.pupil, experiment.bank, progress=progress)
+    sources = load_distillation(experiment.data, experiment.pupil, experiment.bank, experiment.swaps, progress=progress)
     return DistillTask(
         sources,
         experiment.pupil,
         experiment.loss,
         experiment.data,
+        experiment.swaps,
         steps=experiment.train.steps,
         seed=experiment.train.seed,
         name=experiment.name,
@@ -115,18 +140,21 @@ def create(experiment: Experiment, progress: Callable[[str, int, int], None] | N
 
 @dataclass
 class DistillSources:
-    """Attributes: the plugged teacher in evaluation mode, pictures, their bank, and the pairs to evaluate on."""
+    """Attributes: the plugged teacher in evaluation mode, pictures, their bank, the pairs to evaluate on, and what the
+    teacher says of the pictures, where faces with swapped regions are wanted."""
 
     teacher: XCosModel
     pictures: Pictures
     bank: Bank
     pairs: list[Pair]
+    told: Told | None = None
 
 
 def load_distillation(
     data: DataConfig,
     pupil: PupilConfig,
     bank: BankConfig,
+    swaps: SwapConfig = SwapConfig(),  # noqa: B008
     *,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> DistillSources:
@@ -139,6 +167,7 @@ def load_distillation(
         data: which pictures, and where the bank is kept.
         pupil: which teacher.
         bank: its size.
+        swaps: whether what the teacher says of the pictures is wanted.
         progress: called with what is done, items done and items in all.
     """
 
@@ -156,13 +185,23 @@ def load_distillation(
     statistics = plug_statistics(recogniser, [faces], project=pupil.channels, spread=pupil.spread)
     teacher = plug(recogniser, statistics=statistics, project=pupil.channels, spread=pupil.spread)
     made = open_bank(teacher, pictures, groups, bank, Path(data.cache), progress=tell("asking the teacher"))
-    return DistillSources(teacher, pictures, made, pairs)
+    told = None
+    if swaps.people:
+        told = told_of(teacher, pictures, Path(data.cache), amp=bank.amp, progress=tell("asking about whole faces"))
+    return DistillSources(teacher, pictures, made, pairs, told)
 
 
 class _Pupil(nn.Module):
-    """Body and head, which are kept, and the convolutions that make the teacher's inner maps of the body's."""
+    """Body and head, which are kept; the convolutions that make the teacher's inner maps of the body's; with swapped
+    faces, the evidence of cells."""
 
-    def __init__(self, body: CompactNet, head: XCosHead, hints: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        body: CompactNet | LocalNet,
+        head: XCosHead,
+        hints: Mapping[str, tuple[int, int]],
+        evidence: CellEvidence | None,
+    ) -> None:
         super().__init__()
         self.body = body
         self.head = head
@@ -170,19 +209,23 @@ class _Pupil(nn.Module):
         self.hints = nn.ModuleDict(
             {name.replace(".", "_"): nn.Conv2d(cin, cout, 1) for name, (cin, cout) in hints.items()}
         )
+        self.evidence = evidence
 
 
 class DistillTask:
-    """Trains a :class:`~xcos_ext.backbones.CompactNet` and an xCos head to say what a teacher says.
+    """Trains a small body and an xCos head to say what a teacher says.
 
     A pupil sees altered faces and mixtures of faces, and is told the teacher's grid feature of each, its inner maps,
-    and its cosine for every pair of a batch. Labels are used only to draw batches in which some faces are alike.
+    and its cosine for every pair of a batch. Labels are used only to draw batches in which some faces are alike. With
+    ``swaps`` it also sees the pictures themselves, some with a region of another (:mod:`xcos_ext.training.swaps`), and
+    learns whose each cell is.
 
     Args:
         sources: teacher, pictures, bank.
         pupil: the model.
         config: weights of the losses.
         data: whom to hold out.
+        swaps: faces with swapped regions.
         steps: of the whole training, for the schedules of the losses.
         seed: of random weights.
         name: of the exported model.
@@ -197,6 +240,7 @@ class DistillTask:
         pupil: PupilConfig,
         config: DistillConfig,
         data: DataConfig,
+        swaps: SwapConfig = SwapConfig(),  # noqa: B008
         *,
         steps: int,
         seed: int = 0,
@@ -205,6 +249,7 @@ class DistillTask:
         self.sources, self.pupil, self.config, self.steps, self.seed, self.name = (
             sources, pupil, config, steps, seed, name,
         )  # fmt: skip
+        self.swaps = swaps
         pictures, bank = sources.pictures, sources.bank
         held_out = held_out_people(data, pictures.names)
         self.held_out = pictures.of_people(held_out)
@@ -219,24 +264,33 @@ class DistillTask:
         self.variance = float(bank.features[some].float().var(0).mean())
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            body = CompactNet()
+            body = LocalNet() if pupil.body == "local" else CompactNet()
             attention: Any = "norm"
             if pupil.attention == "residual":
                 attention = XCosAttention(pupil.channels, pupil.hidden, symmetric=pupil.symmetric, residual=True)
             projection = CellProjection(body.grid_shape, pupil.channels, separable=False, spread=False)
             nn.init.zeros_(projection.weight)  # no feature is a better guess than a random one
             head = XCosHead(body.grid_shape[0], pupil.channels, attention=attention, projection=projection)
+            if pupil.start is not None:
+                _take_weights(body, head, pupil.start)
             self.taps = self._matched(body, bank)
-            self.module = _Pupil(
-                body, head, {hint: (cin, bank.hints[hint].shape[1]) for hint, (_, cin) in self.taps.items()}
-            )
+            taps = {hint: (cin, bank.hints[hint].shape[1]) for hint, (_, cin) in self.taps.items()}
+            self.module = _Pupil(body, head, taps, CellEvidence(body.grid_shape[1:]) if swaps.people else None)
+        self._faces: IdentityBatches | None = None
+        if swaps.people:
+            if sources.told is None:
+                raise ConfigError("swaps.people: expected sources that were loaded for swapped faces")
+            everyone = torch.ones(len(pictures), dtype=torch.bool)
+            everyone[self.held_out] = False
+            chosen = torch.nonzero(everyone).flatten()
+            self._faces = IdentityBatches(pictures.people, chosen, swaps.people, 2, swaps.others)
         self.centres = {hint: _centre(values[some]) for hint, values in bank.hints.items()}
         self.module.train()
         self.module.head.eval()  # its batch norms, the attention's, have fixed statistics
         self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @staticmethod
-    def _matched(body: CompactNet, bank: Bank) -> dict[str, tuple[int, int]]:
+    def _matched(body: CompactNet | LocalNet, bank: Bank) -> dict[str, tuple[int, int]]:
         """For each hint the number and the channels of the body's map of the same size."""
         with torch.no_grad():
             maps = body.eval().maps(torch.zeros(1, 3, *body.preprocessing.size))
@@ -258,7 +312,12 @@ class DistillTask:
         for part in (self.module.body, self.module.hints):
             for group in weight_decay_groups(part):
                 groups.append(group | {"muon": group["params"][0].dim() == 4 and part is self.module.body})
-        return groups + [group | {"muon": False} for group in weight_decay_groups(self.module.head)]
+        groups += [group | {"muon": False} for group in weight_decay_groups(self.module.head)]
+        if self.module.evidence is not None:
+            # Its two numbers a cell are of another size than weights are.
+            parameters = list(self.module.evidence.parameters())
+            groups.append({"params": parameters, "rate_scale": _EVIDENCE_RATE, "weight_decay": 0.0, "muon": False})
+        return groups
 
     # --- steps
 
@@ -267,12 +326,35 @@ class DistillTask:
         bank = self.sources.bank
         generator = index.generator(own=True)
         chosen = self._identities(size).draw(generator)
-        return {
+        made = {
             "images": bank.images[chosen],
             "features": bank.features[chosen],
             "embeddings": F.normalize(bank.embeddings[chosen].float()),
             "hints": {name: values[chosen] for name, values in bank.hints.items()},
             "step": index.step,
+        }
+        return made if self._faces is None else made | {"swaps": self._swapped(self._faces.draw(generator), generator)}
+
+    def _swapped(self, chosen: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Pictures, mirrored or not, moved and recoloured a little, some with a region of another; what is known of
+        their cells."""
+        pictures, told, grid = self.sources.pictures, cast(Told, self.sources.told), self.module.body.grid_shape[1:]
+        views = torch.randint(2, (len(chosen),), generator=generator)
+        images = pictures.images[chosen].float()
+        images = torch.where(views.bool()[:, None, None, None], images.flip(3), images)
+        twins = torch.arange(len(chosen))
+        pairs = 2 * self.swaps.people
+        twins[:pairs] = twins[:pairs] ^ 1
+        faces = swapped(images, twins, grid, self.swaps, generator)
+        # A cell's owner is one face; what is taken of it is that cell.
+        features, rows, columns = told.features[views, chosen], torch.arange(grid[0]), torch.arange(grid[1])
+        return {
+            "images": augmented(faces.images.clamp(0, 255).round().to(torch.uint8), _LIGHT, generator),
+            "features": features[faces.owner, :, rows[:, None], columns].permute(0, 3, 1, 2),
+            "embeddings": told.embeddings[views, chosen],
+            "people": pictures.people[chosen][faces.owner],
+            "faces": pictures.people[chosen],
+            "whole": faces.whole,
         }
 
     def _identities(self, size: int) -> IdentityBatches:
@@ -286,15 +368,23 @@ class DistillTask:
         """The weighted sum and its parts."""
         config, module = self.config, self.module
         progress = batch["step"] / self.steps
-        images = normalised(module.body, batch["images"]).contiguous(memory_format=torch.channels_last)
+        swaps, count = batch.get("swaps"), len(batch["images"])
+        images = batch["images"] if swaps is None else torch.cat((batch["images"], swaps["images"]))
+        images = normalised(module.body, images).contiguous(memory_format=torch.channels_last)
         maps = module.body.maps(images)
         parts: dict[str, Tensor] = {}
         with torch.autocast(images.device.type, enabled=False):
             grid = maps[-1].float().contiguous()
-            features = module.head.features(grid)
+            everything = module.head.features(grid)
+            features = everything[:count]
             parts["features"] = (features - batch["features"].float()).square().mean() / self.variance
-            parts["pairs"] = teacher_loss(self._scores(grid, features, batch["step"]), batch["embeddings"])
-        total = config.features * parts["features"] + config.pairs * parts["pairs"]
+            if batch["step"] == self._attention_from and module.head.attention is not None and self.pupil.start is None:
+                fix_statistics(module.head, grid[:count].detach(), self.seed)
+            parts["pairs"] = teacher_loss(self._scores(features, batch["step"]), batch["embeddings"])
+            total = config.features * parts["features"] + config.pairs * parts["pairs"]
+            if swaps is not None:
+                total = total + self._swap_loss(everything[count:], swaps, batch["step"], parts)
+        maps = tuple(made[:count] for made in maps)
         weight = config.hints * max(0.0, 1 - progress / config.hints_until)
         for name, (number_, _) in self.taps.items():
             if weight > 0:
@@ -307,18 +397,32 @@ class DistillTask:
                 total = total + 0.0 * sum(p.sum() for p in module.hints.parameters())
         return total, {name: value.detach() for name, value in parts.items()}
 
-    def _scores(self, grid: Tensor, features: Tensor, step: int) -> Tensor:
+    def _swap_loss(self, features: Tensor, swaps: dict[str, Tensor], step: int, parts: dict[str, Tensor]) -> Tensor:
+        """The weighted losses over faces with swapped regions, noted in ``parts``."""
+        config, evidence = self.swaps, cast(CellEvidence, self.module.evidence)
+        whole = swaps["whole"]
+        parts["swapped"] = (features - swaps["features"].float()).square().mean() / self.variance
+        parts["cells"] = evidence.loss(features, swaps["people"], swaps["faces"])
+        total = config.features * parts["swapped"] + config.cells * parts["cells"]
+        if int(whole.sum()) > 1:
+            parts["whole"] = teacher_loss(self._scores(features[whole], step), swaps["embeddings"][whole])
+            total = total + config.pairs * parts["whole"]
+        return total
+
+    @property
+    def _attention_from(self) -> int:
+        """Step from which the attention's correction is trained."""
+        return round(self.config.attention_from * self.steps) if self.pupil.start is None else 0
+
+    def _scores(self, features: Tensor, step: int) -> Tensor:
         """All pairs; W is norm attention until its correction is trained."""
         head = self.module.head
-        start = round(self.config.attention_from * self.steps)
-        if head.attention is None or step < start:
+        if head.attention is None or step < self._attention_from:
             templates = Templates.from_features(features, None, "norm")
             scores = xcos_matrix(templates, templates)
             if head.attention is not None:
                 scores = scores + 0.0 * sum(p.sum() for p in head.attention.parameters())
             return scores
-        if step == start:
-            fix_statistics(head, grid.detach(), self.seed)
         return all_pairs(head, features)
 
     def describe(self) -> Mapping[str, Any]:
@@ -327,6 +431,7 @@ class DistillTask:
             "task": "distill",
             "pupil": dataclasses.asdict(self.pupil),
             "loss": dataclasses.asdict(self.config),
+            "swaps": dataclasses.asdict(self.swaps),
             "teacher": self.sources.teacher.fingerprint(),
             "pictures": self.sources.pictures.fingerprint,
             "bank": len(self.sources.bank),
@@ -405,6 +510,22 @@ class DistillTask:
         path = folder / "model.safetensors"
         save_model(model, path)
         return [path]
+
+
+def _take_weights(body: Recogniser, head: XCosHead, file: str) -> None:
+    """Weights of a model file of the same form.
+
+    Raises:
+        ConfigError: another form.
+    """
+    model = load_model(file)
+    if model.architecture != body.architecture or model.head.config() != head.config():
+        raise ConfigError(
+            f"pupil.start: expected a model with body {body.architecture!r} and head {head.config()}, got "
+            f"{model.architecture!r} and {model.head.config()}"
+        )
+    body.load_state_dict(model.backbone.state_dict())
+    head.load_state_dict(model.head.state_dict())
 
 
 def _centre(values: Tensor) -> tuple[Tensor, float]:

@@ -32,7 +32,7 @@ COSINE = 32 * 49
 def _attention(device: str, **options: Any) -> XCosAttention:
     """Seeded weights; batch norms as after training, so that attention differs from cell to cell and pair to pair."""
     torch.manual_seed(11)
-    attention = XCosAttention(SHAPE[0], 16, **options).eval()
+    attention = XCosAttention(SHAPE[0], 16, **({"symmetric": False} | options)).eval()
     with torch.no_grad():
         a, b = (torch.randn(256, *SHAPE) for _ in range(2))
         attention.train()

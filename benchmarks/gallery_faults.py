@@ -51,7 +51,7 @@ def pool() -> tuple[Templates, Templates]:
     """Faces and probes, the same in every process."""
     torch.set_num_threads(1)
     torch.manual_seed(11)
-    head = xcos_ext.XCosHead(in_channels=64).eval().requires_grad_(False)
+    head = xcos_ext.XCosHead(64, attention=xcos_ext.XCosAttention(symmetric=False)).eval().requires_grad_(False)
     faces = head.templates(torch.randn(POOL, 32, 7, 7), "gallery", torch.float16)
     return faces, head.templates(torch.randn(5, 32, 7, 7), "probe", torch.float16)
 

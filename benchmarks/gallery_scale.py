@@ -46,7 +46,7 @@ TEMPLATE_BYTES = 4704
 def head() -> xcos_ext.XCosHead:
     """The published head with reproducible weights."""
     torch.manual_seed(5)
-    made = xcos_ext.XCosHead(in_channels=64).eval()
+    made = xcos_ext.XCosHead(64, attention=xcos_ext.XCosAttention(symmetric=False)).eval()
     return made.requires_grad_(False)
 
 

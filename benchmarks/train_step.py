@@ -26,7 +26,7 @@ from torch import Tensor
 
 from xcos_ext import reference
 from xcos_ext.backbones import create
-from xcos_ext.nn import XCosHead
+from xcos_ext.nn import XCosAttention, XCosHead
 from xcos_ext.training import BatchIndex, head_task
 from xcos_ext.training.cache import Maps
 from xcos_ext.training.data import Pictures
@@ -113,7 +113,7 @@ def cases() -> list[Case]:
 def memory(faces: int) -> dict[str, Any]:
     """Peak resident memory above what was there before a step, in bytes, and seconds of one step."""
     torch.manual_seed(0)
-    costs = example.compare(XCosHead(), torch.randn(faces, 512, 7, 7).half(), "infonce", EACH, rounds=1, repeats=1)
+    costs = example.compare(XCosHead(attention=XCosAttention(symmetric=False)), torch.randn(faces, 512, 7, 7).half(), "infonce", EACH, rounds=1, repeats=1)
     return {
         "name": f"infonce over all pairs of {faces} faces, forward and backward",
         "peak_bytes": {name: cost.peak for name, cost in costs.items()},

@@ -37,7 +37,7 @@ from xcos_ext.backbones import Recogniser
 from xcos_ext.datasets import PersonFolder
 from xcos_ext.evaluation import VerificationReport, fmr_threshold, verification
 from xcos_ext.evaluation.lfw import iterate_pictures
-from xcos_ext.nn import XCosHead, XCosModel, load_recogniser, save_model
+from xcos_ext.nn import XCosAttention, XCosHead, XCosModel, load_recogniser, save_model
 from xcos_ext.training.data import IdentityBatches
 from xcos_ext.training.losses import all_pairs, kinds, make_loss, teacher_loss
 from xcos_ext.training.norms import fix_statistics
@@ -356,7 +356,7 @@ def measure(way: str, state: bytes, loss: str, pictures: int, threads: int, repe
     torch.set_num_threads(threads)
     tensors = load(state)
     grids = tensors.pop("grids").float()
-    head = XCosHead(grids.shape[1]).eval()
+    head = XCosHead(grids.shape[1], attention=XCosAttention(symmetric=False)).eval()
     head.load_state_dict(tensors)
     people = torch.arange(len(grids)) // pictures  # who they really are does not matter for the cost
     compute_loss = make_loss(loss)
@@ -502,7 +502,7 @@ def run(options: argparse.Namespace) -> None:
         f"train on {available} of {len(to_train)}, verify {len(held_out.people)} of {len(to_verify)}"
     )
 
-    head = XCosHead(channels)
+    head = XCosHead(channels, attention=XCosAttention(symmetric=False))  # the published form
     fix_statistics(head, training.grids, options.seed)
     before, _ = evaluate(head, held_out, options.seed)
 

@@ -17,12 +17,12 @@ from xcos_ext.templates import AttentionParameters, Templates, result_dtype
 
 # Options of XCosAttention that change what the kernels compute.
 KINDS: dict[str, dict[str, Any]] = {
-    "softmax": {},
-    "warm": {"temperature": 0.4},
-    "min-shift": {"normalize": "min-shift"},
+    "softmax": {"symmetric": False},
+    "warm": {"symmetric": False, "temperature": 0.4},
+    "min-shift": {"symmetric": False, "normalize": "min-shift"},
     "symmetric": {"symmetric": True, "temperature": 2.0},
     "symmetric min-shift": {"symmetric": True, "normalize": "min-shift"},
-    "residual": {"residual": True, "temperature": 1.7},
+    "residual": {"symmetric": False, "residual": True, "temperature": 1.7},
     "symmetric residual": {"residual": True, "symmetric": True},
 }
 
@@ -59,7 +59,7 @@ def real_features(data: Path, faces: int) -> tuple[XCosHead, Tensor]:
     pictures = PersonFolder(data / "lfw112.zip")
     network = load_recogniser(data / "mobilefacenet_arcface.pt")
     torch.manual_seed(5)
-    built = randomised(XCosHead(512, 32))
+    built = randomised(XCosHead(512, 32, attention=XCosAttention(symmetric=False)))
     assert isinstance(built, XCosHead)
     norms = [module for module in built.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:

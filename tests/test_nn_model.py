@@ -26,7 +26,7 @@ class TinyBackbone(backbones.Recogniser):
 
 
 def attention(**options: object) -> XCosAttention:
-    return XCosAttention(4, 3, **options)  # type: ignore[arg-type]
+    return XCosAttention(4, 3, **({"symmetric": False} | options))  # type: ignore[arg-type]
 
 
 HEADS = {

@@ -69,8 +69,8 @@ class XCosAttention(nn.Module):
         logits(A, B) = G(cat(E(A), E(B)))          [N, H, W]
         W(A, B)      = normalise(logits / T)       sums to 1 over the cells
 
-    Parameter names (``embedding_net.*``, ``attention.*``) are those of the public xCos weights. The published
-    form depends on the order of the two faces; ``symmetric=True`` uses (W(A, B) + W(B, A)) / 2.
+    Parameter names (``embedding_net.*``, ``attention.*``) are those of the public xCos weights. This form depends on the
+    order of the two faces, so (W(A, B) + W(B, A)) / 2 is used unless ``symmetric=False`` asks for the published one.
 
     With ``residual=True`` the network corrects norm attention instead of standing alone::
 
@@ -85,7 +85,7 @@ class XCosAttention(nn.Module):
         normalize: ``"softmax"`` over the cells, or ``"min-shift"``: subtract the smallest value and divide by
             the sum (a map of equal values becomes uniform). The temperature has no effect on min-shift.
         temperature: T > 0; large values flatten W.
-        symmetric: average both orders.
+        symmetric: average both orders; False: the published form, which depends on the order.
         residual: a correction of norm attention; softmax only.
 
     Raises:
@@ -100,7 +100,7 @@ class XCosAttention(nn.Module):
         *,
         normalize: Normalizer = "softmax",
         temperature: float = 1.0,
-        symmetric: bool = False,
+        symmetric: bool = True,
         residual: bool = False,
     ) -> None:
         super().__init__()

@@ -207,7 +207,7 @@ def _from_official(state: State, path: StrPath) -> XCosModel:
         group: any(key.startswith(group) for key in state) for group in ("backbone.output_layer.", "backbone_target.")
     }
     whole.backbone = _meta(lambda: backbones.create(name, output=has["backbone.output_layer."]))
-    head = _meta(XCosHead)
+    head = _meta(lambda: XCosHead(attention=XCosAttention(symmetric=False)))
     assert isinstance(head, XCosHead) and isinstance(head.attention, XCosAttention)
     whole.backbone.add_module("conv1x1", head.conv1x1)
     whole.attention = head.attention

@@ -61,7 +61,7 @@ class ModelConfig:
     statistics: str | None = None
     attention: Literal["residual", "learned", "norm", "uniform"] = "residual"
     hidden: int = number(16, minimum=1)
-    symmetric: bool = False
+    symmetric: bool = True
     temperature: float = number(1.0, above=0)
 
 

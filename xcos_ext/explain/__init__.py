@@ -1,14 +1,24 @@
-"""Showing why two faces match or do not (needs the ``cli`` extra)."""
+"""Showing why two faces match or do not (needs the ``cli`` extra).
+
+``from xcos_ext.explain import explain``: ``explain(model, a, b)`` gives an :class:`Explanation`.
+"""
 
 from .decision import contribution
+from .explanation import Explanation, Face, ModelCard, explain
 from .figure import FIGURE_SUFFIXES, check_figure_path, save_figure, verification_figure
 from .files import OutputError
+from .regions import Region
 
 __all__ = [
     "FIGURE_SUFFIXES",
+    "Explanation",
+    "Face",
+    "ModelCard",
     "OutputError",
+    "Region",
     "check_figure_path",
     "contribution",
+    "explain",
     "save_figure",
     "verification_figure",
 ]

@@ -35,7 +35,7 @@ def verification_figure(
     face_a: np.ndarray | None,
     face_b: np.ndarray | None,
     result: Any,
-    threshold: float,
+    threshold: float | None,
     *,
     names: tuple[str, str] = ("A", "B"),
     heading: str | None = None,
@@ -45,13 +45,14 @@ def verification_figure(
     """Draw a decision and what it is made of.
 
     Both faces with the grid of cells; the similarity S, its colours centred on the threshold; the attention
-    W; and the signed contribution W * (S - t), which adds up to score - threshold.
+    W; and the signed contribution W * (S - t), which adds up to score - threshold. Without a threshold there is no
+    verdict: the colours of S are centred on 0, and the last map is W * S, which adds up to the score.
 
     Args:
         face_a: the first aligned face, uint8 RGB [height, width, 3], or None to leave the faces out.
         face_b: the second.
         result: an ``XCosScore`` of one pair, or anything with ``score``, ``similarity`` and ``attention``.
-        threshold: t: the same person if score >= t.
+        threshold: t: the same person if score >= t; None: unknown.
         names: of the two pictures.
         heading: instead of the verdict, e.g. for data that are not faces.
         note: a small line at the bottom: the model, the origin of the data.
@@ -65,7 +66,7 @@ def verification_figure(
         ValueError: other shapes or types, values or a threshold that are not finite.
     """
     maps = one_pair(result)
-    if not math.isfinite(threshold):
+    if threshold is not None and not math.isfinite(threshold):
         raise ValueError(f"threshold: expected a finite number, got {threshold}")
     faces = [face for face in (face_a, face_b) if face is not None]
     if len(faces) == 1:
@@ -92,12 +93,13 @@ def verification_figure(
         for column, (name, face) in enumerate(zip(names, faces, strict=True)):
             _draw_face(panel(column, upper), face, cells, _shorten(name))
         _draw_budget(panel(2, upper), maps, threshold)
-    parts = contribution(maps.similarity, maps.attention, threshold)
-    span = max(1 - threshold, 0.05)
+    middle = 0.0 if threshold is None else threshold
+    parts = contribution(maps.similarity, maps.attention, middle)
+    span = max(1 - middle, 0.05)
     # One scale for all figures with this threshold, so that they can be compared; rarer, lower values
     # saturate.
-    similarity_norm = colors.Normalize(threshold - span, threshold + span)
-    _draw_map(panel(0, lower), maps.similarity, _DIVERGING, similarity_norm, "similarity S", "{:.2f}", mark=threshold)
+    similarity_norm = colors.Normalize(middle - span, middle + span)
+    _draw_map(panel(0, lower), maps.similarity, _DIVERGING, similarity_norm, "similarity S", "{:.2f}", mark=middle)
     percent = 100 * maps.attention
     attention_norm = colors.Normalize(min(0.0, float(percent.min())), max(float(percent.max()), 1e-7))
     _draw_map(panel(1, lower), percent, _SEQUENTIAL, attention_norm, "attention W, %", "{:.1f}")
@@ -107,23 +109,30 @@ def verification_figure(
         100 * parts,
         _DIVERGING,
         colors.Normalize(-100 * most, 100 * most),
-        "contribution W (S \u2212 threshold), \u00d7 100",
+        "W S, \u00d7 100" if threshold is None else "contribution W (S \u2212 threshold), \u00d7 100",
         "{:+.1f}",
         mark=0.0,
     )
-    same = maps.score >= threshold
+    same = None if threshold is None else maps.score >= threshold
+    verdict, colour = {
+        True: ("same person", _FOR),
+        False: ("different people", _AGAINST),
+        None: ("no verdict: no threshold", _INK),
+    }[same]
     top = height - 0.33
     _text(
         figure,
         left,
         top * inch,
-        heading or ("same person" if same else "different people"),
+        heading or verdict,
         fontsize=17,
         fontweight="bold",
-        color=_INK if heading else _FOR if same else _AGAINST,
+        color=_INK if heading else colour,
     )
-    sign = "\u2265" if same else "<"
-    summary = f"score {_number(maps.score)} {sign} threshold {_number(threshold)}"
+    summary = f"score {_number(maps.score)}"
+    if threshold is not None:
+        sign = "\u2265" if same else "<"
+        summary += f" {sign} threshold {_number(threshold)}"
     _text(figure, 1 - left + 0.005, top * inch, summary, fontsize=14, color=_INK, ha="right")
     if meaning:
         _text(figure, 1 - left + 0.005, (top - 0.21) * inch, meaning, fontsize=8.5, color=_FAINT, ha="right")
@@ -204,16 +213,18 @@ def _draw_map(
         bar_axes.axhline(mark, color="black", linewidth=1.2)
 
 
-def _draw_budget(axes: Axes, maps: Maps, threshold: float) -> None:
-    """Threshold, plus what speaks for, minus what speaks against, is the score."""
+def _draw_budget(axes: Axes, maps: Maps, given: float | None) -> None:
+    """Threshold, plus what speaks for, minus what speaks against, is the score; without a threshold from zero."""
+    threshold = given or 0.0
     parts = contribution(maps.similarity, maps.attention, threshold)
     gain, loss = float(parts[parts > 0].sum()), float(parts[parts < 0].sum())
+    kinds = ("above zero", "below zero") if given is None else ("for", "against")
     steps = [
         ("threshold", 0.0, threshold, "#8a8a8a", _number(threshold)),
-        (f"{int((parts > 0).sum())} cells for", threshold, gain, _FOR, f"+{gain:.3f}"),
-        (f"{int((parts < 0).sum())} cells against", threshold + gain, loss, _AGAINST, f"\u2212{abs(loss):.3f}"),
+        (f"{int((parts > 0).sum())} cells {kinds[0]}", threshold, gain, _FOR, f"+{gain:.3f}"),
+        (f"{int((parts < 0).sum())} cells {kinds[1]}", threshold + gain, loss, _AGAINST, f"\u2212{abs(loss):.3f}"),
         ("score", 0.0, maps.score, _INK, _number(maps.score)),
-    ]
+    ][0 if given is not None else 1 :]
     ends = [0.0, *(start + length for _, start, length, _, _ in steps), *(start for _, start, *_ in steps)]
     low, high = min(ends), max(ends)
     room = max(high - low, 1e-6)
@@ -232,9 +243,10 @@ def _draw_budget(axes: Axes, maps: Maps, threshold: float) -> None:
         )
     axes.axvline(threshold, color="#8a8a8a", linewidth=1, linestyle=(0, (3, 2)), zorder=0)
     axes.set_xlim(low - 0.01 * room, high + 0.22 * room)
-    axes.set_ylim(3.4, -0.75)
+    axes.set_ylim(len(steps) - 0.6, -0.75)
     _plain(axes)
-    axes.set_title("from threshold to score", fontsize=10, color=_INK, loc="left")
+    title = "from zero to score" if given is None else "from threshold to score"
+    axes.set_title(title, fontsize=10, color=_INK, loc="left")
 
 
 def check_figure_path(path: str | os.PathLike[str]) -> str:

@@ -1,0 +1,502 @@
+"""One decision taken apart: which cells agree, where the model looked, and how that makes the score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from .decision import contribution as contribution_of
+from .decision import one_pair
+from .regions import Region, cell_parts, checked_landmarks, summarise
+from .text import percent, printable, signed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from xcos_ext.nn import FMRAtScore, FMRCurve, XCosModel
+
+__all__ = ["Explanation", "Face", "ModelCard", "attention_kind", "checked_threshold", "explain", "features_of_faces"]
+
+#: Rounding that the identity ``sum W (S - t) = score - t`` is allowed in fp64, in units of its largest term.
+_ROUNDING = 64 * np.finfo(np.float64).eps
+
+Identical = Literal["pictures", "features"]
+
+
+@dataclass(frozen=True, eq=False)
+class Face:
+    """One of the two faces.
+
+    Attributes:
+        rgb: the aligned crop, uint8 [height, width, 3], or None.
+        name: of its picture, as it came.
+        landmarks: five points in the crop [5, 2]; None: the template's are assumed.
+        details: what else is known of it, ready for JSON, e.g. ``box`` and ``detection_score``.
+    """
+
+    rgb: np.ndarray | None = None
+    name: str = "picture"
+    landmarks: np.ndarray | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {"picture": printable(self.name), **self.details}
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """The model behind an explanation.
+
+    Attributes:
+        name: of the model.
+        file: that it was loaded from, or None.
+        fingerprint: of all that its features depend on.
+        attention: ``"learned"``, ``"norm"`` or ``"uniform"``.
+    """
+
+    name: str
+    file: str | None
+    fingerprint: str
+    attention: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "name": printable(self.name),
+            "file": None if self.file is None else printable(self.file),
+            "fingerprint": self.fingerprint,
+        }
+
+    @property
+    def attention_in_words(self) -> str:
+        """Whether the model chose where to look."""
+        return {
+            "learned": "learned: the model chose where to look",
+            "norm": "norm, not learned: a cell counts as much as its features are strong in both faces",
+            "uniform": "uniform, not learned: every cell counts alike",
+        }.get(self.attention, self.attention)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Explanation:
+    """A score, and what it is made of: ``score - threshold = sum W * (S - threshold)``, cell by cell.
+
+    Everything is computed again in fp64 from the model's S and W: W is divided by its sum, which is 1 up to the model's
+    rounding, and the score is ``sum W * S``. So the identity holds to the last bits of fp64, and the score equals the
+    model's own within the rounding of the model's type. Both are checked when it is made: the cells' contributions,
+    summed without rounding, are off by at most 64 eps of fp64 times the largest of 1, abs(score) and abs(threshold);
+    the score is off the model's by at most 64 eps of the model's type.
+
+    Args:
+        similarity: S [h, w], cosines.
+        attention: W [h, w], not negative, sums to 1 up to rounding.
+        model_score: the model's own score.
+        threshold: t: the same person if score >= t; None: unknown, then there is no verdict and no contribution.
+        a, b: the faces.
+        model: what scored them.
+        curve: the model's false match rate at any score; None: it was never calibrated.
+        given: whether the threshold is the caller's and not the model's.
+        identical: ``"pictures"`` if both crops are the same, ``"features"`` if what the model keeps of them is.
+        exchanged: the model's score of (B, A); None where unknown.
+        eps: machine epsilon of the type that the model computed in.
+
+    Attributes:
+        score: fp64.
+        contribution: W * (S - t) [h, w], fp64; None without a threshold.
+        regions: what every part of the faces did.
+
+    Raises:
+        ValueError: maps of other shapes, values that are not finite, weights that are negative or do not sum to 1, or
+            a score that the maps do not make.
+    """
+
+    similarity: np.ndarray
+    attention: np.ndarray
+    model_score: float
+    threshold: float | None
+    a: Face
+    b: Face
+    model: ModelCard
+    curve: FMRCurve | None = None
+    given: bool = False
+    identical: Identical | None = None
+    exchanged: float | None = None
+    eps: float = float(np.finfo(np.float32).eps)
+    score: float = field(init=False)
+    contribution: np.ndarray | None = field(init=False)
+    regions: tuple[Region, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        maps = one_pair(SimpleNamespace(score=self.model_score, similarity=self.similarity, attention=self.attention))
+        similarity, attention = maps.similarity.copy(), maps.attention.copy()
+        total = math.fsum(attention.ravel().tolist())
+        slack = 64 * self.eps
+        if attention.min() < -slack or abs(total - 1) > slack:
+            raise ValueError(
+                "attention: expected weights that are not negative and sum to 1, got a sum of "
+                f"{total:.6g} and a least of {attention.min():.3g}"
+            )
+        attention /= total
+        score = math.fsum((attention * similarity).ravel().tolist())
+        if abs(score - self.model_score) > slack * max(1.0, float(np.abs(similarity).max())):
+            raise ValueError(f"model_score: expected {score:.9g}, which sum W * S gives, got {self.model_score:.9g}")
+        threshold = self.threshold
+        parts: np.ndarray | None = None
+        if threshold is not None:
+            if not math.isfinite(threshold):
+                raise ValueError(f"threshold: expected a finite number or None, got {threshold}")
+            parts = contribution_of(similarity, attention, threshold)
+            margin = math.fsum(parts.ravel().tolist())
+            if abs(margin - (score - threshold)) > _ROUNDING * max(1.0, abs(score), abs(threshold)):
+                raise ValueError(
+                    f"contribution: expected a sum of score - threshold = {score - threshold!r}, got {margin!r}"
+                )
+        for name, value in (
+            ("similarity", similarity),
+            ("attention", attention),
+            ("score", score),
+            ("contribution", parts),
+        ):
+            if isinstance(value, np.ndarray):
+                value.setflags(write=False)
+            object.__setattr__(self, name, value)
+        cells = (int(similarity.shape[0]), int(similarity.shape[1]))
+        regions = summarise(
+            similarity,
+            attention,
+            self.weighted if parts is None else parts,
+            self.parts_of(cells),
+            decided=parts is not None,
+        )
+        object.__setattr__(self, "regions", regions)
+
+    def parts_of(self, cells: tuple[int, int]) -> np.ndarray:
+        """The part of the face that every cell lies on: int64 indices into :data:`~xcos_ext.explain.regions.PARTS`."""
+        known = [face.landmarks for face in (self.a, self.b) if face.landmarks is not None]
+        picture = self.a.rgb if self.a.rgb is not None else self.b.rgb
+        size = (112, 112) if picture is None else (int(picture.shape[0]), int(picture.shape[1]))
+        return cell_parts(cells, size, np.mean(known, axis=0) if known else None)
+
+    @property
+    def weighted(self) -> np.ndarray:
+        """W * S [h, w]: adds up to the score."""
+        return self.attention * self.similarity
+
+    @property
+    def same(self) -> bool | None:
+        """The verdict: the same person; None without a threshold."""
+        return None if self.threshold is None else self.score >= self.threshold
+
+    @property
+    def margin(self) -> float | None:
+        """Score - threshold, or None."""
+        return None if self.threshold is None else self.score - self.threshold
+
+    @property
+    def verdict(self) -> str:
+        """The verdict in words."""
+        return {True: "same person", False: "different people", None: "no verdict"}[self.same]
+
+    @property
+    def fmr(self) -> FMRAtScore | None:
+        """False match rate at the score; None: the model was never calibrated."""
+        return None if self.curve is None else self.curve.at(self.score)
+
+    @property
+    def fmr_at_threshold(self) -> FMRAtScore | None:
+        """False match rate at the threshold; None: no threshold, or the model was never calibrated."""
+        return None if self.curve is None or self.threshold is None else self.curve.at(self.threshold)
+
+    # --- words
+
+    @property
+    def certainty(self) -> str:
+        """How far the score is from the threshold, in false match rates."""
+        fmr, at_threshold = self.fmr, self.fmr_at_threshold
+        if self.curve is None or fmr is None:
+            return "This model was never calibrated, so nobody knows how often different people score as high."
+        sample = f"{self.curve.pairs:,} pairs of different people"
+        if self.curve.people is not None:
+            sample += f" ({self.curve.people:,} people)"
+        said = f"Of {sample} the share that scores at least {self.score:.3f} is {fmr}"
+        if at_threshold is None:
+            return f"{said}."
+        said += f"; at the threshold it is {at_threshold}"
+        if fmr.resolved and at_threshold.resolved:
+            ratio = at_threshold.rate / fmr.rate
+            if ratio >= 1.05:
+                said += f": {_times(ratio)} fewer"
+            elif ratio <= 1 / 1.05:
+                said += f": {_times(1 / ratio)} more"
+        return said + ". On other people and other photographs the shares differ."
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a reader must know beside the numbers, a sentence each."""
+        said = []
+        if self.identical == "pictures":
+            said.append("Both crops are the same picture, pixel by pixel: the score says nothing about the person.")
+        elif self.identical == "features":
+            said.append("The model keeps exactly the same of both pictures: the score says nothing about the person.")
+        if self.threshold is None:
+            said.append("The model knows no decision threshold (it was never calibrated): there is no verdict.")
+        elif self.given:
+            said.append(f"The threshold {self.threshold:.4f} was given for this comparison; it is not the model's own.")
+        if self.model.attention in ("norm", "uniform"):
+            said.append(f"The attention is {self.model.attention_in_words}.")
+        rounding = 64 * self.eps
+        if self.margin is not None and abs(self.margin) <= rounding:
+            said.append("The score is on the threshold within rounding: the verdict could as well be the other.")
+        if self.exchanged is not None and abs(self.exchanged - self.model_score) > rounding:
+            turned = self.threshold is not None and (self.exchanged >= self.threshold) != self.same
+            said.append(
+                f"With the faces exchanged the score is {self.exchanged:.4f}{', and the verdict the other' * turned}: "
+                "this model's attention depends on the order."
+            )
+        return tuple(said)
+
+    @property
+    def summary(self) -> str:
+        """Two or three sentences: the verdict, and which parts made it."""
+        if self.threshold is None or self.margin is None:
+            head = f"No verdict: score {self.score:.4f}, and no threshold to compare it with."
+            most = sorted(self.regions, key=lambda r: -r.share)[:3]
+            looked = ", ".join(f"{r.name} ({percent(r.share)}, mean S {r.similarity:.2f})" for r in most)
+            return f"{head} Most attention: {looked}."
+        side = "above" if self.margin >= 0 else "below"
+        head = (
+            f"{self.verdict.capitalize()}: score {self.score:.4f} is {abs(self.margin):.4f} {side} the threshold "
+            f"{self.threshold:.4f}."
+        )
+        said = [head]
+        for word, verb in (("agrees", "For the same person"), ("differs", "Against it")):
+            chosen = sorted((r for r in self.regions if r.word == word), key=lambda r: -abs(r.contribution))
+            if chosen:
+                total = math.fsum(r.contribution for r in chosen)
+                names = ", ".join(f"{r.name} {signed(r.contribution)}" for r in chosen)
+                said.append(f"{verb} ({signed(total)}): {names}.")
+        return " ".join(said)
+
+    def __str__(self) -> str:
+        lines = [self.summary, self.certainty, *self.remarks]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        threshold = "None" if self.threshold is None else f"{self.threshold:.4f}"
+        rows, columns = self.similarity.shape
+        return f"<Explanation: {self.verdict}, score {self.score:.4f}, threshold {threshold}, {rows}x{columns} cells>"
+
+    # --- ways out
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON: the keys of ``xcos verify --json``, then parts of the face and words."""
+        curve = self.curve
+        return {
+            "score": self.score,
+            "threshold": self.threshold,
+            "same": self.same,
+            "fmr": _rate(self.fmr, curve),
+            "similarity": self.similarity.tolist(),
+            "attention": self.attention.tolist(),
+            "contribution": None if self.contribution is None else self.contribution.tolist(),
+            "model": self.model.as_dict(),
+            "a": self.a.as_dict(),
+            "b": self.b.as_dict(),
+            "fmr_at_threshold": _rate(self.fmr_at_threshold, curve),
+            "regions": [
+                {
+                    "name": region.name,
+                    "cells": [list(cell) for cell in region.cells],
+                    "similarity": region.similarity,
+                    "attention": region.share,
+                    "contribution": None if self.threshold is None else region.contribution,
+                    "word": region.word,
+                }
+                for region in self.regions
+            ],
+            "attention_kind": self.model.attention,
+            "identical": self.identical,
+            "model_score": self.model_score,
+            "exchanged_score": self.exchanged,
+            "threshold_given": self.given,
+            "text": {"summary": self.summary, "certainty": self.certainty, "remarks": list(self.remarks)},
+        }
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """:meth:`as_dict` as strict JSON."""
+        import json
+
+        return json.dumps(self.as_dict(), indent=indent, allow_nan=False)
+
+    def figure(self) -> Figure:
+        """The decision as a matplotlib figure; write it with :func:`~xcos_ext.explain.save_figure`.
+
+        Raises:
+            MissingPackageError: matplotlib is not installed.
+        """
+        from .figure import verification_figure
+
+        both = self.a.rgb is not None and self.b.rgb is not None
+        fmr = self.fmr
+        return verification_figure(
+            self.a.rgb if both else None,
+            self.b.rgb if both else None,
+            self,
+            self.threshold,
+            names=(short_name(self.a.name), short_name(self.b.name)),
+            note=printable(self.model.name),
+            meaning="" if fmr is None else f"false match rate at this score {fmr}",
+        )
+
+    def to_html(self, *, title: str | None = None) -> str:
+        """One page with everything in it: pictures, style and program; nothing is loaded from anywhere.
+
+        Args:
+            title: of the page; by default the names of the pictures.
+
+        Raises:
+            MissingPackageError: Pillow, which encodes the pictures, is not installed.
+        """
+        from .html import explanation_page
+
+        return explanation_page(self, title=title)
+
+    def _repr_html_(self) -> str:
+        from .html import notebook_frame
+
+        return notebook_frame(self)
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f} times" if ratio < 9.95 else f"{ratio:,.0f} times"
+
+
+def _rate(rate: FMRAtScore | None, curve: FMRCurve | None) -> dict[str, Any] | None:
+    if rate is None or curve is None:
+        return None
+    return rate._asdict() | {
+        "smallest_resolved": curve.smallest,
+        "impostor_pairs": curve.pairs,
+        "people": curve.people,
+    }
+
+
+def short_name(name: str) -> str:
+    """The last part of a path, printable."""
+    return printable(name).rstrip("/").rpartition("/")[2] or printable(name)
+
+
+def attention_kind(model: XCosModel) -> str:
+    """``"learned"``, or the rule that weighs the cells of a model without attention: ``"norm"`` or ``"uniform"``."""
+    head: Any = model.head
+    if getattr(head, "attention", None) is not None:
+        return "learned"
+    # A head without parameters weighs by norms where it does not say otherwise: the closed form.
+    fixed = getattr(head, "fixed_attention", "norm")
+    return fixed if isinstance(fixed, str) else "norm"
+
+
+def checked_threshold(model: XCosModel, threshold: float | None) -> tuple[float | None, bool]:
+    """The threshold that decides, and whether it is the caller's.
+
+    Raises:
+        TypeError, ValueError: not a finite number.
+    """
+    if threshold is None:
+        return model.threshold, False
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float | np.number):
+        raise TypeError(f"threshold: expected a number or None, got {type(threshold).__name__}")
+    if not math.isfinite(threshold):
+        raise ValueError(f"threshold: expected a finite number or None, got {threshold}")
+    return float(threshold), True
+
+
+def features_of_faces(model: XCosModel, faces: Sequence[np.ndarray]) -> Any:
+    """Grid features [N, C, H, W] of aligned crops, on the model's device, without gradients."""
+    import torch
+
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with torch.no_grad():
+        return model.features(model.preprocessing(list(faces)).to(device))
+
+
+def explain(
+    model: XCosModel,
+    a: np.ndarray,
+    b: np.ndarray,
+    *,
+    threshold: float | None = None,
+    names: tuple[str, str] = ("A", "B"),
+    landmarks_a: np.ndarray | None = None,
+    landmarks_b: np.ndarray | None = None,
+    details: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {}),
+    file: str | None = None,
+) -> Explanation:
+    """Why a model says what it says about two faces.
+
+    >>> explanation = explain(model, a, b)
+    >>> print(explanation)
+    >>> open("why.html", "w").write(explanation.to_html())
+
+    Args:
+        model: in evaluation mode; of any kind of attention.
+        a: the first aligned face, uint8 RGB [height, width, 3] of the size that the model expects.
+        b: the second.
+        threshold: instead of the model's: the same person if score >= threshold.
+        names: of the two pictures.
+        landmarks_a: five points of A in the crop [5, 2], for the parts of the face; by default the template's
+            (:data:`xcos_ext.faces.ARCFACE_TEMPLATE`).
+        landmarks_b: of B. Where both are given, their mean decides.
+        details: what else is known of the pictures, for JSON and the page.
+        file: that the model was loaded from.
+
+    Returns:
+        :class:`Explanation`; ``.figure()``, ``.to_html()``, ``.to_json()``.
+
+    Raises:
+        TypeError: a face that is not a uint8 array.
+        ValueError: a face of another shape, a model in training mode, or one that gives values that are not finite.
+    """
+    import torch
+
+    if model.training:
+        raise ValueError("model: expected evaluation mode, got training mode; call .eval() first")
+    size = model.preprocessing.size
+    for argument, face in (("a", a), ("b", b)):
+        if not isinstance(face, np.ndarray) or face.dtype != np.uint8:
+            raise TypeError(
+                f"{argument}: expected an aligned face, uint8 RGB, got {getattr(face, 'dtype', type(face).__name__)}"
+            )
+        if face.shape != (*size, 3):
+            raise ValueError(f"{argument}: expected an aligned face [{size[0]}, {size[1]}, 3], got {list(face.shape)}")
+    threshold, given = checked_threshold(model, threshold)
+    points = [
+        None if p is None else checked_landmarks(p, size, f"landmarks_{which}")
+        for which, p in (("a", landmarks_a), ("b", landmarks_b))
+    ]
+    features = features_of_faces(model, [a, b])
+    with torch.no_grad():
+        # (A, B) and (B, A) in one call: for a model whose attention depends on the order.
+        result = model.score(features, features.flip(0), return_maps=True)
+    score, exchanged = result.score.double().tolist()
+    same_features = bool(torch.equal(features[0], features[1]))
+    return Explanation(
+        similarity=result.similarity[0].double().cpu().numpy(),
+        attention=result.attention[0].double().cpu().numpy(),
+        model_score=score,
+        threshold=threshold,
+        a=Face(a, names[0], points[0], details[0]),
+        b=Face(b, names[1], points[1], details[1]),
+        model=ModelCard(model.name, file, model.fingerprint(), attention_kind(model)),
+        curve=model.fmr_curve,
+        given=given,
+        identical="pictures" if np.array_equal(a, b) else "features" if same_features else None,
+        exchanged=exchanged if math.isfinite(exchanged) else None,
+        eps=float(torch.finfo(result.score.dtype).eps),
+    )

@@ -1,0 +1,587 @@
+"""Many pairs on one HTML page: written as it is computed, so that ten thousand pairs take the memory of a hundred.
+
+Of every picture the page holds one small JPEG, of every pair the maps in two bytes a number. Of what is kept in memory
+only the pictures' names grow in number; their features lie in a temporary file without a name beside the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import csv
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+
+from xcos_ext.errors import PictureError, XCosError
+from xcos_ext.optional import need
+
+from .colours import RDBU, YLGN
+from .explanation import ModelCard, attention_kind, checked_threshold, features_of_faces
+from .files import check_output, write_atomically
+from .html import Page, data_block, how_to_read, picture_uri, text
+from .regions import PARTS, cell_parts
+from .text import printable
+
+if TYPE_CHECKING:
+    from xcos_ext.faces import Detector
+    from xcos_ext.nn import XCosModel
+
+__all__ = ["PairsFile", "PairsFileError", "ReportPair", "ReportSummary", "pictures_below", "write_report"]
+
+_PAIRS = 128  # scored at a time
+_THUMBNAIL = 112  # pixels of the longer side
+_QUALITY = 72  # of the JPEGs
+_FULL = 65535  # a map's number in two bytes
+_GENUINE = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": None}
+
+
+class PairsFileError(XCosError, ValueError):
+    """A list of pairs that cannot be used; the message names the file and the line."""
+
+
+@dataclass(frozen=True)
+class ReportPair:
+    """One line of the list.
+
+    Attributes:
+        a, b: pictures, as the list names them.
+        genuine: whether both show one person; None: not said.
+        labels: values of the list's other columns.
+        line: of the list, from 1 for its header; 0: no list.
+    """
+
+    a: str
+    b: str
+    genuine: bool | None = None
+    labels: tuple[str, ...] = ()
+    line: int = 0
+
+
+class PairsFile:
+    """Pairs from a CSV file with a header: columns ``a``, ``b``, optionally ``genuine`` (or ``same``), and any others.
+
+    ``genuine`` is 1 or 0 (also true, yes, false, no), or empty where it is not known. The other columns are shown on
+    the page. The file is read through once to check it, and again whenever it is iterated; it is never held in memory.
+
+    Args:
+        path: the file, UTF-8.
+
+    Attributes:
+        label_names: the other columns.
+
+    Raises:
+        PairsFileError: not such a file; the message names the line.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._name = printable(self.path)
+        self.label_names: tuple[str, ...] = ()
+        self._count = 0
+        for _ in self:
+            self._count += 1
+        if not self._count:
+            raise PairsFileError(f"{self._name}: no pairs in it")
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[ReportPair]:
+        name = self._name
+        line = 0
+        try:
+            if not stat.S_ISREG(os.stat(self.path).st_mode):
+                raise PairsFileError(f"{name}: expected a CSV file, got something that is not a regular file")
+            with open(self.path, encoding="utf-8-sig", newline="") as stream:
+                rows = csv.reader(stream, strict=True)
+                try:
+                    header = [column.strip() for column in next(rows, [])]
+                    line = rows.line_num
+                    places = self._places(header, max(line, 1))
+                    for row in rows:
+                        line = rows.line_num
+                        if row:
+                            yield self._pair(row, header, places, line)
+                except csv.Error as error:
+                    raise PairsFileError(f"{name}, line {rows.line_num}: not CSV ({error})") from error
+        except UnicodeDecodeError as error:
+            raise PairsFileError(f"{name}, after line {line}: expected text in UTF-8 ({error.reason})") from error
+        except (OSError, ValueError) as error:
+            if isinstance(error, PairsFileError):
+                raise
+            raise PairsFileError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+    def _places(self, header: list[str], line: int) -> tuple[int, int, int | None]:
+        lower = [column.lower() for column in header]
+        doubled = sorted({column for column in lower if column and lower.count(column) > 1})
+        if "a" not in lower or "b" not in lower or doubled:
+            got = ", ".join(repr(column) for column in header) or "nothing"
+            raise PairsFileError(
+                f"{self._name}, line {line}: expected a header with the columns a and b, each column once, got {got}"
+            )
+        kind = next((lower.index(column) for column in ("genuine", "same") if column in lower), None)
+        places = (lower.index("a"), lower.index("b"), kind)
+        self.label_names = tuple(column for i, column in enumerate(header) if i not in places)
+        return places
+
+    def _pair(self, row: list[str], header: list[str], places: tuple[int, int, int | None], line: int) -> ReportPair:
+        where = f"{self._name}, line {line}"
+        if len(row) != len(header):
+            raise PairsFileError(f"{where}: expected {len(header)} columns as in the header, got {len(row)}")
+        a, b = row[places[0]].strip(), row[places[1]].strip()
+        if not a or not b:
+            raise PairsFileError(f"{where}: expected two pictures, got {a!r} and {b!r}")
+        genuine = None
+        if places[2] is not None:
+            said = row[places[2]].strip().lower()
+            if said not in _GENUINE:
+                raise PairsFileError(f"{where}: {header[places[2]]}: expected 1, 0 or nothing, got {said!r}")
+            genuine = _GENUINE[said]
+        labels = tuple(value for i, value in enumerate(row) if i not in places)
+        return ReportPair(a, b, genuine, labels, line)
+
+
+def pictures_below(root: str | os.PathLike[str], *, max_pixels: int | None = None) -> Callable[[str], np.ndarray]:
+    """A reader of pictures by their path below a folder, or in a zip archive.
+
+    Args:
+        root: the folder or archive. Where it holds one folder and nothing else, paths may start in that.
+        max_pixels: larger files are refused; by default :data:`xcos_ext.faces.MAX_PIXELS`.
+
+    Returns:
+        A function from a path to uint8 RGB [H, W, 3]; it raises PictureError, and may be called from threads.
+
+    Raises:
+        PictureError: no such folder or archive.
+    """
+    from xcos_ext.faces import MAX_PIXELS, display_name, read_picture
+
+    folder = Path(root)
+    name = printable(str(root))
+    if folder.is_dir():
+        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+        inner = folder / entries[0].name if len(entries) == 1 and entries[0].is_dir() else folder
+
+        def from_folder(path: str) -> np.ndarray:
+            place = folder / path
+            if inner is not folder and not os.path.lexists(place):
+                place = inner / path
+            try:
+                return read_picture(place, max_pixels=max_pixels or MAX_PIXELS)
+            except PictureError as error:  # a page that goes elsewhere need not tell where the pictures lay here
+                raise PictureError(str(error).replace(display_name(place), printable(path), 1)) from error
+
+        return from_folder
+    from xcos_ext.datasets import PictureTree
+
+    try:
+        tree = PictureTree(folder)
+    except (OSError, ValueError) as error:
+        raise PictureError(f"{name}: expected a folder or a zip archive with the pictures") from error
+
+    def from_archive(path: str) -> np.ndarray:
+        key = tree.find(path)
+        if key is None:
+            raise PictureError(f"{path}: not in {name}")
+        return tree.read(key)
+
+    return from_archive
+
+
+@dataclass
+class ReportSummary:
+    """What a report holds.
+
+    Attributes:
+        pairs: all, in the order of the list.
+        compared: those with a score.
+        failed: the others; each is on the page with the reason.
+        genuine, impostor: compared pairs that the list says this of.
+        same, different: verdicts; 0 without a threshold.
+        false_matches: impostor pairs that are taken for the same person.
+        false_non_matches: genuine pairs that are taken for different people.
+        identical: pairs of one picture, or of two of which the model keeps the same.
+        pictures: different pictures that the list names.
+        without_face: those that could not be used.
+        several_faces: those with more than one face, of which one was taken.
+        threshold: that decided, or None.
+        seconds: for everything.
+        bytes: of the page.
+    """
+
+    pairs: int = 0
+    compared: int = 0
+    failed: int = 0
+    genuine: int = 0
+    impostor: int = 0
+    same: int = 0
+    different: int = 0
+    false_matches: int = 0
+    false_non_matches: int = 0
+    identical: int = 0
+    pictures: int = 0
+    without_face: int = 0
+    several_faces: int = 0
+    threshold: float | None = None
+    seconds: float = 0.0
+    bytes: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+
+class _Spool:
+    """Rows of numbers on the disk, in a file that no name leads to, so nothing is left of it whatever happens."""
+
+    def __init__(self, folder: str) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by close)
+        self._shape: tuple[int, ...] = ()
+        self._rows = 0
+
+    def append(self, rows: np.ndarray) -> int:
+        """Add rows [N, ...] of fp32; gives the place of the first."""
+        self._shape = rows.shape[1:]
+        self._file.write(np.ascontiguousarray(rows, np.float32).tobytes())
+        self._rows += len(rows)
+        return self._rows - len(rows)
+
+    def take(self, places: Sequence[int]) -> np.ndarray:
+        """Rows by their places [N, ...]."""
+        self._file.flush()
+        size = 4 * int(np.prod(self._shape))
+        made = np.empty((len(places), *self._shape), np.float32)
+        for row, place in zip(made, places, strict=True):
+            # Reading, not mapping: mapped pages would count as this process's memory.
+            row[...] = np.frombuffer(os.pread(self._file.fileno(), size, place * size), np.float32).reshape(self._shape)
+        return made
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _thumbnail(rgb: np.ndarray) -> str:
+    """A small JPEG in base64, without the prefix of a data URI."""
+    if max(rgb.shape[:2]) > _THUMBNAIL:
+        image = need("PIL.Image", "a page with pictures").fromarray(rgb)
+        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        rgb = np.asarray(image)
+    return picture_uri(rgb, "JPEG", quality=_QUALITY, optimize=True).partition(",")[2]
+
+
+class _Report:
+    """The state of a report that is being written."""
+
+    def __init__(self, model: XCosModel, threshold: float | None, folder: str, batch: int) -> None:
+        self.model = model
+        self.summary = ReportSummary(threshold=threshold)
+        self.batch = batch
+        self.spool = _Spool(folder)
+        self.places: dict[str, int] = {}  # picture -> number on the page, in the order of first use
+        self.rows: list[int] = []  # number -> row of the spool; -1: no face
+        self.why: dict[int, str] = {}
+
+    # --- pictures
+
+    def add_pictures(self, read: list[tuple[str, np.ndarray | None, int, str | None]]) -> str:
+        """Features and thumbnails of the next pictures; their blocks of the page."""
+        faces = [rgb for _, rgb, _, _ in read if rgb is not None]
+        failure = None
+        starts: list[int] = []
+        if faces:
+            try:
+                features = features_of_faces(self.model, faces).float().cpu().numpy()
+                first = self.spool.append(features)
+                starts = list(range(first, first + len(faces)))
+            except MemoryError:
+                raise
+            except RuntimeError as error:  # a network that fails on these pictures
+                failure = f"the model failed: {printable(str(error))}"
+        following = iter(starts)
+        names: list[str] = []
+        reasons: dict[int, str] = {}
+        jpegs: list[str] = []
+        first_number = len(self.rows)
+        for name, rgb, found, why in read:
+            number = len(self.rows)
+            why = why or failure
+            names.append(printable(name))
+            jpegs.append("" if rgb is None else _thumbnail(rgb))
+            if why is None:
+                self.rows.append(next(following))
+            else:
+                self.rows.append(-1)
+                self.why[number] = reasons[number] = printable(why)
+                self.summary.without_face += 1
+            self.summary.several_faces += found > 1
+        self.summary.pictures += len(read)
+        return (
+            data_block({"names": names, "why": reasons}, "names")
+            + f'<script type="text/plain" class="jpegs" data-first="{first_number}">{chr(10).join(jpegs)}</script>\n'
+        )
+
+    # --- pairs
+
+    def add_pairs(self, pairs: list[ReportPair]) -> str:
+        """Scores and maps of some pairs; their block of the page."""
+        numbers = [(self.places[pair.a], self.places[pair.b]) for pair in pairs]
+        why: dict[int, str] = {}
+        usable = []
+        for i, (a, b) in enumerate(numbers):
+            reasons = dict.fromkeys(self.why[n] for n in (a, b) if n in self.why)
+            if reasons:
+                why[i] = "; ".join(reasons)
+            else:
+                usable.append(i)
+        scores, maps, alike, problems = self._score(
+            [(self.rows[numbers[i][0]], self.rows[numbers[i][1]]) for i in usable]
+        )
+        shown: list[float | None] = [None] * len(pairs)
+        rates: list[float | None] = [None] * len(pairs)
+        for place, i in enumerate(usable):
+            if place in problems:
+                why[i] = problems[place]
+                continue
+            score = float(scores[place])
+            shown[i] = score
+            if self.model.fmr_curve is not None:
+                rate = self.model.fmr_curve.at(score)
+                # Below what the calibration resolves: negative, so that one number says both.
+                rates[i] = float(f"{rate.rate if rate.resolved else -rate.rate:.3g}")
+            self._count(pairs[i].genuine, score)
+        self.summary.pairs += len(pairs)
+        self.summary.failed += len(why)
+        packed = np.zeros((len(pairs), *maps.shape[1:]), "<u2")
+        identical = {usable[i]: "same picture" if len(set(numbers[usable[i]])) == 1 else "same features" for i in alike}
+        self.summary.identical += len(identical)
+        good = [place for place in range(len(usable)) if place not in problems]
+        packed[[usable[place] for place in good]] = maps[good]
+        return data_block(
+            {
+                "a": [a for a, _ in numbers],
+                "b": [b for _, b in numbers],
+                "line": [pair.line for pair in pairs],
+                "genuine": [None if pair.genuine is None else int(pair.genuine) for pair in pairs],
+                "labels": [[printable(label) for label in pair.labels] for pair in pairs],
+                "score": shown,
+                "fmr": rates,
+                "why": why,
+                "identical": identical,
+                "maps": base64.b64encode(packed.tobytes()).decode("ascii"),
+            },
+            "pairs",
+        )
+
+    def _score(self, rows: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray, list[int], dict[int, str]]:
+        """Scores fp64 [N], maps uint16 [N, 2, cells], places of equal features, and by place why there is no score."""
+        import torch
+
+        cells = int(np.prod(self.cells))
+        if not rows:
+            return np.empty(0), np.empty((0, 2, cells), "<u2"), [], {}
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        unique = sorted({row for pair in rows for row in pair})
+        index = {row: i for i, row in enumerate(unique)}
+        features = torch.from_numpy(self.spool.take(unique)).to(device)
+        with torch.no_grad():
+            a, b = (features[[index[pair[side]] for pair in rows]] for side in (0, 1))
+            result = self.model.score(a, b, return_maps=True)
+            alike = (a == b).flatten(1).all(1).nonzero().flatten().tolist()
+        own = result.score.double().cpu().numpy()
+        similarity, attention = (m.double().cpu().numpy().reshape(len(rows), cells) for m in result[1:])
+        slack = 64 * float(torch.finfo(result.score.dtype).eps)
+        with np.errstate(invalid="ignore"):
+            total = attention.sum(1, keepdims=True)
+            attention = attention / total
+            scores = (attention * similarity).sum(1)
+            finite = np.isfinite(own) & np.isfinite(similarity).all(1) & np.isfinite(attention).all(1)
+            true = (np.abs(total[:, 0] - 1) <= slack) & (np.abs(scores - own) <= slack)
+        problems = {
+            int(i): "the model gave a result that is not finite"
+            if not finite[i]
+            else "the model gave a score that its maps do not make"
+            for i in np.flatnonzero(~(finite & true))
+        }
+        kept = np.where(finite[:, None], similarity, 0), np.where(finite[:, None], attention, 0)
+        maps = np.stack([(kept[0] + 1) / 2, kept[1]], 1)
+        return scores, np.rint(np.clip(maps, 0, 1) * _FULL).astype("<u2"), alike, problems
+
+    def _count(self, genuine: bool | None, score: float) -> None:
+        summary = self.summary
+        summary.compared += 1
+        summary.genuine += genuine is True
+        summary.impostor += genuine is False
+        if summary.threshold is not None:
+            same = score >= summary.threshold
+            summary.same += same
+            summary.different += not same
+            summary.false_matches += same and genuine is False
+            summary.false_non_matches += not same and genuine is True
+
+    @property
+    def cells(self) -> tuple[int, int]:
+        return self._cells
+
+    def measure_cells(self) -> None:
+        """Rows and columns of the model's grid."""
+        height, width = self.model.preprocessing.size
+        shape = features_of_faces(self.model, [np.zeros((height, width, 3), np.uint8)]).shape
+        self._cells = (int(shape[-2]), int(shape[-1]))
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    model: XCosModel,
+    pairs: Iterable[ReportPair],
+    read: Callable[[str], np.ndarray],
+    *,
+    detector: Callable[[], Detector] | None = None,
+    policy: str = "prominent",
+    threshold: float | None = None,
+    title: str = "Pairs of faces",
+    label_names: Sequence[str] = (),
+    file: str | None = None,
+    batch_size: int = 32,
+    threads: int = 2,
+    progress: Callable[[int, int], None] | None = None,
+) -> ReportSummary:
+    """Compare many pairs and write them, with pictures and maps, on one HTML page.
+
+    The page sorts by score, by the distance to the threshold and by the S, W or contribution of any cell; it filters
+    and searches, and shows some pairs at a time. A pair whose picture cannot be used is listed with the reason. The
+    page is written to a temporary file that takes the name when it is complete.
+
+    Args:
+        path: the page, ``.html``.
+        model: in evaluation mode.
+        pairs: gone through twice, e.g. :class:`PairsFile` or a list.
+        read: gives a picture by its name, uint8 RGB [H, W, 3], or raises PictureError; called from threads.
+        detector: makes a face detector for each thread; None: the pictures are aligned crops.
+        policy: which of several faces; see :func:`xcos_ext.faces.choose_face`.
+        threshold: instead of the model's.
+        title: of the page.
+        label_names: of the pairs' labels.
+        file: that the model was loaded from.
+        batch_size: pictures per forward pass.
+        threads: that read pictures and find faces.
+        progress: is told (pairs done, all).
+
+    Returns:
+        :class:`ReportSummary`.
+
+    Raises:
+        OutputError: the page cannot be written.
+        ValueError: a model in training mode, no pairs, or a threshold that is not finite.
+    """
+    started = time.monotonic()
+    if model.training:
+        raise ValueError("model: expected evaluation mode, got training mode; call .eval() first")
+    if batch_size < 1 or threads < 1:
+        raise ValueError(f"batch_size, threads: expected at least 1, got {batch_size}, {threads}")
+    target = check_output(path, (".html", ".htm"))
+    threshold, given = checked_threshold(model, threshold)
+    if detector is not None:
+        detector()  # fails here rather than in a thread; and OpenCV cannot be imported by several threads at once
+    report = _Report(model, threshold, os.path.dirname(target), batch_size)
+    try:
+        total = 0
+        for pair in pairs:
+            total += 1
+            for name in (pair.a, pair.b):
+                report.places.setdefault(name, len(report.places))
+        if not total:
+            raise ValueError("pairs: expected at least one, got none")
+        report.measure_cells()
+        card = ModelCard(model.name, file, model.fingerprint(), attention_kind(model))
+        settings = _settings(report, card, given, label_names)
+
+        def write(stream: BinaryIO) -> None:
+            page = Page("report", title)
+
+            def put(content: str) -> None:
+                stream.write(content.encode("utf-8"))
+
+            put(page.head + _content(title, threshold is not None) + data_block(settings, "settings"))
+            with contextlib.closing(_faces(report, read, detector, policy, threads)) as faces:
+                source = iter(pairs)
+                done = 0
+                while chunk := list(islice(source, _PAIRS)):
+                    wanted = 1 + max(report.places[name] for pair in chunk for name in (pair.a, pair.b))
+                    while len(report.rows) < wanted:
+                        put(report.add_pictures(list(islice(faces, min(batch_size, wanted - len(report.rows))))))
+                    put(report.add_pairs(chunk))
+                    done += len(chunk)
+                    if progress is not None:
+                        progress(done, total)
+            report.summary.seconds = time.monotonic() - started
+            put(data_block(report.summary.as_dict(), "summary") + page.foot)
+            report.summary.bytes = stream.tell()
+
+        write_atomically(target, write)
+    finally:
+        report.spool.close()
+    return report.summary
+
+
+def _faces(
+    report: _Report,
+    read: Callable[[str], np.ndarray],
+    detector: Callable[[], Detector] | None,
+    policy: str,
+    threads: int,
+) -> Generator[tuple[str, np.ndarray | None, int, str | None], None, None]:
+    """(name, crop or None, faces found, why there is no crop) of every picture, in the order of first use."""
+    from xcos_ext.gallery.enroll import Picture, read_faces
+
+    size = report.model.preprocessing.size
+    pictures = (Picture(name, partial(read, name)) for name in report.places)
+    for picture, rgb, found, why in read_faces(pictures, size, detector, policy=policy, threads=threads):  # type: ignore[arg-type]
+        yield picture.id, rgb, found, why
+
+
+def _settings(report: _Report, card: ModelCard, given: bool, label_names: Sequence[str]) -> Mapping[str, Any]:
+    from xcos_ext import __version__
+
+    curve = report.model.fmr_curve
+    return {
+        "cells": list(report.cells),
+        "parts": cell_parts(report.cells, report.model.preprocessing.size).ravel().tolist(),
+        "part_names": list(PARTS),
+        "threshold": report.summary.threshold,
+        "given": given,
+        "rdbu": list(RDBU),
+        "ylgn": list(YLGN),
+        "labels": [printable(name) for name in label_names],
+        "model": card.as_dict() | {"attention": card.attention_in_words},
+        "calibration": None if curve is None else {"pairs": curve.pairs, "people": curve.people},
+        "version": __version__,
+    }
+
+
+def _content(title: str, decided: bool) -> str:
+    return f"""<main>
+<header><h1>{text(title)}</h1>
+<p id="counts" role="status">Reading the page&hellip;</p>
+<p id="about"></p>
+<noscript><p><b>This page needs its script to show the pairs.</b> It is part of the file; nothing is loaded from
+anywhere.</p></noscript></header>
+<section id="controls" hidden aria-label="Choose and sort"></section>
+<p id="found" role="status" aria-live="polite"></p>
+<nav class="pager" hidden aria-label="Pages"></nav>
+<div id="pairs"></div>
+<nav class="pager" hidden aria-label="Pages, again"></nav>
+<section class="notes"><h2>What these maps can say, and what they cannot</h2>
+{how_to_read(decided)}
+</section>
+</main>
+"""

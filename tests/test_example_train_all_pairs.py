@@ -16,7 +16,7 @@ from torch import Tensor
 import xcos_ext
 from xcos_ext import backbones, reference
 from xcos_ext.datasets import PersonFolder
-from xcos_ext.nn import XCosHead
+from xcos_ext.nn import XCosAttention, XCosHead
 from xcos_ext.training import losses
 
 EXAMPLES = str(REPOSITORY / "examples")
@@ -45,7 +45,7 @@ def generated(people: int = 150, pictures: int = 4, channels: int = 24, seed: in
 
 def prepared(faces: Any) -> XCosHead:
     torch.manual_seed(11)
-    head = XCosHead(faces.grids.shape[1], 8)
+    head = XCosHead(faces.grids.shape[1], 8, attention=XCosAttention(8, symmetric=False))
     example.fix_statistics(head, faces.grids, 0)
     return head
 
@@ -111,7 +111,7 @@ def test_the_teacher_pulls_scores_towards_its_cosine() -> None:
 def test_gradients_are_those_through_the_reference(name: str) -> None:
     faces = generated(people=4, pictures=2, channels=6)
     torch.manual_seed(1)
-    head = XCosHead(6, 5)
+    head = XCosHead(6, 5, attention=XCosAttention(5, symmetric=False))
     example.fix_statistics(head, faces.grids, 0)
     head.double()
     grids = faces.grids.double()
@@ -206,7 +206,7 @@ def test_three_ways_give_one_result_and_the_formula_says_what_pairs_keep() -> No
 
 def test_costs_are_measured_in_processes_of_their_own() -> None:
     faces = generated(people=16, pictures=2)
-    head = XCosHead(24).eval()
+    head = XCosHead(24, attention=XCosAttention(symmetric=False)).eval()
     costs = example.compare(head, faces.grids, "infonce", 2, rounds=1, repeats=2)
     own = costs["xcos_matrix"]
     for cost in costs.values():
@@ -312,7 +312,7 @@ def test_real_faces(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> No
     to_train, to_verify = example.hold_out(example.choose(pictures, 240, 4, 2, 0), 0.3)
     faces, others = (example.compute(network, pictures, part) for part in (to_train, to_verify))
     torch.manual_seed(0)
-    head = XCosHead()
+    head = XCosHead(attention=XCosAttention(symmetric=False))
     example.fix_statistics(head, faces.grids, 0)
     before, _ = example.evaluate(head, others, 0)
     done = example.train(head, faces, example.Batches(faces.people, 24, 2, 0), losses.make_loss("infonce"), steps=40)

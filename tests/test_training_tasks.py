@@ -114,7 +114,7 @@ class TestHead:
             ({"cosine": 10.0}, {"attention": "learned", "symmetric": True}),
             ({"cosine": 10.0, "pairs": "drawn", "hard": 0.5}, {}),
             ({"cosine": 10.0, "detach": "attention"}, {}),
-            ({"cosine": 10.0, "detach": "features"}, {}),
+            ({"cosine": 10.0, "detach": "features"}, {"symmetric": False}),
             ({"cosine": 0.0, "contrast": 1.0, "contrast_kind": "triplet", "contrast_margin": 1.5}, {}),
             (
                 {"cosine": 0.0, "contrast": 1.0, "others": 0.0},
@@ -370,7 +370,7 @@ def test_the_command_trains_a_body(files: Path, tmp_path: Path) -> None:
         (["--set", "train.stepz=3"], "train.stepz: no such setting; did you mean train.steps?"),
         (["--set", "loss.cosine=-1"], "loss.cosine: expected a number >= 0, got -1"),
         (["--set", "model.start=middle"], "model.start: expected 'closed-form' or 'random', got 'middle'"),
-        (["--set", "task=hed"], "task: expected one of distill, head, model, got 'hed'; did you mean head?"),
+        (["--set", "task=hed"], "task: expected one of decode, distill, head, model, got 'hed'; did you mean head?"),
         (["--set", "data.pictures=nowhere"], "nowhere: no such folder"),
         (["--set", "model.recogniser=nowhere.pt"], "nowhere.pt: no such file"),
         (["--set", "train.batch=7", "--set", "train.accumulate=2"], "train.batch: expected a multiple of 2"),

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from xcos_ext.errors import ModelError
 
-__all__ = ["DATA", "default_weights"]
+__all__ = ["DATA", "SHIPPED", "default_weights", "weights_file"]
 
 #: Folder of the files.
 DATA = Path(__file__).resolve().parent / "data"
 
-_DEFAULT_WEIGHTS = DATA / "xcos_compact.safetensors"
+#: Name -> file of the models that the package ships; the first one is the default.
+SHIPPED = {
+    "compact": "xcos_compact.safetensors",
+    "faithful": "xcos_faithful.safetensors",
+    "local": "xcos_local.safetensors",
+}
+
+_DEFAULT_WEIGHTS = DATA / SHIPPED["compact"]
 
 
 def default_weights() -> Path:
@@ -27,3 +35,18 @@ def default_weights() -> Path:
             "(github.com/TreB1eN/InsightFace_Pytorch has some)"
         )
     return _DEFAULT_WEIGHTS
+
+
+def weights_file(name: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
+    """The file that is meant: a shipped model's, where it is called by its name and no file of that name exists.
+
+    Args:
+        name: a file, or one of :data:`SHIPPED`; None: the default model.
+
+    Raises:
+        ModelError: the default model is missing from the installation.
+    """
+    if name is None:
+        return default_weights()
+    shipped = SHIPPED.get(os.fspath(name))
+    return name if shipped is None or os.path.exists(name) else DATA / shipped

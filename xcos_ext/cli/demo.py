@@ -161,7 +161,7 @@ def measure() -> dict[str, Any]:
         apart([scores], [search(reference.xcos_score)]),
     )
     torch.manual_seed(4)
-    attention = XCosAttention(_SHAPE[0], symmetric=False).eval().requires_grad_(False)  # untrained: the work is the same
+    attention = XCosAttention(_SHAPE[0], symmetric=False).eval().requires_grad_(False)  # untrained: no less work
     some, many = a[:_PROBES], gallery[:_SHARE]
     first, second = attention.templates(some, "probe"), attention.templates(many, "gallery")
 

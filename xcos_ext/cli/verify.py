@@ -11,12 +11,16 @@ import click
 
 from xcos_ext.errors import ModelError, XCosError
 
-from .console import DIFFERENT, SAME, note, notes_for_warnings, print_json, quiet_opencv
+from .console import DIFFERENT, SAME, TROUBLE, note, notes_for_warnings, print_json, quiet_opencv
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from xcos_ext.explain import Explanation
+    from xcos_ext.faces import AlignedFace
     from xcos_ext.nn import FMRCurve, XCosModel
 
-__all__ = ["FaceOptions", "Request", "check_model_path", "load", "run"]
+__all__ = ["FaceOptions", "PairRequest", "Request", "check_model_path", "compare", "load", "run", "status"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,28 +34,33 @@ class FaceOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request(FaceOptions):
-    """The command line's options."""
+class PairRequest(FaceOptions):
+    """Options of the commands that compare two pictures."""
 
     a: str
     b: str
     threshold: float | None = None
     max_pixels: int | None = None
-    out: str | None = None
     as_json: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Request(PairRequest):
+    """The command line's options."""
+
+    out: str | None = None
+
+
 def check_model_path(path: str | None) -> str:
-    """A weights file that is there, before torch is imported for it; without a name, the shipped one.
+    """A weights file that is there, before torch is imported for it: one that is named, a shipped model's, the default.
 
     Raises:
         ModelError: it is not a readable regular file.
     """
     from xcos_ext.faces.pictures import display_name
-    from xcos_ext.shipped import default_weights
+    from xcos_ext.shipped import weights_file
 
-    if not path:
-        return str(default_weights())
+    path = str(weights_file(path or None))
     try:
         regular = stat.S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError) as error:
@@ -81,33 +90,27 @@ def load(path: str) -> XCosModel:
         torch.set_num_threads(threads)
 
 
-def run(request: Request) -> int:
-    """Verify, print, draw.
+def compare(request: PairRequest, *, needs_threshold: bool = True) -> Explanation:
+    """Read both pictures, find the faces, score them.
 
-    Returns:
-        0 for the same person, 1 for different people.
+    Args:
+        request: what to compare.
+        needs_threshold: whether a model without a threshold is an error.
 
     Raises:
-        XCosError: anything wrong with the pictures, the model or the output.
+        XCosError: anything wrong with the pictures or the model.
     """
     # Cheap checks first: a typing error should not cost the seconds that loading torch and a network takes.
     quiet_opencv()
     from xcos_ext.faces import MAX_PIXELS, create_detector, display_name, extract_face, read_picture
 
-    if request.out is not None:
-        from xcos_ext.explain import check_figure_path
-        from xcos_ext.faces import need
-
-        check_figure_path(request.out)
-        need("matplotlib", "drawing")
     model_path = check_model_path(request.model)
     max_pixels = request.max_pixels or MAX_PIXELS
     pictures = [read_picture(path, max_pixels=max_pixels) for path in (request.a, request.b)]
     detector = None if request.aligned else create_detector(request.detector)
 
     model = load(model_path)
-    threshold = model.threshold if request.threshold is None else request.threshold
-    if threshold is None:
+    if needs_threshold and model.threshold is None and request.threshold is None:
         raise XCosError(
             f"{display_name(model_path)}: the model knows no decision threshold; give --threshold, or make a model "
             "that has one with xcos plug"
@@ -119,73 +122,74 @@ def run(request: Request) -> int:
         if face.found > 1:
             note(f"{face.name}: {face.found} faces found, took the {_PLAIN[request.policy]} (see --face)")
         faces.append(face)
-    import torch
 
-    with torch.inference_mode():
-        features = model.features(model.preprocessing([face.rgb for face in faces]))
-        result = model.score(features[:1], features[1:], return_maps=True)
+    from xcos_ext.explain import explain
 
-    from xcos_ext.explain.decision import contribution, one_pair
-
+    a, b = faces
     try:
-        maps = one_pair(result)
+        return explain(
+            model,
+            a.rgb,
+            b.rgb,
+            threshold=request.threshold,
+            names=(a.name, b.name),
+            landmarks_a=_landmarks_in_crop(a),
+            landmarks_b=_landmarks_in_crop(b),
+            details=(_described(a), _described(b)),
+            file=display_name(model_path),
+        )
     except ValueError as error:
         raise XCosError(f"{display_name(model_path)}: the model gave an unusable result ({error})") from error
-    parts = contribution(maps.similarity, maps.attention, threshold)
-    same = maps.score >= threshold
-    curve = model.fmr_curve
-    fmr = None if curve is None else curve.at(maps.score)
-    if request.out is not None:
-        from xcos_ext.explain import save_figure, verification_figure
 
-        names = (os.path.basename(faces[0].name), os.path.basename(faces[1].name))
-        save_figure(
-            verification_figure(
-                faces[0].rgb,
-                faces[1].rgb,
-                result,
-                threshold,
-                names=names,
-                note=model.name,
-                meaning="" if fmr is None else f"false match rate at this score {fmr}",
-            ),
-            request.out,
-        )
+
+def status(explanation: Explanation) -> int:
+    """Exit status of a verdict: 0 the same person, 1 different people, 2 none."""
+    return {True: SAME, False: DIFFERENT, None: TROUBLE}[explanation.same]
+
+
+def run(request: Request) -> int:
+    """Verify, print, draw.
+
+    Returns:
+        0 for the same person, 1 for different people.
+
+    Raises:
+        XCosError: anything wrong with the pictures, the model or the output.
+    """
+    if request.out is not None:
+        from xcos_ext.explain import check_figure_path
+        from xcos_ext.faces import need
+
+        check_figure_path(request.out)
+        need("matplotlib", "drawing")
+    explanation = compare(request)
+    if request.out is not None:
+        from xcos_ext.explain import save_figure
+
+        save_figure(explanation.figure(), request.out)
     if request.as_json:
-        data: dict[str, Any] = {
-            "score": maps.score,
-            "threshold": threshold,
-            "same": same,
-            "fmr": None
-            if fmr is None or curve is None
-            else fmr._asdict()
-            | {"smallest_resolved": curve.smallest, "impostor_pairs": curve.pairs, "people": curve.people},
-            "similarity": maps.similarity.tolist(),
-            "attention": maps.attention.tolist(),
-            "contribution": parts.tolist(),
-            "model": {
-                "name": model.name,
-                "file": display_name(model_path),
-                "fingerprint": model.fingerprint(),
-            },
-            "a": _described(faces[0]),
-            "b": _described(faces[1]),
-        }
-        print_json(data)
+        data = explanation.as_dict()
+        print_json({key: data[key] for key in _KEYS})
     else:
         for name, value in (
-            ("score", f"{maps.score:.4f}"),
-            ("threshold", f"{threshold:.4f}"),
-            ("verdict", "same person" if same else "different people"),
+            ("score", f"{explanation.score:.4f}"),
+            ("threshold", f"{explanation.threshold:.4f}"),
+            ("verdict", explanation.verdict),
         ):
             click.echo(f"{name:<10} {value}")
-        if fmr is not None and curve is not None:
-            click.echo(f"{'meaning':<10} false match rate at this score {fmr} ({_sample(curve)})")
-        click.echo(f"{'model':<10} {model.name}")
+        if explanation.fmr is not None and explanation.curve is not None:
+            sample = _sample(explanation.curve)
+            click.echo(f"{'meaning':<10} false match rate at this score {explanation.fmr} ({sample})")
+        click.echo(f"{'model':<10} {explanation.model.name}")
         if request.out is not None:
-            click.echo(f"{'picture':<10} {display_name(request.out)}")
-    return SAME if same else DIFFERENT
+            from xcos_ext.faces import display_name
 
+            click.echo(f"{'picture':<10} {display_name(request.out)}")
+    return status(explanation)
+
+
+#: What ``--json`` prints of an explanation; ``xcos explain --json`` prints all of it.
+_KEYS = ("score", "threshold", "same", "fmr", "similarity", "attention", "contribution", "model", "a", "b")
 
 _PLAIN = {"prominent": "most prominent", "largest": "largest", "centre": "most central", "only": "only one"}
 
@@ -195,10 +199,21 @@ def _sample(curve: FMRCurve) -> str:
     return f"{curve.pairs:,} impostor pairs{people}"
 
 
-def _described(face: Any) -> dict[str, Any]:
-    data: dict[str, Any] = {"picture": face.name, "faces": face.found}
+def _described(face: AlignedFace) -> dict[str, Any]:
+    data: dict[str, Any] = {"faces": face.found}
     if face.face is not None:
         data["box"] = list(face.face.box)
-        data["landmarks"] = face.face.landmarks.tolist()
+        if face.face.landmarks is not None:
+            data["landmarks"] = face.face.landmarks.tolist()
         data["detection_score"] = face.face.score
     return data
+
+
+def _landmarks_in_crop(face: AlignedFace) -> np.ndarray | None:
+    """Where the points that the face was cut out by lie in the crop."""
+    from xcos_ext.faces import apply_transform, similarity_transform, template_for
+
+    if face.face is None or face.face.landmarks is None:
+        return None
+    size = (int(face.rgb.shape[0]), int(face.rgb.shape[1]))
+    return apply_transform(similarity_transform(face.face.landmarks, template_for(size)), face.face.landmarks)

@@ -69,8 +69,8 @@ class XCosAttention(nn.Module):
         logits(A, B) = G(cat(E(A), E(B)))          [N, H, W]
         W(A, B)      = normalise(logits / T)       sums to 1 over the cells
 
-    Parameter names (``embedding_net.*``, ``attention.*``) are those of the public xCos weights. This form depends on the
-    order of the two faces, so (W(A, B) + W(B, A)) / 2 is used unless ``symmetric=False`` asks for the published one.
+    Parameter names (``embedding_net.*``, ``attention.*``) are those of the public xCos weights. This form depends on
+    the order of the two faces, so (W(A, B) + W(B, A)) / 2 is used; ``symmetric=False`` is the published form.
 
     With ``residual=True`` the network corrects norm attention instead of standing alone::
 

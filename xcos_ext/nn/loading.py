@@ -18,7 +18,7 @@ from xcos_ext.backbones.preprocessing import Preprocessing
 from xcos_ext.backbones.recogniser import Recogniser
 from xcos_ext.errors import ModelError
 from xcos_ext.fingerprint import fingerprint_weights
-from xcos_ext.shipped import default_weights
+from xcos_ext.shipped import weights_file
 
 from .attention import XCosAttention
 from .calibration import FMRCurve, checked_thresholds
@@ -404,7 +404,8 @@ def load_model(
     unexecuted. Half-precision weights are converted to fp32.
 
     Args:
-        path: .pt, .pth or .safetensors; None: the model that the package ships.
+        path: .pt, .pth or .safetensors; ``"compact"``, ``"faithful"`` or ``"local"``: a model that the package ships
+            (:data:`xcos_ext.shipped.SHIPPED`); None: the first of these.
         device: where to put the model.
         statistics: for recognisers: a statistics file or object, instead of the shipped ones.
         project: for recognisers: principal axes per cell, as in ``plug``.
@@ -418,8 +419,7 @@ def load_model(
             architecture (missing, unexpected and misshapen keys are named), or has NaN or infinite weights.
         ValueError: ``statistics`` or ``project`` for a file that is not a recogniser.
     """
-    if path is None:
-        path = default_weights()
+    path = weights_file(path)
     contents, metadata = read_weights(path)
     state = _state_dict(contents, path)
     if metadata.get("xcos_format") == _FORMAT or _is_official(state):

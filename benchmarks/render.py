@@ -6,7 +6,8 @@
 A table is named by a marker ``<!-- results: cpu pairs -->`` ... ``<!-- /results -->``: ``cpu`` or ``gpu`` (every other
 file), and ``pairs`` (operators on N pairs), ``matrix`` (all pairs) or ``all`` (both). ``models short``, ``models all``
 and ``models compact`` are tables of models on LFW: see models_table.py. ``gallery short``, ``gallery scale`` and
-``gallery identification`` are tables of searches: see gallery_table.py.
+``gallery identification`` are tables of searches: see gallery_table.py. ``faithfulness ...`` are tables of explainers:
+see faithfulness_table.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import faithfulness_table
 import gallery_table
 import models_table
 
@@ -28,6 +30,8 @@ PAGES = (
     ROOT / "docs" / "training.md",
     ROOT / "docs" / "default_model.md",
     ROOT / "docs" / "gallery.md",
+    ROOT / "docs" / "faithfulness.md",
+    ROOT / "docs" / "local_cells.md",
 )
 MARKER = re.compile(r"(<!-- results: (\w+) (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 ALL_PAIRS = ("xcos_topk/", "xcos_matrix/")
@@ -162,6 +166,8 @@ def render(text: str) -> str:
             return match[1] + models_table.table(match[3]) + match[4]
         if match[2] == "gallery":
             return match[1] + gallery_table.table(match[3]) + match[4]
+        if match[2] == "faithfulness":
+            return match[1] + faithfulness_table.table(match[3]) + match[4]
         if match[2] == "cpu":
             files = [RESULTS / "cpu.json"]
         else:

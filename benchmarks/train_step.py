@@ -113,7 +113,14 @@ def cases() -> list[Case]:
 def memory(faces: int) -> dict[str, Any]:
     """Peak resident memory above what was there before a step, in bytes, and seconds of one step."""
     torch.manual_seed(0)
-    costs = example.compare(XCosHead(attention=XCosAttention(symmetric=False)), torch.randn(faces, 512, 7, 7).half(), "infonce", EACH, rounds=1, repeats=1)
+    costs = example.compare(
+        XCosHead(attention=XCosAttention(symmetric=False)),
+        torch.randn(faces, 512, 7, 7).half(),
+        "infonce",
+        EACH,
+        rounds=1,
+        repeats=1,
+    )
     return {
         "name": f"infonce over all pairs of {faces} faces, forward and backward",
         "peak_bytes": {name: cost.peak for name, cost in costs.items()},

@@ -2,14 +2,24 @@
 
 from .cells import CellMap
 from .controls import CentreMap, RandomMap
+from .corrrise import CorrRISE
+from .fggb import FGGB
+from .gradcam import GradCAM
 from .interface import EmbeddingCosine, Explainer, PairModel, Saliency, XCosPairs, as_pair_model
+from .occlusion import Occlusion
 from .registry import available, create
+from .xssab import XSSAB
 
 __all__ = [
+    "FGGB",
+    "XSSAB",
     "CellMap",
     "CentreMap",
+    "CorrRISE",
     "EmbeddingCosine",
     "Explainer",
+    "GradCAM",
+    "Occlusion",
     "PairModel",
     "RandomMap",
     "Saliency",

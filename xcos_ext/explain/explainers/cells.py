@@ -7,9 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .checks import check_pairs, check_threshold, threshold_of
 from .interface import PairModel, Saliency, XCosPairs
 
 __all__ = ["CellMap"]
+
+_NAMES = {"contribution": "xcos", "similarity": "xcos-similarity", "attention": "xcos-attention"}
 
 
 class CellMap:
@@ -18,27 +21,42 @@ class CellMap:
     Args:
         kind: ``"contribution"``: W * (S - t), what each cell adds to the decision; ``"similarity"``: S alone;
             ``"attention"``: W alone, the same for what is similar and what is not.
+        threshold: t, for ``"contribution"``; None: the model's.
+
+    Raises:
+        ValueError: another kind, a threshold that is not finite, or one for a map that has none.
     """
 
-    def __init__(self, kind: Literal["contribution", "similarity", "attention"] = "contribution") -> None:
+    def __init__(
+        self,
+        kind: Literal["contribution", "similarity", "attention"] = "contribution",
+        *,
+        threshold: float | None = None,
+    ) -> None:
+        if kind not in _NAMES:
+            raise ValueError(f"kind: expected one of {', '.join(_NAMES)}, got {kind!r}")
+        if threshold is not None and kind != "contribution":
+            raise ValueError(f"threshold: expected None for {kind}, which is not about one, got {threshold}")
         self.kind = kind
-        self.name = {"contribution": "xcos", "similarity": "xcos-similarity", "attention": "xcos-attention"}[kind]
+        self.threshold = check_threshold(threshold)
+        self.name = _NAMES[kind]
 
     @torch.no_grad()
     def __call__(self, model: PairModel, a: Tensor, b: Tensor) -> Saliency:
         """Maps over A's cells [N, h, w].
 
         Raises:
-            ValueError: a model without cells, or ``"contribution"`` without a threshold.
+            TypeError: something else than floating-point tensors.
+            ValueError: a model without cells, images that are not [N, 3, H, W], or ``"contribution"`` without a
+                threshold.
         """
+        check_pairs(model, a, b)
         if not isinstance(model, XCosPairs):
             raise ValueError(f"model: expected an xCos model, whose score has cells, got {model.name}")
         maps = model.model.score(model.features(a), model.features(b), return_maps=True)
         if self.kind == "attention":
-            return Saliency(maps.attention, maps.attention)
+            return Saliency(maps.attention.float(), maps.attention.float())
         if self.kind == "similarity":
-            return Saliency(maps.similarity, -maps.similarity)
-        if model.threshold is None:
-            raise ValueError("model: expected a decision threshold, which W * (S - t) is about, got none")
-        parts = maps.attention * (maps.similarity - model.threshold)
+            return Saliency(maps.similarity.float(), -maps.similarity.float())
+        parts = (maps.attention * (maps.similarity - threshold_of(model, self.threshold, "W * (S - t)"))).float()
         return Saliency(parts, -parts)

@@ -108,9 +108,13 @@ class EmbeddingCosine:
         """Of the pictures."""
         return self.recogniser.preprocessing
 
+    def embedding(self, images: Tensor) -> Tensor:
+        """Normalised images [N, 3, H, W] -> the recogniser's embeddings [N, D], not of unit length."""
+        return cast(Tensor, self.recogniser(images))
+
     def features(self, images: Tensor) -> Tensor:
         """Normalised images [N, 3, H, W] -> unit embeddings [N, D]."""
-        return F.normalize(self.recogniser(images), dim=1)
+        return F.normalize(self.embedding(images), dim=1)
 
     def score(self, features_a: Tensor, features_b: Tensor) -> Tensor:
         """Cosines [N] of unit embeddings [N, D]."""

@@ -8,14 +8,32 @@ from typing import Any
 
 from .cells import CellMap
 from .controls import CentreMap, RandomMap
+from .corrrise import CorrRISE
+from .fggb import FGGB
+from .gradcam import GradCAM
 from .interface import Explainer
+from .occlusion import Occlusion
+from .xssab import XSSAB
 
 __all__ = ["available", "create"]
+
+
+def _reconstruction(**options: Any) -> Explainer:
+    from xcos_ext.explain.reconstruction import ReconstructionExplainer  # it imports this package's interface
+
+    return ReconstructionExplainer(**options)
+
 
 _EXPLAINERS: dict[str, Callable[..., Explainer]] = {
     "xcos": partial(CellMap, "contribution"),
     "xcos-similarity": partial(CellMap, "similarity"),
     "xcos-attention": partial(CellMap, "attention"),
+    "corrrise": CorrRISE,
+    "fggb": FGGB,
+    "xssab": XSSAB,
+    "occlusion": Occlusion,
+    "gradcam": GradCAM,
+    "reconstruction": _reconstruction,
     "random": RandomMap,
     "centre": CentreMap,
 }

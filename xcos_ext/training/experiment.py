@@ -16,6 +16,7 @@ __all__ = ["TASKS", "create_task", "load_experiment"]
 #: Task -> module with ``Experiment``, a dataclass with a field ``train: TrainConfig``, and ``create(experiment,
 #: progress)``, which makes the task of it.
 TASKS = {
+    "decode": "xcos_ext.training.decode",
     "distill": "xcos_ext.training.distill",
     "head": "xcos_ext.training.head_task",
     "model": "xcos_ext.training.model_task",

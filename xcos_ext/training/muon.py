@@ -67,6 +67,12 @@ class MuonAdamW(torch.optim.AdamW):
             if group.setdefault("muon", False) and any(p.dim() < 2 for p in group["params"]):
                 raise ValueError("params: expected matrices or kernels in a group with muon=True, got a vector")
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for entries in state.get("state", {}).values():  # older checkpoints have none
+            if entries:
+                entries.setdefault("step", torch.zeros(()))
+        super().__setstate__(state)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One update."""
@@ -90,6 +96,7 @@ class MuonAdamW(torch.optim.AdamW):
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
+            state["step"] = torch.zeros(())  # not used here; AdamW looks for it in every state that it loads
         momentum = state["momentum"].lerp_(gradient, 1 - self.momentum)
         matrix = gradient.lerp(momentum, self.momentum).flatten(1)
         size = _ADAM_SIZE * max(matrix.shape) ** 0.5

@@ -19,7 +19,7 @@ _model = click.option(
     envvar="XCOS_MODEL",
     metavar="FILE",
     type=click.Path(),
-    help=f"{_MODEL_HELP} [env: XCOS_MODEL; default: the shipped compact model]",
+    help=f"{_MODEL_HELP} [env: XCOS_MODEL; default: the shipped compact model; faithful and local are shipped too]",
 )
 _detector = click.option(
     "--detector",
@@ -82,8 +82,8 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 def xcos(ctx: click.Context) -> None:
     """Explainable face similarity: a score, and the map of what it is made of.
 
-    Messages go to stderr. Exit status: 0 success, 2 trouble; verify: 0 the same person, 1 different people, 2
-    trouble. XCOS_DEBUG=1 shows tracebacks.
+    Messages go to stderr. Exit status: 0 success, 2 trouble; verify and explain: 0 the same person, 1 different
+    people, 2 trouble. XCOS_DEBUG=1 shows tracebacks.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -102,6 +102,58 @@ def xcos(ctx: click.Context) -> None:
 def verify(**options: Any) -> int:
     """Are the faces of pictures A and B the same person's?"""
     from .verify import Request, run
+
+    return run(Request(**options))
+
+
+@xcos.command()
+@click.argument("a", type=click.Path())
+@click.argument("b", type=click.Path())
+@_faces
+@click.option("--threshold", type=_Finite(), metavar="T", help="The same person if score >= T; by default the model's.")
+@click.option(
+    "--max-pixels", type=click.IntRange(min=1), metavar="N", help="Refuse larger pictures. [default: 100 million]"
+)
+@click.option("--html", metavar="FILE", type=click.Path(), help="Write a page: hover a cell to see what it did.")
+@click.option("--figure", metavar="FILE", type=click.Path(), help="Draw the decision: .png, .pdf or .svg.")
+@_json
+def explain(**options: Any) -> int:
+    """Why does the model say what it says about the faces of A and B?
+
+    Exit status as verify's; 2 also where the model has no threshold and so there is no verdict.
+    """
+    from .explain import Request, run
+
+    return run(Request(**options))
+
+
+@xcos.command()
+@click.argument("pairs", type=click.Path(), metavar="PAIRS.csv")
+@click.option("--html", required=True, metavar="FILE", type=click.Path(), help="The page to write.")
+@click.option(
+    "--root",
+    metavar="DIR|ZIP",
+    type=click.Path(),
+    help="Where the pictures' paths start.  [default: the folder of PAIRS.csv]",
+)
+@click.option("--title", metavar="TEXT", help="Of the page.  [default: the list's name]")
+@_faces
+@click.option("--threshold", type=_Finite(), metavar="T", help="The same person if score >= T; by default the model's.")
+@click.option(
+    "--max-pixels", type=click.IntRange(min=1), metavar="N", help="Refuse larger pictures. [default: 100 million]"
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="Threads that read."
+)
+@_quiet
+@_json
+def report(**options: Any) -> int:
+    """Compare the pairs of a list and write them on one page, to be sorted by score and by cell.
+
+    PAIRS.csv has a header and the columns a, b, optionally genuine (1 or 0), and any others, which are shown. Pairs
+    whose pictures have no face are listed with the reason.
+    """
+    from .report import Request, run
 
     return run(Request(**options))
 
@@ -186,21 +238,31 @@ def evaluate(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
+def _pair_list(command: Any) -> Any:
+    """The options of a command that reads a list of pairs."""
+    for option in (
+        click.option(
+            "--format",
+            "list_format",
+            type=click.Choice(["lfw", "cfp", "bin", "csv"]),
+            help="Of the pairs; by default told from the file.",
+        ),
+        click.option("--root", metavar="DIR|ZIP", type=click.Path(), help="The pictures; a .bin file holds its own."),
+        click.option(
+            "--pairs",
+            required=True,
+            metavar="FILE",
+            type=click.Path(),
+            help="LFW's pairs.txt, CFP's folder Split/FF or Split/FP, an insightface .bin, or CSV with a, b, "
+            "genuine[, fold].",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 @evaluate.command()
-@click.option(
-    "--pairs",
-    required=True,
-    metavar="FILE",
-    type=click.Path(),
-    help="LFW's pairs.txt, CFP's folder Split/FF or Split/FP, an insightface .bin, or CSV with a, b, genuine[, fold].",
-)
-@click.option("--root", metavar="DIR|ZIP", type=click.Path(), help="The pictures; a .bin file holds its own.")
-@click.option(
-    "--format",
-    "list_format",
-    type=click.Choice(["lfw", "cfp", "bin", "csv"]),
-    help="Of the pairs; by default told from the file.",
-)
+@_pair_list
 @_aligned
 @_model
 @_detector
@@ -232,6 +294,107 @@ def verification(**options: Any) -> int:
     from .evaluate import VerificationRequest, run_verification
 
     return run_verification(VerificationRequest(**options))
+
+
+@evaluate.command("faithfulness")
+@_pair_list
+@click.option("--folds", metavar="N,N", help="Only pairs of these folds, e.g. 7,8: a CSV file's numbers, else from 1.")
+@_aligned
+@_model
+@_detector
+@click.option(
+    "--teacher", metavar="WEIGHTS", type=click.Path(), help="A recogniser, whose plain cosine is explained too."
+)
+@click.option("--only-teacher", is_flag=True, help="Explain the teacher's cosine and nothing else.")
+@click.option(
+    "--explainer",
+    "explainers",
+    multiple=True,
+    metavar="NAME",
+    help="May be repeated. [default: xCos's own maps and other cheap ones; random and centre always]",
+)
+@click.option(
+    "--protocol",
+    "protocols",
+    type=click.Choice(["region-swap", "deletion", "identification", "locality", "patch"]),
+    multiple=True,
+    help="May be repeated. [default: all]",
+)
+@click.option(
+    "--count",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Pairs of each kind; people, for identification. [default: 60, or all there are]",
+)
+@click.option(
+    "--size",
+    "sizes",
+    type=click.Choice(["small", "medium", "large"]),
+    multiple=True,
+    default=("medium",),
+    show_default=True,
+    help="Of swapped regions; may be repeated.",
+)
+@click.option(
+    "--blend",
+    type=click.Choice(["hard", "soft"]),
+    default="hard",
+    show_default=True,
+    help="Edges of what is pasted.",
+)
+@click.option("--match-colour", is_flag=True, help="Give what is pasted the colours of what it replaces.")
+@click.option("--pixels", is_flag=True, help="Region swap: areas over pixels too (in the JSON).")
+@click.option(
+    "--fill",
+    "fills",
+    type=click.Choice(["zero", "blur", "mean-face"]),
+    multiple=True,
+    default=("zero",),
+    show_default=True,
+    help="In place of pixels that are taken away; may be repeated.",
+)
+@click.option(
+    "--gallery",
+    type=click.IntRange(min=1),
+    default=1000,
+    show_default=True,
+    metavar="N",
+    help="Identification: people enrolled, at most.",
+)
+@click.option(
+    "--top",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="K",
+    help="Identification: explain against the K best.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Of all draws.")
+@click.option(
+    "--bootstrap",
+    "replicates",
+    type=click.IntRange(min=0),
+    default=1000,
+    show_default=True,
+    metavar="N",
+    help="Replicates for the confidence intervals; 0 for none.",
+)
+@click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, metavar="N", help="Pairs at once.")
+@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where the networks run.")
+@click.option("--plot", metavar="FILE", type=click.Path(), help="Draw the curves: .png, .pdf or .svg.")
+@click.option(
+    "--out", metavar="FILE", type=click.Path(), help="Write all figures as JSON, anew after every protocol: .json."
+)
+@_quiet
+@_json
+def evaluate_faithfulness(**options: Any) -> int:
+    """Are explanations true? Region swaps with known truth, deletion and insertion, locality, decision patches.
+
+    Every figure stands beside those of two controls that know nothing of the pair.
+    """
+    from .faithfulness import FaithfulnessRequest, run_faithfulness
+
+    return run_faithfulness(FaithfulnessRequest(**options))
 
 
 @xcos.command()

@@ -4,6 +4,9 @@ Into picture A of a genuine pair, one region of an impostor's picture is pasted 
 7x7 grid). Each cell map of the pair is asked where that happened: AUC over the 49 cells, averaged over pairs.
 Deletion and insertion curves cannot tell a pair-specific map from a constant one; here the constant controls
 are printed beside the maps, and the differences to the unchanged pair remove what was there before.
+
+This compares closed-form models of different spread, as in docs/models.md, and judges maps that an explainer does not
+give. ``xcos evaluate faithfulness`` is the protocol in full.
 """
 
 from __future__ import annotations
@@ -14,23 +17,21 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from xcos_ext.datasets import LFW
+from xcos_ext.explain.explainers import CentreMap
+from xcos_ext.explain.explainers.interface import XCosPairs
 from xcos_ext.nn import XCosModel, find_statistics, fingerprint_weights, load_recogniser, plug
-from xcos_ext.optional import need
+
+from .faithfulness.regions import paste, region_cells, region_mask
+from .faithfulness.statistics import areas
 
 __all__ = ["MAPS", "REGIONS", "region_swap"]
 
 #: Region -> cells (row, column) of the 7x7 grid over an aligned 112x112 crop. Left and right are the picture's.
 REGIONS: Mapping[str, tuple[tuple[int, int], ...]] = {
-    "left eye": ((2, 1), (2, 2), (3, 1), (3, 2)),
-    "right eye": ((2, 4), (2, 5), (3, 4), (3, 5)),
-    "nose": ((3, 3), (4, 3)),
-    "mouth": ((5, 2), (5, 3), (5, 4)),
-    "forehead": ((0, 2), (0, 3), (0, 4)),
-    "left cheek": ((4, 0), (4, 1)),
-    "chin": ((6, 2), (6, 3), (6, 4)),
+    region: region_cells(region)
+    for region in ("left eye", "right eye", "nose", "mouth", "forehead", "left cheek", "chin")
 }
 
 #: Maps that are judged: name -> meaning.
@@ -41,19 +42,6 @@ MAPS: Mapping[str, str] = {
     "drop of W*S": "contribution before minus contribution after",
     "centre": "control: a constant Gaussian at the centre",
 }
-
-
-def _centre(size: int = 7) -> NDArray[np.float64]:
-    distance = np.arange(size) - (size - 1) / 2
-    profile = np.exp(-0.5 * (distance / 2) ** 2)
-    return np.outer(profile, profile)
-
-
-def _areas(maps: NDArray[np.floating], truth: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """AUC of every map [N, cells] against the same truth [cells], from ranks: thousands of small ones at once."""
-    ranks = need("scipy.stats", "evaluation").rankdata(maps, axis=1)[:, truth].sum(1)
-    inside = int(truth.sum())
-    return (ranks - inside * (inside + 1) / 2) / (inside * (truth.size - inside))
 
 
 @torch.no_grad()
@@ -89,19 +77,19 @@ def region_swap(
         name: (model.features_of(first, batch_size), model.features_of(second, batch_size))
         for name, model in models.items()
     }
-    for region, cells in REGIONS.items():
-        changed = []
-        for picture, index in zip(first, lfw.first[chosen], strict=True):
+    blank = torch.zeros(pairs, 3, 7, 7)
+    centre = CentreMap()(XCosPairs(next(iter(models.values()))), blank, blank).similar
+    for region in REGIONS:
+        donors = []
+        for index in lfw.first[chosen]:
             other = int(rng.integers(len(people)))
             while people[other] == people[index]:
                 other = int(rng.integers(len(people)))
-            donor, edited = lfw.pictures.read(lfw.keys[other]), picture.copy()
-            for row, column in cells:
-                square = np.s_[row * 16 : row * 16 + 16, column * 16 : column * 16 + 16]
-                edited[square] = donor[square]
-            changed.append(edited)
-        truth = np.zeros((7, 7), bool)
-        truth[tuple(zip(*cells, strict=True))] = True
+            donors.append(lfw.pictures.read(lfw.keys[other]))
+        mask = region_mask(region)
+        images, others = (torch.from_numpy(np.stack(side)).permute(0, 3, 1, 2) for side in (first, donors))
+        changed = list(paste(images, others, mask).images.permute(0, 2, 3, 1).numpy())
+        truth = mask.flatten().numpy()
         for name, model in models.items():
             a, b = clean[name]
             before = model.score(a, b, return_maps=True)
@@ -111,10 +99,10 @@ def region_swap(
                 "W(1-S)": after.attention * (1 - after.similarity),
                 "drop of S": before.similarity - after.similarity,
                 "drop of W*S": before.attention * before.similarity - after.attention * after.similarity,
-                "centre": torch.from_numpy(_centre()).expand(pairs, 7, 7),
+                "centre": centre,
             }
             for kind, values in maps.items():
-                result[name][kind][region] = float(_areas(values.flatten(1).numpy(), truth.ravel()).mean())
+                result[name][kind][region] = float(areas(values.flatten(1).numpy(), truth).mean())
     return result
 
 

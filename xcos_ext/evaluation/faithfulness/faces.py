@@ -1,0 +1,263 @@
+"""The aligned faces that a protocol draws from: pairs, donors of the same and of other people, galleries."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xcos_ext.backbones import Preprocessing
+from xcos_ext.datasets import LFW, PairList
+from xcos_ext.errors import PictureError, XCosError
+from xcos_ext.evaluation.scoring import crops
+from xcos_ext.faces.detector import Detector
+
+__all__ = ["Drawn", "Faces", "TooFewError", "fold_numbers", "mean_face_of", "normalised"]
+
+_KEPT = 2048  # crops in memory: 77 MB of 112x112
+
+
+class TooFewError(XCosError, ValueError):
+    """A list has fewer pairs, people or pictures than a protocol needs."""
+
+
+class Drawn(NamedTuple):
+    """One pair that can be used.
+
+    Attributes:
+        a, b: keys of the pictures.
+        donor: key of the picture that a protocol pastes from, or None.
+        own: key of another picture of A's person, or None.
+    """
+
+    a: str
+    b: str
+    donor: str | None = None
+    own: str | None = None
+
+
+def fold_numbers(pairs: PairList) -> dict[int, int]:
+    """The number that a fold has on the command line -> in ``pairs.folds``: a CSV file's own numbers, else from 1."""
+    first = 0 if pairs.format == "csv" and pairs.own_folds else 1
+    return {int(fold) + first: int(fold) for fold in np.unique(pairs.folds)}
+
+
+def normalised(preprocessing: Preprocessing, pictures: Tensor, device: torch.device) -> Tensor:
+    """uint8 pictures [N, 3, H, W] as a network wants them."""
+    return preprocessing(pictures.permute(0, 2, 3, 1).contiguous().cpu().numpy()).to(device)
+
+
+class Faces:
+    """Aligned crops of a list's pictures, each found and cut out when it is first needed.
+
+    Crops are kept, the last 2,048. A picture without a face is left out and counted in ``failures``.
+
+    Args:
+        pairs: the list. Of LFW, all pictures of the people in the pairs can be donors and probes, of other lists those
+            that the pairs name.
+        size: (height, width) of the crops.
+        detector: finds the faces; None for aligned crops.
+        folds: use only pairs of these (numbers as in ``pairs.folds``) and their people.
+
+    Attributes:
+        failures: key of a picture that cannot be used -> why.
+
+    Raises:
+        ValueError: an unknown fold.
+    """
+
+    def __init__(
+        self,
+        pairs: PairList,
+        size: tuple[int, int] = (112, 112),
+        *,
+        detector: Detector | None = None,
+        folds: Sequence[int] | None = None,
+    ) -> None:
+        self.pairs = pairs
+        known = set(pairs.folds.tolist())
+        if folds is not None and not (folds and set(folds) <= known):
+            raise ValueError(f"folds: expected some of {sorted(known)}, got {sorted(folds)}")
+        self.chosen = np.flatnonzero(np.isin(pairs.folds, list(known if folds is None else folds)))
+        self.failures: dict[str, str] = {}
+        self._read = crops(pairs, detector, size)
+        self._kept: OrderedDict[str, NDArray[np.uint8]] = OrderedDict()
+        self._person: dict[str, str] = {}
+        self._pictures: dict[str, tuple[str, ...]] = {}
+        if pairs.people is not None:
+            used = np.unique(np.concatenate((pairs.first[self.chosen], pairs.second[self.chosen])))
+            found: dict[str, list[str]] = {}
+            for index in used.tolist():
+                found.setdefault(pairs.people[index], []).append(pairs.keys[index])
+            if isinstance(pairs, LFW):
+                found = {person: list(pairs.pictures.of(person)) for person in found}
+            self._pictures = {person: tuple(keys) for person, keys in sorted(found.items())}
+            self._person = {key: person for person, keys in self._pictures.items() for key in keys}
+        self._ids = {person: number for number, person in enumerate(self._pictures)}
+
+    @property
+    def people(self) -> tuple[str, ...]:
+        """Everybody, sorted; empty where the list does not say who is who."""
+        return tuple(self._pictures)
+
+    def of(self, person: str) -> tuple[str, ...]:
+        """Keys of one person's pictures."""
+        return self._pictures[person]
+
+    def person(self, key: str) -> str:
+        """Who is on a picture."""
+        return self._person[key]
+
+    def need_people(self, purpose: str) -> None:
+        """Check that the list says who is who.
+
+        Raises:
+            TooFewError: it does not.
+        """
+        if not self._pictures:
+            raise TooFewError(f"pairs: {purpose} needs to know who is on a picture, and this list does not say")
+
+    def ids(self, drawn: Sequence[Drawn]) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        """The two people of pairs, as numbers, for the bootstrap; None where they are unknown."""
+        if not self._pictures:
+            return None
+        ids = [[self._ids[self._person[key]] for key in (pair.a, pair.b)] for pair in drawn]
+        first, second = np.array(ids, dtype=np.int64).T
+        return first, second
+
+    def crop(self, key: str) -> NDArray[np.uint8] | None:
+        """An aligned face, uint8 RGB [height, width, 3]; None if the picture cannot be used."""
+        if key in self.failures:
+            return None
+        found = self._kept.get(key)
+        if found is None:
+            try:
+                found = self._read(key)
+            except PictureError as error:
+                self.failures[key] = str(error)
+                return None
+            self._kept[key] = found
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        else:
+            self._kept.move_to_end(key)
+        return found
+
+    def stacked(self, keys: Sequence[str]) -> Tensor:
+        """Pictures that can be used, uint8 [N, 3, H, W]."""
+        found = [self.crop(key) for key in keys]
+        return torch.from_numpy(np.stack([crop for crop in found if crop is not None])).permute(0, 3, 1, 2)
+
+    def another(self, person: str, rng: np.random.Generator, avoid: Sequence[str]) -> str | None:
+        """A usable picture of a person other than some; None: there is none."""
+        keys = [key for key in self._pictures[person] if key not in avoid]
+        return next((key for key in _shuffled(keys, rng) if self.crop(key) is not None), None)
+
+    def stranger(self, people: Sequence[str], rng: np.random.Generator) -> str | None:
+        """A usable picture of anybody but some people; None: there is none."""
+        others = [person for person in self._pictures if person not in people]
+        for person in _shuffled(others, rng):
+            found = self.another(person, rng, ())
+            if found is not None:
+                return found
+        return None
+
+    def with_relative(self, pair: Drawn, rng: np.random.Generator) -> Drawn | None:
+        """An impostor pair with another picture of B's person as donor.
+
+        Where only A's person has one, A and B change places; where neither has, None.
+        """
+        for a, b in ((pair.a, pair.b), (pair.b, pair.a)):
+            donor = self.another(self.person(b), rng, (b,))
+            if donor is not None:
+                return Drawn(a, b, donor)
+        return None
+
+    def draw(
+        self,
+        genuine: bool,
+        count: int,
+        rng: np.random.Generator,
+        complete: Callable[[Drawn], Drawn | None] | None = None,
+    ) -> tuple[list[Drawn], int]:
+        """Pairs of one kind whose pictures can be used, in random order.
+
+        Args:
+            genuine: the kind.
+            count: how many, if the list has them.
+            rng: of the draw.
+            complete: finds donors for a pair; None from it leaves the pair out.
+
+        Returns:
+            The pairs, and how many were passed over because a picture or a donor could not be had.
+
+        Raises:
+            TooFewError: the list has fewer pairs of the kind, or none that can be used.
+        """
+        kind = "genuine" if genuine else "impostor"
+        rows = self.chosen[self.pairs.genuine[self.chosen] == genuine]
+        if not 1 <= count <= rows.size:
+            raise TooFewError(f"count: expected 1..{rows.size}, the {kind} pairs that there are, got {count}")
+        found: list[Drawn] = []
+        passed = 0
+        for row in rng.permutation(rows).tolist():
+            if len(found) == count:
+                break
+            pair: Drawn | None = Drawn(self.pairs.keys[self.pairs.first[row]], self.pairs.keys[self.pairs.second[row]])
+            assert pair is not None
+            if self.crop(pair.a) is None or self.crop(pair.b) is None:
+                pair = None
+            elif complete is not None:
+                pair = complete(pair)
+            if pair is None:
+                passed += 1
+            else:
+                found.append(pair)
+        if not found:
+            why = f": {next(iter(self.failures.values()))}" if self.failures else ""
+            raise TooFewError(f"pairs: none of the {rows.size} {kind} pairs has the pictures that are needed{why}")
+        return found, passed
+
+    def draw_both(self, count: int, seed: int) -> tuple[list[Drawn], NDArray[np.bool_], int]:
+        """As many genuine as impostor pairs, in turns, so that a batch has both.
+
+        Args:
+            count: of each kind.
+            seed: of the draw.
+
+        Returns:
+            The pairs, bool [N] whether they are genuine, and how many were passed over.
+
+        Raises:
+            TooFewError: as :meth:`draw`.
+        """
+        rng = np.random.default_rng(seed)
+        genuine, passed = self.draw(True, count, rng)
+        impostor, also = self.draw(False, count, rng)
+        labelled = [(pair, True) for pair in genuine] + [(pair, False) for pair in impostor]
+        turns = [*range(len(genuine)), *range(len(impostor))]
+        labelled = [labelled[i] for i in np.argsort(turns, kind="stable")]
+        return [pair for pair, _ in labelled], np.array([same for _, same in labelled]), passed + also
+
+
+def mean_face_of(faces: Faces, keys: Sequence[str], preprocessing: Preprocessing, device: torch.device) -> Tensor:
+    """The mean of pictures, normalised [3, H, W]."""
+    total = torch.zeros(3, *preprocessing.size, dtype=torch.float64)
+    for key in keys:
+        total += faces.stacked([key])[0]
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+    return ((total / len(keys) / 255 - mean) / std).float().to(device)
+
+
+def _shuffled(items: Sequence[str], rng: np.random.Generator) -> Iterator[str]:
+    """The items in random order, drawn as they are asked for."""
+    left = list(items)
+    while left:
+        place = int(rng.integers(len(left)))
+        left[place], left[-1] = left[-1], left[place]
+        yield left.pop()

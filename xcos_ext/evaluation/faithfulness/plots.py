@@ -1,0 +1,163 @@
+"""The curves of deletion, insertion, identification and patch replacement, and the bars of region swaps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from xcos_ext.optional import need
+
+from .deletion import MODES, Deletion
+from .patch import Patch
+from .runner import CONTROLS, Faithfulness
+from .swap import RegionSwap
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["faithfulness_figure"]
+
+# Okabe and Ito's colours stay apart under every common colour vision deficiency; line styles and markers tell more
+# explainers apart than there are colours. Controls are grey.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_STYLES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
+_MARKERS = "os^vDPX*"
+_CONTROL_COLOUR = "#8c8c8c"
+
+
+def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """How each explainer is drawn."""
+    made: dict[str, dict[str, Any]] = {}
+    for i, name in enumerate(name for name in names if name not in CONTROLS):
+        made[name] = {
+            "color": _COLOURS[i % len(_COLOURS)],
+            "linestyle": _STYLES[(i // len(_COLOURS)) % len(_STYLES)],
+            "marker": _MARKERS[i % len(_MARKERS)],
+        }
+    for style, marker, name in zip(((0, (1, 1.5)), (0, (5, 2))), ("x", "+"), CONTROLS, strict=True):
+        made[name] = {"color": _CONTROL_COLOUR, "linestyle": style, "marker": marker}
+    return made
+
+
+def faithfulness_figure(result: Faithfulness, *, fill: str | None = None) -> Figure:
+    """Draw what was measured: a row of panels for each protocol.
+
+    Args:
+        result: with at least one of region swap, deletion, identification and patch replacement.
+        fill: of deletion and identification; by default the first.
+
+    Returns:
+        A figure on the Agg canvas; write it with :func:`xcos_ext.explain.save_figure`.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+        ValueError: nothing in it has curves.
+    """
+    rows: list[tuple[str, Any]] = []
+    if result.region_swap is not None:
+        rows.append(("swap", result.region_swap))
+    rows += [("deletion", found) for found in (result.deletion, result.identification) if found is not None]
+    if result.patch is not None:
+        rows.append(("patch", result.patch))
+    if not rows:
+        raise ValueError("result: expected a region swap, deletion, identification or patch replacement, got none")
+    # Region swaps have a line for each explainer in each region.
+    heights = [max(3.3, 0.75 * len(result.explainers)) if kind == "swap" else 3.3 for kind, _ in rows]
+    figure = need("matplotlib.figure", "drawing").Figure(
+        figsize=(13.0, 0.9 + sum(heights)), layout="constrained", facecolor="white"
+    )
+    need("matplotlib.backends.backend_agg", "drawing").FigureCanvasAgg(figure)
+    looks = _looks(result.explainers)
+    parts = np.atleast_1d(figure.subfigures(len(rows), 1, height_ratios=heights))
+    for part, (kind, found) in zip(parts, rows, strict=True):
+        if kind == "swap":
+            _draw_swap(part, found, looks)
+        elif kind == "deletion":
+            _draw_deletion(part, found, looks, fill)
+        else:
+            _draw_patch(part, found, looks)
+    line = need("matplotlib.lines", "drawing").Line2D
+    handles = [line([], [], label=name, markersize=5, **look) for name, look in looks.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False, fontsize=9)
+    figure.suptitle(f"{result.model}: faithfulness of its explanations", fontsize=11, parse_math=False)
+    return figure
+
+
+def _row(part: Any, count: int) -> Any:
+    return part.subplots(1, count, squeeze=False, sharey=True)[0]
+
+
+def _tidy(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, fontsize=9.5, loc="left", parse_math=False)
+    axes.set_xlabel(x, fontsize=9)
+    place = axes.get_subplotspec()
+    if place is not None and place.is_first_col():
+        axes.set_ylabel(y, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _draw_swap(part: Any, found: RegionSwap, looks: dict[str, dict[str, Any]]) -> None:
+    readings = ("absolute", "difference", "centred")
+    directions = [draw.direction for draw in found.draws]
+    axes_rows = _row(part, len(directions) * len(readings))
+    size = found.rows[0].size
+    regions = list(dict.fromkeys(row.region for row in found.rows))
+    for column, axes in enumerate(axes_rows):
+        direction, reading = directions[column // len(readings)], readings[column % len(readings)]
+        names = [name for name in looks if any(row.explainer == name for row in found.rows)]
+        for place, name in enumerate(names):
+            values = [getattr(found.find(name, direction, region, size), reading) for region in regions]
+            shift = 0.7 * ((place + 0.5) / len(names) - 0.5)
+            look = looks[name] | {"linestyle": "", "markersize": 4}
+            y = np.arange(len(regions)) + shift
+            axes.plot([value.value for value in values], y, **look)
+            for value, height in zip(values, y, strict=True):
+                if value.interval is not None:
+                    axes.plot(value.interval, (height, height), color=look["color"], linewidth=0.8)
+        axes.axvline(0.5, color="#444444", linewidth=0.8)
+        axes.set_xlim(0, 1.02)
+        axes.set_yticks(range(len(regions)), regions)
+        _tidy(axes, f"{direction}\n{reading}", "AUC over the cells", "")
+    axes_rows[0].invert_yaxis()
+
+
+def _curve(axes: Axes, curve: Any, look: dict[str, Any], scale: float = 100) -> None:
+    axes.plot(
+        [100 * level for level in curve.levels],
+        [scale * value for value in curve.values],
+        linewidth=1.5,
+        markersize=3.5,
+        **look,
+    )
+
+
+def _draw_deletion(part: Any, found: Deletion, looks: dict[str, dict[str, Any]], fill: str | None) -> None:
+    fill = fill or found.rows[0].fill
+    what = "accuracy, %" if found.protocol == "deletion" else "rank-1 rate, %"
+    verb = {"deletion": "deleted", "insertion": "kept"}
+    for axes, (mode, kind) in zip(
+        _row(part, 4),
+        [(mode, kind) for mode in MODES for kind in ("similar", "dissimilar")],
+        strict=True,
+    ):
+        for row in found.rows:
+            if (row.mode, row.kind, row.fill) == (mode, kind, fill):
+                _curve(axes, row.curve, looks[row.explainer])
+        name = "verification" if found.protocol == "deletion" else "identification"
+        _tidy(axes, f"{name}, fill: {fill}\n{mode}, {kind} map", f"pixels {verb[mode]}, %", what)
+
+
+def _draw_patch(part: Any, found: Patch, looks: dict[str, dict[str, Any]]) -> None:
+    kinds = list(dict.fromkeys(row.pairs for row in found.rows))
+    for axes, kind in zip(_row(part, len(kinds)), kinds, strict=True):
+        for row in found.rows:
+            if row.pairs == kind:
+                _curve(axes, row.flips, looks[row.explainer])
+        _tidy(axes, f"patch replacement, {kind} pairs", "cells replaced, %", "verdicts turned, %")

@@ -1,0 +1,251 @@
+"""Regions of an aligned face as sets of cells, and pasting them from one picture into another: changes whose place is
+known.
+
+Needs nothing but torch, so that training can use it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["REGIONS", "SIZES", "Blend", "Pasted", "paste", "pixel_mask", "region_cells", "region_mask", "soft_mask"]
+
+Cells = tuple[tuple[int, int], ...]
+Blend = Literal["hard", "soft"]
+
+#: Sizes that every region comes in.
+SIZES = ("small", "medium", "large")
+_GRID = (7, 7)
+_MAX_GAIN = 2.0  # of contrast in matching colours
+
+
+def _box(rows: range, columns: range) -> Cells:
+    return tuple((row, column) for row in rows for column in columns)
+
+
+def _mirrored(cells: Cells) -> Cells:
+    return tuple(sorted((row, _GRID[1] - 1 - column) for row, column in cells))
+
+
+def _sided(small: Cells, medium: Cells, large: Cells) -> tuple[dict[str, Cells], dict[str, Cells]]:
+    left = dict(zip(SIZES, (small, medium, large), strict=True))
+    return left, {size: _mirrored(cells) for size, cells in left.items()}
+
+
+_LEFT_EYE, _RIGHT_EYE = _sided(
+    _box(range(3, 4), range(1, 3)), _box(range(2, 4), range(1, 3)), _box(range(2, 4), range(0, 3))
+)
+_LEFT_CHEEK, _RIGHT_CHEEK = _sided(((4, 1),), ((4, 0), (4, 1)), _box(range(4, 6), range(0, 2)))
+
+#: Region -> size -> cells (row, column) of a 7x7 grid over a crop that is aligned to the ArcFace template: eyes at
+#: (38, 52) and (74, 52), the tip of the nose at (56, 72), the corners of the mouth at (42, 92) and (71, 92) of 112
+#: pixels. Left and right are the picture's.
+REGIONS: Mapping[str, Mapping[str, Cells]] = {
+    "left eye": _LEFT_EYE,
+    "right eye": _RIGHT_EYE,
+    "both eyes": {
+        "small": tuple(sorted(_LEFT_EYE["small"] + _RIGHT_EYE["small"])),
+        "medium": tuple(sorted(_LEFT_EYE["medium"] + _RIGHT_EYE["medium"])),
+        "large": _box(range(2, 4), range(1, 6)),  # with the bridge of the nose
+    },
+    "nose": {
+        "small": ((4, 3),),
+        "medium": ((3, 3), (4, 3)),
+        "large": ((2, 3), (3, 3), (4, 2), (4, 3), (4, 4)),
+    },
+    "mouth": {
+        "small": ((5, 3),),
+        "medium": _box(range(5, 6), range(2, 5)),
+        "large": _box(range(5, 7), range(2, 5)),
+    },
+    "forehead": {
+        "small": ((0, 3),),
+        "medium": _box(range(0, 1), range(2, 5)),
+        "large": _box(range(0, 2), range(2, 5)),
+    },
+    "chin": {
+        "small": ((6, 3),),
+        "medium": _box(range(6, 7), range(2, 5)),
+        "large": _box(range(6, 7), range(1, 6)),
+    },
+    "left cheek": _LEFT_CHEEK,
+    "right cheek": _RIGHT_CHEEK,
+}
+
+
+def region_cells(region: str, size: str = "medium") -> Cells:
+    """Cells (row, column) of the 7x7 grid.
+
+    Raises:
+        ValueError: no such region or size.
+    """
+    if region not in REGIONS:
+        raise ValueError(f"region: expected one of {', '.join(REGIONS)}, got {region!r}")
+    if size not in SIZES:
+        raise ValueError(f"size: expected one of {', '.join(SIZES)}, got {size!r}")
+    return REGIONS[region][size]
+
+
+def region_mask(region: str, size: str = "medium", grid: tuple[int, int] = _GRID) -> Tensor:
+    """A region as a mask of cells.
+
+    Args:
+        region: a key of :data:`REGIONS`.
+        size: one of :data:`SIZES`.
+        grid: rows and columns. Of another grid than 7x7, cells whose middle lies in the region belong to it.
+
+    Returns:
+        bool [h, w], on the CPU.
+
+    Raises:
+        ValueError: no such region or size, or a grid so coarse that no cell's middle lies in the region.
+    """
+    cells = region_cells(region, size)
+    mask = torch.zeros(_GRID, dtype=torch.bool)
+    mask[tuple(zip(*cells, strict=True))] = True
+    if tuple(grid) == _GRID:
+        return mask
+    mask = pixel_mask(mask, grid)
+    if not mask.any():
+        raise ValueError(f"grid: expected one fine enough for {region}, {size}, got {list(grid)}")
+    return mask
+
+
+def pixel_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """A mask of cells as one of pixels: each pixel belongs to the cell that its middle lies in.
+
+    Args:
+        mask: bool [h, w] or [N, h, w].
+        size: (height, width).
+
+    Returns:
+        bool [height, width] or [N, height, width].
+    """
+    index = []
+    for pixels, cells in zip(size, mask.shape[-2:], strict=True):
+        middles = (torch.arange(pixels, device=mask.device) * 2 + 1) * cells
+        index.append(torch.div(middles, 2 * pixels, rounding_mode="floor"))
+    return mask[..., index[0].unsqueeze(1), index[1]]
+
+
+def soft_mask(pixels: Tensor, border: int) -> Tensor:
+    """Weights that rise from 0 just outside a mask to 1 at ``border`` pixels inside.
+
+    They are 0 wherever the mask is, so the mask stays the exact place of a change. There is no ramp along the edge of
+    the picture.
+
+    Args:
+        pixels: bool [N, H, W].
+        border: pixels, from 0.
+
+    Returns:
+        fp32 [N, H, W], in [0, 1].
+    """
+    outside = (~pixels).float().unsqueeze(1)
+    if border < 1:
+        return 1 - outside.squeeze(1)
+    # The mask without its border, spread by as much as was taken off: its support is the mask's.
+    window = 2 * border - 1
+    pad = (border - 1,) * 4
+    core = 1 - F.max_pool2d(F.pad(outside, pad, mode="replicate"), window, stride=1)
+    return F.avg_pool2d(F.pad(core, pad, mode="replicate"), window, stride=1).squeeze(1)
+
+
+class Pasted(NamedTuple):
+    """What :func:`paste` made.
+
+    Attributes:
+        images: [N, 3, H, W], in the type of the receivers.
+        pixels: bool [N, H, W], the mask: nothing outside it differs from the receivers.
+        weight: fp32 [N, H, W], how much of every pixel is the donor's.
+    """
+
+    images: Tensor
+    pixels: Tensor
+    weight: Tensor
+
+
+def paste(
+    images: Tensor,
+    donors: Tensor,
+    mask: Tensor,
+    *,
+    blend: Blend = "hard",
+    border: int | None = None,
+    match_colour: bool = False,
+) -> Pasted:
+    """Replace a region of pictures by the same region of others.
+
+    Args:
+        images: [N, 3, H, W], uint8 or floating point (normalised or not).
+        donors: the same shape and type.
+        mask: bool [h, w] or [N, h, w], of cells or of pixels: H x W is divided among them evenly.
+        blend: ``"hard"``: the donor's pixels as they are; ``"soft"``: faded in from the mask's edge inwards.
+        border: pixels over which ``"soft"`` fades; None: 1/28 of the picture's height, a quarter of a 7x7 cell.
+        match_colour: shift and scale each channel of the donor's region to the mean and standard deviation of the
+            region that it replaces (the scale is kept in [1/2, 2]). Takes the light and the tint out of the change, and
+            a part of the person with them.
+
+    Returns:
+        :class:`Pasted`. uint8 results are rounded and clipped; floating-point ones are not clipped.
+
+    Raises:
+        TypeError: pictures of two types, or neither uint8 nor floating point; a mask that is not bool.
+        ValueError: shapes that do not fit, an unknown blend, a negative border, or one so wide that nothing of a mask
+            is left.
+    """
+    if images.dim() != 4 or images.shape[1] != 3 or donors.shape != images.shape:
+        raise ValueError(
+            f"images, donors: expected the same [N, 3, H, W], got {list(images.shape)} and {list(donors.shape)}"
+        )
+    if donors.dtype != images.dtype or not (images.dtype == torch.uint8 or images.is_floating_point()):
+        raise TypeError(f"images, donors: expected both uint8 or floating point, got {images.dtype}, {donors.dtype}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected bool, got {mask.dtype}")
+    count, _, height, width = images.shape
+    fits = mask.dim() == 2 or (mask.dim() == 3 and mask.shape[0] == count)
+    if not fits or not (1 <= mask.shape[-2] <= height and 1 <= mask.shape[-1] <= width):
+        raise ValueError(
+            f"mask: expected [h, w] or [{count}, h, w], at most {height} x {width}, got {list(mask.shape)}"
+        )
+    if blend not in get_args(Blend):
+        raise ValueError(f"blend: expected one of {', '.join(get_args(Blend))}, got {blend!r}")
+    if border is None:
+        border = max(height // 28, 1)
+    if border < 0:
+        raise ValueError(f"border: expected at least 0 pixels, got {border}")
+    pixels = pixel_mask(mask.to(images.device), (height, width)).expand(count, height, width)
+    if blend == "hard" and not match_colour:
+        return Pasted(torch.where(pixels.unsqueeze(1), donors, images), pixels, pixels.float())
+    receiver = images if images.is_floating_point() else images.float()
+    donor = donors if images.is_floating_point() else donors.float()
+    if match_colour:
+        donor = _matched(receiver, donor, pixels)
+    weight = soft_mask(pixels, border) if blend == "soft" else pixels.float()
+    if ((weight.amax((1, 2)) > 0) != pixels.flatten(1).any(1)).any():
+        raise ValueError(f"border: expected less than half the width of the mask, got {border} pixels")
+    alpha = weight.unsqueeze(1).to(receiver.dtype)
+    mixed = torch.where(pixels.unsqueeze(1), receiver + alpha * (donor - receiver), receiver)
+    if images.dtype == torch.uint8:
+        mixed = mixed.round().clamp(0, 255).to(torch.uint8)
+    return Pasted(mixed, pixels, weight)
+
+
+def _matched(receiver: Tensor, donor: Tensor, pixels: Tensor) -> Tensor:
+    """The donor with the receiver's mean and standard deviation, per picture and channel, inside the mask."""
+    inside = pixels.unsqueeze(1).to(receiver.dtype)
+    total = inside.sum((2, 3), keepdim=True).clamp_min(1)
+
+    def moments(pictures: Tensor) -> tuple[Tensor, Tensor]:
+        mean = (pictures * inside).sum((2, 3), keepdim=True) / total
+        return mean, (((pictures - mean) * inside).square().sum((2, 3), keepdim=True) / total).sqrt()
+
+    (mean_to, std_to), (mean_from, std_from) = moments(receiver), moments(donor)
+    tiny = torch.finfo(receiver.dtype).tiny
+    gain = ((std_to + tiny) / (std_from + tiny)).clamp(1 / _MAX_GAIN, _MAX_GAIN)
+    return mean_to + gain * (donor - mean_from)

@@ -33,15 +33,17 @@ MIDDLE = ("occlusion", "fggb", "reconstruction")
 SLOW = ("corrrise",)
 
 
-def parts(own: tuple[str, ...], middle: tuple[str, ...], count: int) -> list[tuple[list[str], int, tuple[str, ...]]]:
+def parts(
+    own: tuple[str, ...], middle: tuple[str, ...], slow: tuple[str, ...], count: int
+) -> list[tuple[list[str], int, tuple[str, ...]]]:
     """(protocols, pairs of each kind, explainers) of every run."""
     judged = own[1:2]  # the similarity S stands beside the slow ones
-    return [
-        (["region-swap", "locality"] if own else ["region-swap"], count, (*own, *FAST)),
-        (["region-swap"], max(2, count // 5), (*judged, *middle)),
-        (["region-swap"], max(2, count // 12), (*judged, *SLOW)),
-        (["deletion", "identification", "patch"], max(2, count // 2), (*own, *FAST, *middle, *SLOW)),
-    ]
+    made = [(["region-swap", "locality"] if own else ["region-swap"], count, (*own, *FAST))]
+    if middle:
+        made.append((["region-swap"], max(2, count // 5), (*judged, *middle)))
+    if slow:
+        made.append((["region-swap"], max(2, count // 12), (*judged, *slow)))
+    return [*made, (["deletion", "identification", "patch"], max(2, count // 2), (*own, *FAST, *middle, *slow))]
 
 
 def rounded(value: Any) -> Any:
@@ -73,11 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         model = as_pair_model(load_model(options.model).requires_grad_(False))
         own = OWN
-    middle = tuple(name for name in MIDDLE if name not in options.without)
+    middle, slow = (tuple(name for name in names if name not in options.without) for names in (MIDDLE, SLOW))
     faces = Faces(open_pairs(options.pairs, options.pictures), folds=[fold - 1 for fold in options.folds])
     results = []
     started = time.perf_counter()
-    for protocols, count, explainers in parts(own, middle, options.count):
+    for protocols, count, explainers in parts(own, middle, slow, options.count):
         settings = Settings(count=count)
         found = faithfulness(model, faces, explainers, protocols=protocols, settings=settings)
         results.append({"count": count} | found.as_dict())

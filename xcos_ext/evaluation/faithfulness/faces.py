@@ -149,9 +149,18 @@ class Faces:
         return found
 
     def stacked(self, keys: Sequence[str]) -> Tensor:
-        """Pictures that can be used, uint8 [N, 3, H, W]."""
-        found = [self.crop(key) for key in keys]
-        return torch.from_numpy(np.stack([crop for crop in found if crop is not None])).permute(0, 3, 1, 2)
+        """Pictures that were found usable, uint8 [N, 3, H, W].
+
+        Raises:
+            PictureError: one that is not, or no longer.
+        """
+        found = []
+        for key in keys:
+            crop = self.crop(key)
+            if crop is None:
+                raise PictureError(self.failures[key])
+            found.append(crop)
+        return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2)
 
     def another(self, person: str, rng: np.random.Generator, avoid: Sequence[str]) -> str | None:
         """A usable picture of a person other than some; None: there is none."""

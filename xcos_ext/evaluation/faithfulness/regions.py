@@ -134,14 +134,14 @@ def pixel_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def soft_mask(pixels: Tensor, border: int) -> Tensor:
-    """Weights that rise from 0 just outside a mask to 1 at ``border`` pixels inside.
+    """Weights that rise evenly from 0 just outside a mask to 1 at 2 * ``border`` - 1 pixels inside.
 
-    They are 0 wherever the mask is, so the mask stays the exact place of a change. There is no ramp along the edge of
-    the picture.
+    They are 0 wherever the mask is not, so the mask stays the exact place of a change. There is no ramp along the edge
+    of the picture.
 
     Args:
         pixels: bool [N, H, W].
-        border: pixels, from 0.
+        border: half the ramp's length in pixels, from 0: where the weight is one half.
 
     Returns:
         fp32 [N, H, W], in [0, 1].
@@ -186,7 +186,8 @@ def paste(
         donors: the same shape and type.
         mask: bool [h, w] or [N, h, w], of cells or of pixels: H x W is divided among them evenly.
         blend: ``"hard"``: the donor's pixels as they are; ``"soft"``: faded in from the mask's edge inwards.
-        border: pixels over which ``"soft"`` fades; None: 1/28 of the picture's height, a quarter of a 7x7 cell.
+        border: pixels inside the mask where ``"soft"`` has faded to one half, and on to 1 in as many more; None: 1/28
+            of the picture's height, a quarter of a 7x7 cell.
         match_colour: shift and scale each channel of the donor's region to the mean and standard deviation of the
             region that it replaces (the scale is kept in [1/2, 2]). Takes the light and the tint out of the change, and
             a part of the person with them.

@@ -239,21 +239,27 @@ def region_swap(
                 if tick is not None:
                     tick(done, total)
             for kind, *key in keys:
+                # The control is made only where there is a picture for it.
+                used = np.ones(len(part), bool) if kind == "swap" else has_own
+                done += int((~used).sum()) * len(explainers)
+                if not used.any():
+                    continue
+                chosen = torch.from_numpy(used)
                 mask = masks[key[0], key[1]]
-                made = paste(first, donors[kind], mask, blend=blend, match_colour=match_colour)
+                made = paste(first[chosen], donors[kind][chosen], mask, blend=blend, match_colour=match_colour)
                 changed = normalised(model.preprocessing, made.images, device)
                 for explainer, kept, clean in zip(explainers, asked, before, strict=True):
-                    maps = explained(explainer, model, changed, b)[which]
-                    cells = _cells(maps, grid)
-                    used = np.ones(len(part), bool) if kind == "swap" else has_own
-                    kept.changed[kind, key[0], key[1]][block] = np.where(used[:, None], cells, np.nan)
-                    if pixels and used.any():
+                    maps = explained(explainer, model, changed, b[chosen])[which]
+                    cells = np.full((len(part), grid[0] * grid[1]), np.nan)
+                    cells[used] = _cells(maps, grid)
+                    kept.changed[kind, key[0], key[1]][block] = cells
+                    if pixels:
                         truth = made.pixels[0].flatten().numpy()
-                        two = [_flat(to_pixels(m, size))[used] for m in (maps, maps - clean)]
+                        two = [_flat(to_pixels(m, size)) for m in (maps, maps - clean[chosen])]
                         areas_of = np.full((len(part), 2), np.nan)
                         areas_of[used] = np.stack([areas(m, truth) for m in two], 1)
                         kept.pixels[kind, key[0], key[1]][block] = areas_of
-                    done += len(part)
+                    done += int(used.sum())
                     if tick is not None:
                         tick(done, total)
         estimator = Estimator(len(found), faces.ids(found), replicates=replicates, seed=seed)

@@ -14,36 +14,49 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from harness import machine
 
 from xcos_ext.datasets import open_pairs
 from xcos_ext.evaluation.faithfulness import Faces, Settings, faithfulness
-from xcos_ext.explain.explainers import EmbeddingCosine, XCosPairs, as_pair_model
+from xcos_ext.explain.explainers import EmbeddingCosine, PairModel, XCosPairs
 from xcos_ext.explain.files import write_atomically
-from xcos_ext.nn import load_model, load_recogniser
+from xcos_ext.nn import for_inference, load_model, load_recogniser
 
 OWN = ("xcos", "xcos-similarity", "xcos-attention")
 FAST = ("gradcam", "xssab")
-MIDDLE = ("occlusion", "fggb", "reconstruction")
+MIDDLE = ("occlusion", "fggb")
 SLOW = ("corrrise",)
+DECODED = ("reconstruction",)  # its decoder belongs to the model as it is
+PAIRED = ["deletion", "identification", "patch"]
 
 
-def parts(
-    own: tuple[str, ...], middle: tuple[str, ...], slow: tuple[str, ...], count: int
-) -> list[tuple[list[str], int, tuple[str, ...]]]:
-    """(protocols, pairs of each kind, explainers) of every run."""
+class Part(NamedTuple):
+    """Attributes: protocols, pairs of each kind, explainers, whether the model has batch norms folded, for speed."""
+
+    protocols: list[str]
+    count: int
+    explainers: tuple[str, ...]
+    folded: bool = True
+
+
+def parts(own: tuple[str, ...], without: Collection[str], count: int) -> list[Part]:
+    """What is run, one after the other."""
+    fast, middle, slow, decoded = (
+        tuple(name for name in names if name not in without) for names in (FAST, MIDDLE, SLOW, DECODED)
+    )
     judged = own[1:2]  # the similarity S stands beside the slow ones
-    made = [(["region-swap", "locality"] if own else ["region-swap"], count, (*own, *FAST))]
-    if middle:
-        made.append((["region-swap"], max(2, count // 5), (*judged, *middle)))
-    if slow:
-        made.append((["region-swap"], max(2, count // 12), (*judged, *slow)))
-    return [*made, (["deletion", "identification", "patch"], max(2, count // 2), (*own, *FAST, *middle, *slow))]
+    made = [Part(["region-swap", "locality"] if own else ["region-swap"], count, (*own, *fast))]
+    made += [Part(["region-swap"], max(2, count // 10), (*judged, *middle))] if middle else []
+    made += [Part(["region-swap"], max(2, count // 20), (*judged, *slow))] if slow else []
+    made.append(Part(PAIRED, max(2, count // 3), (*own, *fast, *middle, *slow)))
+    if decoded:
+        made.append(Part(["region-swap", *PAIRED], max(2, count // 10), (*judged, *decoded), folded=False))
+    return made
 
 
 def rounded(value: Any) -> Any:
@@ -70,20 +83,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     if options.recogniser:
-        model = EmbeddingCosine(load_recogniser(options.recogniser).requires_grad_(False))
-        own: tuple[str, ...] = ()
+        model: PairModel = EmbeddingCosine(load_recogniser(options.recogniser).requires_grad_(False))
+        folded, own = model, ()
     else:
-        model = as_pair_model(load_model(options.model).requires_grad_(False))
-        own = OWN
-    middle, slow = (tuple(name for name in names if name not in options.without) for names in (MIDDLE, SLOW))
+        loaded = load_model(options.model).requires_grad_(False)
+        model, folded, own = XCosPairs(loaded), XCosPairs(for_inference(loaded).requires_grad_(False)), OWN
     faces = Faces(open_pairs(options.pairs, options.pictures), folds=[fold - 1 for fold in options.folds])
     results = []
     started = time.perf_counter()
-    for protocols, count, explainers in parts(own, middle, slow, options.count):
-        settings = Settings(count=count)
-        found = faithfulness(model, faces, explainers, protocols=protocols, settings=settings)
-        results.append({"count": count} | found.as_dict())
-        print(f"{', '.join(protocols)}, {count} pairs: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    for part in parts(own, options.without, options.count):
+        settings = Settings(count=part.count)
+        chosen = folded if part.folded else model
+        found = faithfulness(chosen, faces, part.explainers, protocols=part.protocols, settings=settings)
+        results.append({"count": part.count} | found.as_dict())
+        done = f"{', '.join(part.protocols)}; {', '.join(part.explainers)}; {part.count} pairs"
+        print(f"{done}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
     data = {
         "schema": 1,
         "model": model.name,

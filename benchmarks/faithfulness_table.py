@@ -75,6 +75,24 @@ def _swaps(data: dict[str, Any]) -> dict[str, tuple[int, dict[tuple[str, str, st
     return {name: found[name] for name in LABELS if name in found}
 
 
+def _orders(data: dict[str, Any]) -> dict[str, Any]:
+    """Explainer -> pairs, (protocol, kind, mode) -> area, kind of pairs -> area of flips, timing."""
+    found: dict[str, Any] = {}
+    for part in (p for p in data["parts"] if p["deletion"]):
+        for name in part["explainers"]:
+            if name in found:
+                continue
+            areas = {
+                (protocol, r["kind"], r["mode"]): r["curve"]["area"]
+                for protocol in ("deletion", "identification")
+                for r in part[protocol]["rows"]
+                if r["explainer"] == name
+            }
+            flips = {r["pairs"]: r["flips"]["area"] for r in part["patch"]["rows"] if r["explainer"] == name}
+            found[name] = part["count"], areas, flips, part["seconds_a_pair"].get(name)
+    return {name: found[name] for name in LABELS if name in found}
+
+
 def region_swap(name: str) -> list[str]:
     """Mean AUC over the regions for every explainer, both directions, all readings."""
     data = _load(name)
@@ -120,28 +138,20 @@ def deletion(name: str) -> list[str]:
     if data is None:
         return ["Pending: not measured yet."]
     data["name"] = name
-    part = next(p for p in data["parts"] if p["deletion"])
-    by = {
-        (protocol, r["explainer"], r["kind"], r["mode"]): r["curve"]["area"]
-        for protocol in ("deletion", "identification")
-        if part[protocol]
-        for r in part[protocol]["rows"]
-    }
-    flips = {(r["explainer"], r["pairs"]): r["flips"]["area"] for r in part["patch"]["rows"]}
+    found = _orders(data)
     lines = [
         *_heading(data),
         "| map | verification, similar map: deletion ↓ | insertion ↑ | dissimilar map: deletion | insertion | "
         "identification: deletion ↓ | insertion ↑ | verdicts turned by its cells: genuine ↑ | impostor ↑ | "
-        "time per pair |",
-        "|" + "---|" * 10,
+        "pairs | time per pair |",
+        "|" + "---|" * 11,
     ]
-    for explainer in (e for e in LABELS if e in part["explainers"]):
+    for explainer, (count, by, flips, timing) in found.items():
         keys = [("deletion", kind, mode) for kind in ("similar", "dissimilar") for mode in ("deletion", "insertion")]
         keys += [("identification", "similar", mode) for mode in ("deletion", "insertion")]
-        cells = [_value(by.get((protocol, explainer, kind, mode)), 1) for protocol, kind, mode in keys]
-        cells += [_value(flips.get((explainer, kind)), 1) for kind in ("genuine", "impostor")]
-        timing = part["seconds_a_pair"].get(explainer)
-        lines.append(f"| {LABELS[explainer]} | {' | '.join(cells)} | {_seconds(timing)} |")
+        cells = [_value(by.get(key), 1) for key in keys]
+        cells += [_value(flips.get(kind), 1) for kind in ("genuine", "impostor")]
+        lines.append(f"| {LABELS[explainer]} | {' | '.join(cells)} | {2 * count} | {_seconds(timing)} |")
     return lines
 
 
@@ -168,18 +178,16 @@ def short() -> list[str]:
         data = _load(name)
         if data is None:
             continue
-        part = next(p for p in data["parts"] if p["deletion"])
-        areas = {
-            (r["explainer"], r["mode"]): r["curve"]["area"] for r in part["deletion"]["rows"] if r["kind"] == "similar"
-        }
+        orders = _orders(data)
         for explainer, (_, rows, _) in _swaps(data).items():
             if name != "compact" and not explainer.startswith("xcos"):
                 continue
             mean = rows[DIRECTIONS[0], "swap", "mean"]
             cells = [f"{mean[reading]['value']:.2f}" for reading in READINGS]
             cells.append(f"{rows[DIRECTIONS[0], 'same-person', 'mean']['centred']['value']:.2f}")
-            cells += [f"{areas[explainer, mode]['value']:.1f}" for mode in ("deletion", "insertion")]
-            cells.append(_seconds(part["seconds_a_pair"].get(explainer)))
+            _, areas, _, timing = orders[explainer]
+            cells += [f"{areas['deletion', 'similar', mode]['value']:.1f}" for mode in ("deletion", "insertion")]
+            cells.append(_seconds(timing))
             lines.append(f"| {label.split(',')[0]} | {LABELS[explainer]} | {' | '.join(cells)} |")
     return lines
 

@@ -15,8 +15,8 @@ from xcos_ext.cli.app import xcos
 from xcos_ext.datasets import LFW
 from xcos_ext.errors import ModelError
 from xcos_ext.evaluation import evaluate, score_model
-from xcos_ext.nn import XCosModel, save_model
-from xcos_ext.shipped import default_weights
+from xcos_ext.nn import XCosHead, XCosModel, save_model
+from xcos_ext.shipped import DATA, SHIPPED, default_weights, weights_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,3 +95,25 @@ def test_it_tells_people_apart_whom_it_has_never_seen(model: XCosModel, shared_d
     assert right.mean() >= 0.965  # 0.9700
     scores = score_model(model, LFW(shared_data / "lfw112.zip", shared_data / "pairs.txt", folds=UNSEEN[:1]))
     np.testing.assert_allclose(scores, result.variants["own"].scores[: len(scores)], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_models_go_by_name(name: str) -> None:
+    model = load_model(name)
+    assert model.threshold is not None and model.fmr_curve is not None
+    assert model.architecture == ("local" if name == "local" else "compact")
+    assert isinstance(model.head, XCosHead) and model.head.attention is not None and model.head.attention.symmetric
+    faces = model.preprocessing(np.random.default_rng(0).integers(0, 256, (2, 112, 112, 3), np.uint8))
+    with torch.no_grad():
+        features = model.features(faces)
+        assert float(model.score(features[:1], features[:1])) == pytest.approx(1, abs=1e-5)
+    assert model.fingerprint() != load_model("compact").fingerprint() or name == "compact"
+
+
+def test_a_file_of_a_shipped_models_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert weights_file("local") == DATA / SHIPPED["local"]
+    (tmp_path / "local").write_bytes(b"mine")
+    assert weights_file("local") == "local"
+    assert weights_file("other.pt") == "other.pt"
+    assert weights_file(None) == default_weights()

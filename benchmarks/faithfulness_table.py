@@ -156,14 +156,25 @@ def deletion(name: str) -> list[str]:
 
 
 def locality() -> list[str]:
-    """How much of a change shows in the cell that was changed, model beside model."""
-    lines = ["| model | share in the cell itself | in the 3x3 cells around |", "|---|---|---|"]
+    """Accuracy and locality, model beside model."""
+    verified = _load("verification")
+    lines = [
+        "| model | accuracy % | AUC | change in the cell itself | in the 3x3 cells around |",
+        "|---|---|---|---|---|",
+    ]
     for name, label in MODELS.items():
         data = _load(name)
         part = next((p for p in data["parts"] if p["locality"]), None) if data else None
-        if part:
-            row = part["locality"]["rows"][0]
-            lines.append(f"| {label} | {_value(row['own'], 3)} | {_value(row['neighbourhood'], 3)} |")
+        if part is None:
+            continue
+        row = part["locality"]["rows"][0]
+        accuracy = area = ""
+        if verified is not None and name in verified["models"]:
+            found = verified["models"][name]
+            values = (found["accuracy"]["mean"], *found["intervals"]["accuracy"])
+            accuracy = "{:.2f} [{:.2f}, {:.2f}]".format(*(100 * value for value in values))
+            area = "{:.4f} [{:.4f}, {:.4f}]".format(found["auc"], *found["intervals"]["auc"])
+        lines.append(f"| {label} | {accuracy} | {area} | {_value(row['own'], 3)} | {_value(row['neighbourhood'], 3)} |")
     return lines
 
 

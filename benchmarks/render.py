@@ -7,7 +7,7 @@ A table is named by a marker ``<!-- results: cpu pairs -->`` ... ``<!-- /results
 file), and ``pairs`` (operators on N pairs), ``matrix`` (all pairs) or ``all`` (both). ``models short``, ``models all``
 and ``models compact`` are tables of models on LFW: see models_table.py. ``gallery short``, ``gallery scale`` and
 ``gallery identification`` are tables of searches: see gallery_table.py. ``faithfulness ...`` are tables of explainers:
-see faithfulness_table.py.
+see faithfulness_table.py. ``alignment ...`` are tables of matched cells: see alignment_table.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import alignment_table
 import faithfulness_table
 import gallery_table
 import models_table
@@ -30,6 +31,7 @@ PAGES = (
     ROOT / "docs" / "training.md",
     ROOT / "docs" / "default_model.md",
     ROOT / "docs" / "gallery.md",
+    ROOT / "docs" / "alignment_tolerance.md",
     ROOT / "docs" / "faithfulness.md",
     ROOT / "docs" / "local_cells.md",
 )
@@ -166,6 +168,8 @@ def render(text: str) -> str:
             return match[1] + models_table.table(match[3]) + match[4]
         if match[2] == "gallery":
             return match[1] + gallery_table.table(match[3]) + match[4]
+        if match[2] == "alignment":
+            return match[1] + alignment_table.table(match[3]) + match[4]
         if match[2] == "faithfulness":
             return match[1] + faithfulness_table.table(match[3]) + match[4]
         if match[2] == "cpu":

@@ -36,6 +36,7 @@ def check(nvcc: str, architectures: tuple[int, ...]) -> None:
         assert {f"staged_{direction}<{element}, 32x49>" for element in ("f16", "bf16", "f32")} <= names
     for element in ("f16", "bf16", "f32", "f64"):
         assert {f"matrix_plain<{element}>", f"matrix_backward<{element}>"} <= names
+        assert {f"match_forward<{element}>", f"match_backward<{element}>"} <= names
     assert {f"matrix_tensor<{element}{tuned}>" for element in ("f16", "bf16") for tuned in ("", ", tuned")} <= names
     assert {
         f"{sums}<{element}>" for sums in ("topk_update", "matrix_backward_sums") for element in ("f32", "f64")

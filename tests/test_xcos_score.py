@@ -154,3 +154,47 @@ def test_numpy_free_broadcast_of_one_probe(device):
     wide = probe.detach().double().requires_grad_()
     reference.xcos_score(wide.expand(20, -1, -1, -1), gallery.double()).sum().backward()
     assert_gradient_close(probe.grad, wide.grad, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("match", ["best", "soft"])
+def test_matched_scores_match_the_reference(match, mode, dtype, device):
+    s = leaves(sample((5, 32, 7, 7), dtype, "contiguous", mode, device))
+    ours, theirs, wide = both(s, temperature=0.7, radius=1, match=match, match_temperature=0.2)
+    for one, other in zip(ours, theirs, strict=True):
+        assert_forward_close(one.detach(), other.detach(), dtype)
+    options = {"temperature": 0.7, "radius": 1, "match": match, "match_temperature": 0.2}
+    alone = xcos_ext.xcos_score(s.a, s.b, s.attention, logits=s.logits, **options)
+    assert torch.equal(alone, ours.score)
+    matched = xcos_ext.grid_match(s.a, s.b, radius=1, match=match, temperature=0.2)
+    assert torch.equal(ours.similarity, matched), "S is that of grid_match"
+    plain = xcos_ext.xcos_score(s.a, s.b, s.attention, logits=s.logits, temperature=0.7, return_maps=True)
+    assert torch.equal(ours.attention, plain.attention), "W does not look at the radius"
+    actual = torch.autograd.grad(ours.score.sum(), differentiable(s))
+    expected = torch.autograd.grad(theirs.score.sum(), differentiable(wide))
+    for one, other in zip(actual, expected, strict=True):
+        assert_gradient_close(one, other, dtype)
+
+
+def test_radius_0_is_the_score_as_it_was(device):
+    s = sample((5, 32, 7, 7), torch.float32, "contiguous", "norm", device)
+    for match in ("best", "soft"):
+        for one, other in zip(
+            xcos_ext.xcos_score(s.a, s.b, "norm", radius=0, match=match, return_maps=True),
+            xcos_ext.xcos_score(s.a, s.b, "norm", return_maps=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_matching_names_what_is_wrong():
+    a = torch.zeros(2, 4, 3, 3)
+    with pytest.raises(RuntimeError, match="radius: expected 0 to 7, got 9"):
+        xcos_ext.xcos_score(a, a, radius=9)
+    with pytest.raises(RuntimeError, match="xcos_score: match: expected 'best' or 'soft', got 'worst'"):
+        xcos_ext.xcos_score(a, a, match="worst")
+    with pytest.raises(TypeError, match="xcos_score: match_temperature: expected a number, got a tensor"):
+        xcos_ext.xcos_score(a, a, radius=1, match_temperature=torch.tensor(1.0))
+    with pytest.raises(TypeError, match=r"xcos_score: radius: expected 0 for arrays, got 1; torch.from_numpy"):
+        xcos_ext.xcos_score(a.numpy(), a.numpy(), radius=1)

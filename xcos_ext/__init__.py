@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from xcos_ext.errors import ModelError, PictureError, XCosError
     from xcos_ext.gallery import Gallery, ShardedGallery
     from xcos_ext.nn import ArcFaceHead, CosFaceHead, XCosAttention, XCosHead, XCosModel, load_model, plug
-    from xcos_ext.ops import XCosMaps, XCosScore, XCosTopk, build_info
+    from xcos_ext.ops import GridMatch, XCosMaps, XCosScore, XCosTopk, build_info
     from xcos_ext.ops.grid_cosine import grid_cosine
+    from xcos_ext.ops.grid_match import grid_match
     from xcos_ext.ops.xcos_maps import xcos_maps
     from xcos_ext.ops.xcos_matrix import xcos_matrix
     from xcos_ext.ops.xcos_score import xcos_score
@@ -32,11 +33,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "xcos_ext.ops": (
+        "GridMatch",
         "XCosMaps",
         "XCosScore",
         "XCosTopk",
         "build_info",
         "grid_cosine",
+        "grid_match",
         "xcos_maps",
         "xcos_matrix",
         "xcos_score",
@@ -61,6 +64,7 @@ __all__ = [
     "ArcFaceHead",
     "CosFaceHead",
     "Gallery",
+    "GridMatch",
     "ModelError",
     "PictureError",
     "ShardedGallery",
@@ -74,6 +78,7 @@ __all__ = [
     "XCosTopk",
     "build_info",
     "grid_cosine",
+    "grid_match",
     "load_model",
     "plug",
     "reference",

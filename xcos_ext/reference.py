@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xcos_ext.ops.grid_match import GridMatch
 from xcos_ext.ops.xcos_maps import XCosMaps
 from xcos_ext.ops.xcos_score import XCosScore
 from xcos_ext.ops.xcos_topk import XCosTopk
 from xcos_ext.templates import AttentionParameters, Templates, check_sides, exact_convolutions, resolve_attention
 
-__all__ = ["cell_norm", "grid_cosine", "xcos_maps", "xcos_matrix", "xcos_score", "xcos_topk"]
+__all__ = ["cell_norm", "grid_cosine", "grid_match", "xcos_maps", "xcos_matrix", "xcos_score", "xcos_topk"]
 
 
 def _accumulate(x: Tensor) -> Tensor:
@@ -39,6 +40,55 @@ def grid_cosine(a: Tensor, b: Tensor, *, eps: float = 1e-6) -> Tensor:
     return (a * b).sum(1) / (norm_a.clamp_min(eps) * norm_b.clamp_min(eps))
 
 
+def _candidates(a: Tensor, b: Tensor, radius: int, eps: float) -> Tensor:
+    """Cosines of each cell of ``a`` with its neighbours in ``b``, [N, K, H, W], -inf outside the grid."""
+    a, b = _accumulate(a), _accumulate(b)
+    h, w = a.shape[2:]
+    norm_a, norm_b = cell_norm(a), cell_norm(b)
+    a = torch.where((norm_a == 0).unsqueeze(1), a.detach(), a)
+    b = torch.where((norm_b == 0).unsqueeze(1), b.detach(), b)
+    norm_a, norm_b = norm_a.clamp_min(eps), norm_b.clamp_min(eps)
+    border = (radius,) * 4
+    wide_b, wide_norm = F.pad(b, border), F.pad(norm_b, border, value=1.0)
+    inside = F.pad(torch.ones((h, w), dtype=torch.bool, device=a.device), border)
+    cosines = []
+    for row in range(2 * radius + 1):
+        for column in range(2 * radius + 1):
+            rows, columns = slice(row, row + h), slice(column, column + w)
+            cosine = (a * wide_b[:, :, rows, columns]).sum(1) / (norm_a * wide_norm[:, rows, columns])
+            cosines.append(torch.where(inside[rows, columns], cosine, -torch.inf))
+    return torch.stack(cosines, 1)
+
+
+def grid_match(
+    a: Tensor,
+    b: Tensor,
+    *,
+    radius: int = 1,
+    match: str = "best",
+    temperature: float = 0.1,
+    symmetric: bool = True,
+    eps: float = 1e-6,
+    return_offsets: bool = False,
+) -> Tensor | GridMatch:
+    """S = max, or softmax-weighted mean, of the cosines of a cell with the cells of its neighbourhood."""
+    results, offsets = [], []
+    for x, y in ((a, b), (b, a))[: 2 if symmetric else 1]:
+        cosines = _candidates(x, y, radius, eps)
+        if match == "best":
+            best = cosines.amax(1, keepdim=True)
+            first = ((cosines == best) | cosines.isnan()).int().argmax(1)  # of equals; of NaN where there is any
+            results.append(cosines.gather(1, first[:, None])[:, 0])
+            side = 2 * radius + 1
+            offsets.append(torch.stack((first // side - radius, first % side - radius), 1).to(torch.int8))
+        else:
+            outside = cosines == -torch.inf
+            weights = (cosines / temperature).softmax(1)
+            results.append((weights * torch.where(outside, 0.0, cosines)).sum(1))
+    similarity = torch.stack(results).mean(0)
+    return GridMatch(similarity, torch.stack(offsets, 1)) if return_offsets else similarity
+
+
 def xcos_score(
     a: Tensor,
     b: Tensor,
@@ -47,10 +97,18 @@ def xcos_score(
     logits: bool = False,
     temperature: float = 1.0,
     eps: float = 1e-6,
+    radius: int = 0,
+    match: str = "best",
+    match_temperature: float = 0.1,
     return_maps: bool = False,
 ) -> Tensor | XCosScore:
     """score = sum over cells of W * S, with W uniform, by norms, given, or the softmax of given logits."""
-    similarity = grid_cosine(a, b, eps=eps)
+    if radius == 0:
+        similarity = grid_cosine(a, b, eps=eps)
+    else:
+        matched = grid_match(a, b, radius=radius, match=match, temperature=match_temperature, eps=eps)
+        assert isinstance(matched, Tensor)
+        similarity = matched
     cells = similarity.shape[1] * similarity.shape[2]
     uniform = torch.full_like(similarity, 1.0 / cells)
     if attention is None:

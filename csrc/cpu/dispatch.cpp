@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cpu/grid_cosine.h"
+#include "cpu/grid_match.h"
 #include "cpu/isa.h"
 #include "cpu/xcos_matrix.h"
 #include "cpu/xcos_matrix_fixed.h"
@@ -107,6 +108,15 @@ void grid_cosine(const PairProblem& problem, void* similarity, ParallelFor paral
 void grid_cosine_backward(const PairProblem& problem, const void* grad_similarity, MutableFeatureView grad_a,
                           MutableFeatureView grad_b, ParallelFor parallel_for) {
   XCOS_CALL(grid_cosine_backward, problem, grad_similarity, grad_a, grad_b, parallel_for)
+}
+
+void grid_match(const MatchProblem& problem, const MatchOutputs& outputs, ParallelFor parallel_for) {
+  XCOS_CALL(grid_match, problem, outputs, parallel_for)
+}
+
+void grid_match_backward(const MatchProblem& problem, const void* grad_similarity, MutableFeatureView grad_a,
+                         MutableFeatureView grad_b, ParallelFor parallel_for) {
+  XCOS_CALL(grid_match_backward, problem, grad_similarity, grad_a, grad_b, parallel_for)
 }
 
 void xcos_matrix(const MatrixProblem& problem, void* scores, ParallelFor parallel_for) {

@@ -8,6 +8,18 @@ STABLE_TORCH_LIBRARY(xcos_ext, m) {
       "-> (Tensor, "
       "Tensor)");
   m.def(
+      "grid_match(Tensor a, Tensor b, int radius, int match, float temperature, bool symmetric, float eps) "
+      "-> "
+      "Tensor");
+  m.def(
+      "grid_match.offsets(Tensor a, Tensor b, int radius, int match, float temperature, bool symmetric, "
+      "float "
+      "eps) -> (Tensor, Tensor)");
+  m.def(
+      "grid_match_backward(Tensor grad_similarity, Tensor a, Tensor b, int radius, int match, float "
+      "temperature, "
+      "bool symmetric, float eps, bool need_a, bool need_b) -> (Tensor, Tensor)");
+  m.def(
       "xcos_score(Tensor a, Tensor b, Tensor? attention, int mode, float temperature, float eps) -> Tensor");
   m.def(
       "xcos_score.maps(Tensor a, Tensor b, Tensor? attention, int mode, float temperature, float eps) -> "

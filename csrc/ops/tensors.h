@@ -188,7 +188,7 @@ inline MutableFeatureView mutable_feature_view(const Tensor& t) {
 // A fresh tensor next to `like`, through torch's allocator. The shim is used because the dispatcher's route
 // costs a microsecond a tensor, which one pair would feel.
 inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  int64_t strides[4];
+  int64_t strides[5];
   int64_t step = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = step;

@@ -131,5 +131,6 @@ using Groups = std::map<std::string, void (*)()>;
 Groups matrix_groups();
 Groups matrix_backward_groups();
 Groups topk_groups();
+Groups match_groups();
 
 }  // namespace driver

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, overload
 
@@ -10,27 +11,78 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xcos_ext.ops import XCosScore, xcos_score
+from xcos_ext.ops.grid_match import MATCH_TEMPERATURE, MATCHES, MOST_RADIUS, Match
 from xcos_ext.templates import Role, Templates, check_features, check_role
 
 from .attention import XCosAttention
 from .projection import CellProjection, check_grid, project_cells
 
-__all__ = ["ClosedFormHead", "XCosHead"]
+__all__ = ["ClosedFormHead", "Matching", "XCosHead"]
 
 
-def _score(
-    a: Tensor,
-    b: Tensor,
-    attention: Tensor | Literal["norm"] | None,
-    return_maps: bool,
-    temperature: float | None = None,
-) -> Tensor | XCosScore:
-    """The fused operator; with a temperature, ``attention`` holds logits."""
-    logits = temperature is not None
-    scale = 1.0 if temperature is None else temperature
-    if return_maps:
-        return xcos_score(a, b, attention, logits=logits, temperature=scale, return_maps=True)
-    return xcos_score(a, b, attention, logits=logits, temperature=scale)
+class Matching(nn.Module):
+    """Whether cells are compared in their places (the default) or matched with their neighbourhoods.
+
+    Set by :meth:`set_matching`, written into the model's file with the head's settings.
+    """
+
+    radius: int = 0
+    match: Match = "best"
+    match_temperature: float = MATCH_TEMPERATURE
+
+    def set_matching(self, radius: int, match: Match = "best", temperature: float = MATCH_TEMPERATURE) -> None:
+        """Tolerate faces out of alignment: S becomes that of :func:`xcos_ext.grid_match`; W stays as it is.
+
+        Scores rise, those of impostors too, so that thresholds have to be found again: calibrate the model afterwards.
+        All-pairs scoring compares cells in their places only; :meth:`templates` of such a head raises an error.
+
+        Args:
+            radius: how many rows and columns away a cell's partner may be, 0 (in its place only) to 7.
+            match: ``"best"`` neighbour, or ``"soft"``: their mean by a softmax of the cosines.
+            temperature: of the softmax.
+
+        Raises:
+            ValueError: a value out of range.
+        """
+        if isinstance(radius, bool) or not isinstance(radius, int) or not 0 <= radius <= MOST_RADIUS:
+            raise ValueError(f"radius: expected an integer from 0 to {MOST_RADIUS}, got {radius!r}")
+        if match not in MATCHES:
+            raise ValueError(f"match: expected 'best' or 'soft', got {match!r}")
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"temperature: expected a finite number above 0, got {temperature!r}")
+        self.radius, self.match, self.match_temperature = radius, match, float(temperature)
+
+    def matching_config(self) -> dict[str, Any]:
+        """The settings for :meth:`set_matching` under ``"matching"``; nothing where cells are compared in place."""
+        if self.radius == 0:
+            return {}
+        settings = {"radius": self.radius, "match": self.match, "temperature": self.match_temperature}
+        return {"matching": settings}
+
+    def _score(
+        self,
+        a: Tensor,
+        b: Tensor,
+        attention: Tensor | Literal["norm"] | None,
+        return_maps: bool,
+        temperature: float | None = None,
+    ) -> Tensor | XCosScore:
+        """The fused operator; with a temperature, ``attention`` holds logits."""
+        options: dict[str, Any] = {"return_maps": True} if return_maps else {}
+        if temperature is not None:
+            options |= {"logits": True, "temperature": temperature}
+        if self.radius:
+            options |= {"radius": self.radius, "match": self.match, "match_temperature": self.match_temperature}
+        result: Tensor | XCosScore = xcos_score(a, b, attention, **options)
+        return result
+
+    def _check_templates(self) -> None:
+        if self.radius:
+            raise RuntimeError(
+                f"templates: expected a head that compares cells in their places, got radius {self.radius}: all-pairs "
+                "scoring does not match cells with their neighbourhoods; score pairs with head.score, or call "
+                "head.set_matching(0) first"
+            )
 
 
 def _fixed_templates(
@@ -42,7 +94,7 @@ def _fixed_templates(
     return Templates.from_features(features, dtype, attention)
 
 
-class XCosHead(nn.Module):
+class XCosHead(Matching):
     """The trained xCos head: a projection to the grid feature F, attention W, and the score sum W * S.
 
     As published, F = PReLU(BN(Conv1x1(map))); S = cell-wise cosine of two F, W from :class:`XCosAttention`
@@ -137,18 +189,21 @@ class XCosHead(nn.Module):
             "channels": self.channels,
             "attention": self.fixed_attention if self.attention is None else self.attention.config(),
             "projection": projection if isinstance(projection, str) else projection.config(),
+            **self.matching_config(),
         }
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> XCosHead:
-        """A new head from what :meth:`config` returned; ``projection`` may be missing."""
+        """A new head from what :meth:`config` returned; ``projection`` and ``matching`` may be missing."""
         attention, projection = config["attention"], config.get("projection", "shared")
-        return cls(
+        head = cls(
             config["in_channels"],
             config["channels"],
             attention=attention if attention in ("uniform", "norm") else XCosAttention(**attention),
             projection=projection if isinstance(projection, str) else CellProjection(**projection),  # type: ignore[arg-type]
         )
+        head.set_matching(**config.get("matching", {"radius": 0}))
+        return head
 
     def features(self, grid: Tensor) -> Tensor:
         """The backbone's map [N, in_channels, H, W] -> grid feature F [N, channels, H, W]."""
@@ -184,11 +239,11 @@ class XCosHead(nn.Module):
         """
         if self.attention is None:
             fixed: Literal["norm"] | None = "norm" if self.fixed_attention == "norm" else None
-            return _score(features_a, features_b, fixed, return_maps)
+            return self._score(features_a, features_b, fixed, return_maps)
         if self.attention.fusable:
             logits = self.attention.logits(features_a, features_b)
-            return _score(features_a, features_b, logits, return_maps, self.attention.temperature)
-        return _score(features_a, features_b, self.attention(features_a, features_b), return_maps)
+            return self._score(features_a, features_b, logits, return_maps, self.attention.temperature)
+        return self._score(features_a, features_b, self.attention(features_a, features_b), return_maps)
 
     def templates(self, features: Tensor, role: Role = "probe", dtype: torch.dtype | None = None) -> Templates:
         """Templates of faces, for scoring all pairs of them; see :meth:`XCosAttention.templates`.
@@ -203,10 +258,12 @@ class XCosHead(nn.Module):
             :class:`xcos_ext.Templates`.
 
         Raises:
-            RuntimeError: the head is in training mode, where batch norms have no fixed statistics to fold.
+            RuntimeError: the head is in training mode, where batch norms have no fixed statistics to fold, or it
+                matches cells with their neighbourhoods.
             ValueError: a wrong shape or role.
             TypeError: not a tensor, or a dtype that is not floating-point.
         """
+        self._check_templates()
         norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
         if self.training or any(norm.training for norm in norms):
             raise RuntimeError(
@@ -224,7 +281,7 @@ class XCosHead(nn.Module):
         return self.score(self.features(grid_a), self.features(grid_b), return_maps=True)
 
 
-class ClosedFormHead(nn.Module):
+class ClosedFormHead(Matching):
     """Cells of a linear output block: F_ij = sum_kl G_ij,kl M_kl x_kl - mean_ij, scored with norm attention.
 
     Where a recogniser's output block is affine, its embedding is a sum over cells, emb = sum_kl M_kl x_kl +
@@ -295,7 +352,7 @@ class ClosedFormHead(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """What is needed to build the same head again beside its tensors, as plain values."""
-        return {"grid_shape": list(self.grid_shape)}
+        return {"grid_shape": list(self.grid_shape), **self.matching_config()}
 
     def tensors(self) -> dict[str, Tensor | None]:
         """The constructor's tensors by name."""
@@ -337,7 +394,7 @@ class ClosedFormHead(nn.Module):
         Returns:
             Scores [N], or ``XCosScore(score [N], similarity [N, H, W], attention [N, H, W])``.
         """
-        return _score(features_a, features_b, "norm", return_maps)
+        return self._score(features_a, features_b, "norm", return_maps)
 
     def templates(self, features: Tensor, role: Role = "probe", dtype: torch.dtype | None = None) -> Templates:
         """Templates of faces, for scoring all pairs of them with norm attention.
@@ -351,9 +408,11 @@ class ClosedFormHead(nn.Module):
             :class:`xcos_ext.Templates`, differentiable to ``features``.
 
         Raises:
+            RuntimeError: the head matches cells with their neighbourhoods.
             ValueError: a wrong shape or role.
             TypeError: not a tensor, or a dtype that is not floating-point.
         """
+        self._check_templates()
         return _fixed_templates(features, self.channels, role, dtype, "norm")
 
     def forward(self, grid_a: Tensor, grid_b: Tensor) -> XCosScore:

@@ -291,7 +291,7 @@ def _own_head(kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor],
         if missing:
             raise ModelError(f"{path}: missing: {', '.join(f'head.{name}' for name in sorted(missing))}")
         channels, height, width = config["grid_shape"]
-        return ClosedFormHead(
+        head = ClosedFormHead(
             parts["weight"],
             scale=parts.get("scale"),
             spread=parts.get("spread"),
@@ -300,6 +300,8 @@ def _own_head(kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor],
             constant=parts["constant"],
             grid_shape=(channels, height, width),
         )
+        head.set_matching(**config.get("matching", {"radius": 0}))
+        return head
     raise ModelError(f"{path}: kind of head: expected 'learned' or 'closed-form', got {kind!r}")
 
 

@@ -167,7 +167,7 @@ class XCosModel(nn.Module):
             :class:`xcos_ext.Templates`.
 
         Raises:
-            RuntimeError: the head is in training mode.
+            RuntimeError: the head is in training mode, or matches cells with their neighbourhoods.
             ValueError: a wrong shape or role.
             TypeError: not a tensor, or a dtype that is not floating-point.
         """

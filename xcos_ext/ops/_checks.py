@@ -64,6 +64,14 @@ def check_positive(op: str, name: str, value: float) -> None:
         _fail(op, f"{name}: expected a finite number above 0, got {value:g}")
 
 
+def check_match(op: str, radius: int, match: int, temperature: float) -> None:
+    if not 0 <= radius <= 7:
+        _fail(op, f"radius: expected 0 to 7, got {radius}")
+    if match not in (0, 1):
+        _fail(op, f"match: expected 0 (best) or 1 (soft), got {match}")
+    check_positive(op, "temperature", temperature)
+
+
 def check_mode(op: str, mode: int) -> None:
     if not 0 <= mode <= 3:
         _fail(op, f"mode: expected 0 (uniform), 1 (norm), 2 (weights) or 3 (logits), got {mode}")

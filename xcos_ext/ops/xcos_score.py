@@ -19,6 +19,7 @@ from xcos_ext.ops._library import (
     register,
 )
 from xcos_ext.ops._vmap import fold, fold_shared, unfold
+from xcos_ext.ops.grid_match import MATCH_TEMPERATURE, Match, check_matching, grid_match
 
 __all__ = ["XCosScore", "xcos_score"]
 
@@ -213,6 +214,9 @@ def xcos_score(
     logits: bool = ...,
     temperature: float = ...,
     eps: float = ...,
+    radius: int = ...,
+    match: Match = ...,
+    match_temperature: float = ...,
     return_maps: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -224,6 +228,9 @@ def xcos_score(
     logits: bool = ...,
     temperature: float = ...,
     eps: float = ...,
+    radius: int = ...,
+    match: Match = ...,
+    match_temperature: float = ...,
     return_maps: Literal[True],
 ) -> XCosScore: ...
 @overload
@@ -235,6 +242,9 @@ def xcos_score(
     logits: bool = ...,
     temperature: float = ...,
     eps: float = ...,
+    radius: int = ...,
+    match: Match = ...,
+    match_temperature: float = ...,
     return_maps: bool = ...,
 ) -> Any: ...
 def xcos_score(
@@ -245,6 +255,9 @@ def xcos_score(
     logits: bool = False,
     temperature: float = 1.0,
     eps: float = 1e-6,
+    radius: int = 0,
+    match: Match = "best",
+    match_temperature: float = MATCH_TEMPERATURE,
     return_maps: bool = False,
 ) -> Any:
     """Similarity of N pairs of faces as a weighted sum of cell cosines: xCos (arXiv 2003.05383).
@@ -263,6 +276,10 @@ def xcos_score(
         logits: ``attention`` holds logits; the softmax is fused in. -inf masks a cell.
         temperature: Divides the logits, above 0.
         eps: Lower bound of a cell's norm, above 0.
+        radius: Match each cell with its neighbourhood of that many cells, 0 to 7, instead of with the one cell in its
+            place: S is then that of :func:`grid_match`, symmetric. Tensors only. W is the same for every radius.
+        match: "best" neighbour or "soft" choice, see :func:`grid_match`.
+        match_temperature: Of the soft choice.
         return_maps: Return S and W with the score.
 
     Returns:
@@ -283,6 +300,17 @@ def xcos_score(
         mode, given = (_LOGITS if logits else _WEIGHTS), attention
     if logits and given is None:
         raise RuntimeError(f"xcos_score: logits: expected False when attention is {attention!r}, got True")
+    if match != "best" or type(radius) is not int or radius != 0:
+        check_matching("xcos_score", radius, match, match_temperature, name="match_temperature")
+    if radius != 0:
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+            raise TypeError(
+                f"xcos_score: radius: expected 0 for arrays, got {radius}; torch.from_numpy makes tensors of them"
+            )
+        maps = xcos_score(a, b, attention, logits=logits, temperature=temperature, eps=eps, return_maps=True)
+        similarity = grid_match(a, b, radius=radius, match=match, temperature=match_temperature, eps=eps)
+        score = (maps.attention * similarity).sum((1, 2))
+        return XCosScore(score, similarity, maps.attention) if return_maps else score
 
     _checks.refuse_tensor("xcos_score", "temperature", temperature)
     _checks.refuse_tensor("xcos_score", "eps", eps)

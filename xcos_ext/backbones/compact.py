@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .preprocessing import ARCFACE
-from .recogniser import Recogniser
+from .staged import StagedNet
 
 __all__ = ["CompactNet"]
 
@@ -35,7 +34,7 @@ class _Block(nn.Module):
         return x + self.norm(self.second(self.first(x)))
 
 
-class CompactNet(Recogniser):
+class CompactNet(StagedNet):
     """The default model's body: RGB [N, 3, 112, 112], (x/255 - 0.5)/0.5 -> map [N, 128, 7, 7].
 
     Blocks of 2x2 pixels become channels, then come three stages of plain residual blocks at 28, 14 and 7 pixels.
@@ -48,25 +47,7 @@ class CompactNet(Recogniser):
     """
 
     def __init__(self, *, output: bool = True) -> None:
-        super().__init__()
-        self.architecture = "compact"
-        self.grid_shape = (_WIDTHS[-1], 7, 7)
-        self.preprocessing = ARCFACE
-        self.fold = nn.PixelUnshuffle(2)
-        stages = []
+        stages: list[nn.Module] = []
         for cin, cout, blocks in zip((12, *_WIDTHS), _WIDTHS, _BLOCKS, strict=False):
             stages.append(nn.Sequential(_conv(cin, cout, 2), *(_Block(cout) for _ in range(blocks))))
-        self.stages = nn.ModuleList(stages)
-
-    def maps(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The stages' maps: [N, 32, 28, 28], [N, 96, 14, 14], [N, 128, 7, 7]."""
-        x = self.fold(images)
-        made = []
-        for stage in self.stages:
-            x = stage(x)
-            made.append(x)
-        return tuple(made)
-
-    def grid(self, images: Tensor) -> Tensor:
-        """Normalised RGB [N, 3, 112, 112] -> [N, 128, 7, 7]."""
-        return self.maps(images)[-1]
+        super().__init__("compact", stages, _WIDTHS[-1])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .preprocessing import ARCFACE
-from .recogniser import Recogniser
+from .staged import StagedNet
 
 __all__ = ["LocalNet"]
 
@@ -41,7 +40,7 @@ class _Down(nn.Sequential):
         super().__init__(conv, nn.BatchNorm2d(cout), nn.ReLU(inplace=True))
 
 
-class LocalNet(Recogniser):
+class LocalNet(StagedNet):
     """RGB [N, 3, 112, 112], (x/255 - 0.5)/0.5 -> map [N, 256, 7, 7], each cell from 44x44 pixels around its own 16x16.
 
     A cell of the usual networks sees the whole face. Here a pixel more than 14 beyond a cell's border cannot change the
@@ -57,27 +56,9 @@ class LocalNet(Recogniser):
     receptive_field = 44
 
     def __init__(self, *, output: bool = True) -> None:
-        super().__init__()
-        self.architecture = "local"
-        self.grid_shape = (_WIDTHS[-1], 7, 7)
-        self.preprocessing = ARCFACE
-        self.fold = nn.PixelUnshuffle(2)
         kernels, inner = (4, 4, 2), (3, 1, 1)
-        stages = []
+        stages: list[nn.Module] = []
         for cin, cout, blocks, kernel, size in zip((12, *_WIDTHS), _WIDTHS, _BLOCKS, kernels, inner, strict=False):
             hidden = cout if size > 1 else 2 * cout
             stages.append(nn.Sequential(_Down(cin, cout, kernel), *(_Block(cout, size, hidden) for _ in range(blocks))))
-        self.stages = nn.ModuleList(stages)
-
-    def maps(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The stages' maps: [N, 48, 28, 28], [N, 128, 14, 14], [N, 256, 7, 7]."""
-        x = self.fold(images)
-        made = []
-        for stage in self.stages:
-            x = stage(x)
-            made.append(x)
-        return tuple(made)
-
-    def grid(self, images: Tensor) -> Tensor:
-        """Normalised RGB [N, 3, 112, 112] -> [N, 256, 7, 7]."""
-        return self.maps(images)[-1]
+        super().__init__("local", stages, _WIDTHS[-1])

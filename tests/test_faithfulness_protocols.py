@@ -34,10 +34,10 @@ from xcos_ext.evaluation.faithfulness import (
     region_swap,
 )
 from xcos_ext.evaluation.faithfulness.faces import Drawn, mean_face_of, normalised
-from xcos_ext.evaluation.faithfulness.fills import filled
 from xcos_ext.evaluation.faithfulness.models import mate_scorer, remembering
 from xcos_ext.evaluation.faithfulness.ranking import LEVELS
 from xcos_ext.explain.explainers import CentreMap, EmbeddingCosine, RandomMap, Saliency, XCosPairs
+from xcos_ext.explain.fills import filled
 from xcos_ext.nn import XCosModel, plug
 
 Image = pytest.importorskip("PIL.Image")

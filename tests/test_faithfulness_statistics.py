@@ -9,9 +9,9 @@ from sklearn import metrics
 
 from xcos_ext.evaluation.bootstrap import Resampling
 from xcos_ext.evaluation.faithfulness import Estimator, areas, standardised
-from xcos_ext.evaluation.faithfulness.fills import blurred, filled
 from xcos_ext.evaluation.faithfulness.ranking import LEVELS, kept_pixels, ranks
 from xcos_ext.evaluation.faithfulness.statistics import curve_areas, mean_curve
+from xcos_ext.explain.fills import blurred, filled
 
 RNG = np.random.default_rng(5)
 

@@ -1,8 +1,9 @@
 """Are explanations true? Protocols that measure it, with controls; see docs/faithfulness.md."""
 
+from xcos_ext.explain.fills import FILLS
+
 from .deletion import Deletion, DeletionRow, deletion_identification, deletion_verification
 from .faces import Drawn, Faces, TooFewError, fold_numbers
-from .fills import FILLS
 from .locality import Locality, LocalityRow, locality
 from .patch import Patch, PatchRow, patch_replacement
 from .plots import faithfulness_figure

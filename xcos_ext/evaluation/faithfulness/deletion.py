@@ -24,9 +24,9 @@ from torch import Tensor
 
 from xcos_ext.evaluation.verification import eer
 from xcos_ext.explain.explainers.interface import Explainer, PairModel, Saliency
+from xcos_ext.explain.fills import filled
 
 from .faces import Drawn, Faces, TooFewError, mean_face_of, normalised
-from .fills import filled
 from .models import device_of, explained, mate_scorer, remembering
 from .ranking import LEVELS, kept_pixels, ranks
 from .resolution import to_pixels

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from xcos_ext.evaluation.identification import Estimate
 from xcos_ext.explain.explainers.interface import PairModel, XCosPairs
+from xcos_ext.explain.fills import filled
 
 from .faces import Faces, mean_face_of, normalised
-from .fills import filled
 from .models import device_of, grid_of
 from .regions import pixel_mask
 from .statistics import Estimator, plain

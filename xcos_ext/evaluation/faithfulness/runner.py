@@ -16,11 +16,11 @@ from xcos_ext.errors import XCosError
 from xcos_ext.evaluation.verification import eer
 from xcos_ext.explain.explainers import available, create
 from xcos_ext.explain.explainers.interface import EmbeddingCosine, Explainer, PairModel
+from xcos_ext.explain.fills import FILLS
 from xcos_ext.optional import MissingPackageError
 
 from .deletion import Deletion, deletion_identification, deletion_verification
 from .faces import Faces, normalised
-from .fills import FILLS
 from .locality import Locality, locality
 from .models import device_of, explained
 from .patch import Patch, patch_replacement

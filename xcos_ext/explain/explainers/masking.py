@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from xcos_ext.backbones import Preprocessing
+from xcos_ext.explain.fills import filled
 
 from .interface import PairModel
 
@@ -41,8 +42,6 @@ def fill_pictures(fill: Fill, images: Tensor, preprocessing: Preprocessing) -> T
     """
     if fill == "mean":
         return images.mean((2, 3), keepdim=True).expand_as(images)
-    from xcos_ext.evaluation.faithfulness.fills import filled  # it imports the explainers' interface
-
     return filled({"black": "zero", "blur": "blur"}[fill], images, preprocessing)
 
 

@@ -24,6 +24,7 @@ from xcos_ext.explain.explainers.checks import (
     threshold_of,
 )
 from xcos_ext.explain.explainers.interface import PairModel, Saliency, XCosPairs
+from xcos_ext.explain.fills import blurred
 
 from .files import load_decoder, shipped_decoders
 from .network import FeatureDecoder
@@ -206,8 +207,6 @@ class ReconstructionExplainer:
             change = (whole[pairs] - drawn).abs().mean(1) * weights[:, None, None]
             maps.view(-1, *maps.shape[2:]).index_add_(0, sides * len(whole) + pairs, change)
         if self.blur > 0:
-            from xcos_ext.evaluation.faithfulness.fills import blurred  # it imports the explainers
-
             maps = blurred(maps, self.blur)
         return Saliency(maps[0], maps[1])
 

@@ -63,7 +63,8 @@ def test_score_is_the_models_own(kind: str) -> None:
     e = explain(model, a, b)
     with torch.no_grad():
         expected = model(model.preprocessing(a), model.preprocessing(b))
-    assert e.model_score == pytest.approx(float(expected.score), abs=1e-7)
+    # The network sees two faces at once there: sums of other orders, so fp32's rounding.
+    assert e.model_score == pytest.approx(float(expected.score), abs=1e-6)
     assert e.score == pytest.approx(float(expected.score), abs=1e-6)
     np.testing.assert_allclose(e.similarity, expected.similarity[0], atol=1e-6)
     np.testing.assert_allclose(e.attention, expected.attention[0], atol=1e-6)

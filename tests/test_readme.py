@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,6 +38,8 @@ def test_the_screen_of_code_runs(shared_data, tmp_path, monkeypatch):
         "logits": torch.randn(4, 7, 7),
         "probe": torch.randn(1, 32, 7, 7),
         "gallery": torch.randn(9, 32, 7, 7),
+        "face_a": np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8),
+        "face_b": np.random.default_rng(1).integers(0, 256, (112, 112, 3), np.uint8),
         "images_a": torch.rand(2, 3, 112, 112),
         "images_b": torch.rand(2, 3, 112, 112),
         "features_a": torch.randn(3, 32, 7, 7),

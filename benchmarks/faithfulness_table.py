@@ -93,12 +93,8 @@ def _orders(data: dict[str, Any]) -> dict[str, Any]:
     return {name: found[name] for name in LABELS if name in found}
 
 
-def region_swap(name: str) -> list[str]:
+def region_swap(data: dict[str, Any]) -> list[str]:
     """Mean AUC over the regions for every explainer, both directions, all readings."""
-    data = _load(name)
-    if data is None:
-        return ["Pending: not measured yet."]
-    data["name"] = name
     lines = [
         *_heading(data),
         "| map | impostor's region in a genuine pair: absolute | difference | centred | genuine region in an "
@@ -116,12 +112,8 @@ def region_swap(name: str) -> list[str]:
     return lines
 
 
-def regions(name: str) -> list[str]:
+def regions(data: dict[str, Any]) -> list[str]:
     """Absolute AUC of every region, an impostor's in a genuine pair."""
-    data = _load(name)
-    if data is None:
-        return ["Pending: not measured yet."]
-    data["name"] = name
     found = _swaps(data)
     first = next(iter(found.values()))[1]
     names = [region for direction, paste, region in first if (direction, paste) == (DIRECTIONS[0], "swap")]
@@ -132,12 +124,8 @@ def regions(name: str) -> list[str]:
     return lines
 
 
-def deletion(name: str) -> list[str]:
+def deletion(data: dict[str, Any]) -> list[str]:
     """Areas of deletion and insertion, and of patch replacement."""
-    data = _load(name)
-    if data is None:
-        return ["Pending: not measured yet."]
-    data["name"] = name
     found = _orders(data)
     lines = [
         *_heading(data),
@@ -208,4 +196,7 @@ def table(kind: str) -> str:
     what, _, name = kind.partition("_")
     made = {"short": short, "locality": locality}
     per_model = {"swap": region_swap, "regions": regions, "deletion": deletion}
-    return "\n".join(made[what]() if what in made else per_model[what](name)) + "\n"
+    if what in made:
+        return "\n".join(made[what]()) + "\n"
+    data = _load(name)
+    return "Pending: not measured yet.\n" if data is None else "\n".join(per_model[what](data | {"name": name})) + "\n"

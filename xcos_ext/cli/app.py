@@ -66,6 +66,23 @@ class _Finite(click.ParamType):
         return number
 
 
+_threshold = click.option(
+    "--threshold", type=_Finite(), metavar="T", help="The same person if score >= T; by default the model's."
+)
+_max_pixels = click.option(
+    "--max-pixels", type=click.IntRange(min=1), metavar="N", help="Refuse larger pictures. [default: 100 million]"
+)
+_bootstrap = click.option(
+    "--bootstrap",
+    "replicates",
+    type=click.IntRange(min=0),
+    default=1000,
+    show_default=True,
+    metavar="N",
+    help="Replicates for the confidence intervals; 0 for none.",
+)
+
+
 def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
         from xcos_ext import __version__
@@ -93,10 +110,8 @@ def xcos(ctx: click.Context) -> None:
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
 @_faces
-@click.option("--threshold", type=_Finite(), metavar="T", help="The same person if score >= T; by default the model's.")
-@click.option(
-    "--max-pixels", type=click.IntRange(min=1), metavar="N", help="Refuse larger pictures. [default: 100 million]"
-)
+@_threshold
+@_max_pixels
 @click.option("--out", metavar="FILE", type=click.Path(), help="Draw the decision: .png, .pdf or .svg.")
 @_json
 def verify(**options: Any) -> int:
@@ -110,10 +125,8 @@ def verify(**options: Any) -> int:
 @click.argument("a", type=click.Path())
 @click.argument("b", type=click.Path())
 @_faces
-@click.option("--threshold", type=_Finite(), metavar="T", help="The same person if score >= T; by default the model's.")
-@click.option(
-    "--max-pixels", type=click.IntRange(min=1), metavar="N", help="Refuse larger pictures. [default: 100 million]"
-)
+@_threshold
+@_max_pixels
 @click.option("--html", metavar="FILE", type=click.Path(), help="Write a page: hover a cell to see what it did.")
 @click.option("--figure", metavar="FILE", type=click.Path(), help="Draw the decision: .png, .pdf or .svg.")
 @_json
@@ -138,10 +151,8 @@ def explain(**options: Any) -> int:
 )
 @click.option("--title", metavar="TEXT", help="Of the page.  [default: the list's name]")
 @_faces
-@click.option("--threshold", type=_Finite(), metavar="T", help="The same person if score >= T; by default the model's.")
-@click.option(
-    "--max-pixels", type=click.IntRange(min=1), metavar="N", help="Refuse larger pictures. [default: 100 million]"
-)
+@_threshold
+@_max_pixels
 @click.option(
     "--threads", type=click.IntRange(min=1), default=2, show_default=True, metavar="N", help="Threads that read."
 )
@@ -278,15 +289,7 @@ def _pair_list(command: Any) -> Any:
 @click.option(
     "--teacher", metavar="WEIGHTS", type=click.Path(), help="A recogniser: its plain cosine is measured and correlated."
 )
-@click.option(
-    "--bootstrap",
-    "replicates",
-    type=click.IntRange(min=0),
-    default=1000,
-    show_default=True,
-    metavar="N",
-    help="Replicates for the confidence intervals; 0 for none.",
-)
+@_bootstrap
 @click.option("--plot", metavar="FILE", type=click.Path(), help="Draw the ROC curves: .png, .pdf or .svg.")
 @_json
 def verification(**options: Any) -> int:
@@ -370,15 +373,7 @@ def verification(**options: Any) -> int:
     help="Identification: explain against the K best.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Of all draws.")
-@click.option(
-    "--bootstrap",
-    "replicates",
-    type=click.IntRange(min=0),
-    default=1000,
-    show_default=True,
-    metavar="N",
-    help="Replicates for the confidence intervals; 0 for none.",
-)
+@_bootstrap
 @click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, metavar="N", help="Pairs at once.")
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where the networks run.")
 @click.option("--plot", metavar="FILE", type=click.Path(), help="Draw the curves: .png, .pdf or .svg.")
@@ -442,7 +437,7 @@ def enroll(**options: Any) -> int:
 @click.option(
     "-k", type=click.IntRange(1, 2048), default=5, show_default=True, metavar="N", help="Candidates for each probe."
 )
-@click.option("--threshold", type=_Finite(), metavar="T", help="The same person if score >= T; by default the model's.")
+@_threshold
 @click.option(
     "--fpir",
     type=_Finite(),

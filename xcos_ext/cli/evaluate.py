@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from xcos_ext.evaluation import Evaluation
     from xcos_ext.nn import XCosModel
 
-__all__ = ["VerificationRequest", "run_verification"]
+__all__ = ["VerificationRequest", "opened_pairs", "run_verification"]
 
 _PLOTS = (".png", ".pdf", ".svg")
 _NAMED = 5  # failures named on the terminal; all are in the JSON
@@ -43,6 +43,20 @@ class VerificationRequest:
     as_json: bool = False
 
 
+def opened_pairs(pairs: str, root: str | None, list_format: str | None) -> PairList:
+    """A list of pairs that a command was given.
+
+    Raises:
+        XCosError: it cannot be read or used.
+    """
+    from xcos_ext.datasets import open_pairs
+
+    try:
+        return open_pairs(pairs, root, format=list_format)
+    except (OSError, ValueError) as error:
+        raise XCosError(str(error)) from error
+
+
 def run_verification(request: VerificationRequest) -> int:
     """Score, measure, print, draw.
 
@@ -61,12 +75,7 @@ def run_verification(request: VerificationRequest) -> int:
     need("sklearn", "evaluation")
     model_path = check_model_path(request.model)
     teacher_path = None if request.teacher is None else check_model_path(request.teacher)
-    from xcos_ext.datasets import open_pairs
-
-    try:
-        pairs = open_pairs(request.pairs, request.root, format=request.list_format)
-    except (OSError, ValueError) as error:
-        raise XCosError(str(error)) from error
+    pairs = opened_pairs(request.pairs, request.root, request.list_format)
     detector = None if request.aligned or pairs.aligned else create_detector(request.detector)
     from xcos_ext.evaluation import error_curves, evaluate, roc_figure
     from xcos_ext.nn import load_recogniser

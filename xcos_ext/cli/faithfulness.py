@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from xcos_ext.errors import XCosError
 
 from .console import bar, note, notes_for_warnings, print_json, quiet_opencv
+from .evaluate import opened_pairs
 from .verify import check_model_path, load
 
 if TYPE_CHECKING:
@@ -101,12 +102,7 @@ def run_faithfulness(request: FaithfulnessRequest) -> int:
     wanted_folds = None if request.folds is None else parse_folds(request.folds)
     model_path = None if request.only_teacher else check_model_path(request.model)
     teacher_path = None if request.teacher is None else check_model_path(request.teacher)
-    from xcos_ext.datasets import open_pairs
-
-    try:
-        pairs = open_pairs(request.pairs, request.root, format=request.list_format)
-    except (OSError, ValueError) as error:
-        raise XCosError(str(error)) from error
+    pairs = opened_pairs(request.pairs, request.root, request.list_format)
     detector = None if request.aligned or pairs.aligned else create_detector(request.detector)
     from xcos_ext.evaluation.faithfulness import Faces, Settings, faithfulness, fold_numbers
     from xcos_ext.explain.explainers import available

@@ -198,21 +198,16 @@ def deletion_verification(
     mean_face = mean_face_of(faces, keys, preprocessing, device) if "mean-face" in fills else None
     blocks = [slice(start, min(start + batch_size, len(found))) for start in range(0, len(found), batch_size)]
 
-    def batch(block: slice) -> tuple[Tensor, Tensor]:
-        part = found[block]
-        a, b = (normalised(preprocessing, faces.stacked(k), device) for k in ([p.a for p in part], [p.b for p in part]))
-        return a, b
-
     scores = np.empty(len(found))
     for block in blocks:
-        a, b = batch(block)
+        a, b = faces.sides(found[block], preprocessing, device)
         scores[block] = model.score(model.features(a), model.features(b)).double().cpu().numpy()
     threshold = eer(scores, genuine).threshold
     curves = _Curves(explainers, fills, len(found))
     generator = torch.Generator().manual_seed(seed)
     done, total = 0, len(found) * curves.steps
     for block in blocks:
-        a, b = batch(block)
+        a, b = faces.sides(found[block], preprocessing, device)
         maps = {explainer.name: explained(explainer, model, a, b) for explainer in explainers}
         enrolled, labels = model.features(b), genuine[block]
 

@@ -162,6 +162,13 @@ class Faces:
             found.append(crop)
         return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2)
 
+    def sides(
+        self, pairs: Sequence[Drawn], preprocessing: Preprocessing, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Pictures A and pictures B of pairs as a network wants them, each [N, 3, H, W]."""
+        first, second = (self.stacked(keys) for keys in ([p.a for p in pairs], [p.b for p in pairs]))
+        return normalised(preprocessing, first, device), normalised(preprocessing, second, device)
+
     def another(self, person: str, rng: np.random.Generator, avoid: Sequence[str]) -> str | None:
         """A usable picture of a person other than some; None: there is none."""
         keys = [key for key in self._pictures[person] if key not in avoid]

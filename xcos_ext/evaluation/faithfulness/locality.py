@@ -20,7 +20,7 @@ from xcos_ext.evaluation.identification import Estimate
 from xcos_ext.explain.explainers.interface import PairModel, XCosPairs
 from xcos_ext.explain.fills import filled
 
-from .faces import Faces, mean_face_of, normalised
+from .faces import Faces, mean_face_of
 from .models import device_of, grid_of
 from .regions import pixel_mask
 from .statistics import Estimator, plain
@@ -130,7 +130,7 @@ def locality(
     around = {fill: np.full((len(found), cells), np.nan) for fill in fills}
     done, total = 0, len(found) * cells * len(fills)
     for number, pair in enumerate(found):
-        a, b = (normalised(preprocessing, faces.stacked([key]), device) for key in (pair.a, pair.b))
+        a, b = faces.sides([pair], preprocessing, device)
         enrolled = model.features(b)
         clean = model.model.score(model.features(a), enrolled, return_maps=True).similarity
         for fill in fills:

@@ -20,7 +20,7 @@ from xcos_ext.explain.fills import FILLS
 from xcos_ext.optional import MissingPackageError
 
 from .deletion import Deletion, deletion_identification, deletion_verification
-from .faces import Faces, normalised
+from .faces import Faces
 from .locality import Locality, locality
 from .models import device_of, explained
 from .patch import Patch, patch_replacement
@@ -257,8 +257,7 @@ def _with_threshold(model: PairModel, faces: Faces, settings: Settings) -> Embed
     scores: list[float] = []
     for start in range(0, len(drawn), settings.batch_size):
         part = drawn[start : start + settings.batch_size]
-        sides = ([pair.a for pair in part], [pair.b for pair in part])
-        a, b = (model.features(normalised(model.preprocessing, faces.stacked(keys), device)) for keys in sides)
+        a, b = (model.features(images) for images in faces.sides(part, model.preprocessing, device))
         scores += model.score(a, b).tolist()
     return EmbeddingCosine(model.recogniser, threshold=eer(scores, genuine).threshold, name=model.name)
 
@@ -304,10 +303,7 @@ def _timed(
     """Seconds a pair of each explainer, and those that can explain the model."""
     drawn, _, _ = faces.draw_both(1, seed)
     device = device_of(model)
-    a, b = (
-        normalised(model.preprocessing, faces.stacked(keys), device)
-        for keys in ([pair.a for pair in drawn], [pair.b for pair in drawn])
-    )
+    a, b = faces.sides(drawn, model.preprocessing, device)
     able: list[str | Explainer] = []
     skipped, timings = dict(result.skipped), dict(result.timings)
     for number, item in enumerate([*asked, *CONTROLS]):

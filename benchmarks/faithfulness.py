@@ -27,7 +27,7 @@ from xcos_ext.explain.explainers import EmbeddingCosine, PairModel, XCosPairs
 from xcos_ext.explain.files import write_atomically
 from xcos_ext.nn import for_inference, load_model, load_recogniser
 
-OWN = ("xcos", "xcos-similarity", "xcos-attention")
+OWN = ("xcos-similarity", "xcos", "xcos-attention")  # the first is what the others are held against
 FAST = ("gradcam", "xssab")
 MIDDLE = ("occlusion", "fggb")
 SLOW = ("corrrise",)
@@ -49,7 +49,7 @@ def parts(own: tuple[str, ...], without: Collection[str], count: int) -> list[Pa
     fast, middle, slow, decoded = (
         tuple(name for name in names if name not in without) for names in (FAST, MIDDLE, SLOW, DECODED)
     )
-    judged = own[1:2]  # the similarity S stands beside the slow ones
+    judged = own[:1]  # the similarity S stands beside the slow ones
     made = [Part(["region-swap", "locality"] if own else ["region-swap"], count, (*own, *fast))]
     made += [Part(["region-swap"], max(2, count // 10), (*judged, *middle))] if middle else []
     made += [Part(["region-swap"], max(2, count // 20), (*judged, *slow))] if slow else []

@@ -99,8 +99,8 @@ def region_swap(data: dict[str, Any]) -> list[str]:
         *_heading(data),
         "| map | impostor's region in a genuine pair: absolute | difference | centred | genuine region in an "
         "impostor pair: absolute | difference | centred | same person's region: absolute | difference | centred | "
-        "pairs | time per pair |",
-        "|" + "---|" * 12,
+        "S above it, absolute, same pairs | pairs | time per pair |",
+        "|" + "---|" * 13,
     ]
     for explainer, (count, rows, timing) in _swaps(data).items():
         cells = [
@@ -108,6 +108,7 @@ def region_swap(data: dict[str, Any]) -> list[str]:
             for direction, paste in ((DIRECTIONS[0], "swap"), (DIRECTIONS[1], "swap"), (DIRECTIONS[0], "same-person"))
             for reading in READINGS
         ]
+        cells.append(_value(rows[DIRECTIONS[0], "swap", "mean"].get("behind")))
         lines.append(f"| {LABELS[explainer]} | {' | '.join(cells)} | {count} | {_seconds(timing)} |")
     return lines
 

@@ -157,6 +157,10 @@ def test_swap_of_an_oracle_its_opposite_and_constants(faces: Faces) -> None:
             assert opposite.absolute.value == pytest.approx(1 - oracle.absolute.value)
             assert opposite.centred.value == pytest.approx(1 - oracle.centred.value)
             assert fixed.absolute.value == fixed.difference.value == fixed.centred.value == 0.5
+            assert oracle.behind is None
+            for other in (opposite, centre, fixed):
+                assert other.behind is not None and other.behind.interval is not None
+                assert other.behind.value == pytest.approx(oracle.absolute.value - other.absolute.value)
             # The centre map is told apart from a pair's own by two of the three readings.
             assert centre.difference.value == centre.centred.value == 0.5
         assert result.find("centre", direction, "nose").absolute.value > 0.95

@@ -64,6 +64,8 @@ class SwapRow:
         region: a key of ``REGIONS``, or ``"mean"`` over all that were asked for.
         size: of the region.
         absolute, difference, centred: mean AUC over the cells, see the module.
+        behind: the first explainer's absolute AUC minus this one's, pair by pair; None for the first. Its interval says
+            whether the first is better on these pairs, which two intervals side by side do not.
         pixels: absolute and difference over pixels, if asked for.
     """
 
@@ -75,12 +77,14 @@ class SwapRow:
     absolute: Estimate
     difference: Estimate
     centred: Estimate
+    behind: Estimate | None = None
     pixels: tuple[Estimate, Estimate] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
         data = {name: getattr(self, name) for name in ("explainer", "direction", "paste", "region", "size")}
         data |= {name: plain(getattr(self, name)) for name in ("absolute", "difference", "centred")}
+        data["behind"] = None if self.behind is None else plain(self.behind)
         if self.pixels is not None:
             data["pixels"] = {"absolute": plain(self.pixels[0]), "difference": plain(self.pixels[1])}
         return data
@@ -267,9 +271,10 @@ def region_swap(
         controls = sum(pair.own is not None for pair in found)
         draws.append(SwapDraw(direction, len(found), controls, passed))
         truths = {key: mask.flatten().numpy() for key, mask in masks.items()}
+        first_of: dict[_Key, NDArray[np.float64]] = {}
         for explainer, kept in zip(explainers, asked, strict=True):
             for kind in PASTES if controls else ["swap"]:
-                rows += _rows(explainer.name, direction, kind, kept, truths, sizes, regions, estimator)
+                rows += _rows(explainer.name, direction, kind, kept, truths, sizes, regions, estimator, first_of)
     return RegionSwap(tuple(rows), tuple(draws), blend, match_colour, unit)
 
 
@@ -307,8 +312,10 @@ def _rows(
     sizes: Sequence[str],
     regions: Sequence[str],
     estimator: Estimator,
+    first_of: dict[_Key, NDArray[np.float64]],
 ) -> list[SwapRow]:
-    """The rows of one explainer, each size's mean over its regions behind them."""
+    """The rows of one explainer, each size's mean over its regions behind them; ``first_of`` holds the absolute AUC of
+    every pair by the first explainer that comes here."""
     made = []
     for size in sizes:
         by_region: list[list[NDArray[np.float64]]] = []
@@ -328,5 +335,7 @@ def _rows(
         for region, figures in zip((*regions, "mean"), (*by_region, means), strict=True):
             absolute, difference, centred, *over_pixels = map(estimator.mean, figures)
             pair = (over_pixels[0], over_pixels[1]) if over_pixels else None
-            made.append(SwapRow(explainer, direction, kind, region, size, absolute, difference, centred, pair))
+            first = first_of.setdefault((kind, size, region), figures[0])
+            behind = None if first is figures[0] else estimator.mean(first - figures[0])
+            made.append(SwapRow(explainer, direction, kind, region, size, absolute, difference, centred, behind, pair))
     return made

@@ -19,11 +19,11 @@ from template_samples import KINDS, attention
 
 import xcos_ext
 from xcos_ext import Gallery, Templates, xcos_matrix, xcos_topk
+from xcos_ext.calibration import FMRCurve
 from xcos_ext.errors import GalleryError
 from xcos_ext.gallery import FaissIndex, identification_threshold
 from xcos_ext.gallery import stream as streams
 from xcos_ext.gallery.layout import Layout
-from xcos_ext.nn.calibration import FMRCurve
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 GRID = (3, 4)

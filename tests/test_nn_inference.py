@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from xcos_ext import backbones
+from xcos_ext.calibration import Calibration
 from xcos_ext.nn import XCosHead, XCosModel, for_inference
-from xcos_ext.nn.calibration import Calibration
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

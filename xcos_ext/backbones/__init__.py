@@ -1,10 +1,11 @@
 """Face recognition networks that give a grid map (512x7x7) and, with their output block, an embedding."""
 
+from xcos_ext.preprocessing import ARCFACE, IMAGENET, Preprocessing
+
 from .compact import CompactNet
 from .irse import IRSE
 from .local import LocalNet
 from .mobilefacenet import MobileFaceNet, MobileFaceNetReLU
-from .preprocessing import ARCFACE, IMAGENET, Preprocessing
 from .recogniser import Recogniser, SplitRecogniser
 from .registry import available, create, register
 

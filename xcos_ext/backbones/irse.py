@@ -12,7 +12,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from .preprocessing import ARCFACE
+from xcos_ext.preprocessing import ARCFACE
+
 from .recogniser import Recogniser
 
 __all__ = ["IRSE"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .preprocessing import ARCFACE
+from xcos_ext.preprocessing import ARCFACE
+
 from .recogniser import Recogniser
 
 __all__ = ["StagedNet"]

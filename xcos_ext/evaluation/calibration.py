@@ -9,7 +9,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from xcos_ext.nn.calibration import Calibration, FMRCurve
+from xcos_ext.calibration import Calibration, FMRCurve
 from xcos_ext.nn.model import XCosModel
 from xcos_ext.ops import xcos_matrix
 

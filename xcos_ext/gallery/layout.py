@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xcos_ext.calibration import FMRCurve
 from xcos_ext.errors import GalleryError
-from xcos_ext.nn.calibration import FMRCurve
 from xcos_ext.nn.model import XCosModel
 from xcos_ext.templates import (
     AttentionParameters,

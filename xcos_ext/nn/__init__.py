@@ -1,9 +1,9 @@
 """Attention, heads, margin heads, models, the closed-form plug-in, and loading."""
 
+from xcos_ext.calibration import Calibration, FMRAtScore, FMRCurve
 from xcos_ext.fingerprint import fingerprint_weights
 
 from .attention import XCosAttention
-from .calibration import Calibration, FMRAtScore, FMRCurve
 from .cells import CellMatrices, cell_matrices
 from .head import ClosedFormHead, XCosHead
 from .inference import for_inference

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from xcos_ext import backbones
-from xcos_ext.backbones.preprocessing import Preprocessing
 from xcos_ext.backbones.recogniser import Recogniser
+from xcos_ext.calibration import FMRCurve, checked_thresholds
 from xcos_ext.errors import ModelError
 from xcos_ext.fingerprint import fingerprint_weights
+from xcos_ext.preprocessing import Preprocessing
 from xcos_ext.shipped import weights_file
 
 from .attention import XCosAttention
-from .calibration import FMRCurve, checked_thresholds
 from .files import StrPath, read_weights, write_safetensors
 from .head import ClosedFormHead, XCosHead
 from .model import XCosModel

@@ -13,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from xcos_ext.backbones.preprocessing import ARCFACE, Preprocessing
 from xcos_ext.backbones.recogniser import Recogniser
+from xcos_ext.calibration import Calibration, FMRCurve
 from xcos_ext.fingerprint import fingerprint_state
 from xcos_ext.ops import XCosScore
+from xcos_ext.preprocessing import ARCFACE, Preprocessing
 from xcos_ext.templates import Role, Templates
 
-from .calibration import Calibration, FMRCurve
 from .head import ClosedFormHead, XCosHead
 
 __all__ = ["Preprocessing", "XCosModel"]

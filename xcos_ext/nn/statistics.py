@@ -16,10 +16,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from xcos_ext.backbones.recogniser import Recogniser
+from xcos_ext.calibration import Calibration
 from xcos_ext.errors import ModelError
 from xcos_ext.shipped import DATA
 
-from .calibration import Calibration
 from .cells import CellMatrices, spread_matrix
 from .files import StrPath, read_safetensors, write_safetensors
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["ARCFACE", "IMAGENET", "Preprocessing"]
 
@@ -40,15 +42,15 @@ class Preprocessing:
         object.__setattr__(self, "mean", tuple(float(m) for m in mean))
         object.__setattr__(self, "std", tuple(float(s) for s in std))
 
-    def __call__(self, faces: Sequence[np.ndarray] | np.ndarray) -> Tensor:
-        """Turn aligned crops into a batch.
+    def array(self, faces: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+        """Turn aligned crops into a batch, without torch.
 
         Args:
             faces: one uint8 RGB array [H, W, 3], a batch [N, H, W, 3], or a sequence of [H, W, 3] arrays,
                 with (H, W) equal to ``size``.
 
         Returns:
-            fp32 tensor [N, 3, H, W] on the CPU, contiguous. An empty sequence gives [0, 3, H, W].
+            fp32 array [N, 3, H, W], contiguous. An empty sequence gives [0, 3, H, W].
 
         Raises:
             TypeError: an array is not uint8.
@@ -66,11 +68,16 @@ class Preprocessing:
             if face.shape != (height, width, 3):
                 raise ValueError(f"faces[{i}]: expected an aligned RGB crop ({height}, {width}, 3), got {face.shape}")
         if not items:
-            return torch.empty(0, 3, height, width)
-        pixels = torch.from_numpy(np.stack(items)).permute(0, 3, 1, 2).float()
-        mean = torch.tensor(self.mean).view(1, 3, 1, 1)
-        std = torch.tensor(self.std).view(1, 3, 1, 1)
-        return ((pixels / 255 - mean) / std).contiguous()
+            return np.empty((0, 3, height, width), np.float32)
+        pixels = np.stack(items).transpose(0, 3, 1, 2).astype(np.float32)
+        mean, std = (np.array(values, np.float32).reshape(1, 3, 1, 1) for values in (self.mean, self.std))
+        return np.ascontiguousarray((pixels / np.float32(255) - mean) / std)
+
+    def __call__(self, faces: Sequence[np.ndarray] | np.ndarray) -> Tensor:
+        """:meth:`array` as a tensor on the CPU."""
+        import torch
+
+        return torch.from_numpy(self.array(faces))
 
 
 #: (x / 255 - 0.5) / 0.5: the ArcFace family, xCos included.

@@ -16,11 +16,23 @@ from .console import DIFFERENT, SAME, TROUBLE, note, notes_for_warnings, print_j
 if TYPE_CHECKING:
     import numpy as np
 
+    from xcos_ext.calibration import FMRCurve
     from xcos_ext.explain import Explanation
+    from xcos_ext.export import OnnxModel
     from xcos_ext.faces import AlignedFace
-    from xcos_ext.nn import FMRCurve, XCosModel
+    from xcos_ext.nn import XCosModel
 
-__all__ = ["FaceOptions", "PairRequest", "Request", "check_model_path", "compare", "load", "run", "status"]
+__all__ = [
+    "FaceOptions",
+    "PairRequest",
+    "Request",
+    "check_model_path",
+    "compare",
+    "load",
+    "load_either",
+    "run",
+    "status",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +83,30 @@ def check_model_path(path: str | None) -> str:
     return path
 
 
+def is_graph(path: str) -> bool:
+    """Whether a model's file is called an ONNX graph."""
+    return path.lower().endswith(".onnx")
+
+
+def load_either(path: str) -> XCosModel | OnnxModel:
+    """Load a model in torch, or a pair graph, for which torch is not imported.
+
+    Raises:
+        ModelError: a file that cannot be used, or a graph of another kind.
+    """
+    if not is_graph(path):
+        return load(path)
+    from xcos_ext.export import OnnxModel
+    from xcos_ext.faces import display_name
+
+    graph = OnnxModel(path)
+    if graph.kind != "pair":
+        raise ModelError(
+            f"{display_name(path)}: expected a graph of kind 'pair' (xcos export onnx --kind pair), got {graph.kind!r}"
+        )
+    return graph
+
+
 def load(path: str) -> XCosModel:
     """Load a model, its warnings turned into notes.
 
@@ -109,7 +145,7 @@ def compare(request: PairRequest, *, needs_threshold: bool = True) -> Explanatio
     pictures = [read_picture(path, max_pixels=max_pixels) for path in (request.a, request.b)]
     detector = None if request.aligned else create_detector(request.detector)
 
-    model = load(model_path)
+    model = load_either(model_path)
     if needs_threshold and model.threshold is None and request.threshold is None:
         raise XCosError(
             f"{display_name(model_path)}: the model knows no decision threshold; give --threshold, or make a model "

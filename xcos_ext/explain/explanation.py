@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+
+from xcos_ext.export.onnx_model import OnnxModel
 
 from .decision import contribution as contribution_of
 from .decision import one_pair
@@ -392,8 +394,10 @@ def short_name(name: str) -> str:
     return printable(name).rstrip("/").rpartition("/")[2] or printable(name)
 
 
-def attention_kind(model: XCosModel) -> str:
+def attention_kind(model: XCosModel | OnnxModel) -> str:
     """``"learned"``, or the rule that weighs the cells of a model without attention: ``"norm"`` or ``"uniform"``."""
+    if isinstance(model, OnnxModel):
+        return model.card.attention
     head: Any = model.head
     if getattr(head, "attention", None) is not None:
         return "learned"
@@ -402,7 +406,7 @@ def attention_kind(model: XCosModel) -> str:
     return fixed if isinstance(fixed, str) else "norm"
 
 
-def checked_threshold(model: XCosModel, threshold: float | None) -> tuple[float | None, bool]:
+def checked_threshold(model: XCosModel | OnnxModel, threshold: float | None) -> tuple[float | None, bool]:
     """The threshold that decides, and whether it is the caller's.
 
     Raises:
@@ -427,7 +431,7 @@ def features_of_faces(model: XCosModel, faces: Sequence[np.ndarray]) -> Any:
 
 
 def explain(
-    model: XCosModel,
+    model: XCosModel | OnnxModel,
     a: np.ndarray,
     b: np.ndarray,
     *,
@@ -445,7 +449,7 @@ def explain(
     >>> open("why.html", "w").write(explanation.to_html())
 
     Args:
-        model: in evaluation mode; of any kind of attention.
+        model: in evaluation mode; of any kind of attention. Or a pair graph, which needs no torch.
         a: the first aligned face, uint8 RGB [height, width, 3] of the size that the model expects.
         b: the second.
         threshold: instead of the model's: the same person if score >= threshold.
@@ -463,8 +467,6 @@ def explain(
         TypeError: a face that is not a uint8 array.
         ValueError: a face of another shape, a model in training mode, or one that gives values that are not finite.
     """
-    import torch
-
     if model.training:
         raise ValueError("model: expected evaluation mode, got training mode; call .eval() first")
     size = model.preprocessing.size
@@ -480,23 +482,52 @@ def explain(
         None if p is None else checked_landmarks(p, size, f"landmarks_{which}")
         for which, p in (("a", landmarks_a), ("b", landmarks_b))
     ]
-    features = features_of_faces(model, [a, b])
-    with torch.no_grad():
-        # (A, B) and (B, A) in one call: for a model whose attention depends on the order.
-        result = model.score(features, features.flip(0), return_maps=True)
-    score, exchanged = result.score.double().tolist()
-    same_features = bool(torch.equal(features[0], features[1]))
+    found = _compared(model, a, b)
     return Explanation(
-        similarity=result.similarity[0].double().cpu().numpy(),
-        attention=result.attention[0].double().cpu().numpy(),
-        model_score=score,
+        similarity=found.similarity,
+        attention=found.attention,
+        model_score=found.score,
         threshold=threshold,
         a=Face(a, names[0], points[0], details[0]),
         b=Face(b, names[1], points[1], details[1]),
         model=ModelCard(model.name, file, model.fingerprint(), attention_kind(model)),
         curve=model.fmr_curve,
         given=given,
-        identical="pictures" if np.array_equal(a, b) else "features" if same_features else None,
-        exchanged=exchanged if math.isfinite(exchanged) else None,
-        eps=float(torch.finfo(result.score.dtype).eps),
+        identical="pictures" if np.array_equal(a, b) else "features" if found.same_features else None,
+        exchanged=found.exchanged if math.isfinite(found.exchanged) else None,
+        eps=found.eps,
+    )
+
+
+class _Compared(NamedTuple):
+    """What a model says of one pair, in fp64."""
+
+    score: float
+    exchanged: float
+    similarity: np.ndarray
+    attention: np.ndarray
+    same_features: bool
+    eps: float
+
+
+def _compared(model: XCosModel | OnnxModel, a: np.ndarray, b: np.ndarray) -> _Compared:
+    if isinstance(model, OnnxModel):
+        maps, exchanged = model.compare(a, b)
+        similarity, attention = (np.float64(values[0]) for values in (maps.similarity, maps.attention))
+        # A graph does not give the features themselves.
+        return _Compared(float(maps.score[0]), exchanged, similarity, attention, False, float(np.finfo(np.float32).eps))
+    import torch
+
+    features = features_of_faces(model, [a, b])
+    with torch.no_grad():
+        # (A, B) and (B, A) in one call: for a model whose attention depends on the order.
+        result = model.score(features, features.flip(0), return_maps=True)
+    score, exchanged = result.score.double().tolist()
+    return _Compared(
+        score,
+        exchanged,
+        result.similarity[0].double().cpu().numpy(),
+        result.attention[0].double().cpu().numpy(),
+        bool(torch.equal(features[0], features[1])),
+        float(torch.finfo(result.score.dtype).eps),
     )

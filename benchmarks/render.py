@@ -7,7 +7,8 @@ A table is named by a marker ``<!-- results: cpu pairs -->`` ... ``<!-- /results
 file), and ``pairs`` (operators on N pairs), ``matrix`` (all pairs) or ``all`` (both). ``models short``, ``models all``
 and ``models compact`` are tables of models on LFW: see models_table.py. ``gallery short``, ``gallery scale`` and
 ``gallery identification`` are tables of searches: see gallery_table.py. ``faithfulness ...`` are tables of explainers:
-see faithfulness_table.py. ``alignment ...`` are tables of matched cells: see alignment_table.py.
+see faithfulness_table.py. ``alignment ...`` are tables of matched cells: see alignment_table.py. ``onnx ...`` are tables
+of exported graphs: see onnx_table.py.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import alignment_table
 import faithfulness_table
 import gallery_table
 import models_table
+import onnx_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,6 +36,7 @@ PAGES = (
     ROOT / "docs" / "alignment_tolerance.md",
     ROOT / "docs" / "faithfulness.md",
     ROOT / "docs" / "local_cells.md",
+    ROOT / "docs" / "onnx.md",
 )
 MARKER = re.compile(r"(<!-- results: (\w+) (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 ALL_PAIRS = ("xcos_topk/", "xcos_matrix/")
@@ -170,6 +173,8 @@ def render(text: str) -> str:
             return match[1] + gallery_table.table(match[3]) + match[4]
         if match[2] == "alignment":
             return match[1] + alignment_table.table(match[3]) + match[4]
+        if match[2] == "onnx":
+            return match[1] + onnx_table.table(match[3]) + match[4]
         if match[2] == "faithfulness":
             return match[1] + faithfulness_table.table(match[3]) + match[4]
         if match[2] == "cpu":

@@ -88,7 +88,7 @@ def test_the_shipped_model_agrees_on_faces(dtype, tmp_path, shared_data):
     network = load_model()
     export_onnx(network, tmp_path / "pair.onnx", dtype=dtype)
     graph = OnnxModel(tmp_path / "pair.onnx", threads=1)
-    lfw = LFW(shared_data / "lfw112.zip", shared_data / "pairs.txt", folds=(7,))
+    lfw = LFW(shared_data / "lfw112.zip", shared_data / "pairs.txt", folds=(6,))
     faces = np.stack([lfw.read(key) for key in (lfw.keys[i] for i in (*lfw.first[:17], *lfw.second[:17]))])
     with torch.no_grad():
         wanted = network(network.preprocessing(faces[:17]), network.preprocessing(faces[17:34]))

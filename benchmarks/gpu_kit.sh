@@ -43,8 +43,14 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work" || exit 2
 tests=$repo/tests
-common=(-p no:cacheprovider -q -m cuda --ignore "$tests/cuda_emulator")
+common=(-p no:cacheprovider -q -m "cuda and not tensorrt" --ignore "$tests/cuda_emulator")
 step "tests marked cuda" "$python" -m pytest "${common[@]}" "$tests"
+
+if "$python" -c 'import tensorrt, onnx, onnxscript' 2>>"$log"; then
+  step "tests marked tensorrt" "$python" -m pytest -p no:cacheprovider -q -m tensorrt "$tests/test_tensorrt_gpu.py"
+else
+  echo "=== TensorRT (tensorrt, onnx, onnxscript): not on this machine, left out" | tee -a "$log"
+fi
 
 if command -v compute-sanitizer >/dev/null; then
   # Small on purpose: a kernel under the sanitizer runs some hundred times slower.

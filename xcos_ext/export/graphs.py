@@ -99,8 +99,8 @@ class ScoreGraph(nn.Module):
         if isinstance(attention, XCosAttention):
             _, weight = attention._face_parts("both", torch.float32, torch.float32)
             self.register_buffer("weight", weight[None])
-            last = None if attention.residual else attention.attention[5].weight
-            self.register_buffer("slope", torch.ones(1) if last is None else last)
+            last: Any = None if attention.residual else attention.attention[5].weight
+            self.register_buffer("slope", torch.ones(1) if last is None else last.detach())
             self.normalise = attention._weights
             self.symmetric = attention.symmetric
 

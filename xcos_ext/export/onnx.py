@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
 import numpy as np
 import torch
@@ -113,7 +113,11 @@ def export_onnx(
     contents = proto.SerializeToString()
     _compare(contents, model, card, layout, 3 if dynamic_batch else batch_size)
     say("writing")
-    write_atomically(target, lambda file: file.write(contents))
+
+    def write(file: BinaryIO) -> None:
+        file.write(contents)
+
+    write_atomically(target, write)
     return card
 
 
@@ -295,9 +299,9 @@ def _compare(contents: bytes, model: XCosModel, card: OnnxCard, layout: Template
     for name, ours, theirs in zip(OUTPUTS[card.kind], got, wanted, strict=True):
         expected = theirs.float().cpu().numpy()
         scale = max(1.0, float(np.abs(expected).max(initial=0)))
-        error = float(np.abs(ours - expected).max(initial=0)) / scale
-        if not error <= TOLERANCE[card.dtype]:
+        off = float(np.abs(ours - expected).max(initial=0)) / scale
+        if not off <= TOLERANCE[card.dtype]:
             raise ModelError(
-                f"model: its graph in {card.dtype} is off by {error:.1e} in {name!r} (at most "
+                f"model: its graph in {card.dtype} is off by {off:.1e} in {name!r} (at most "
                 f"{TOLERANCE[card.dtype]:.0e} is accepted); its values may not fit into {card.dtype}"
             )

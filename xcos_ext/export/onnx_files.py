@@ -112,7 +112,7 @@ def _external(tensor: onnx.TensorProto, file: Path) -> tuple[Path, int, int]:
     return target, offset, length
 
 
-def _load_external(tensor: onnx.TensorProto, file: Path, external: int) -> None:
+def _load_external(tensor: onnx.TensorProto, file: Path, inside: Any) -> None:
     target, offset, length = _external(tensor, file)
     with target.open("rb") as stream:
         stream.seek(offset)
@@ -121,7 +121,7 @@ def _load_external(tensor: onnx.TensorProto, file: Path, external: int) -> None:
         raise ModelError(f"{file}: tensor {tensor.name!r}: external data is cut off")
     tensor.raw_data = data
     del tensor.external_data[:]
-    tensor.data_location = external
+    tensor.data_location = inside
 
 
 def read_onnx(path: StrPath) -> onnx.ModelProto:

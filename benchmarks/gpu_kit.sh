@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # One command for a machine with an NVIDIA GPU: builds from source, runs every test marked cuda, compute-sanitizer over a
-# small subset, and all benchmarks. Writes <folder>/<gpu>.json (machine, driver, clocks, commit, versions, spread) and
-# <folder>/gpu_kit.log. Needs nvcc, CMake, Ninja, pybind11, pytest and a CUDA build of torch >= 2.10; no network.
+# small subset, and all benchmarks. Writes <folder>/<gpu>.json (machine, driver, clocks, commit, versions, spread),
+# <folder>/bench/<gpu>.json (from photographs to a score, by stage and runtime) and <folder>/gpu_kit.log. Needs nvcc, CMake, Ninja, pybind11, pytest and a CUDA build of torch >= 2.10; no network.
 #
 #   benchmarks/gpu_kit.sh [folder]        default: benchmarks/results
 #
-# XCOS_KIT_BUDGET: seconds a benchmark case (default 3). The whole takes less than ten minutes on a recent machine.
+# XCOS_KIT_BUDGET: seconds a benchmark case (default 3). The whole is meant to take some fifteen minutes on a recent machine.
 set -uo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -70,6 +70,13 @@ fi
 
 gpu=$("$python" -c 'import re, torch; print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(0).lower()).strip("-"))')
 step "benchmarks" "$python" "$repo/benchmarks/run.py" --device cuda --budget "${XCOS_KIT_BUDGET:-3}" --out "$out/$gpu.json"
+if "$python" -c 'import click, rich' 2>>"$log"; then
+  mkdir -p "$out/bench"
+  step "end to end: xcos bench by stage and runtime" "$python" "$repo/benchmarks/bench_deployment.py" --device cuda \
+    --seconds 0.5 --out "$out/bench/$gpu.json"
+else
+  echo "=== xcos bench (click, rich): not on this machine, left out" | tee -a "$log"
+fi
 nvidia-smi >>"$log" 2>&1
 
 echo "=== gpu_kit: $([ $status = 0 ] && echo "all ok" || echo "something FAILED") after $((SECONDS - begin)) s; $out/$gpu.json, $log" | tee -a "$log"

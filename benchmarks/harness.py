@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import xcos_ext
+import xcos_ext.bench
 
 SCHEMA = 1
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -151,49 +148,9 @@ def measure(case: Case) -> dict[str, Any]:
     return row
 
 
-def _command(*words: str) -> str:
-    try:
-        return subprocess.run(words, capture_output=True, text=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-
 def machine() -> dict[str, Any]:
-    """What the figures belong to: processor, GPU with driver and clocks, versions, commit."""
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    info: dict[str, Any] = {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "build": xcos_ext.build_info(),
-        "commit": _command("git", "-C", str(RESULTS.parent), "rev-parse", "HEAD") or os.environ.get("XCOS_COMMIT", ""),
-        "clean": _command("git", "-C", str(RESULTS.parent), "status", "--porcelain", "--untracked-files=no") == "",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
-        info["gpu"] = {
-            "name": properties.name,
-            "multiprocessors": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-            "capability": f"{properties.major}.{properties.minor}",
-            "cuda": torch.version.cuda,
-            "nvidia_smi": dict(
-                zip(
-                    query.split(","),
-                    _command("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader").split(", "),
-                    strict=False,
-                )
-            ),
-        }
-    return info
+    """What the figures belong to: see :func:`xcos_ext.bench.machine`; the commit is that of these benchmarks."""
+    return xcos_ext.bench.machine(RESULTS.parent.parent)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:

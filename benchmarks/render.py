@@ -4,11 +4,15 @@
     python benchmarks/render.py --check    fail if a page does not show what the files say
 
 A table is named by a marker ``<!-- results: cpu pairs -->`` ... ``<!-- /results -->``: ``cpu`` or ``gpu`` (every other
-file), and ``pairs`` (operators on N pairs), ``matrix`` (all pairs) or ``all`` (both). ``models short``, ``models all``
-and ``models compact`` are tables of models on LFW: see models_table.py. ``gallery short``, ``gallery scale`` and
-``gallery identification`` are tables of searches: see gallery_table.py. ``faithfulness ...`` are tables of explainers:
-see faithfulness_table.py. ``alignment ...`` are tables of matched cells: see alignment_table.py. ``onnx ...`` are tables
-of exported graphs: see onnx_table.py.
+file), and ``pairs`` (operators on N pairs), ``matrix`` (all pairs) or ``all`` (both). Others have a module of their own:
+
+* ``models short``, ``all``, ``compact``: models on LFW (models_table.py);
+* ``gallery short``, ``scale``, ``identification``: searches (gallery_table.py);
+* ``faithfulness ...``: explainers (faithfulness_table.py);
+* ``alignment ...``: matched cells (alignment_table.py);
+* ``onnx ...``: exported graphs (onnx_table.py);
+* ``inference ...``: ways to run a model in torch (inference_table.py);
+* ``bench ...``: stages and runtimes (bench_table.py).
 """
 
 from __future__ import annotations
@@ -21,8 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import alignment_table
+import bench_table
 import faithfulness_table
 import gallery_table
+import inference_table
 import models_table
 import onnx_table
 
@@ -36,9 +42,20 @@ PAGES = (
     ROOT / "docs" / "alignment_tolerance.md",
     ROOT / "docs" / "faithfulness.md",
     ROOT / "docs" / "local_cells.md",
+    ROOT / "docs" / "inference.md",
     ROOT / "docs" / "onnx.md",
+    ROOT / "docs" / "bench.md",
 )
 MARKER = re.compile(r"(<!-- results: (\w+) (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+TABLES = {
+    "alignment": alignment_table,
+    "bench": bench_table,
+    "faithfulness": faithfulness_table,
+    "gallery": gallery_table,
+    "inference": inference_table,
+    "models": models_table,
+    "onnx": onnx_table,
+}
 ALL_PAIRS = ("xcos_topk/", "xcos_matrix/")
 
 
@@ -167,16 +184,9 @@ def render(text: str) -> str:
     """A page with its tables as the results files have them."""
 
     def replace(match: re.Match[str]) -> str:
-        if match[2] == "models":
-            return match[1] + models_table.table(match[3]) + match[4]
-        if match[2] == "gallery":
-            return match[1] + gallery_table.table(match[3]) + match[4]
-        if match[2] == "alignment":
-            return match[1] + alignment_table.table(match[3]) + match[4]
-        if match[2] == "onnx":
-            return match[1] + onnx_table.table(match[3]) + match[4]
-        if match[2] == "faithfulness":
-            return match[1] + faithfulness_table.table(match[3]) + match[4]
+        module = TABLES.get(match[2])
+        if module is not None:
+            return match[1] + module.table(match[3]) + match[4]
         if match[2] == "cpu":
             files = [RESULTS / "cpu.json"]
         else:

@@ -13,10 +13,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import bench_deployment
 import bench_grid_cosine
 import bench_grid_match
 import bench_xcos_score
 import bench_xcos_topk
+
+from xcos_ext.bench import Subject, default_picture
+from xcos_ext.bench.runtimes import Unavailable
+from xcos_ext.errors import XCosError
+from xcos_ext.nn import load_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -36,3 +42,19 @@ def test_case(case, benchmark):
             torch.cuda.synchronize()
 
     benchmark(run)
+
+
+@pytest.fixture(scope="module")
+def subject():
+    with Subject(load_model(), picture=default_picture()) as made:
+        yield made
+
+
+@pytest.mark.parametrize("key", bench_deployment.keys(DEVICE), ids=str)
+def test_deployment(key, subject, benchmark):
+    try:
+        call = bench_deployment.step(key, subject)
+    except (Unavailable, XCosError, ImportError) as error:
+        pytest.skip(f"{key}: {error}")
+    benchmark.group = f"{key.stage}, {key.device}, batch {key.batch}"
+    benchmark(call)

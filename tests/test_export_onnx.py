@@ -9,12 +9,13 @@ import torch
 from exported import HEADS, model, pictures
 
 import xcos_ext
+from xcos_ext.backbones.onnx_recogniser import OnnxRecogniser
 from xcos_ext.datasets import LFW
 from xcos_ext.errors import ModelError
 from xcos_ext.explain.files import OutputError
 from xcos_ext.export import OnnxModel, export_onnx
 from xcos_ext.export.card import INPUTS, OUTPUTS
-from xcos_ext.nn import load_model
+from xcos_ext.nn import load_model, plug
 
 #: Absolute, for scores, S and W: fp32 rounding of sums in another order; half the mantissa of a whole network.
 CLOSE = {torch.float32: 5e-6, torch.float16: 2e-2}
@@ -93,6 +94,26 @@ def test_the_shipped_model_agrees_on_faces(dtype, tmp_path, shared_data):
     with torch.no_grad():
         wanted = network(network.preprocessing(faces[:17]), network.preprocessing(faces[17:34]))
     assert_close(graph.pair(faces[:17], faces[17:34]), wanted, dtype)
+
+
+@pytest.mark.real_data
+def test_a_recogniser_s_own_graph_is_joined_with_the_head_s(tmp_path, shared_data):
+    recogniser = OnnxRecogniser(shared_data / "mobilefacenet_arcface.onnx")
+    lfw = LFW(shared_data / "lfw112.zip", shared_data / "pairs.txt", folds=(6,))
+    faces = np.stack([lfw.read(key) for key in lfw.keys[:40]])
+    network = plug(recogniser, list(faces), threshold=0.25)
+    with torch.no_grad():
+        wanted = network(network.preprocessing(faces[:3]), network.preprocessing(faces[3:6]))
+    graphs = {}
+    for kind in ("pair", "template", "score"):
+        export_onnx(network, tmp_path / f"{kind}.onnx", kind=kind)
+        graphs[kind] = OnnxModel(tmp_path / f"{kind}.onnx", threads=1)
+    assert_close(graphs["pair"].pair(faces[:3], faces[3:6]), wanted)
+    flat = [graphs["template"].templates(side) for side in (faces[:3], faces[3:6])]
+    assert_close(graphs["score"].score(*flat), wanted)
+    assert graphs["pair"].fingerprint() == network.fingerprint()
+    with pytest.raises(ValueError, match="dtype: expected float32 for a backbone that is an ONNX graph itself"):
+        export_onnx(network, tmp_path / "half.onnx", dtype=torch.float16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])

@@ -218,25 +218,97 @@ def train(**options: Any) -> int:
 @click.argument("weights", type=click.Path())
 @click.option(
     "--faces",
-    required=True,
     metavar="DIR|ZIP",
     type=click.Path(),
     help="Aligned crops (112 x 112) of some hundred people: <person>/<picture>, in a folder or zip archive.",
 )
-@click.option("--out", required=True, metavar="FILE", type=click.Path(), help="The model to write: .safetensors.")
+@click.option("--out", metavar="FILE", type=click.Path(), help="The model to write: .safetensors or .onnx (a graph).")
 @click.option("--project", type=click.IntRange(min=1), metavar="K", help="Keep K principal axes per cell, e.g. 32.")
 @click.option("--threshold", type=_Finite(), metavar="T", help="The decision threshold; by default from the faces.")
 @click.option(
     "--limit", type=click.IntRange(min=2), metavar="N", default=1000, show_default=True, help="Use at most N people."
 )
+@click.option("--list", "list_maps", is_flag=True, help="ONNX: show where the graph may be split; needs no faces.")
+@click.option("--tensor", metavar="NAME", help="ONNX: the feature map.  [default: the one that --list marks]")
+@click.option("--output", metavar="NAME", help="ONNX: the embedding.  [default: the graph's only output [N, D]]")
+@click.option(
+    "--mean",
+    metavar="M[,M,M]",
+    help="ONNX: the network gets (RGB * scale - mean) / std.  [default: what the graph asks for, else 0.5]",
+)
+@click.option("--std", metavar="S[,S,S]", help="ONNX: see --mean.")
+@click.option("--scale", type=_Finite(), metavar="F", help="ONNX: see --mean; 1 for pixels 0..255.  [default: 1/255]")
 @_json
 def plug(**options: Any) -> int:
     """Make an explainable model of a face recogniser, without training.
 
-    WEIGHTS is a recogniser's state dict. One picture of each person gives the mean of every cell; every pair
-    of different people gives the threshold.
+    WEIGHTS is a recogniser's state dict, or an ONNX graph, whose model is a graph too. One picture of each person gives
+    the mean of every cell; every pair of different people gives the threshold.
     """
     from .plug import Request, run
+
+    return run(Request(**options))
+
+
+@xcos.group(invoke_without_command=True)
+@click.pass_context
+def export(ctx: click.Context) -> None:
+    """Write a model for other runtimes."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@export.command("onnx")
+@_model
+@click.option(
+    "--kind",
+    type=click.Choice(["pair", "template", "score"]),
+    default="pair",
+    show_default=True,
+    help="Two pictures to score and maps; a picture to its template; two templates to score and maps.",
+)
+@click.option("--out", required=True, metavar="FILE", type=click.Path(), help="The graph to write: .onnx.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of the backbone inside; the head, inputs and outputs are float32.",
+)
+@click.option("--batch", type=click.IntRange(min=1), metavar="N", help="A fixed batch; by default any.")
+@click.option("--opset", type=int, metavar="N", help="Of the standard operators. [default: 18]")
+@_quiet
+@_json
+def export_onnx(**options: Any) -> int:
+    """An ONNX graph of standard operators, with preprocessing, threshold and calibration in its metadata.
+
+    xcos verify --model FILE.onnx then needs no torch.
+    """
+    from .export import OnnxRequest, run_onnx
+
+    return run_onnx(OnnxRequest(**options))
+
+
+@export.command("tensorrt")
+@click.argument("onnx", type=click.Path(), metavar="GRAPH.onnx")
+@click.option("--out", required=True, metavar="FILE", type=click.Path(), help="The engine to write: .plan or .engine.")
+@click.option(
+    "--batch", multiple=True, metavar="MIN:OPT:MAX", help="Batches that the engine runs, e.g. 1:8:64; may be repeated."
+)
+@click.option("--workspace", type=click.IntRange(min=1), metavar="MIB", help="Memory that a layer may use, in MiB.")
+@click.option("--timing-cache", metavar="FILE", type=click.Path(), help="Read and write timings, for faster builds.")
+@click.option("--version-compatible", is_flag=True, help="Run on later TensorRT versions of the same major one.")
+@click.option("--refit", is_flag=True, help="Weights can be exchanged later.")
+@click.option("--tf32", is_flag=True, help="Allow TF32 where the graph says float32.")
+@click.option("--device", default="cuda", show_default=True, metavar="cuda[:N]", help="The GPU to build for.")
+@_quiet
+@_json
+def export_tensorrt(**options: Any) -> int:
+    """A TensorRT engine of a graph, for this GPU and this TensorRT; beside it a JSON file that says what it fits.
+
+    Types are those of the graph: for half precision export it with --dtype float16.
+    """
+    from .export_tensorrt import Request, run
 
     return run(Request(**options))
 
@@ -544,3 +616,98 @@ def dedupe(**options: Any) -> int:
     from .gallery import dedupe
 
     return dedupe(**options)
+
+
+@xcos.command()
+@click.argument("new", required=False, type=click.Path(), metavar="[NEW.json]")
+@_model
+@click.option(
+    "--stage",
+    "stages",
+    type=click.Choice(["decode", "detect", "align", "backbone", "projection", "head", "pair", "search"]),
+    multiple=True,
+    help="May be repeated. [default: all]",
+)
+@click.option(
+    "--runtime",
+    "runtimes",
+    type=click.Choice(["eager", "for_inference", "compiled", "graph", "onnxruntime", "tensorrt"]),
+    multiple=True,
+    help="May be repeated. [default: all]",
+)
+@click.option(
+    "--batch",
+    "batches",
+    type=click.IntRange(1, 65_536),
+    multiple=True,
+    metavar="N",
+    help="Pictures, pairs or probes a call; may be repeated. [default: 1, 4 and 16]",
+)
+@click.option(
+    "--device",
+    "devices",
+    type=click.Choice(["cpu", "cuda"]),
+    multiple=True,
+    default=("cpu",),
+    show_default=True,
+    help="May be repeated.",
+)
+@click.option(
+    "--dtype",
+    "dtypes",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    multiple=True,
+    default=("fp32",),
+    show_default=True,
+    help="Of the backbone and of searched templates; may be repeated.",
+)
+@click.option("--threads", type=click.IntRange(min=1), metavar="N", help="Threads of every runtime. [default: torch's]")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.01, 3600),
+    default=0.5,
+    show_default=True,
+    metavar="S",
+    help="To spend on a case, making its runtime ready not counted.",
+)
+@click.option("--cold", is_flag=True, help="Empty the caches before every call.")
+@click.option(
+    "--gallery",
+    type=click.IntRange(1, 100_000_000),
+    default=20_000,
+    show_default=True,
+    metavar="N",
+    help="Generated faces that search goes through.",
+)
+@click.option("--picture", metavar="FILE", type=click.Path(), help="A photograph of a face, for decode, detect, align.")
+@_detector
+@click.option(
+    "--compare",
+    "old",
+    metavar="OLD.json",
+    type=click.Path(),
+    help="Say what changed since OLD.json; with NEW.json nothing is measured.",
+)
+@click.option(
+    "--minimum",
+    type=click.FloatRange(0, 1, max_open=True),
+    metavar="X",
+    help="The smallest change that counts. [default: 0.05]",
+)
+@click.option("--plot", metavar="FILE", type=click.Path(), help="Draw latency and stages: .png, .pdf or .svg.")
+@click.option(
+    "--json",
+    "json_file",
+    metavar="FILE|-",
+    type=click.Path(allow_dash=True),
+    help="Write all figures and samples; - prints them instead of tables.",
+)
+@_quiet
+def bench(**options: Any) -> int:
+    """Latency and throughput of a model on this machine, by stage and runtime; or what changed between two runs.
+
+    Runtimes that are missing here are listed with the reason. Nothing else should run meanwhile.
+    """
+    from .bench import Request, run
+
+    return run(Request(**options))

@@ -1,0 +1,209 @@
+"""What figures belong to: processor, GPU, versions, commit; and how the machine did while they were taken."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Watch", "available_memory", "busy_warning", "cache_bytes", "conditions", "machine", "processor_name"]
+
+_ROOT = Path(__file__).resolve().parents[2]
+_CPU = Path("/sys/devices/system/cpu")
+_GPU_FACTS = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit"
+_GPU_STATE = "clocks.sm,clocks.mem,temperature.gpu,power.draw,pstate"
+
+#: Share of the cores that others may use before figures are called disturbed.
+_OTHERS = 0.15
+
+
+def _command(*words: str) -> str:
+    try:
+        return subprocess.run(words, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _cpuinfo(key: str) -> list[str]:
+    lines = _read(Path("/proc/cpuinfo")).splitlines()
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(key)]
+
+
+def processor_name() -> str:
+    """The processor as it calls itself."""
+    return next(iter(_cpuinfo("model name")), "") or platform.processor() or platform.machine()
+
+
+def _nvidia_smi(query: str) -> dict[str, str]:
+    answer = _command("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader").splitlines()
+    return dict(zip(query.split(","), answer[0].split(", ") if answer else (), strict=False))
+
+
+def _checkout(folder: Path) -> bool:
+    """Whether a folder is itself a git checkout, and does not merely lie in somebody else's."""
+    top = _command("git", "-C", str(folder), "rev-parse", "--show-toplevel")
+    return bool(top) and Path(top).resolve() == folder.resolve()
+
+
+def machine(repository: Path = _ROOT) -> dict[str, Any]:
+    """What the figures belong to: processor, GPU with driver and clocks, versions, commit.
+
+    Args:
+        repository: whose commit it is, where it is a git checkout; by default the one that this package lies in.
+
+    Returns:
+        JSON-ready values. Outside a checkout ``commit`` is what XCOS_COMMIT says; ``gpu`` is there if torch sees one.
+    """
+    import torch
+
+    import xcos_ext
+
+    ours = _checkout(repository)
+    git = ("git", "-C", str(repository))
+    info: dict[str, Any] = {
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "build": xcos_ext.build_info(),
+        "commit": (_command(*git, "rev-parse", "HEAD") if ours else "") or os.environ.get("XCOS_COMMIT", ""),
+        "clean": ours and _command(*git, "status", "--porcelain", "--untracked-files=no") == "",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        info["gpu"] = {
+            "name": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+            "nvidia_smi": _nvidia_smi(_GPU_FACTS),
+        }
+    return info
+
+
+def conditions(*, cuda: bool = False) -> dict[str, Any]:
+    """What changes from minute to minute: load, clocks, governor. What cannot be read is None or missing.
+
+    Args:
+        cuda: ask nvidia-smi too.
+
+    Returns:
+        ``load`` (1-minute average), ``mhz`` (lowest and highest of the cores now), ``governor``, ``turbo``, and
+        ``gpu`` (clocks, temperature, power as nvidia-smi writes them).
+    """
+    try:
+        load: float | None = round(os.getloadavg()[0], 2)
+    except OSError:
+        load = None
+    governors = sorted({text for path in _CPU.glob("cpu[0-9]*/cpufreq/scaling_governor") if (text := _read(path))})
+    now = [_read(path) for path in _CPU.glob("cpu[0-9]*/cpufreq/scaling_cur_freq")]
+    mhz = [int(text) / 1e3 for text in now if text.isdigit()]
+    if not mhz:
+        mhz = [float(text) for text in _cpuinfo("cpu MHz") if text.replace(".", "", 1).isdigit()]
+    no_turbo, boost = _read(_CPU / "intel_pstate/no_turbo"), _read(_CPU / "cpufreq/boost")
+    found: dict[str, Any] = {
+        "load": load,
+        "mhz": [min(mhz), max(mhz)] if mhz else None,
+        "governor": ", ".join(governors) or None,
+        "turbo": no_turbo == "0" if no_turbo else boost == "1" if boost else None,
+    }
+    if cuda:
+        found["gpu"] = _nvidia_smi(_GPU_STATE)
+    return found
+
+
+def busy_warning(state: dict[str, Any]) -> str | None:
+    """A sentence about a machine that was at work before the first measurement, or None."""
+    load, cores = state.get("load"), os.cpu_count() or 1
+    if load is None or load < 0.5 * cores:
+        return None
+    return f"the machine is busy: load {load:.2f} on {cores} cores before anything was measured"
+
+
+def cache_bytes() -> int:
+    """Size of the processor's last-level cache; 32 MiB where it cannot be read."""
+    sizes = []
+    for path in (_CPU / "cpu0" / "cache").glob("index*/size"):
+        text = _read(path)
+        if text[:-1].isdigit() and text[-1:] in "KMG":
+            sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
+    return max(sizes, default=32 << 20)
+
+
+def available_memory() -> int:
+    """Bytes that can be allocated without swapping; 1 GiB where it cannot be read."""
+    for line in _read(Path("/proc/meminfo")).splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return 1 << 30
+
+
+@dataclass
+class _Usage:
+    wall: float
+    own: float
+    switches: int
+    busy: float | None
+
+    @classmethod
+    def now(cls) -> _Usage:
+        times = os.times()
+        switches = 0
+        try:
+            import resource
+
+            switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+        except ImportError:  # not a Unix
+            pass
+        fields = _read(Path("/proc/stat")).partition("\n")[0].split()
+        busy = None
+        if len(fields) > 8 and fields[0] == "cpu":
+            # user, nice, system, idle, iowait, irq, softirq, steal
+            ticks = [int(field) for field in fields[1:9]]
+            busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+        return cls(time.perf_counter(), times.user + times.system, switches, busy)
+
+
+class Watch:
+    """How much of the machine others used since it was made."""
+
+    def __init__(self) -> None:
+        self._start = _Usage.now()
+
+    def read(self) -> dict[str, Any]:
+        """``seconds``; ``others``: cores that other processes, or other guests of the host, kept busy on average (None
+        where it cannot be told); ``preempted``: how often this process was made to wait for others."""
+        start, now = self._start, _Usage.now()
+        seconds = max(now.wall - start.wall, 1e-9)
+        others = None
+        if start.busy is not None and now.busy is not None:
+            others = max(0.0, (now.busy - start.busy) - (now.own - start.own)) / seconds
+        return {
+            "seconds": seconds,
+            "others": None if others is None else round(others, 3),
+            "preempted": now.switches - start.switches,
+        }
+
+    @staticmethod
+    def warning(reading: dict[str, Any]) -> str | None:
+        """A sentence about a disturbed measurement, or None. Short ones are not judged: the kernel counts coarsely."""
+        cores = os.cpu_count() or 1
+        others = reading["others"]
+        if others is None or reading["seconds"] < 0.5 or others < _OTHERS * cores:
+            return None
+        return f"others used {others:.1f} of {cores} cores meanwhile"

@@ -4,7 +4,7 @@
     python benchmarks/render.py --check    fail if a page does not show what the files say
 
 A table is named by a marker ``<!-- results: cpu pairs -->`` ... ``<!-- /results -->``: ``cpu`` or ``gpu`` (every other
-file), and ``pairs`` (operators on N pairs), ``matrix`` (all pairs) or ``all`` (both). Others have a module of their own:
+file), and ``pairs`` (operators on N pairs), ``matrix`` (all pairs) or ``all`` (both). Others have a module each:
 
 * ``models short``, ``all``, ``compact``: models on LFW (models_table.py);
 * ``gallery short``, ``scale``, ``identification``: searches (gallery_table.py);

@@ -1,11 +1,20 @@
-"""Face recognition networks that give a grid map (512x7x7) and, with their output block, an embedding."""
+"""Face recognition networks that give a grid map (512x7x7) and, with their output block, an embedding.
+
+Networks of other packages become recognisers through :func:`from_layer`, :class:`OnnxRecogniser` or
+:class:`SplitRecogniser`; :func:`feature_maps` shows where they can be split.
+"""
 
 from xcos_ext.preprocessing import ARCFACE, IMAGENET, Preprocessing
 
+from .candidates import feature_maps
 from .compact import CompactNet
+from .feature_map import FeatureMap
+from .iresnet import IResNet
 from .irse import IRSE
+from .layers import LayerRecogniser, from_layer
 from .local import LocalNet
 from .mobilefacenet import MobileFaceNet, MobileFaceNetReLU
+from .onnx_recogniser import OnnxRecogniser
 from .recogniser import Recogniser, SplitRecogniser
 from .registry import available, create, register
 
@@ -14,13 +23,19 @@ __all__ = [
     "IMAGENET",
     "IRSE",
     "CompactNet",
+    "FeatureMap",
+    "IResNet",
+    "LayerRecogniser",
     "LocalNet",
     "MobileFaceNet",
     "MobileFaceNetReLU",
+    "OnnxRecogniser",
     "Preprocessing",
     "Recogniser",
     "SplitRecogniser",
     "available",
     "create",
+    "feature_maps",
+    "from_layer",
     "register",
 ]

@@ -32,6 +32,9 @@ class Recogniser(nn.Module):
     #: Prefixes of the state-dict keys that belong to the output block.
     output_prefixes: ClassVar[tuple[str, ...]] = ()
 
+    #: Whether torch.fx can follow ``grid``, so that its batch norms can be folded.
+    traceable: bool = True
+
     def grid(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W], normalised -> the last feature map [N, *grid_shape]."""
         raise NotImplementedError

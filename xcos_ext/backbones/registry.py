@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .compact import CompactNet
+from .iresnet import IResNet
 from .irse import IRSE
 from .local import LocalNet
 from .mobilefacenet import MobileFaceNet, MobileFaceNetReLU
@@ -62,6 +63,15 @@ def _irse(depth: int, squeeze: bool) -> Callable[..., Recogniser]:
     return build
 
 
+def _iresnet(depth: int) -> Callable[..., Recogniser]:
+    def build(**options: Any) -> Recogniser:
+        return IResNet(depth, **options)
+
+    return build
+
+
+for _depth in (18, 34, 50, 100, 200):
+    register(f"iresnet{_depth}", _iresnet(_depth))
 for _depth in (50, 100, 152):
     register(f"ir_{_depth}", _irse(_depth, False))
     register(f"ir_se_{_depth}", _irse(_depth, True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from xcos_ext.shipped import weights_file
 from .attention import XCosAttention
 from .files import StrPath, read_weights, write_safetensors
 from .head import ClosedFormHead, XCosHead
+from .layouts import KNOWN_RECOGNISERS, irse_name, recogniser_name, recogniser_options, sized_by_embedding
 from .model import XCosModel
 from .plugin import DEFAULT_SPREAD, plug
 from .statistics import PlugStatistics, find_statistics
@@ -32,7 +32,7 @@ __all__ = ["load_model", "load_recogniser", "save_model"]
 
 _FORMAT = "xcos_ext.model"
 _VERSION = "1"
-_NESTED = ("state_dict", "model_state_dict", "model", "net", "weights")
+_NESTED = ("state_dict", "model_state_dict", "state_dict_backbone", "model", "net", "weights")
 _NAMED = 4  # keys named in an error before "..."
 
 State = dict[str, Tensor]
@@ -134,35 +134,8 @@ def _sub(state: Mapping[str, Tensor], prefix: str) -> State:
 # --- recognising layouts
 
 
-def _irse_name(state: Mapping[str, Tensor], path: StrPath) -> str:
-    units = {int(m.group(1)) for key in state if (m := re.match(r"body\.(\d+)\.", key))}
-    depth = {24: 50, 49: 100, 50: 152}.get(len(units))
-    if depth is None:
-        raise ModelError(
-            f"{path}: an IR network with {len(units)} residual units; known are 24 (IR-50), 49 (IR-100) and 50 (IR-152)"
-        )
-    squeeze = any(".res_layer.5." in key for key in state)
-    return f"ir_se_{depth}" if squeeze else f"ir_{depth}"
-
-
-def _recogniser_name(state: Mapping[str, Tensor], path: StrPath) -> str | None:
-    """The architecture whose layout these keys follow, or None."""
-    if "conv_6_sep.conv.weight" in state:
-        return "mobilefacenet"
-    if "gdconv.depthwise.weight" in state or "dw_conv.depthwise.weight" in state:
-        return "mobilefacenet_relu"
-    if "input_layer.0.weight" in state and any(key.startswith("body.") for key in state):
-        return _irse_name(state, path)
-    return None
-
-
 def _build_recogniser(state: Mapping[str, Tensor], name: str, path: StrPath) -> Recogniser:
-    options: dict[str, Any] = {}
-    if name.startswith("mobilefacenet"):
-        weight = state.get("linear.weight", state.get("conv3.weight"))
-        if weight is not None and weight.dim() >= 2:
-            options["embedding_size"] = int(weight.shape[0])
-    recogniser = _meta(lambda: backbones.create(name, **options))
+    recogniser = _meta(lambda: backbones.create(name, **recogniser_options(name, state)))
     assert isinstance(recogniser, Recogniser)
     _load_strict(recogniser, state, path, name)
     return recogniser.eval()
@@ -170,11 +143,11 @@ def _build_recogniser(state: Mapping[str, Tensor], name: str, path: StrPath) -> 
 
 def _as_recogniser(state: State, path: StrPath) -> Recogniser | None:
     """A recogniser if the keys are one's, also under ``backbone.`` beside a margin head; else None."""
-    name = _recogniser_name(state, path)
+    name = recogniser_name(state, path)
     if name is None and any(key.startswith("backbone.") for key in state):
         others = [key for key in state if not key.startswith("backbone.") and key != "head.kernel"]
         inner = _sub(state, "backbone.")
-        if not others and (name := _recogniser_name(inner, path)) is not None:
+        if not others and (name := recogniser_name(inner, path)) is not None:
             state = inner
     return None if name is None else _build_recogniser(state, name, path)
 
@@ -183,7 +156,7 @@ def _unknown(state: Mapping[str, Tensor], path: StrPath) -> ModelError:
     return ModelError(
         f"{path}: no known layout ({len(state)} tensors, first: {_few(state)}); supported are xcos_ext "
         "models, the public xCos checkpoints (backbone.*, attention.*) and recognisers with the keys of "
-        "IR(-SE) 50/100/152 and MobileFaceNet"
+        f"{KNOWN_RECOGNISERS}"
     )
 
 
@@ -199,7 +172,7 @@ def _from_official(state: State, path: StrPath) -> XCosModel:
     if not any(key.startswith("backbone.body.") for key in state):
         raise ModelError(f"{path}: an xCos checkpoint without backbone.body.*: the backbone is missing")
     backbone_state = _sub(state, "backbone.")
-    name = _irse_name(backbone_state, path)
+    name = irse_name(backbone_state, path)
 
     # One module with every key that the layout may have, so that one check names all that does not fit.
     whole = _meta(nn.Module)
@@ -212,7 +185,7 @@ def _from_official(state: State, path: StrPath) -> XCosModel:
     whole.backbone.add_module("conv1x1", head.conv1x1)
     whole.attention = head.attention
     if has["backbone_target."]:
-        teacher = _irse_name(_sub(state, "backbone_target."), path)
+        teacher = irse_name(_sub(state, "backbone_target."), path)
         whole.backbone_target = _meta(lambda: backbones.create(teacher))
     kernel = state.get("head.kernel")
     if kernel is not None:
@@ -254,6 +227,11 @@ def save_model(model: XCosModel, path: StrPath, *, dtype: torch.dtype | None = N
         raise TypeError(f"dtype: expected a floating-point dtype or None, got {dtype}")
     if not isinstance(model, XCosModel):
         raise TypeError(f"model: expected an XCosModel, got {type(model).__name__}")
+    if hasattr(model.backbone, "body_proto"):
+        raise ModelError(
+            "model: its backbone is an ONNX graph, which a safetensors file cannot hold; write the model with "
+            "xcos_ext.export.export_onnx"
+        )
     if model.architecture not in backbones.available():
         raise ModelError(
             f"model: its backbone ({model.architecture!r}) is not in the registry, so a file could not be "
@@ -332,7 +310,7 @@ def _from_own(state: State, metadata: Mapping[str, str], path: StrPath) -> XCosM
         embedding_size = json.loads(metadata["embedding_size"])
         if embedding_size is None:
             options["output"] = False
-        elif name.startswith("mobilefacenet"):
+        elif sized_by_embedding(name):
             options["embedding_size"] = int(embedding_size)
         backbone = _meta(lambda: backbones.create(name, **options))
         head = _own_head(metadata["kind"], json.loads(metadata["head"]), state, path)
@@ -367,7 +345,7 @@ def load_recogniser(path: StrPath, *, device: str | torch.device = "cpu") -> Rec
     """Load a face recognition network from its weights, without making an xCos model of it.
 
     Args:
-        path: a state dict (.pt, .pth or .safetensors) of an IR or IR-SE network or a MobileFaceNet.
+        path: a state dict (.pt, .pth or .safetensors) of an IR or IR-SE network, an iresnet or a MobileFaceNet.
         device: where to put it.
 
     Returns:
@@ -399,8 +377,9 @@ def load_model(
     """Load a model of explainable face similarity; the layout is recognised by the file's keys.
 
     Read are files of :func:`save_model`; the public xCos checkpoints; and recognisers (IR and IR-SE
-    50/100/152, both MobileFaceNets), which become models through :func:`~xcos_ext.nn.plug`. A recogniser for
-    whose weights no statistics are known is plugged without centring, with a warning and without a threshold.
+    50/100/152, insightface's iresnets, both MobileFaceNets), which become models through
+    :func:`~xcos_ext.nn.plug`. A recogniser for whose weights no statistics are known is plugged without centring, with
+    a warning and without a threshold.
 
     Files of ``torch.save`` are read with ``weights_only=True``: a pickle that could run code is refused,
     unexecuted. Half-precision weights are converted to fp32.

@@ -8,9 +8,9 @@ import pickle
 import re
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from xcos_ext.errors import ModelError
+
+from .inert import STAND_INS, load_inert
 
 __all__ = ["read_safetensors", "read_weights", "write_safetensors"]
 
@@ -91,8 +93,9 @@ def write_safetensors(path: StrPath, tensors: Mapping[str, Tensor], metadata: Ma
 def read_weights(path: StrPath) -> tuple[dict[str, Any], dict[str, str]]:
     """Whatever a weights file holds, from safetensors or from ``torch.save``, chosen by its first bytes.
 
-    ``torch.load`` runs with ``weights_only=True``: a pickle that names anything but tensors and plain
-    containers is refused before it runs.
+    ``torch.load`` runs with ``weights_only=True``: a pickle that names anything but tensors and plain containers is
+    refused before it runs. Checkpoints of the xCos trainer hold its settings too, which come out as stand-ins without
+    any content (:mod:`xcos_ext.nn.inert`).
 
     Returns:
         (contents, metadata): the top-level mapping, and safetensors metadata ({} for torch files).
@@ -114,7 +117,10 @@ def read_weights(path: StrPath) -> tuple[dict[str, Any], dict[str, str]]:
     if safe or file.suffix == ".safetensors":
         raise ModelError(f"{file}: damaged or truncated safetensors file ({size} bytes)")
     if file.suffix == ".onnx":
-        raise ModelError(f"{file}: this is an ONNX graph; expected PyTorch weights (.pt, .pth or .safetensors)")
+        raise ModelError(
+            f"{file}: this is an ONNX graph; expected PyTorch weights (.pt, .pth or .safetensors); xcos plug makes a "
+            "model of a recogniser's graph"
+        )
     raise ModelError(
         f"{file}: not a weights file (starts with {head[:4]!r}); expected a PyTorch state dict (.pt, .pth) "
         "or .safetensors"
@@ -126,15 +132,29 @@ def _first_line(error: BaseException) -> str:
     return text[0][:200] if text else type(error).__name__
 
 
+def _wanted(error: BaseException) -> str | None:
+    """The name that a refused pickle asked for."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"[Cc]lass(?:es)? ([\w.]+)", str(error))
+    return found.group(1) if found else None
+
+
 def _torch_load(file: Path) -> dict[str, Any]:
-    try:
+    def read(load: Callable[[BinaryIO], Any]) -> Any:
         # A stream, because torch would choose the reader by the file's name.
         with file.open("rb") as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about archives that it then refuses anyway
-            contents = torch.load(stream, map_location="cpu", weights_only=True)
+            return load(stream)
+
+    try:
+        try:
+            contents = read(lambda stream: torch.load(stream, map_location="cpu", weights_only=True))
+        except pickle.UnpicklingError as error:
+            if _wanted(error) not in STAND_INS:
+                raise
+            contents = read(load_inert)
     except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"[Cc]lass(?:es)? ([\w.]+)", str(error))
-        what = f"it asks for {wanted.group(1)!r}" if wanted else "it holds more than tensors"
+        wanted = _wanted(error)
+        what = f"it asks for {wanted!r}" if wanted else "it holds more than tensors"
         raise ModelError(
             f"{file}: refused, because the pickle could run code ({what}); nothing in it was executed. "
             "Expected a plain state dict; have it saved again with torch.save(model.state_dict(), ...)"

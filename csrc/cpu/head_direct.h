@@ -131,12 +131,29 @@ XCOS_INLINE void head_convolve(const float* x, int64_t channels, int64_t channel
   }
 }
 
+// The last layer, from the hidden one [cells, hidden] to g of every cell.
+XCOS_INLINE void last_layer(const HeadLayout& layout, const float* packed, int64_t height, int64_t width,
+                            const float* hidden, float* out) {
+  alignas(64) float last[kHeadMostCells * kHeadHidden];
+  const int64_t cells = height * width;
+  memset(last, 0, cells * kHeadHidden * sizeof(float));
+  head_convolve<false, kHeadHidden>(hidden, 1, 0, height, width, packed + layout.last, last);
+  const float shift = packed[layout.last_shift], slope = packed[layout.slopes + 2];
+  for (int64_t i = 0; i < cells; ++i) {
+    HeadVector sum = load<kHeadLanes>(last + i * kHeadHidden);
+    for (int part = 1; part < kHeadParts; ++part)
+      sum += load<kHeadLanes>(last + i * kHeadHidden + part * kHeadLanes);
+    const float y = sum_lanes<float, kHeadLanes>(sum) + shift;
+    out[i] = y > 0.0f ? y : y * slope;
+  }
+}
+
 // The arithmetic of HeadTask (xcos_head.cpp) in fp32.
 class HeadDirect {
  public:
-  // A face's embedding E [cells, hidden].
-  struct Face {
-    alignas(64) float embedded[kHeadMostCells * kHeadHidden];
+  struct Work {
+    alignas(64) float embedded[2][kHeadMostCells * kHeadHidden];  // E of both faces [cells, hidden]
+    alignas(64) float hidden[kHeadMostCells * kHeadHidden];
   };
 
   HeadDirect(const HeadProblem& p, const float* packed)
@@ -147,33 +164,27 @@ class HeadDirect {
         width_(p.width),
         cells_(p.pair.shape.cells) {}
 
-  // map: F, its cells side by side.
-  void embed(const float* map, int64_t channel_stride, Face& face) const {
-    start(packed_ + layout_.embed_shift, face.embedded);
+  // Before and after a thread's use of an engine.
+  void begin(Work&) const {}
+  void end() const {}
+
+  // E of one face. map: F, its cells side by side; side 0: the first face.
+  void embed(const float* map, int64_t channel_stride, int side, Work& work) const {
+    start(packed_ + layout_.embed_shift, work.embedded[side]);
     head_convolve<true, 1>(map, channels_, channel_stride, height_, width_, packed_ + layout_.embed,
-                           face.embedded);
-    activate(packed_[layout_.slopes], face.embedded);
+                           work.embedded[side]);
+    activate(packed_[layout_.slopes], work.embedded[side]);
   }
 
-  // g(a, b) of every cell.
-  void logits(const Face& a, const Face& b, float* out) const {
-    alignas(64) float sums[kHeadMostCells * kHeadHidden];
-    start(packed_ + layout_.first_shift, sums);
+  // g of every cell; order 1: with the faces exchanged.
+  void logits(int order, Work& work, float* out) const {
+    start(packed_ + layout_.first_shift, work.hidden);
     const float* weight = packed_ + layout_.first;
-    head_convolve<true, kHeadHidden>(a.embedded, kHeadHidden, 1, height_, width_, weight, sums);
-    head_convolve<true, kHeadHidden>(b.embedded, kHeadHidden, 1, height_, width_,
-                                     weight + kHeadHidden * kHeadTaps * kHeadHidden, sums);
-    activate(packed_[layout_.slopes + 1], sums);
-    alignas(64) float last[kHeadMostCells * kHeadHidden] = {};
-    head_convolve<false, kHeadHidden>(sums, 1, 0, height_, width_, packed_ + layout_.last, last);
-    const float shift = packed_[layout_.last_shift], slope = packed_[layout_.slopes + 2];
-    for (int64_t i = 0; i < cells_; ++i) {
-      HeadVector sum = load<kHeadLanes>(last + i * kHeadHidden);
-      for (int part = 1; part < kHeadParts; ++part)
-        sum += load<kHeadLanes>(last + i * kHeadHidden + part * kHeadLanes);
-      const float y = sum_lanes<float, kHeadLanes>(sum) + shift;
-      out[i] = y > 0.0f ? y : y * slope;
-    }
+    for (int part = 0; part < 2; ++part, weight += kHeadHidden * kHeadTaps * kHeadHidden)
+      head_convolve<true, kHeadHidden>(work.embedded[order ^ part], kHeadHidden, 1, height_, width_, weight,
+                                       work.hidden);
+    activate(packed_[layout_.slopes + 1], work.hidden);
+    last_layer(layout_, packed_, height_, width_, work.hidden, out);
   }
 
  private:

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "cpu/head_amx.h"
 #include "cpu/head_direct.h"
 #include "cpu/pair_kernels.h"
 
@@ -93,16 +94,17 @@ class HeadTask {
     const int64_t cells = p_.pair.shape.cells;
     Scratch<float> scratch(cells);
     PairState<T, float> state(p_.pair, scratch);
-    typename Engine::Face face_a, face_b;
-    Staged staged(p_.pair);
+    Buffer<typename Engine::Work> work(1);
+    Buffer<float> staged(p_.pair.shape.channels * cells);
     const T *embedded_a = nullptr, *embedded_b = nullptr;
     alignas(64) float z[kHeadMostCells], norm_logits[kHeadMostCells], w[kHeadMostCells];
     const float inverse_temperature = 1.0f / positive<float>(p_.pair.temperature);
     const float eps = positive<float>(p_.pair.eps), temperature = static_cast<float>(p_.pair.temperature);
+    engine_.begin(*work.get());
     for (int64_t n = begin; n < end; ++n) {
       state.compute(n, state.after(n, end), false);
-      embed(p_.pair.a, state.a(n), staged, embedded_a, face_a);
-      embed(p_.pair.b, state.b(n), staged, embedded_b, face_b);
+      embed(p_.pair.a, state.a(n), 0, staged.get(), embedded_a, *work.get());
+      embed(p_.pair.b, state.b(n), 1, staged.get(), embedded_b, *work.get());
       if (p_.residual) {
         for (int64_t i = 0; i < cells; ++i) {
           const float x = clamp_norm(state.cell.x_norm[i], eps), y = clamp_norm(state.cell.y_norm[i], eps);
@@ -111,39 +113,31 @@ class HeadTask {
       }
       for (int64_t i = 0; i < cells; ++i) w[i] = 0.0f;
       for (int order = 0; order < (p_.symmetric ? 2 : 1); ++order) {
-        if (order == 0)
-          engine_.logits(face_a, face_b, z);
-        else
-          engine_.logits(face_b, face_a, z);
+        engine_.logits(order, *work.get(), z);
         if (p_.residual)
           for (int64_t i = 0; i < cells; ++i) z[i] += norm_logits[i];
         add_softmax(z, cells, inverse_temperature, p_.symmetric ? 0.5f : 1.0f, w);
       }
       write(n, state.cell.cosine, w);
     }
+    engine_.end();
   }
 
  private:
-  // A map as fp32 with its cells side by side, where it is not that already.
-  struct Staged {
-    explicit Staged(const PairProblem& p) : memory(p.shape.channels * p.shape.cells) {}
-    Buffer<float> memory;
-  };
-
-  // embedded: the map that the face holds, so that one map against many is embedded once.
-  void embed(const FeatureView& view, const T* map, Staged& staged, const T*& embedded,
-             typename Engine::Face& face) const {
+  // embedded: the map that this side holds already, so that one face against many is embedded once.
+  void embed(const FeatureView& view, const T* map, int side, float* staged, const T*& embedded,
+             typename Engine::Work& work) const {
     if (embedded == map) return;
     embedded = map;
     const int64_t channels = p_.pair.shape.channels, cells = p_.pair.shape.cells;
     if constexpr (std::is_same_v<T, float>) {
-      if (view.cell_stride == 1 || cells == 1) return engine_.embed(map, view.channel_stride, face);
+      if (view.cell_stride == 1 || cells == 1) return engine_.embed(map, view.channel_stride, side, work);
     }
-    float* to = staged.memory.get();
+    float* to = staged;
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t i = 0; i < cells; ++i)
         *to++ = load_one(map + c * view.channel_stride + i * view.cell_stride);
-    engine_.embed(staged.memory.get(), cells, face);
+    engine_.embed(staged, cells, side, work);
   }
 
   void write(int64_t n, const float* similarity, const float* w) const {
@@ -193,6 +187,10 @@ void xcos_head(const HeadProblem& problem, const XcosScoreOutputs& outputs, Para
   if (problem.pair.shape.pairs == 0) return;
   Buffer<float> packed(HeadLayout::of(problem.pair.shape.channels).size);
   pack_parameters(problem, packed.get());
+#if defined(XCOS_HEAD_AMX)
+  if (HeadAmx::supports(problem) && HeadAmx::available())
+    return run_types<HeadAmx>(problem, outputs, packed.get(), parallel_for);
+#endif
   run_types<HeadDirect>(problem, outputs, packed.get(), parallel_for);
 }
 

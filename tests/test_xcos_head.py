@@ -365,10 +365,7 @@ def test_mistakes_are_named(name, fake, device):
     arguments = [
         torch.ones(changes.get("a", (2, 32, 7, 7)), dtype=dtype, device=device),
         torch.ones(changes.get("b", (2, 32, 7, 7)), dtype=dtype, device=device),
-        [
-            t.to(device)
-            for t in changes.get("parameters", lambda t: t)(list(attention().head_parameters().tensors()))
-        ],
+        [t.to(device) for t in changes.get("parameters", lambda t: t)(list(attention().head_parameters().tensors()))],
         changes.get("norm_eps", [1e-5] * 3),
         changes.get("temperature", 1.0),
         True,
@@ -436,6 +433,7 @@ def test_compiled_head(dynamic, device):
     assert_same([t.detach() for t in compiled(a, b)], exact(model.attention, 2 * a, b))  # with gradients: composed
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace says that its days are over
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_graphs_hold_standard_operators(strict):
     class Attention(torch.nn.Module):

@@ -119,6 +119,7 @@ class HeadAmx {
     if (p.symmetric) pack_weights(packed + layout_.first, kHeadHidden, chunks_ + 1);
     full_tiles_ = static_cast<int>((p.height * pitch_ - 1) / kTileRows);
     last_rows_ = static_cast<int>(p.height * pitch_ - full_tiles_ * kTileRows);
+    last_is_edge_ = last_rows_ <= pitch_;
   }
 
   // Before and after a thread's use of an engine.
@@ -288,7 +289,9 @@ class HeadAmx {
       if (full_tiles_ > 2) {
         XCOS_HEAD_TILE(2, 4, 2 * kTileValues)
       }
-      XCOS_HEAD_TILE(3, 5, full_tiles_ * kTileValues)
+      if (tap < 6 || !last_is_edge_) {  // the last grid row has nothing below it
+        XCOS_HEAD_TILE(3, 5, full_tiles_ * kTileValues)
+      }
     }
   }
 #undef XCOS_HEAD_TILE
@@ -303,6 +306,7 @@ class HeadAmx {
   int64_t margin_;  // of them before the first
   int full_tiles_;
   int last_rows_;
+  bool last_is_edge_;  // the last tile holds cells of the last grid row only
   Buffer<uint16_t> weights_;
 };
 

@@ -27,18 +27,20 @@ XCOS_INLINE void fold(const HeadLayer& layer, int64_t o, float& scale, float& sh
   shift = (shift - value(layer.norm_mean)) * scale + value(layer.norm_bias);
 }
 
-// weight [out, in, 3, 3] to [in, taps, hidden] with the outputs side by side, and the shifts.
+// weight [hidden, in, 3, 3] to [in, taps, hidden], and the shifts.
 template <typename P>
-void pack_layer(const HeadLayer& layer, int64_t outputs, int64_t inputs, float* weight, float* shift) {
+void pack_layer(const HeadLayer& layer, int64_t inputs, float* weight, float* shift) {
   const int64_t* s = layer.weight_strides;
-  for (int64_t o = 0; o < outputs; ++o) {
-    float scale;
-    fold<P>(layer, o, scale, shift[o]);
-    const P* from = static_cast<const P*>(layer.weight) + o * s[0];
-    float* to = weight + o;
-    for (int64_t c = 0; c < inputs; ++c, from += s[1])
-      for (int64_t y = 0; y < 3; ++y)
-        for (int64_t x = 0; x < 3; ++x, to += kHeadHidden) *to = load_one(from + y * s[2] + x * s[3]) * scale;
+  float scale[kHeadHidden];
+  for (int64_t o = 0; o < kHeadHidden; ++o) fold<P>(layer, o, scale[o], shift[o]);
+  const P* from = static_cast<const P*>(layer.weight);
+  for (int64_t c = 0; c < inputs; ++c, from += s[1]) {
+    for (int64_t y = 0; y < 3; ++y) {
+      for (int64_t x = 0; x < 3; ++x, weight += kHeadHidden) {
+        const P* at = from + y * s[2] + x * s[3];
+        for (int64_t o = 0; o < kHeadHidden; ++o) weight[o] = load_one(at + o * s[0]) * scale[o];
+      }
+    }
   }
 }
 
@@ -46,8 +48,8 @@ template <typename P>
 void pack_parameters(const HeadProblem& p, float* out) {
   const int64_t channels = p.pair.shape.channels;
   const HeadLayout l = HeadLayout::of(channels);
-  pack_layer<P>(p.embed, kHeadHidden, channels, out + l.embed, out + l.embed_shift);
-  pack_layer<P>(p.first, kHeadHidden, 2 * kHeadHidden, out + l.first, out + l.first_shift);
+  pack_layer<P>(p.embed, channels, out + l.embed, out + l.embed_shift);
+  pack_layer<P>(p.first, 2 * kHeadHidden, out + l.first, out + l.first_shift);
   // One output: its inputs are what lies side by side.
   float scale;
   fold<P>(p.last, 0, scale, out[l.last_shift]);

@@ -218,32 +218,35 @@ class XCosHead(Matching):
         """F flattened to [N, channels * H * W], at unit length: what a margin head sees in training."""
         return F.normalize(features.flatten(1), dim=1)
 
-    def _fused(self, a: Tensor, b: Tensor) -> HeadParameters | None:
+    def _fused(self, attention: XCosAttention, a: Tensor, b: Tensor) -> HeadParameters | None:
         """The attention's tensors where the operator xcos_head can do all of :meth:`score`; else None.
 
-        That is inference: no gradient, batch norms in evaluation mode. A graph to be exported gets standard operators,
-        and so do function transforms; what is wrong with the features is left to the composition to say.
+        That is inference: no gradient, batch norms in evaluation mode. A graph to be exported, by torch.export or by
+        tracing, gets standard operators, and so do function transforms; what is wrong with the features is left to the
+        composition to say.
         """
         if (
-            self.training
-            or torch.is_grad_enabled()
+            torch.is_grad_enabled()
+            or self.training
             or self.radius
-            or self.attention is None
             or a.dim() != 4
-            or a.shape[1] != self.channels
-            or a.shape != b.shape
-            or a.shape[2] * a.shape[3] > HEAD_MOST_CELLS
-            or a.dtype == torch.float64
-            or a.dtype != b.dtype
-            or a.device != b.device
             or torch.compiler.is_exporting()
             or torch.jit.is_tracing()
-            or torch.onnx.is_in_onnx_export()
             or torch._C._are_functorch_transforms_active()
-            or not is_plain(self.attention, XCosAttention)
         ):
             return None
-        return self.attention.head_parameters()
+        shape, dtype = a.shape, a.dtype
+        if (
+            shape[1] != self.channels
+            or shape != b.shape
+            or shape[2] * shape[3] > HEAD_MOST_CELLS
+            or dtype == torch.float64
+            or dtype != b.dtype
+            or a.device != b.device
+            or not is_plain(attention, XCosAttention)
+        ):
+            return None
+        return attention.head_parameters()
 
     @overload
     def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[False] = ...) -> Tensor: ...
@@ -268,23 +271,24 @@ class XCosHead(Matching):
         Returns:
             Scores [N], or ``XCosScore(score [N], similarity [N, H, W], attention [N, H, W])``.
         """
-        if self.attention is None:
+        attention = self.attention
+        if attention is None:
             fixed: Literal["norm"] | None = "norm" if self.fixed_attention == "norm" else None
             return self._score(features_a, features_b, fixed, return_maps)
-        parameters = self._fused(features_a, features_b)
+        parameters = self._fused(attention, features_a, features_b)
         if parameters is not None:
             return xcos_head(
                 features_a,
                 features_b,
                 parameters,
-                temperature=self.attention.temperature,
-                symmetric=self.attention.symmetric,
+                temperature=attention.temperature,
+                symmetric=attention.symmetric,
                 return_maps=return_maps,
             )
-        if self.attention.fusable:
-            logits = self.attention.logits(features_a, features_b)
-            return self._score(features_a, features_b, logits, return_maps, self.attention.temperature)
-        return self._score(features_a, features_b, self.attention(features_a, features_b), return_maps)
+        if attention.fusable:
+            logits = attention.logits(features_a, features_b)
+            return self._score(features_a, features_b, logits, return_maps, attention.temperature)
+        return self._score(features_a, features_b, attention(features_a, features_b), return_maps)
 
     def templates(self, features: Tensor, role: Role = "probe", dtype: torch.dtype | None = None) -> Templates:
         """Templates of faces, for scoring all pairs of them; see :meth:`XCosAttention.templates`.

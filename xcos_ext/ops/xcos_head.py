@@ -128,7 +128,9 @@ def _fake_maps(
 
 
 def _refuse_gradients(a: Tensor, b: Tensor, parameters: list[Tensor]) -> None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (a, b, *parameters)):
+    if not torch.is_grad_enabled():
+        return
+    if any(t.requires_grad for t in (a, b, *parameters)):
         raise RuntimeError(
             f"{_OP}: expected no gradient to be asked for, got an argument that requires one: this operator is for "
             "inference; wrap the call in torch.no_grad(), or call xcos_ext.reference.xcos_head or "

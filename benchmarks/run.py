@@ -17,12 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import bench_grid_cosine
 import bench_grid_match
+import bench_xcos_head
 import bench_xcos_score
 import bench_xcos_topk
 import torch
 from harness import RESULTS, describe, measure, write
 
-SUITES = (bench_xcos_score, bench_grid_cosine, bench_grid_match, bench_xcos_topk)
+SUITES = (bench_xcos_score, bench_grid_cosine, bench_grid_match, bench_xcos_head, bench_xcos_topk)
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bench_deployment
 import bench_grid_cosine
 import bench_grid_match
+import bench_xcos_head
 import bench_xcos_score
 import bench_xcos_topk
 
@@ -28,7 +29,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _cases():
-    for suite in (bench_xcos_score, bench_grid_cosine, bench_grid_match, bench_xcos_topk):
+    for suite in (bench_xcos_score, bench_grid_cosine, bench_grid_match, bench_xcos_head, bench_xcos_topk):
         yield from suite.cases(DEVICE, pairs=1024)
 
 

@@ -55,7 +55,7 @@ set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 find_package(CUDAToolkit REQUIRED)
 
 set(XCOS_CUDA_SOURCES csrc/cuda/runtime.cu csrc/cuda/grid_cosine.cu csrc/cuda/grid_match.cu
-    csrc/cuda/xcos_score.cu csrc/cuda/xcos_score_backward.cu csrc/cuda/xcos_matrix.cu
+    csrc/cuda/xcos_head.cu csrc/cuda/xcos_score.cu csrc/cuda/xcos_score_backward.cu csrc/cuda/xcos_matrix.cu
     csrc/cuda/xcos_matrix_mma.cu csrc/cuda/xcos_matrix_backward.cu csrc/cuda/xcos_topk.cu)
 set(XCOS_CUDA_LIBRARIES CUDA::cudart_static)
 string(REPLACE ";" " " architectures "${wanted}")

@@ -37,6 +37,7 @@ def check(nvcc: str, architectures: tuple[int, ...]) -> None:
     for element in ("f16", "bf16", "f32", "f64"):
         assert {f"matrix_plain<{element}>", f"matrix_backward<{element}>"} <= names
         assert {f"match_forward<{element}>", f"match_backward<{element}>"} <= names
+    assert {f"head_forward<{element}>" for element in ("f16", "bf16", "f32")} <= names
     assert {f"matrix_tensor<{element}{tuned}>" for element in ("f16", "bf16") for tuned in ("", ", tuned")} <= names
     assert {
         f"{sums}<{element}>" for sums in ("topk_update", "matrix_backward_sums") for element in ("f32", "f64")

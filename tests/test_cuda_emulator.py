@@ -15,6 +15,9 @@ from cuda_emulator.build import EMULATOR, Unavailable, build_driver
 
 GROUPS = [
     "conversions",
+    "head",
+    "head_launch",
+    "head_nan",
     "large",
     "launch",
     "many",

@@ -22,7 +22,7 @@ def test_operators_on_every_instruction_set(isa, request):
         pytest.skip("the set in use: the whole suite runs on it")
     # A process of its own: the choice is made once, at the first call.
     folder = request.path.parent
-    names = ("grid_cosine", "grid_match", "xcos_score", "contracts", "xcos_matrix", "xcos_topk")
+    names = ("grid_cosine", "grid_match", "xcos_head", "xcos_score", "contracts", "xcos_matrix", "xcos_topk")
     files = [str(folder / f"test_{name}.py") for name in names]
     chosen = (
         "contiguous or channels_last or gradcheck or zero_cells or bounded or nan or any_shape or fill_no_tile or "

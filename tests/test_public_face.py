@@ -59,7 +59,7 @@ def test_the_package_is_typed():
 
 
 def test_operators_have_documented_contracts():
-    for name in ("grid_cosine", "grid_match", "xcos_score"):
+    for name in ("grid_cosine", "grid_match", "xcos_head", "xcos_score"):
         text = getattr(xcos_ext, name).__doc__
         for section in ("Args:", "Returns:", "Raises:", "[N, C, H, W]", "float64"):
             assert section in text

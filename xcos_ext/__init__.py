@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from xcos_ext.errors import ModelError, PictureError, XCosError
     from xcos_ext.gallery import Gallery, ShardedGallery
     from xcos_ext.nn import ArcFaceHead, CosFaceHead, XCosAttention, XCosHead, XCosModel, load_model, plug
-    from xcos_ext.ops import GridMatch, XCosMaps, XCosScore, XCosTopk, build_info
+    from xcos_ext.ops import GridMatch, HeadLayer, HeadParameters, XCosMaps, XCosScore, XCosTopk, build_info
     from xcos_ext.ops.grid_cosine import grid_cosine
     from xcos_ext.ops.grid_match import grid_match
+    from xcos_ext.ops.xcos_head import xcos_head
     from xcos_ext.ops.xcos_maps import xcos_maps
     from xcos_ext.ops.xcos_matrix import xcos_matrix
     from xcos_ext.ops.xcos_score import xcos_score
@@ -34,12 +35,15 @@ __version__ = "0.1.0"
 _HOMES = {
     "xcos_ext.ops": (
         "GridMatch",
+        "HeadLayer",
+        "HeadParameters",
         "XCosMaps",
         "XCosScore",
         "XCosTopk",
         "build_info",
         "grid_cosine",
         "grid_match",
+        "xcos_head",
         "xcos_maps",
         "xcos_matrix",
         "xcos_score",
@@ -65,6 +69,8 @@ __all__ = [
     "CosFaceHead",
     "Gallery",
     "GridMatch",
+    "HeadLayer",
+    "HeadParameters",
     "ModelError",
     "PictureError",
     "ShardedGallery",
@@ -82,6 +88,7 @@ __all__ = [
     "load_model",
     "plug",
     "reference",
+    "xcos_head",
     "xcos_maps",
     "xcos_matrix",
     "xcos_score",

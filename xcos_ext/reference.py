@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xcos_ext.ops.grid_match import GridMatch
+from xcos_ext.ops.xcos_head import HeadLayer, HeadParameters
 from xcos_ext.ops.xcos_maps import XCosMaps
 from xcos_ext.ops.xcos_score import XCosScore
 from xcos_ext.ops.xcos_topk import XCosTopk
 from xcos_ext.templates import AttentionParameters, Templates, check_sides, exact_convolutions, resolve_attention
 
-__all__ = ["cell_norm", "grid_cosine", "grid_match", "xcos_maps", "xcos_matrix", "xcos_score", "xcos_topk"]
+__all__ = ["cell_norm", "grid_cosine", "grid_match", "xcos_head", "xcos_maps", "xcos_matrix", "xcos_score", "xcos_topk"]
 
 
 def _accumulate(x: Tensor) -> Tensor:
@@ -87,6 +88,41 @@ def grid_match(
             results.append((weights * torch.where(outside, 0.0, cosines)).sum(1))
     similarity = torch.stack(results).mean(0)
     return GridMatch(similarity, torch.stack(offsets, 1)) if return_offsets else similarity
+
+
+def _head_layer(x: Tensor, layer: HeadLayer) -> Tensor:
+    x = F.conv2d(x, layer.weight, layer.bias, padding=1)
+    running = layer.norm_mean, layer.norm_variance
+    x = F.batch_norm(x, *running, layer.norm_weight, layer.norm_bias, training=False, eps=layer.norm_eps)
+    return F.prelu(x, layer.slope)
+
+
+def xcos_head(
+    a: Tensor,
+    b: Tensor,
+    parameters: HeadParameters,
+    *,
+    temperature: float = 1.0,
+    symmetric: bool = True,
+    eps: float = 1e-6,
+    return_maps: bool = False,
+) -> Tensor | XCosScore:
+    """W = softmax(g(A, B) / temperature), g being two convolutions over both faces' embeddings; score = sum W * S.
+
+    Parameters in the features' precision (fp64 for fp64 features), which half precision is not computed in.
+    """
+    a, b = _accumulate(a), _accumulate(b)
+    embedded = [_head_layer(x, parameters.embed) for x in (a, b)]
+    weights = []
+    for first, second in (embedded, embedded[::-1])[: 2 if symmetric else 1]:
+        hidden = _head_layer(torch.cat((first, second), 1), parameters.first)
+        if isinstance(parameters.last, HeadLayer):
+            logits = _head_layer(hidden, parameters.last).squeeze(1)
+        else:
+            logits = F.conv2d(hidden, *parameters.last, padding=1).squeeze(1)
+            logits = logits + temperature * (cell_norm(a).clamp_min(eps).log() + cell_norm(b).clamp_min(eps).log())
+        weights.append((logits.flatten(1) / temperature).softmax(1).view_as(logits))
+    return xcos_score(a, b, torch.stack(weights).mean(0), eps=eps, return_maps=return_maps)
 
 
 def xcos_score(

@@ -6,6 +6,7 @@
 #include "cpu/grid_cosine.h"
 #include "cpu/grid_match.h"
 #include "cpu/isa.h"
+#include "cpu/xcos_head.h"
 #include "cpu/xcos_matrix.h"
 #include "cpu/xcos_matrix_fixed.h"
 #include "cpu/xcos_score.h"
@@ -117,6 +118,10 @@ void grid_match(const MatchProblem& problem, const MatchOutputs& outputs, Parall
 void grid_match_backward(const MatchProblem& problem, const void* grad_similarity, MutableFeatureView grad_a,
                          MutableFeatureView grad_b, ParallelFor parallel_for) {
   XCOS_CALL(grid_match_backward, problem, grad_similarity, grad_a, grad_b, parallel_for)
+}
+
+void xcos_head(const HeadProblem& problem, const XcosScoreOutputs& outputs, ParallelFor parallel_for) {
+  XCOS_CALL(xcos_head, problem, outputs, parallel_for)
 }
 
 void xcos_matrix(const MatrixProblem& problem, void* scores, ParallelFor parallel_for) {

@@ -6,7 +6,7 @@
 namespace xcos::cpu {
 
 // avx512vnni: 16-bit fixed-point dot products and bfloat16 ones, as Zen 4, Sapphire Rapids and later have
-// both.
+// both; and, in xcos_head, the matrix unit AMX where the processor has it and the system grants it.
 enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512vnni = 3 };
 
 // The best set that both this build and this processor have; the environment variable XCOS_CPU_ISA (baseline,

@@ -31,6 +31,13 @@ STABLE_TORCH_LIBRARY(xcos_ext, m) {
       "Tensor? attention, int mode, float temperature, float eps, bool need_a, bool need_b, bool "
       "need_attention) -> "
       "(Tensor, Tensor, Tensor)");
+  // parameters and norm_eps: see kParameterNames in csrc/ops/xcos_head.cpp.
+  m.def(
+      "xcos_head(Tensor a, Tensor b, Tensor[] parameters, float[] norm_eps, float temperature, bool "
+      "symmetric, bool residual, float eps) -> Tensor");
+  m.def(
+      "xcos_head.maps(Tensor a, Tensor b, Tensor[] parameters, float[] norm_eps, float temperature, bool "
+      "symmetric, bool residual, float eps) -> (Tensor, Tensor, Tensor)");
   // All pairs: both sides' features, projections and biases, then what all pairs share.
   m.def(
       "xcos_matrix(Tensor probe_features, Tensor probe_projection, Tensor probe_bias, Tensor "

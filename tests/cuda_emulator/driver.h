@@ -132,5 +132,6 @@ Groups matrix_groups();
 Groups matrix_backward_groups();
 Groups topk_groups();
 Groups match_groups();
+Groups head_groups();
 
 }  // namespace driver

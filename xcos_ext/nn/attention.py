@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xcos_ext.ops.xcos_head import HEAD_HIDDEN, HeadLayer, HeadParameters
 from xcos_ext.templates import (
     EPS,
     AttentionParameters,
@@ -58,6 +59,31 @@ def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype) ->
     if norm.bias is not None:
         shift = shift + norm.bias.to(dtype)
     return conv.weight.to(dtype) * scale.view(-1, 1, 1, 1), shift
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module computes what its class says: no subclass, no parametrisation, no hook waiting for the call."""
+    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+
+
+def _head_layer(conv: nn.Module, norm: nn.Module, activation: nn.Module) -> HeadLayer | None:
+    """A layer as xcos_head reads it; None where it is not as the constructor made it, or in training mode."""
+    if not (is_plain(conv, nn.Conv2d) and is_plain(norm, nn.BatchNorm2d) and is_plain(activation, nn.PReLU)):
+        return None
+    # Straight from the dictionaries: a dozen look-ups by attribute would cost as much as a pair.
+    convolved, normed, running = conv._parameters, norm._parameters, norm._buffers
+    tensors = (
+        convolved["weight"],
+        convolved["bias"],
+        normed["weight"],
+        normed["bias"],
+        running["running_mean"],
+        running["running_var"],
+        activation._parameters["weight"],
+    )
+    if norm.training or any(t is None for t in tensors) or normed["weight"].dtype != convolved["weight"].dtype:  # type: ignore[union-attr]
+        return None
+    return HeadLayer(*tensors, norm.eps)  # type: ignore[arg-type]
 
 
 class XCosAttention(nn.Module):
@@ -135,6 +161,30 @@ class XCosAttention(nn.Module):
     def fusable(self) -> bool:
         """Whether W is softmax(logits / T), which ``xcos_score(..., logits=True)`` computes itself."""
         return self.normalize == "softmax" and not self.symmetric
+
+    def head_parameters(self) -> HeadParameters | None:
+        """The network's tensors as :func:`xcos_ext.xcos_head` reads them, not copied.
+
+        Returns:
+            None where that operator cannot stand for this module: another normaliser or hidden width, batch norms in
+            training mode or in another precision than the convolutions, modules that were replaced or carry hooks.
+        """
+        if self.normalize != "softmax" or self.hidden != HEAD_HIDDEN:
+            return None
+        embedding, attention = self._modules["embedding_net"], self._modules["attention"]
+        if not (is_plain(embedding, nn.Sequential) and is_plain(attention, nn.Sequential)):  # type: ignore[arg-type]
+            return None
+        behind = list(attention._modules.values())  # type: ignore[union-attr]
+        embed, first = _head_layer(*embedding._modules.values()), _head_layer(*behind[:3])  # type: ignore
+        if embed is None or first is None:
+            return None
+        if not self.residual:
+            last = _head_layer(*behind[3:])  # type: ignore[arg-type]
+            return None if last is None else HeadParameters(embed, first, last)
+        conv = behind[3]
+        if not is_plain(conv, nn.Conv2d):  # type: ignore[arg-type]
+            return None
+        return HeadParameters(embed, first, (conv._parameters["weight"], conv._parameters["bias"]))  # type: ignore
 
     def config(self) -> dict[str, int | float | bool | str]:
         """The constructor's arguments, as plain values."""

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from xcos_ext.ops import XCosScore, xcos_score
 from xcos_ext.ops.grid_match import MATCH_TEMPERATURE, MATCHES, MOST_RADIUS, Match
+from xcos_ext.ops.xcos_head import HEAD_MOST_CELLS, HeadParameters, xcos_head
 from xcos_ext.templates import Role, Templates, check_features, check_role
 
-from .attention import XCosAttention
+from .attention import XCosAttention, is_plain
 from .projection import CellProjection, check_grid, project_cells
 
 __all__ = ["ClosedFormHead", "Matching", "XCosHead"]
@@ -217,6 +218,36 @@ class XCosHead(Matching):
         """F flattened to [N, channels * H * W], at unit length: what a margin head sees in training."""
         return F.normalize(features.flatten(1), dim=1)
 
+    def _fused(self, attention: XCosAttention, a: Tensor, b: Tensor) -> HeadParameters | None:
+        """The attention's tensors where the operator xcos_head can do all of :meth:`score`; else None.
+
+        That is inference: no gradient, batch norms in evaluation mode. A graph to be exported, by torch.export or by
+        tracing, gets standard operators, and so do function transforms; what is wrong with the features is left to the
+        composition to say.
+        """
+        if (
+            torch.is_grad_enabled()
+            or self.training
+            or self.radius
+            or a.dim() != 4
+            or torch.compiler.is_exporting()
+            or torch.jit.is_tracing()
+            or torch._C._are_functorch_transforms_active()
+        ):
+            return None
+        shape, dtype = a.shape, a.dtype
+        if (
+            shape[1] != self.channels
+            or shape != b.shape
+            or shape[2] * shape[3] > HEAD_MOST_CELLS
+            or dtype == torch.float64
+            or dtype != b.dtype
+            or a.device != b.device
+            or not is_plain(attention, XCosAttention)
+        ):
+            return None
+        return attention.head_parameters()
+
     @overload
     def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[False] = ...) -> Tensor: ...
 
@@ -229,6 +260,9 @@ class XCosHead(Matching):
     def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: bool = False) -> Tensor | XCosScore:
         """xCos of two batches of grid features.
 
+        Without gradients and in evaluation mode, learned attention (softmax, 16 hidden channels, at most 64 cells) goes
+        through :func:`xcos_ext.xcos_head`, up to rounding the same.
+
         Args:
             features_a: F of the first faces [N, C, H, W].
             features_b: F of the second faces, same shape.
@@ -237,13 +271,24 @@ class XCosHead(Matching):
         Returns:
             Scores [N], or ``XCosScore(score [N], similarity [N, H, W], attention [N, H, W])``.
         """
-        if self.attention is None:
+        attention = self.attention
+        if attention is None:
             fixed: Literal["norm"] | None = "norm" if self.fixed_attention == "norm" else None
             return self._score(features_a, features_b, fixed, return_maps)
-        if self.attention.fusable:
-            logits = self.attention.logits(features_a, features_b)
-            return self._score(features_a, features_b, logits, return_maps, self.attention.temperature)
-        return self._score(features_a, features_b, self.attention(features_a, features_b), return_maps)
+        parameters = self._fused(attention, features_a, features_b)
+        if parameters is not None:
+            return xcos_head(
+                features_a,
+                features_b,
+                parameters,
+                temperature=attention.temperature,
+                symmetric=attention.symmetric,
+                return_maps=return_maps,
+            )
+        if attention.fusable:
+            logits = attention.logits(features_a, features_b)
+            return self._score(features_a, features_b, logits, return_maps, attention.temperature)
+        return self._score(features_a, features_b, attention(features_a, features_b), return_maps)
 
     def templates(self, features: Tensor, role: Role = "probe", dtype: torch.dtype | None = None) -> Templates:
         """Templates of faces, for scoring all pairs of them; see :meth:`XCosAttention.templates`.

@@ -6,6 +6,7 @@ Importing this package loads the compiled library and registers ``torch.ops.xcos
 from xcos_ext.ops._library import build_info
 from xcos_ext.ops.grid_cosine import grid_cosine
 from xcos_ext.ops.grid_match import GridMatch, grid_match
+from xcos_ext.ops.xcos_head import HeadLayer, HeadParameters, xcos_head
 from xcos_ext.ops.xcos_maps import XCosMaps, xcos_maps
 from xcos_ext.ops.xcos_matrix import xcos_matrix
 from xcos_ext.ops.xcos_score import XCosScore, xcos_score
@@ -13,12 +14,15 @@ from xcos_ext.ops.xcos_topk import XCosTopk, xcos_topk
 
 __all__ = [
     "GridMatch",
+    "HeadLayer",
+    "HeadParameters",
     "XCosMaps",
     "XCosScore",
     "XCosTopk",
     "build_info",
     "grid_cosine",
     "grid_match",
+    "xcos_head",
     "xcos_maps",
     "xcos_matrix",
     "xcos_score",

@@ -72,6 +72,44 @@ def check_match(op: str, radius: int, match: int, temperature: float) -> None:
     check_positive(op, "temperature", temperature)
 
 
+def check_head(
+    op: str, a: Tensor, parameters: list[Tensor], names: list[str], norm_eps: list[float], residual: bool
+) -> None:
+    """What xcos_head wants beyond two maps; names: of the parameters, seven a layer."""
+    kinds = (torch.float16, torch.bfloat16, torch.float32)
+    if a.dtype not in kinds:
+        _fail(op, f"a: expected dtype float16, bfloat16 or float32, got {dtype_name(a.dtype)}")
+    if a.shape[2] * a.shape[3] > 64:
+        _fail(op, f"a: expected at most 64 cells, got shape {shape_string(a.shape)}")
+    count = 16 if residual else 21
+    if len(parameters) != count:
+        form = "with" if residual else "without"
+        _fail(op, f"parameters: expected {count} tensors {form} residual, got {len(parameters)}")
+    first = parameters[0]
+    for i, (name, tensor) in enumerate(zip(names, parameters, strict=False)):
+        layer, place = divmod(i, 7)
+        outputs = 1 if layer == 2 else 16
+        if place == 0:
+            check_shape(op, name, tensor, (outputs, (a.shape[1], 32, 16)[layer], 3, 3))
+        else:
+            check_shape(op, name, tensor, (1 if place == 6 else outputs,))
+        if i == 0 and tensor.dtype not in kinds:
+            _fail(op, f"{name}: expected dtype float16, bfloat16 or float32, got {dtype_name(tensor.dtype)}")
+        if tensor.dtype != first.dtype:
+            _fail(
+                op,
+                f"{name}: expected dtype {dtype_name(first.dtype)} like embed_weight, got {dtype_name(tensor.dtype)}",
+            )
+        if tensor.device != a.device:
+            _fail(op, f"{name}: expected device {a.device} like a, got {tensor.device}")
+    norms = 2 if residual else 3
+    if len(norm_eps) != norms:
+        _fail(op, f"norm_eps: expected {norms} numbers, got {len(norm_eps)}")
+    for value in norm_eps:
+        if not (math.isfinite(value) and value >= 0):
+            _fail(op, f"norm_eps: expected finite numbers, 0 or more, got {value:g}")
+
+
 def check_mode(op: str, mode: int) -> None:
     if not 0 <= mode <= 3:
         _fail(op, f"mode: expected 0 (uniform), 1 (norm), 2 (weights) or 3 (logits), got {mode}")

@@ -10,7 +10,7 @@
 
 #include "cpu/head_direct.h"
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__) && defined(__linux__) && __has_include(<amxtileintrin.h>)
 #define XCOS_HEAD_AMX
 
 #include <sys/syscall.h>

@@ -845,7 +845,8 @@ const Groups kPairGroups = {
 
 int main(int argc, char** argv) {
   Groups groups = kPairGroups;
-  for (const Groups& more : {matrix_groups(), matrix_backward_groups(), topk_groups(), match_groups(), head_groups()}) {
+  for (const Groups& more :
+       {matrix_groups(), matrix_backward_groups(), topk_groups(), match_groups(), head_groups()}) {
     groups.insert(more.begin(), more.end());
   }
   const std::string group = argc > 1 ? argv[1] : "";

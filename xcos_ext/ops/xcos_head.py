@@ -65,7 +65,7 @@ class HeadParameters(NamedTuple):
 
     @property
     def residual(self) -> bool:
-        return len(self.last) == 2
+        return not isinstance(self.last, HeadLayer)
 
     def tensors(self) -> list[Tensor]:
         """The operators' argument ``parameters``."""
@@ -73,8 +73,7 @@ class HeadParameters(NamedTuple):
 
     def norm_eps(self) -> list[float]:
         """The operators' argument of that name."""
-        eps = [self.embed.norm_eps, self.first.norm_eps]
-        return eps if isinstance(self.last, tuple) and len(self.last) == 2 else [*eps, self.last[7]]  # type: ignore[misc]
+        return [layer.norm_eps for layer in self if isinstance(layer, HeadLayer)]
 
 
 _LAYER = ("weight", "bias", "norm_weight", "norm_bias", "norm_mean", "norm_variance", "slope")

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from xcos_ext import backbones
 from xcos_ext.backbones.recogniser import Recogniser
@@ -81,9 +82,27 @@ def _checked(key: str, value: Tensor, path: StrPath) -> Tensor:
     return value.detach().float()
 
 
-def _meta(build: Callable[[], nn.Module]) -> nn.Module:
-    """Build without allocating or initialising parameters; the weights are assigned afterwards."""
-    with torch.device("meta"):
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out what modules do to fill their parameters."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return func(*args, **kwargs)
+
+
+def _bare(build: Callable[[], nn.Module]) -> nn.Module:
+    """Build without initialising parameters; the weights are assigned afterwards.
+
+    On the CPU rather than on "meta": untouched memory costs nothing, and a single operation on meta tensors imports
+    torch's compiler, which takes longer than everything else here.
+    """
+    with torch.device("cpu"), _Uninitialised():
         return build()
 
 
@@ -112,7 +131,7 @@ def _check_keys(module: nn.Module, state: Mapping[str, Tensor], path: StrPath, w
 
 
 def _load_strict(module: nn.Module, state: Mapping[str, Tensor], path: StrPath, what: str) -> None:
-    """Assign ``state`` to a module built by :func:`_meta`, after :func:`_check_keys`."""
+    """Assign ``state`` to a module built by :func:`_bare`, after :func:`_check_keys`."""
     _check_keys(module, state, path, what)
     assigned: State = {}
     for key, value in module.state_dict().items():
@@ -135,7 +154,7 @@ def _sub(state: Mapping[str, Tensor], prefix: str) -> State:
 
 
 def _build_recogniser(state: Mapping[str, Tensor], name: str, path: StrPath) -> Recogniser:
-    recogniser = _meta(lambda: backbones.create(name, **recogniser_options(name, state)))
+    recogniser = _bare(lambda: backbones.create(name, **recogniser_options(name, state)))
     assert isinstance(recogniser, Recogniser)
     _load_strict(recogniser, state, path, name)
     return recogniser.eval()
@@ -175,18 +194,18 @@ def _from_official(state: State, path: StrPath) -> XCosModel:
     name = irse_name(backbone_state, path)
 
     # One module with every key that the layout may have, so that one check names all that does not fit.
-    whole = _meta(nn.Module)
+    whole = _bare(nn.Module)
     has = {
         group: any(key.startswith(group) for key in state) for group in ("backbone.output_layer.", "backbone_target.")
     }
-    whole.backbone = _meta(lambda: backbones.create(name, output=has["backbone.output_layer."]))
-    head = _meta(lambda: XCosHead(attention=XCosAttention(symmetric=False)))
+    whole.backbone = _bare(lambda: backbones.create(name, output=has["backbone.output_layer."]))
+    head = _bare(lambda: XCosHead(attention=XCosAttention(symmetric=False)))
     assert isinstance(head, XCosHead) and isinstance(head.attention, XCosAttention)
     whole.backbone.add_module("conv1x1", head.conv1x1)
     whole.attention = head.attention
     if has["backbone_target."]:
         teacher = irse_name(_sub(state, "backbone_target."), path)
-        whole.backbone_target = _meta(lambda: backbones.create(teacher))
+        whole.backbone_target = _bare(lambda: backbones.create(teacher))
     kernel = state.get("head.kernel")
     if kernel is not None:
         if kernel.dim() != 2 or kernel.shape[0] != 32 * 7 * 7:
@@ -195,7 +214,7 @@ def _from_official(state: State, path: StrPath) -> XCosModel:
     _check_keys(whole, state, path, f"the xCos layout over {name}")
 
     # The output block in there was not trained with this head and the teacher is not needed: neither is kept.
-    body = _meta(lambda: backbones.create(name, output=False))
+    body = _bare(lambda: backbones.create(name, output=False))
     assert isinstance(body, Recogniser)
     wanted = body.state_dict()
     _load_strict(body, {key: value for key, value in backbone_state.items() if key in wanted}, path, name)
@@ -262,7 +281,7 @@ def save_model(model: XCosModel, path: StrPath, *, dtype: torch.dtype | None = N
 
 def _own_head(kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor], path: StrPath) -> nn.Module:
     if kind == XCosHead.kind:
-        return _meta(lambda: XCosHead.from_config(config))
+        return _bare(lambda: XCosHead.from_config(config))
     if kind == ClosedFormHead.kind:
         parts = _sub(state, "head.")
         missing = {"weight", "constant"} - set(parts)
@@ -312,7 +331,7 @@ def _from_own(state: State, metadata: Mapping[str, str], path: StrPath) -> XCosM
             options["output"] = False
         elif sized_by_embedding(name):
             options["embedding_size"] = int(embedding_size)
-        backbone = _meta(lambda: backbones.create(name, **options))
+        backbone = _bare(lambda: backbones.create(name, **options))
         head = _own_head(metadata["kind"], json.loads(metadata["head"]), state, path)
         preprocessing = Preprocessing(**json.loads(metadata["preprocessing"]))
         threshold = json.loads(metadata["threshold"])

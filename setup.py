@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -62,6 +63,10 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
+        ninja = shutil.which("ninja")
+        if ninja is not None:
+            # Each isolated build brings its own, and the folder remembers the one of the build before, which is gone.
+            arguments.insert(0, f"-DCMAKE_MAKE_PROGRAM={ninja}")
         jobs = os.environ.get("XCOS_BUILD_JOBS", str(os.cpu_count() or 1))
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *arguments]
         configured = subprocess.run(configure, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

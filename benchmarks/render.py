@@ -4,7 +4,8 @@
     python benchmarks/render.py --check    fail if a page does not show what the files say
 
 A table is named by a marker ``<!-- results: cpu pairs -->`` ... ``<!-- /results -->``: ``cpu`` or ``gpu`` (every other
-file), and ``pairs`` (operators on N pairs), ``matrix`` (all pairs) or ``all`` (both). Others have a module each:
+file), and ``pairs`` (operators on N pairs), ``matrix`` (all pairs) or ``all`` (both); ``head pairs`` is of the files in
+results/head. Others have a module each:
 
 * ``models short``, ``all``, ``compact``: models on LFW (models_table.py);
 * ``gallery short``, ``scale``, ``identification``: searches (gallery_table.py);
@@ -189,6 +190,8 @@ def render(text: str) -> str:
             return match[1] + module.table(match[3]) + match[4]
         if match[2] == "cpu":
             files = [RESULTS / "cpu.json"]
+        elif match[2] == "head":
+            files = sorted((RESULTS / "head").glob("*.json"))
         else:
             files = sorted(path for path in RESULTS.glob("*.json") if path.name != "cpu.json")
         kinds = ["pairs", "matrix"] if match[3] == "all" else [match[3]]

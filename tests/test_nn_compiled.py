@@ -83,7 +83,8 @@ def test_what_belongs_to_the_model_stays(model: XCosModel) -> None:
     assert (fast.name, fast.architecture, fast.preprocessing) == ("tiny", "custom", model.preprocessing)
     assert fast.fingerprint() == model.fingerprint() and "tiny" in repr(fast)
     features = torch.randn(2, 4, 7, 7)
-    assert torch.equal(fast.score(*features.split(1)), model.score(*features.split(1)))
+    with torch.no_grad():  # with gradients the head computes the same in other operators
+        assert torch.equal(fast.score(*features.split(1)), model.score(*features.split(1)))
     templates, wanted = fast.templates(features, "gallery"), model.templates(features, "gallery")
     assert torch.equal(templates.features, wanted.features) and not templates.features.requires_grad
     pictures = [np.full((112, 112, 3), value, np.uint8) for value in (10, 90, 200)]

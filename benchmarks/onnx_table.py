@@ -1,4 +1,4 @@
-"""Tables of exported graphs against torch, from benchmarks/results/onnx.json."""
+"""Tables of exported graphs against torch, from benchmarks/results/models/onnx.json."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results" / "onnx.json"
+RESULTS = Path(__file__).resolve().parent / "results" / "models" / "onnx.json"
 
 
 def _parity(data: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from xcos_ext.errors import ModelError
+from xcos_ext.errors import ModelError, first_line
 from xcos_ext.preprocessing import ARCFACE, Preprocessing
 
 from .feature_map import FeatureMap, is_map_shape, shown
@@ -174,8 +174,7 @@ def _run(what: str, call: Callable[[], Any]) -> Any:
     except ModelError:
         raise
     except Exception as error:  # the network's own
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{what}: it fails for a picture ({lines[0][:200]})") from error
+        raise ModelError(f"{what}: it fails for a picture ({first_line(error)})") from error
 
 
 def from_layer(

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from xcos_ext.errors import ModelError
+from xcos_ext.export.sessions import run_graph, session_of
 from xcos_ext.optional import need
-
-from .onnx_session import run_graph, session_of
 
 if TYPE_CHECKING:
     import onnx

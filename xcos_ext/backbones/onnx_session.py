@@ -6,48 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xcos_ext.errors import ModelError
-from xcos_ext.optional import need
+from xcos_ext.export.sessions import run_graph, session_of
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Runner", "run_graph", "session_of"]
-
-
-def session_of(proto: onnx.ModelProto, where: str, threads: int | None = None) -> Any:
-    """A graph loaded by onnxruntime, on the CPU.
-
-    Raises:
-        ModelError: onnxruntime cannot load it.
-    """
-    runtime = need("onnxruntime", "a recogniser in an ONNX file", extra="onnx")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        return runtime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own types
-        raise ModelError(f"{where}: onnxruntime cannot load it ({_first_line(error)})") from error
-
-
-def run_graph(session: Any, given: dict[str, np.ndarray], where: str) -> list[Any]:
-    """Every output of a graph.
-
-    Raises:
-        ModelError: onnxruntime cannot run it.
-    """
-    try:
-        results: list[Any] = session.run(None, given)
-    except Exception as error:  # onnxruntime's own types
-        raise ModelError(f"{where}: onnxruntime cannot run it ({_first_line(error)})") from error
-    return results
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+__all__ = ["Runner"]
 
 
 class Runner:

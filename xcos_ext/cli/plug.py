@@ -230,11 +230,11 @@ def _write(model: XCosModel, out: str) -> None:
         save_model(model, out)
         return
     from xcos_ext.export import export_onnx
-    from xcos_ext.export.onnx import oldest_opset
+    from xcos_ext.export.onnx import OPSET
 
     # Not below the opset of a backbone that is a graph: its operators need not be rewritten then.
     opset = getattr(model.backbone, "opset", None)
-    export_onnx(model, out, opset=None if opset is None else max(oldest_opset(), opset))
+    export_onnx(model, out, opset=None if opset is None else max(OPSET, opset))
 
 
 def _report(request: Request, model: XCosModel, people: int, pairs: int) -> None:

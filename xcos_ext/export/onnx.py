@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xcos_ext.errors import ModelError
+from xcos_ext.errors import ModelError, first_line
 from xcos_ext.explain.files import check_output, write_atomically
 from xcos_ext.nn.attention import XCosAttention
 from xcos_ext.nn.model import XCosModel
@@ -22,24 +22,20 @@ from xcos_ext.optional import MissingPackageError, need
 from .card import INPUTS, OUTPUTS, Kind, OnnxCard, TemplateLayout
 from .graphs import BodyGraph, PairGraph, ScoreGraph, TemplateGraph, attention_of, check_exportable, layout_of
 from .onnx_files import contents_hash
+from .sessions import run_graph, session_of
 from .splice import with_body
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["OPSET", "export_onnx", "oldest_opset"]
+__all__ = ["OPSET", "export_onnx"]
 
-#: Written by default: old enough for runtimes of some years ago.
+#: Written by default, and the oldest that can be: torch's exporter writes it without converting graphs downwards, and
+#: runtimes of some years ago read it.
 OPSET = 18
-_OLDEST = 18  # what torch's exporter writes without converting graphs downwards
 
 #: Largest difference from the model in torch that a graph may have, by the type inside, on random pictures.
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
-
-
-def oldest_opset() -> int:
-    """The oldest opset that can be written."""
-    return _OLDEST
 
 
 def export_onnx(
@@ -133,9 +129,9 @@ def _checked(model: XCosModel, kind: str, dtype: torch.dtype, batch_size: int, o
         raise ValueError(f"batch_size: expected an integer of at least 1, got {batch_size!r}")
     newest = int(library.defs.onnx_opset_version())
     version = OPSET if opset is None else opset
-    if isinstance(version, bool) or not isinstance(version, int) or not _OLDEST <= version <= newest:
+    if isinstance(version, bool) or not isinstance(version, int) or not OPSET <= version <= newest:
         raise ValueError(
-            f"opset: expected {_OLDEST} to {newest} (the newest that onnx {library.__version__} knows), got {opset!r}"
+            f"opset: expected {OPSET} to {newest} (the newest that onnx {library.__version__} knows), got {opset!r}"
         )
     if dtype == torch.float16 and getattr(model.backbone, "body_proto", None) is not None:
         raise ValueError(
@@ -237,8 +233,9 @@ def _trace(
                 verbose=False,
             )
         except Exception as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise ModelError(f"model: torch cannot write its backbone as an ONNX graph ({lines[0][:300]})") from error
+            raise ModelError(
+                f"model: torch cannot write its backbone as an ONNX graph ({first_line(error, 300)})"
+            ) from error
     assert program is not None
     proto: onnx.ModelProto = program.model_proto
     return proto
@@ -276,18 +273,13 @@ def _compare(contents: bytes, model: XCosModel, card: OnnxCard, layout: Template
         ModelError: another result, or a graph that onnxruntime cannot run.
     """
     try:
-        runtime = need("onnxruntime", "checking the graph", extra="onnx")
+        session = session_of(contents, "model")
     except MissingPackageError:
         return
     generator = torch.Generator().manual_seed(1)
     shape = (batch, layout.size) if card.kind == "score" else (batch, 3, *model.preprocessing.size)
     given = [torch.randn(shape, generator=generator) for _ in INPUTS[card.kind]]
-    try:
-        session = runtime.InferenceSession(contents, providers=["CPUExecutionProvider"])
-        got = session.run(None, {n: t.numpy() for n, t in zip(INPUTS[card.kind], given, strict=True)})
-    except Exception as error:  # onnxruntime's own types
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"model: onnxruntime cannot run its graph ({lines[0][:300]})") from error
+    got = run_graph(session, {n: t.numpy() for n, t in zip(INPUTS[card.kind], given, strict=True)}, "model")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with torch.no_grad():
         if card.kind == "score":

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xcos_ext.errors import ModelError
+from xcos_ext.errors import ModelError, first_line
 from xcos_ext.optional import need
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def read_onnx(path: StrPath) -> onnx.ModelProto:
     try:
         proto: onnx.ModelProto = library.load_model(str(file), load_external_data=False)
     except Exception as error:  # protobuf's own types, depending on its version
-        raise ModelError(f"{file}: damaged or truncated, or not an ONNX file ({_first_line(error)})") from error
+        raise ModelError(f"{file}: damaged or truncated, or not an ONNX file ({first_line(error)})") from error
     if not proto.HasField("graph") or not proto.graph.output or not proto.opset_import:
         raise ModelError(f"{file}: truncated, or not an ONNX file: it has no graph with outputs")
     outside = library.TensorProto.EXTERNAL
@@ -154,13 +154,8 @@ def read_onnx(path: StrPath) -> onnx.ModelProto:
     except OSError as error:
         raise ModelError(f"{file}: external data cannot be read: {error.strerror or error}") from error
     except Exception as error:  # onnx's own types
-        raise ModelError(f"{file}: damaged, or not a valid ONNX graph ({_first_line(error)})") from error
+        raise ModelError(f"{file}: damaged, or not a valid ONNX graph ({first_line(error)})") from error
     return proto
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
 
 
 def onnx_hash(path: StrPath) -> str:
@@ -175,7 +170,7 @@ def onnx_hash(path: StrPath) -> str:
     try:
         proto = library.load_model(str(file), load_external_data=False)
     except Exception as error:
-        raise ModelError(f"{file}: damaged or truncated, or not an ONNX file ({_first_line(error)})") from error
+        raise ModelError(f"{file}: damaged or truncated, or not an ONNX file ({first_line(error)})") from error
     outside = library.TensorProto.EXTERNAL
     beside = {_external(t, file)[0] for t in tensors_of(proto) if t.data_location == outside}
     digest = hashlib.sha256()

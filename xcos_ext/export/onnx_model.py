@@ -13,6 +13,7 @@ from xcos_ext.optional import need
 
 from .card import INPUTS, Kind, OnnxCard
 from .onnx_files import contents_hash, metadata, read_onnx
+from .sessions import CPU, run_graph, session_of
 
 if TYPE_CHECKING:
     from xcos_ext.calibration import FMRCurve
@@ -70,20 +71,12 @@ class OnnxModel:
         dim = proto.graph.input[0].type.tensor_type.shape.dim[0]
         #: The batch that every run must have; None: any.
         self.batch_size: int | None = None if dim.dim_param else dim.dim_value
-        chosen = ["CPUExecutionProvider"] if providers is None else list(providers)
+        chosen = CPU if providers is None else list(providers)
         known = runtime.get_available_providers()
         missing = [name for name in chosen if name not in known]
         if missing:
             raise ValueError(f"providers: expected some of {', '.join(known)}, got {', '.join(missing)}")
-        options = runtime.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        try:
-            self._session = runtime.InferenceSession(proto.SerializeToString(), options, providers=chosen)
-        except Exception as error:  # onnxruntime's own types
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise ModelError(f"{where}: onnxruntime cannot load it ({lines[0][:300]})") from error
+        self._session, self._where = session_of(proto, where, threads, chosen), where
 
     # --- what the card says, under the names that a model in torch has
 
@@ -232,8 +225,7 @@ class OnnxModel:
             )
         if count == 0:
             raise ValueError(f"{next(iter(given))}: expected at least one, got an empty batch")
-        found: list[Any] = self._session.run(None, {k: np.ascontiguousarray(v) for k, v in given.items()})
-        return found
+        return run_graph(self._session, {k: np.ascontiguousarray(v) for k, v in given.items()}, self._where)
 
     def __repr__(self) -> str:
         return (

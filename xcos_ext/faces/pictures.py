@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from xcos_ext.errors import PictureError
+from xcos_ext.errors import PictureError, first_line
 from xcos_ext.optional import need
 
 __all__ = ["MAX_PIXELS", "display_name", "read_picture"]
@@ -128,7 +128,7 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> np.ndarray:
                     raise PictureError(f"{name}: not enough memory for {width:,} x {height:,} pixels") from error
                 except Exception as error:  # decoders raise nearly anything on damaged data
                     raise PictureError(
-                        f"{name}: damaged or truncated {picture.format} picture ({_first_line(error)})"
+                        f"{name}: damaged or truncated {picture.format} picture ({first_line(error, None)})"
                     ) from error
     except PictureError:
         raise
@@ -141,12 +141,7 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> np.ndarray:
         readable = "JPEG, PNG, WebP, TIFF, BMP or GIF"
         raise PictureError(f"{name}: not a picture, or of an unknown kind; expected {readable}") from error
     except Exception as error:
-        raise PictureError(f"{name}: damaged picture: its header cannot be read ({_first_line(error)})") from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+        raise PictureError(f"{name}: damaged picture: its header cannot be read ({first_line(error, None)})") from error
 
 
 def _to_rgb(picture: Any, name: str) -> np.ndarray:

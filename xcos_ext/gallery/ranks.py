@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xcos_ext.errors import GalleryError, LostRankError
+from xcos_ext.errors import GalleryError, LostRankError, first_line
 
 __all__ = ["Ranks"]
 
@@ -235,7 +235,7 @@ class Ranks:
             return self._break(LostRankError(f"{_WHO}: {_ranks(lost)} lost, as another rank reports", lost))
         if news.get("step", -1) >= self._step and news["rank"] == self._host:
             return self._break(GalleryError(f"{_WHO}: rank {self._host} {news['said'][0]}"))
-        why = "does not answer" if error is None else f"is gone ({_first_line(error)})"
+        why = "does not answer" if error is None else f"is gone ({first_line(error, 300)})"
         if self._host is None:
             return self._break(
                 LostRankError(f"{_WHO}: the process group's store, which none of its ranks keeps, {why}")
@@ -442,7 +442,7 @@ class Ranks:
         except BaseException as error:
             if isinstance(error, RuntimeError):
                 self._look_for_the_lost()
-            text = f"cannot exchange results with the others ({type(error).__name__}: {_first_line(error)})"
+            text = f"cannot exchange results with the others ({type(error).__name__}: {first_line(error, 300)})"
             self._tell(text, final=True)
             broken = self._break(GalleryError(f"{_WHO}: rank {self.rank} {text}"))
             if not isinstance(error, Exception):
@@ -491,10 +491,6 @@ def _member(group: Any, global_rank: int) -> int | None:
 def _split(steps: Sequence[int], at: int) -> tuple[list[int], list[int]]:
     """Steps before one, and the rest."""
     return [step for step in steps if step < at], [step for step in steps if step >= at]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 def _ranks(ranks: Sequence[int]) -> str:

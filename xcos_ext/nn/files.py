@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from xcos_ext.errors import ModelError
+from xcos_ext.errors import ModelError, first_line
 
 from .inert import STAND_INS, load_inert
 
@@ -59,7 +59,7 @@ def read_safetensors(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = dict(opened.metadata() or {})
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{file}: damaged or truncated safetensors file ({_first_line(error)})") from error
+        raise ModelError(f"{file}: damaged or truncated safetensors file ({first_line(error)})") from error
     return tensors, metadata
 
 
@@ -84,7 +84,7 @@ def write_safetensors(path: StrPath, tensors: Mapping[str, Tensor], metadata: Ma
             os.fsync(stream.fileno())  # before the rename, so that a power cut leaves the old file or the new one
         os.replace(temporary, file)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file}: cannot be written: {_first_line(error)}") from error
+        raise ModelError(f"{file}: cannot be written: {first_line(error)}") from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
@@ -127,11 +127,6 @@ def read_weights(path: StrPath) -> tuple[dict[str, Any], dict[str, str]]:
     )
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0][:200] if text else type(error).__name__
-
-
 def _wanted(error: BaseException) -> str | None:
     """The name that a refused pickle asked for."""
     found = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"[Cc]lass(?:es)? ([\w.]+)", str(error))
@@ -160,7 +155,7 @@ def _torch_load(file: Path) -> dict[str, Any]:
             "Expected a plain state dict; have it saved again with torch.save(model.state_dict(), ...)"
         ) from error
     except Exception as error:  # torch raises many types for damaged archives
-        raise ModelError(f"{file}: damaged or truncated PyTorch file ({_first_line(error)})") from error
+        raise ModelError(f"{file}: damaged or truncated PyTorch file ({first_line(error)})") from error
     if not isinstance(contents, Mapping):
         raise ModelError(f"{file}: expected a state dict (names to tensors), got {type(contents).__name__}")
     return dict(contents)

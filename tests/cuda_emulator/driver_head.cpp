@@ -2,13 +2,11 @@
 #include "cuda/xcos_head.h"
 #include "cuda_runtime.h"
 #include "driver.h"
+#include "layouts.h"
 #include "reference_head.h"
 
 namespace driver {
 namespace {
-
-enum class Layout { contiguous, channels_last, gapped, shared, unaligned };
-const char* const kLayoutNames[] = {"contiguous", "channels_last", "gapped", "shared", "unaligned"};
 
 struct HeadCase {
   Scalar scalar = Scalar::f32, parameters = Scalar::f32;
@@ -30,31 +28,6 @@ struct HeadCase {
                   maps ? " maps" : "", temperature, eps, with_nan ? " nan" : "", seed);
     return text;
   }
-};
-
-struct Map {
-  Memory memory;
-  int64_t pair, channel, cell;
-
-  Map(const HeadCase& c, Layout layout) {
-    const int64_t cells = c.cells(), size = c.channels * cells;
-    pair = layout == Layout::shared ? 0 : size;
-    channel = cells;
-    cell = 1;
-    if (layout == Layout::channels_last) {
-      channel = 1;
-      cell = c.channels;
-    }
-    if (layout == Layout::gapped) {
-      cell = 2;
-      channel = 2 * cells + 1;
-      pair = c.channels * channel + 3;
-    }
-    memory = Memory((c.pairs - 1) * pair + (c.channels - 1) * channel + (cells - 1) * cell + 1, c.scalar,
-                    layout == Layout::unaligned);
-  }
-  int64_t index(int64_t n, int64_t c, int64_t i) const { return n * pair + c * channel + i * cell; }
-  xcos::FeatureView view() const { return {memory.data(), pair, channel, cell}; }
 };
 
 // A layer in memory, and the same in float64 after rounding to the type it is kept in.

@@ -2,15 +2,13 @@
 #include "cuda/grid_match.h"
 #include "cuda_runtime.h"
 #include "driver.h"
+#include "layouts.h"
 #include "reference_match.h"
 
 namespace driver {
 namespace {
 
 using xcos::Match;
-
-enum class Layout { contiguous, channels_last, gapped, shared, unaligned };
-const char* const kLayoutNames[] = {"contiguous", "channels_last", "gapped", "shared", "unaligned"};
 
 struct MatchCase {
   Scalar scalar = Scalar::f32;
@@ -38,33 +36,6 @@ struct MatchCase {
                   gradients, with_nan ? " nan" : "", seed);
     return text;
   }
-};
-
-// A map with what lies between its elements.
-struct Map {
-  Memory memory;
-  int64_t count, pair, channel, cell;
-
-  Map(const MatchCase& c, Layout layout) {
-    const int64_t cells = c.cells(), size = c.channels * cells;
-    pair = layout == Layout::shared ? 0 : size;
-    channel = cells;
-    cell = 1;
-    if (layout == Layout::channels_last) {
-      channel = 1;
-      cell = c.channels;
-    }
-    if (layout == Layout::gapped) {
-      cell = 2;
-      channel = 2 * cells + 1;
-      pair = c.channels * channel + 3;
-    }
-    count = (c.pairs - 1) * pair + (c.channels - 1) * channel + (cells - 1) * cell + 1;
-    memory = Memory(count, c.scalar, layout == Layout::unaligned);
-  }
-  int64_t index(int64_t n, int64_t c, int64_t i) const { return n * pair + c * channel + i * cell; }
-  xcos::FeatureView view() const { return {memory.data(), pair, channel, cell}; }
-  xcos::MutableFeatureView mutable_view() const { return {memory.data(), pair, channel, cell}; }
 };
 
 class Runner {

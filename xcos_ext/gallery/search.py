@@ -94,7 +94,7 @@ def _blocks(
         step = columns_at_a_time(len(probes), pairs.dtype, probes.device)
         for start in range(0, count, step):
             part = slice(start, min(start + step, count))
-            scores = pairs.scores(slice(None), part)
+            scores = pairs.scores(gallery=part)
             if groups is not None and rounds is not None:
                 scores = groups.fuse(scores, rounds)
             yield tile.first + start, scores, None if tile.excluded is None else tile.excluded[part]

@@ -86,6 +86,12 @@ class Matching(nn.Module):
             )
 
 
+@torch.compiler.assume_constant_result
+def _exporting() -> bool:
+    """Whether a graph is made for torch.export; asked for real, where Dynamo of torch 2.11 answers True always."""
+    return torch.compiler.is_exporting()
+
+
 def _fixed_templates(
     features: Tensor, channels: int, role: Role, dtype: torch.dtype | None, attention: Literal["uniform", "norm"]
 ) -> Templates:
@@ -230,7 +236,7 @@ class XCosHead(Matching):
             or self.training
             or self.radius
             or a.dim() != 4
-            or torch.compiler.is_exporting()
+            or _exporting()
             or torch.jit.is_tracing()
             or torch._C._are_functorch_transforms_active()
         ):

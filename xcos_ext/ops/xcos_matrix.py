@@ -164,8 +164,11 @@ class AllPairs:
         scale = self.probe_norms if self.how.weights is None else self.how.weights
         self.rows = probes.features.to(self.dtype) * scale.unsqueeze(2)
 
-    def scores(self, probes: slice = slice(None), gallery: slice = slice(None)) -> Tensor:
-        """Scores [P', G'] of a part of the probes against a part of the gallery."""
+    def scores(self, probes: slice | None = None, gallery: slice | None = None) -> Tensor:
+        """Scores [P', G'] of a part of the probes against a part of the gallery; None: all of them."""
+        # Not as the parameters' defaults, where Dynamo of torch 2.11 cannot take a slice.
+        probes = slice(None) if probes is None else probes
+        gallery = slice(None) if gallery is None else gallery
         if self.how.parameters is not None:
             return self._learned(probes, gallery)
         rows, features = self.rows[probes], self.gallery.features[gallery]

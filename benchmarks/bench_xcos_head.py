@@ -16,7 +16,7 @@ from xcos_ext.nn import XCosAttention, XCosHead
 BATCH = 256
 
 
-def _head(device: str, symmetric: bool) -> tuple[XCosHead, XCosAttention]:
+def head_and_attention(device: str, symmetric: bool) -> tuple[XCosHead, XCosAttention]:
     """The published attention with batch norms that have seen data."""
     attention = XCosAttention(32, symmetric=symmetric)
     for norm in attention.modules():
@@ -45,7 +45,7 @@ def cases(device: str, pairs: int | None = None) -> Iterator[Case]:
     """One pair and 256, ordered and symmetric attention."""
     torch.manual_seed(0)
     for symmetric in (False, True):
-        head, attention = _head(device, symmetric)
+        head, attention = head_and_attention(device, symmetric)
         form = "symmetric" if symmetric else "ordered"
         for count in (1, BATCH):
             a, b = (torch.randn(count, 32, 7, 7, device=device) for _ in range(2))

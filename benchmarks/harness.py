@@ -6,6 +6,7 @@ call that is not timed; ratios are taken within a round and their median is repo
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
@@ -148,6 +149,7 @@ def measure(case: Case) -> dict[str, Any]:
     return row
 
 
+@functools.cache
 def machine() -> dict[str, Any]:
     """What the figures belong to: see :func:`xcos_ext.bench.machine`; the commit is that of these benchmarks."""
     return xcos_ext.bench.machine(RESULTS.parent.parent)

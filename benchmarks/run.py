@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -40,21 +41,21 @@ def main() -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    rows = []
+    out = options.out or RESULTS / f"{options.device}.json"
+    rows: list[dict[str, Any]] = []
     for suite in SUITES:
         for case in suite.cases(options.device, options.pairs):
             if options.only in case.name:
                 case.budget = options.budget
                 rows.append(measure(case))
                 print(describe(rows[-1]), flush=True)
+                write(out, rows)  # what is measured is kept, whatever comes
             del case
             if options.device == "cuda":
                 torch.cuda.empty_cache()
             torch._dynamo.reset()
     if not rows:
         parser.error(f"--only {options.only}: no case of that name")
-    out = options.out or RESULTS / f"{options.device}.json"
-    write(out, rows)
     missed = [target["text"] for row in rows for target in row["targets"] if not target["met"]]
     print(f"\n{len(rows)} cases written to {out}; targets missed: {len(missed)}")
     return 0

@@ -27,6 +27,7 @@ GROUPS = [
     "match_nan",
     "match_reference",
     "matrix_backward",
+    "matrix_grants",
     "matrix_launch",
     "matrix_mma",
     "matrix_nan",

@@ -442,8 +442,7 @@ MatchParams<typename Element<T>::Result> match_params(const MatchProblem& proble
 // A launch of kKernel; its blocks live on shared memory (see prefer_shared_memory).
 template <auto kKernel, class Params>
 Status launch_match(const MatchPlan& plan, const Params& params, Stream stream) {
-  static std::atomic<uint64_t> prepared_devices{0};
-  if (plan.staged) prefer_shared_memory(kKernel, prepared_devices);
+  if (plan.staged) prefer_shared_memory<kKernel>();
   return launch_blocks<kKernel>(plan.blocks, plan.threads, plan.shared_bytes, params, stream);
 }
 

@@ -8,6 +8,7 @@
 #include "core/xcos_matrix.h"
 #include "cuda/device.cuh"
 #include "cuda/element.cuh"
+#include "cuda/kernel_attributes.cuh"
 #include "cuda/runtime.h"
 
 #if !defined(XCOS_CUDA_MAX_GRID)

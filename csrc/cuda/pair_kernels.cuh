@@ -2,7 +2,6 @@
 // weights.
 #pragma once
 
-#include <atomic>
 #include <limits>
 #include <type_traits>
 
@@ -10,6 +9,7 @@
 #include "core/xcos_score.h"
 #include "cuda/device.cuh"
 #include "cuda/element.cuh"
+#include "cuda/kernel_attributes.cuh"
 #include "cuda/pair_plan.h"
 #include "cuda/runtime.h"
 
@@ -572,26 +572,10 @@ __device__ inline void general_gradients(const MapAccess<const void>& a, const M
 
 // ------------------------------------------------------------------------------------------------ launching
 
-// Tells the current device, once, that a kernel's blocks live on shared memory: the split between L1 and
-// shared memory is otherwise the driver's guess. A hint, so its failure is no error.
-template <class Params>
-void prefer_shared_memory(void (*kernel)(Params), std::atomic<uint64_t>& prepared_devices) {
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= 64) return;
-  const uint64_t bit = uint64_t{1} << device;
-  if ((prepared_devices.load(std::memory_order_relaxed) & bit) != 0) return;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                           cudaSharedmemCarveoutMaxShared) != cudaSuccess) {
-    static_cast<void>(cudaGetLastError());
-  }
-  prepared_devices.fetch_or(bit, std::memory_order_relaxed);
-}
-
 // Enqueues kKernel(params). With XCOS_CUDA_EMULATOR, the functions of CUDA's runtime are the emulator's.
 template <auto kKernel, class Params>
 Status launch(const PairPlan& plan, Params params, Stream stream) {
-  static std::atomic<uint64_t> prepared_devices{0};
-  if (plan.staged) prefer_shared_memory(kKernel, prepared_devices);
+  if (plan.staged) prefer_shared_memory<kKernel>();
   void* arguments[] = {&params};
   const dim3 grid(static_cast<unsigned>(plan.blocks));
   const dim3 block(static_cast<unsigned>(plan.threads));

@@ -19,7 +19,6 @@ constexpr int kScratch = kThreads / kWarp;  // a sum for each warp; keeps what f
 constexpr int kQuad = 4;                    // channels that a thread owns at a time
 constexpr int kLanes = 8;                   // that share a cosine
 constexpr int kWeightPitch = 12;            // nine weights of a channel, in 16-byte vectors
-constexpr int kDefaultShared = 48 * 1024;
 constexpr int kSharedLimit = 64 * 1024;              // what every device since sm_75 grants
 constexpr int64_t kArenaLimit = int64_t{128} << 20;  // of all blocks, where sums do not fit shared memory
 constexpr int kMostArenas = 1024;
@@ -465,15 +464,9 @@ Status backward(const MatrixProblem& problem, const MatrixGradients& gradients, 
                         p.weight_parts != nullptr || p.slope_parts != nullptr;
     if (!wanted || p.own.faces == 0) continue;
     const int64_t blocks = plan.blocks > 0 && plan.blocks < p.own.faces ? plan.blocks : p.own.faces;
-    if (plan.shared_bytes > kDefaultShared) {
-      const cudaError_t error =
-          cudaFuncSetAttribute(matrix_backward<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedLimit);
-      if (error != cudaSuccess) {
-        static_cast<void>(cudaGetLastError());
-        return static_cast<Status>(error);
-      }
-    }
-    const Status status = launch_blocks<matrix_backward<T>>(blocks, kThreads, plan.shared_bytes, p, stream);
+    Status status = allow_shared<matrix_backward<T>>(plan.shared_bytes);
+    if (status != 0) return status;
+    status = launch_blocks<matrix_backward<T>>(blocks, kThreads, plan.shared_bytes, p, stream);
     if (status != 0) return status;
   }
 

@@ -32,7 +32,6 @@ constexpr int kTunedHidden = 16;
 constexpr int kTunedSide = 7;
 constexpr int kBandBytes = 3 * kColumns * kWarp * 8;  // of 16 hidden channels
 constexpr int kZeroBytes = 16;
-constexpr int kDefaultShared = 48 * 1024;
 
 // Shared memory in bytes from its beginning, and strides from face to face.
 struct MmaLayout {
@@ -632,6 +631,13 @@ MmaLayout fitting_layout(const MatrixProblem& problem, int wanted) {
   return {};
 }
 
+template <auto kKernel, class Params>
+Status launch_tensor(const Params& p, Stream stream) {
+  const Status granted = allow_shared<kKernel>(p.layout.bytes);
+  if (granted != 0) return granted;
+  return launch_blocks<kKernel>(p.tiles * p.parts, p.layout.warps * kWarp, p.layout.bytes, p, stream);
+}
+
 template <typename T>
 Status launch_mma(const MatrixProblem& problem, void* scores, Stream stream) {
   MmaParams<T> p = {};
@@ -652,19 +658,8 @@ Status launch_mma(const MatrixProblem& problem, void* scores, Stream stream) {
   p.part_groups = part_rounds * p.layout.warps;
   p.parts = ceil_divide(p.groups, p.part_groups);
   const bool tuned = is_tuned(p.layout.channels, p.layout.hidden, p.layout.height, p.layout.width);
-  const auto kernel = tuned ? matrix_tensor<T, true> : matrix_tensor<T, false>;
-  if (p.layout.bytes > kDefaultShared) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.layout.bytes);
-    if (error != cudaSuccess) {
-      static_cast<void>(cudaGetLastError());
-      return static_cast<Status>(error);
-    }
-  }
-  const int threads = p.layout.warps * kWarp;
-  if (tuned)
-    return launch_blocks<matrix_tensor<T, true>>(p.tiles * p.parts, threads, p.layout.bytes, p, stream);
-  return launch_blocks<matrix_tensor<T, false>>(p.tiles * p.parts, threads, p.layout.bytes, p, stream);
+  return tuned ? launch_tensor<matrix_tensor<T, true>>(p, stream)
+               : launch_tensor<matrix_tensor<T, false>>(p, stream);
 }
 
 bool reaches_vectors(const TemplateView& side) {

@@ -27,10 +27,11 @@ FLAGS = [
     "-fno-strict-aliasing",
     "-fno-omit-frame-pointer",
     "-DXCOS_CUDA_EMULATOR",
-    "-DXCOS_CUDA_MAX_GRID=emulator::max_grid",
+    "-DXCOS_CUDA_MAX_GRID=machine::max_grid",
     "-include",  # declares it
-    "cuda_runtime.h",
+    str(EMULATOR / "machine.h"),
     f"-I{EMULATOR / 'include'}",
+    f"-I{EMULATOR}",
     f"-I{REPOSITORY / 'csrc'}",
     "-Wall",
     "-Wextra",

@@ -1,13 +1,13 @@
-// Runs the real launchers of csrc/cuda on the emulator and compares them with reference.h.
+// Runs the real launchers of csrc/cuda, on the emulator or a GPU, and compares them with reference.h.
 //
-//   driver GROUP      runs a group of cases; status 0 when all agree
+//   driver GROUP [--short] [--kernels]   runs a group of cases, or the first ones of each kind; status 0 when
+//                                        all agree; --kernels: names what was launched
 //   driver planted NAME
-//   driver list       names of groups and planted faults
+//   driver list                          names of groups and planted faults
 #include "driver.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
+#include <chrono>
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
@@ -173,19 +173,16 @@ class Runner {
   }
 
   void run() {
+    if (!take(key())) return;
     ++cases;
     current_case = case_.name();
     const std::vector<unsigned char> a_before = a_->memory.copy(), b_before = b_->memory.copy();
-    emulator::settings.order = emulator::Order::forward;
-    emulator::max_grid = 0x7fffffff;
+    plainly();
     Outputs first = launch();
     check(first);
-    // Another order of the threads and another number of blocks must give the same bits.
-    emulator::settings.order = case_.seed % 2 == 0 ? emulator::Order::reverse : emulator::Order::shuffled;
-    emulator::settings.seed = case_.seed;
-    emulator::max_grid = 1 + int64_t(case_.seed % 3);
+    otherwise(case_.seed);
     Outputs second = launch();
-    emulator::max_grid = 0x7fffffff;
+    plainly();
     for (size_t k = 0; k < first.memories().size(); ++k) {
       if (first.memories()[k]->copy() != second.memories()[k]->copy()) {
         complain("output %zu depends on the order of threads or the number of blocks", k);
@@ -224,11 +221,28 @@ class Runner {
     }
   }
 
-  void expect_success(xcos::cuda::Status status, const char* what) {
+  // Cases of one key take the same kernels, and the same way through them but for the attention.
+  std::string key() const {
+    Outputs o = outputs();
+    auto a = xcos::cuda::access_of(problem_.a), b = xcos::cuda::access_of(problem_.b);
+    auto grad_a = xcos::cuda::access_of(o.grad_a->mutable_view());
+    auto grad_b = xcos::cuda::access_of(o.grad_b->mutable_view());
+    const auto plan = xcos::cuda::plan_pairs(problem_, a, b, nullptr, nullptr, false);
+    const auto backward = xcos::cuda::plan_pairs(problem_, a, b, &grad_a, &grad_b, false);
+    const bool every_mode = case_.scalar == Scalar::f32;
+    char text[100];
+    std::snprintf(text, sizeof(text), "%d %d %d %d %d %d %d", int(case_.scalar),
+                  every_mode ? int(case_.mode) : -1, plan.staged, plan.tuned, int(plan.layout.walk),
+                  plan.general.along_channels, backward.tuned);
+    return text;
+  }
+
+  static void expect_success(xcos::cuda::Status status, const char* what) {
     if (status != 0) complain("%s returned %d: %s", what, status, xcos::cuda::error_string(status));
   }
 
-  Outputs launch() {
+ public:
+  Outputs outputs() const {
     const Case& c = case_;
     const xcos::PairShape& s = c.shape;
     Outputs o;
@@ -240,12 +254,19 @@ class Runner {
     o.grad_a = std::make_unique<Map>(s, c.scalar, c.grad_a);
     o.grad_b = std::make_unique<Map>(s, c.scalar, c.grad_b);
     o.cosine_grad_a = std::make_unique<Map>(s, c.scalar, c.grad_a);
+    return o;
+  }
 
+  // One launch after the other, as long as they succeed.
+  int enqueue(const Outputs& o, xcos::cuda::Stream stream) const {
+    const Case& c = case_;
     xcos::XcosScoreOutputs outputs = {};
     if (c.outputs & 1) outputs.score = o.score.data();
     if (c.outputs & 2) outputs.similarity = o.similarity.data();
     if (c.outputs & 4) outputs.attention = o.weights.data();
-    expect_success(xcos::cuda::xcos_score(problem_, outputs, nullptr), "xcos_score");
+    int status = xcos::cuda::xcos_score(problem_, outputs, stream);
+    expect_success(status, "xcos_score");
+    if (status != 0) return status;
 
     xcos::XcosScoreGradients gradients = {};
     if (c.incoming & 1) gradients.score = grad_score_.data();
@@ -256,18 +277,28 @@ class Runner {
     if (c.gradients & 1) wanted.a = o.grad_a->mutable_view();
     if (c.gradients & 2) wanted.b = o.grad_b->mutable_view();
     if (c.gradients & 4) wanted.attention = o.grad_attention.data();
-    expect_success(xcos::cuda::xcos_score_backward(problem_, gradients, wanted, nullptr),
-                   "xcos_score_backward");
+    status = xcos::cuda::xcos_score_backward(problem_, gradients, wanted, stream);
+    expect_success(status, "xcos_score_backward");
+    if (status != 0) return status;
 
     // grid_cosine must not look at the attention: hand it nonsense.
     xcos::PairProblem nonsense = problem_;
     nonsense.mode = Attention::logits;
     nonsense.attention = {reinterpret_cast<const void*>(8), Scalar::f64, 1};
     nonsense.temperature = -1;
-    expect_success(xcos::cuda::grid_cosine(nonsense, o.cosine.data(), nullptr), "grid_cosine");
-    expect_success(xcos::cuda::grid_cosine_backward(nonsense, grad_similarity_.data(),
-                                                    o.cosine_grad_a->mutable_view(), {}, nullptr),
-                   "grid_cosine_backward");
+    status = xcos::cuda::grid_cosine(nonsense, o.cosine.data(), stream);
+    expect_success(status, "grid_cosine");
+    if (status != 0) return status;
+    status = xcos::cuda::grid_cosine_backward(nonsense, grad_similarity_.data(),
+                                              o.cosine_grad_a->mutable_view(), {}, stream);
+    expect_success(status, "grid_cosine_backward");
+    return status;
+  }
+
+ private:
+  Outputs launch() const {
+    Outputs o = outputs();
+    static_cast<void>(enqueue(o, nullptr));
     return o;
   }
 
@@ -553,16 +584,6 @@ void group_nan() {
   }
 }
 
-// Address space that is filled only where a test writes.
-void* reserve(size_t bytes) {
-  void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (at == MAP_FAILED) {
-    std::fprintf(stderr, "no address space of %zu bytes\n", bytes);
-    std::exit(77);
-  }
-  return at;
-}
-
 // Offsets beyond 2^31 elements, from pair to pair or from channel to channel of one pair, on both paths.
 void group_large() {
   struct Large {
@@ -578,8 +599,7 @@ void group_large() {
                    std::to_string(shape.cells) + " cells";
     const Strides far = {large.by_channel ? 0 : stride, large.by_channel ? stride : shape.cells, 1};
     const size_t bytes = size_t(2 * stride + shape.channels * shape.cells) * 2;
-    void* const a = reserve(bytes);
-    void* const grad = reserve(bytes);
+    Sparse a(bytes), grad(bytes);
     const auto index = [&](int64_t n, int64_t c, int64_t i) { return n * far.pair + c * far.channel + i; };
     Map b(shape, Scalar::f16, Layout::contiguous);
     std::vector<reference::Pair> pairs;
@@ -589,10 +609,11 @@ void group_large() {
       reference::Pair p = {shape.channels, shape.cells, {}, {}, Attention::uniform, {}, 1.0, 1e-6};
       for (int64_t c = 0; c < shape.channels; ++c) {
         for (int64_t i = 0; i < shape.cells; ++i) {
-          set(Scalar::f16, a, index(n, c, i), normal(random));
-          set(Scalar::f16, grad, index(n, c, i), NAN);
+          const size_t at = size_t(index(n, c, i)) * 2;
+          set(Scalar::f16, a.write(at), 0, normal(random));
+          set(Scalar::f16, grad.write(at), 0, NAN);
           b.memory.put(b.index(n, c, i), normal(random));
-          p.x.push_back(get(Scalar::f16, a, index(n, c, i)));
+          p.x.push_back(get(Scalar::f16, a.read(at), 0));
           p.y.push_back(b.memory.at(b.index(n, c, i)));
         }
       }
@@ -601,7 +622,7 @@ void group_large() {
     xcos::PairProblem problem = {};
     problem.shape = shape;
     problem.scalar = Scalar::f16;
-    problem.a = {a, far.pair, far.channel, far.cell};
+    problem.a = {a.device(), far.pair, far.channel, far.cell};
     problem.b = b.view();
     problem.temperature = 1;
     problem.eps = 1e-6;
@@ -610,7 +631,7 @@ void group_large() {
     if (xcos::cuda::xcos_score(problem, {score.data(), nullptr, nullptr}, nullptr) != 0)
       complain("forward failed");
     const xcos::XcosScoreGradients gradients = {incoming.data(), 0, nullptr, nullptr};
-    const xcos::XcosScoreGradientOutputs wanted = {{grad, far.pair, far.channel, far.cell}, {}, nullptr};
+    const xcos::XcosScoreGradientOutputs wanted = {{grad.device(), far.pair, far.channel, far.cell}, {}, nullptr};
     if (xcos::cuda::xcos_score_backward(problem, gradients, wanted, nullptr) != 0)
       complain("backward failed");
     const std::vector<double> zeros(size_t(shape.cells), 0.0);
@@ -621,52 +642,21 @@ void group_large() {
       for (int64_t c = 0; c < shape.channels; ++c) {
         for (int64_t i = 0; i < shape.cells; ++i) {
           const size_t at = size_t(c * shape.cells + i);
-          compare("grad", n, int64_t(at), get(Scalar::f16, grad, index(n, c, i)), g.x[at],
+          compare("grad", n, int64_t(at), get(Scalar::f16, grad.read(size_t(index(n, c, i)) * 2), 0), g.x[at],
                   1e-5 * g.x_magnitude[at] + 0x1p-24, 0x1p-11);
         }
       }
     }
-    munmap(a, bytes);
-    munmap(grad, bytes);
   }
 }
 
-// Launch geometry and errors: the emulator's own limits, and what launchers make of a refusal.
+// Launch geometry and errors: the limits of a launch, and what launchers make of a refusal.
 void group_launch() {
   current_case = "launch";
-  struct Nothing {
-    int unused;
-  };
-  Nothing nothing = {0};
-  void* arguments[] = {&nothing};
-  void (*kernel)(Nothing) = [](Nothing) {};
-  const auto try_launch = [&](dim3 grid, dim3 block, size_t shared) {
-    const cudaError_t error = cudaLaunchKernel(kernel, grid, block, arguments, shared, nullptr);
-    static_cast<void>(cudaGetLastError());
-    return error;
-  };
-  expect(try_launch(dim3(2), dim3(1024), 48 * 1024) == cudaSuccess, "the largest block runs");
-  expect(try_launch(dim3(0), dim3(32), 0) == cudaErrorInvalidConfiguration, "an empty grid is refused");
-  expect(try_launch(dim3(0x80000000u), dim3(32), 0) == cudaErrorInvalidConfiguration,
-         "grid.x beyond 2^31 - 1");
-  expect(try_launch(dim3(1, 65536), dim3(32), 0) == cudaErrorInvalidConfiguration, "grid.y beyond 65535");
-  expect(try_launch(dim3(1, 1, 65536), dim3(32), 0) == cudaErrorInvalidConfiguration, "grid.z beyond 65535");
-  expect(try_launch(dim3(1), dim3(1025), 0) == cudaErrorInvalidConfiguration, "more than 1024 threads");
-  expect(try_launch(dim3(1), dim3(512, 4), 0) == cudaErrorInvalidConfiguration,
-         "more than 1024 threads in all");
-  expect(try_launch(dim3(1), dim3(32), 48 * 1024 + 1) == cudaErrorInvalidValue,
-         "more than 48 KB of shared memory");
-  expect(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 60 * 1024) == cudaSuccess,
-         "more is granted on request");
-  expect(try_launch(dim3(1), dim3(32), 60 * 1024) == cudaSuccess, "what was granted");
-  expect(try_launch(dim3(1), dim3(32), 60 * 1024 + 1) == cudaErrorInvalidValue, "more than was granted");
-  expect(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 227 * 1024 + 1) ==
-             cudaErrorInvalidValue,
-         "more than the device has");
-  static_cast<void>(cudaGetLastError());
+  check_limits();
 
   // Nothing to do: no launch, no look at any pointer.
-  const uint64_t before = emulator::launches;
+  const uint64_t before = machine::launches;
   xcos::PairProblem problem = {};
   problem.shape = {0, 32, 49};
   problem.scalar = Scalar::f32;
@@ -684,24 +674,24 @@ void group_launch() {
   problem.shape.pairs = 1;
   expect(xcos::cuda::xcos_score(problem, {}, nullptr) == 0, "no outputs, forward");
   expect(xcos::cuda::xcos_score_backward(problem, {}, {}, nullptr) == 0, "no outputs, backward");
-  expect(emulator::launches == before, "nothing was launched");
+  expect(machine::launches == before, "nothing was launched");
 
   // A refused launch is returned once and leaves nothing behind.
   Map a({2, 32, 49}, Scalar::f32, Layout::contiguous);
   problem.shape.pairs = 2;
   problem.a = problem.b = a.view();
-  float scores[2];
-  emulator::settings.next_launch = cudaErrorInvalidConfiguration;
-  expect(
-      xcos::cuda::xcos_score(problem, {scores, nullptr, nullptr}, nullptr) == cudaErrorInvalidConfiguration,
-      "the launch error is returned");
+  const Memory scores(2, Scalar::f32);
+  const xcos::XcosScoreOutputs only_scores = {scores.data(), nullptr, nullptr};
+  machine::settings.refuse_next = true;
+  expect(xcos::cuda::xcos_score(problem, only_scores, nullptr) == cudaErrorInvalidConfiguration,
+         "the launch error is returned");
   expect(cudaPeekAtLastError() == cudaSuccess, "the launch error is not left for others to find");
   expect(std::string(xcos::cuda::error_string(9)) == "invalid configuration argument", "error_string");
-  expect(xcos::cuda::compiled_architectures().empty(), "no architectures without nvcc");
+  expect(xcos::cuda::compiled_architectures().empty() == machine::kEmulated, "architectures if from nvcc");
 
   // Few enough pairs for one block: no idle warps. Many: the grid stays within the limit.
-  expect(xcos::cuda::xcos_score(problem, {scores, nullptr, nullptr}, nullptr) == 0, "two pairs");
-  expect(emulator::last_grid.x == 1 && emulator::last_block.x == 64, "two pairs take two warps");
+  expect(xcos::cuda::xcos_score(problem, only_scores, nullptr) == 0, "two pairs");
+  expect(machine::last_grid.x == 1 && machine::last_block.x == 64, "two pairs take two warps");
 }
 
 // Decisions of the plan that no result shows.
@@ -748,15 +738,30 @@ void group_plan() {
   expect(huge.general.parts > 1 && huge.blocks == 2 * huge.general.parts, "large grids are shared out");
 }
 
-// The conversions the emulator stands in for, all of them.
+template <typename T>
+unsigned bits_of(T value) {
+  uint16_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+template <typename T>
+T from_bits(unsigned bits) {
+  const uint16_t narrow = uint16_t(bits);
+  T value;
+  std::memcpy(&value, &narrow, sizeof(value));
+  return value;
+}
+
+// The conversions the emulator stands in for, all of them; natively CUDA's own.
 void group_conversions() {
   current_case = "conversions";
   for (int bf = 0; bf < 2; ++bf) {
     const auto widen = [&](unsigned bits) {
-      return bf ? __bfloat162float({uint16_t(bits)}) : __half2float({uint16_t(bits)});
+      return bf ? __bfloat162float(from_bits<__nv_bfloat16>(bits)) : __half2float(from_bits<__half>(bits));
     };
     const auto narrow = [&](float v) {
-      return unsigned(bf ? __float2bfloat16_rn(v).bits : __float2half_rn(v).bits);
+      return bf ? bits_of(__float2bfloat16_rn(v)) : bits_of(__float2half_rn(v));
     };
     const unsigned infinity = bf ? 0x7f80 : 0x7c00;
     expect(std::isinf(widen(infinity)) && std::isnan(widen(infinity + 1)), "infinity and NaN");
@@ -775,7 +780,7 @@ void group_conversions() {
         return complain("above the tie above %#x", bits);
     }
   }
-  expect(__float2half_rn(65519.0f).bits == 0x7bff && __float2half_rn(65520.0f).bits == 0x7c00,
+  expect(bits_of(__float2half_rn(65519.0f)) == 0x7bff && bits_of(__float2half_rn(65520.0f)) == 0x7c00,
          "overflow to infinity");
 }
 
@@ -841,31 +846,88 @@ const Groups kPairGroups = {
     {"tuned", group_tuned},
 };
 
+void list(const Groups& groups) {
+  for (const auto& [name, function] : groups) std::printf("%s\n", name.c_str());
+  for (const std::string& name : planted_names()) std::printf("planted %s\n", name.c_str());
+}
+
 }  // namespace
+
+namespace driver {
+
+void add_pair_tasks(std::vector<Task>& all, int variant) {
+  for (Scalar scalar : {Scalar::f16, Scalar::f32}) {
+    for (bool tuned : {true, false}) {
+      Case c;
+      c.scalar = scalar;
+      c.shape = tuned ? xcos::PairShape{3 + 17 * variant, 32, 49}
+                      : xcos::PairShape{2 + variant, 40 + variant, 260 - 31 * variant};
+      c.mode = tuned ? Attention::norm : Attention::logits;
+      c.zero_cells = false;
+      c.seed = uint64_t(1 + variant);
+      const auto runner = std::make_shared<Runner>(c);
+      const auto outputs = std::make_shared<decltype(runner->outputs())>(runner->outputs());
+      Task task = {"pairs " + c.name(), [=](auto stream) { return runner->enqueue(*outputs, stream); }, {}};
+      for (const Memory* memory : outputs->memories()) task.outputs.push_back(memory->storage());
+      all.push_back(std::move(task));
+    }
+  }
+}
+
+std::vector<Task> tasks(int variant) {
+  std::vector<Task> all;
+  for (const auto add : {add_pair_tasks, add_head_tasks, add_match_tasks, add_matrix_tasks,
+                         add_matrix_backward_tasks, add_topk_tasks}) {
+    add(all, variant);
+  }
+  return all;
+}
+
+}  // namespace driver
 
 int main(int argc, char** argv) {
   Groups groups = kPairGroups;
-  for (const Groups& more :
-       {matrix_groups(), matrix_backward_groups(), topk_groups(), match_groups(), head_groups()}) {
+  for (const Groups& more : {matrix_groups(), matrix_backward_groups(), topk_groups(), match_groups(),
+                             head_groups(), own_groups()}) {
     groups.insert(more.begin(), more.end());
   }
-  const std::string group = argc > 1 ? argv[1] : "";
-  if (group == "list") {
-    for (const auto& [name, function] : groups) std::printf("%s\n", name.c_str());
-    for (const std::string& name : planted_names()) std::printf("planted %s\n", name.c_str());
+  std::vector<std::string> words;
+  bool kernels = false;
+  for (int n = 1; n < argc; ++n) {
+    const std::string word = argv[n];
+    if (word == "--short") {
+      shortened = true;
+    } else if (word == "--kernels") {
+      kernels = true;
+    } else if (!machine::takes(word)) {
+      words.push_back(word);
+    }
+  }
+  if (words == std::vector<std::string>{"list"}) {
+    list(groups);
     return 0;
   }
-  if (group == "planted" && argc > 2) {
-    run_planted(argv[2]);
-    std::printf("planted fault %s went undetected\n", argv[2]);
+  const std::vector<std::string> faults = planted_names();
+  if (words.size() == 2 && words[0] == "planted" &&
+      std::find(faults.begin(), faults.end(), words[1]) != faults.end()) {
+    machine::begin();
+    run_planted(words[1]);
+    std::printf("planted fault %s went undetected\n", words[1].c_str());
     return 0;
   }
-  const auto found = groups.find(group);
+  const auto found = words.size() == 1 ? groups.find(words[0]) : groups.end();
   if (found == groups.end()) {
-    std::fprintf(stderr, "usage: %s list | GROUP | planted NAME\n", argv[0]);
+    std::fprintf(stderr, "usage: %s list | GROUP [--short] [--kernels] | planted NAME\n", argv[0]);
     return 2;
   }
+  machine::begin();
+  const auto start = std::chrono::steady_clock::now();
   found->second();
-  std::printf("%s: %" PRId64 " cases, %" PRId64 " failures\n", group.c_str(), cases, failures);
+  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  if (kernels) {
+    for (const std::string& name : machine::kernels()) std::printf("kernel %s\n", name.c_str());
+  }
+  std::printf("%s: %" PRId64 " cases, %" PRId64 " failures, %.2f s\n", found->first.c_str(), cases, failures,
+              seconds);
   return failures == 0 ? 0 : 1;
 }

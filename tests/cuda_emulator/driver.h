@@ -8,16 +8,22 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
 #include "core/types.h"
+#include "cuda/runtime.h"
 #include "cuda_bf16.h"
 #include "cuda_fp16.h"
 #include "cuda_runtime.h"
+#include "machine.h"
+#include "memory.h"
 
 namespace driver {
 
@@ -34,6 +40,8 @@ inline int64_t cases = 0;
 inline std::string current_case;
 
 __attribute__((format(printf, 1, 2))) inline void complain(const char* format, ...) {
+  static std::mutex mutex;  // of groups with threads
+  const std::lock_guard<std::mutex> lock(mutex);
   if (++failures <= 20) {
     va_list list;
     va_start(list, format);
@@ -73,38 +81,72 @@ inline void set(Scalar scalar, void* data, int64_t index, double value) {
   }
 }
 
-// Exactly as large as what it holds, so that AddressSanitizer sees the first byte beyond; full of 0xff, a NaN
-// of every type, until written.
+// Elements of one of the operators' types on the device. put() counts until the next launch, at() after it.
 class Memory {
  public:
   Memory() = default;
-  Memory(int64_t count, Scalar scalar, bool unaligned = false) : scalar_(scalar) {
-    const int64_t size = xcos::scalar_size(scalar);
-    bytes_.reset(static_cast<unsigned char*>(std::malloc(size_t((count + unaligned) * size))));
-    length_ = size_t((count + unaligned) * size);
-    std::memset(bytes_.get(), 0xff, length_);
-    data_ = bytes_.get() + (unaligned ? size : 0);
+  Memory(int64_t count, Scalar scalar, bool unaligned = false)
+      : scalar_(scalar), first_(unaligned ? 1 : 0), size_(xcos::scalar_size(scalar)) {
+    storage_ = std::make_shared<Storage>(size_t((count + first_) * size_));
   }
 
-  void* data() const { return data_; }
-  double at(int64_t index) const { return get(scalar_, data_, index); }
-  void put(int64_t index, double value) const { set(scalar_, data_, index, value); }
+  void* data() const { return storage_ == nullptr ? nullptr : storage_->device() + first_ * size_; }
+  double at(int64_t index) const { return get(scalar_, storage_->read(), first_ + index); }
+  void put(int64_t index, double value) const { set(scalar_, storage_->write(), first_ + index, value); }
   bool untouched(int64_t index) const {
-    const int64_t size = xcos::scalar_size(scalar_);
-    const unsigned char* at = data_ + index * size;
-    return std::all_of(at, at + size, [](unsigned char byte) { return byte == 0xff; });
+    const unsigned char* at = storage_->read() + (first_ + index) * size_;
+    return std::all_of(at, at + size_, [](unsigned char byte) { return byte == 0xff; });
   }
-  std::vector<unsigned char> copy() const { return {bytes_.get(), bytes_.get() + length_}; }
+  std::vector<unsigned char> copy() const {
+    if (storage_ == nullptr) return {};
+    const unsigned char* at = storage_->read();
+    return {at, at + storage_->length()};
+  }
+  const std::shared_ptr<Storage>& storage() const { return storage_; }
 
  private:
-  struct Free {
-    void operator()(unsigned char* p) const { std::free(p); }
-  };
   Scalar scalar_ = Scalar::f32;
-  std::unique_ptr<unsigned char, Free> bytes_;
-  size_t length_ = 0;
-  unsigned char* data_ = nullptr;
+  int64_t first_ = 0;
+  int64_t size_ = 0;
+  std::shared_ptr<Storage> storage_;
 };
+
+// What every case does first: as many blocks as there is work for.
+inline void plainly() {
+  machine::settings.order = machine::Order::forward;
+  machine::max_grid = machine::kNoLimit;
+}
+
+// And once more: in another order of the threads, with 1 .. `grids` blocks. The same bits have to come out.
+inline void otherwise(uint64_t seed, uint64_t grids = 3) {
+  machine::settings.order = seed % 2 == 0 ? machine::Order::reverse : machine::Order::shuffled;
+  machine::settings.seed = seed;
+  machine::max_grid = 1 + int64_t(seed % grids);
+}
+
+// The short form of a group, for sanitizers of a GPU: of all cases with one key, the first.
+inline bool shortened = false;
+
+inline bool take(const std::string& key) {
+  static std::set<std::string> taken;
+  return !shortened || taken.insert(key).second;
+}
+
+// Calls of an operator on memory of its own, for groups that launch otherwise than one after the other.
+struct Task {
+  std::string name;
+  std::function<int(xcos::cuda::Stream)> launch;
+  std::vector<std::shared_ptr<Storage>> outputs;
+};
+
+// Every operator, on problems whose size depends on the variant, 0 .. 3.
+std::vector<Task> tasks(int variant);
+void add_pair_tasks(std::vector<Task>& all, int variant);
+void add_matrix_tasks(std::vector<Task>& all, int variant);
+void add_matrix_backward_tasks(std::vector<Task>& all, int variant);
+void add_topk_tasks(std::vector<Task>& all, int variant);
+void add_match_tasks(std::vector<Task>& all, int variant);
+void add_head_tasks(std::vector<Task>& all, int variant);
 
 // |got - expected| is bounded by absolute + relative |expected|; NaN only where NaN is expected.
 inline void compare(const char* what, int64_t pair, int64_t index, double got, double expected,
@@ -127,7 +169,11 @@ T pick(Random& random, const T (&values)[kCount]) {
 
 using Groups = std::map<std::string, void (*)()>;
 
-// Groups of the other files.
+// What the emulator's limits of a launch have to be, and a GPU's are: part of group "launch".
+void check_limits();
+
+// Groups of the other files; own_groups: what only a GPU can run.
+Groups own_groups();
 Groups matrix_groups();
 Groups matrix_backward_groups();
 Groups topk_groups();

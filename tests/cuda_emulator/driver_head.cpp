@@ -125,29 +125,40 @@ class Runner {
   const xcos::HeadProblem& problem() const { return problem_; }
 
   void run() {
+    const std::string parameters = std::to_string(int(case_.parameters));
+    if (!take(parameters + kScalarNames[int(case_.scalar)] + (case_.symmetric ? " symmetric" : ""))) return;
     ++cases;
     current_case = case_.name();
     const auto a_before = a_.memory.copy(), b_before = b_.memory.copy();
-    emulator::settings.order = emulator::Order::forward;
-    emulator::max_grid = 0x7fffffff;
+    plainly();
     const Outputs first = launch();
     check(first);
-    emulator::settings.order = case_.seed % 2 == 0 ? emulator::Order::reverse : emulator::Order::shuffled;
-    emulator::settings.seed = case_.seed;
-    emulator::max_grid = 1 + int64_t(case_.seed % 3);
+    otherwise(case_.seed);
     const Outputs second = launch();
-    emulator::max_grid = 0x7fffffff;
+    plainly();
     if (first.score.copy() != second.score.copy() || first.similarity.copy() != second.similarity.copy() ||
         first.attention.copy() != second.attention.copy())
       complain("an output depends on the order of threads or the number of blocks");
     if (a_.memory.copy() != a_before || b_.memory.copy() != b_before) complain("inputs were written to");
   }
 
- private:
   struct Outputs {
     Memory score, similarity, attention;
   };
 
+  Outputs outputs() const {
+    const int64_t cells = case_.maps ? case_.pairs * case_.cells() : 0;
+    return {Memory(case_.pairs, Scalar::f32), Memory(cells, Scalar::f32), Memory(cells, Scalar::f32)};
+  }
+
+  int enqueue(const Outputs& o, xcos::cuda::Stream stream) const {
+    return xcos::cuda::xcos_head(problem_,
+                                 {o.score.data(), case_.maps ? o.similarity.data() : nullptr,
+                                  case_.maps ? o.attention.data() : nullptr},
+                                 stream);
+  }
+
+ private:
   void fill(const Map& map) {
     std::normal_distribution<double> normal;
     for (int64_t n = 0; n < (map.pair == 0 ? 1 : case_.pairs); ++n) {
@@ -164,12 +175,8 @@ class Runner {
   }
 
   Outputs launch() const {
-    const int64_t cells = case_.maps ? case_.pairs * case_.cells() : 0;
-    Outputs o{Memory(case_.pairs, Scalar::f32), Memory(cells, Scalar::f32), Memory(cells, Scalar::f32)};
-    const int status = xcos::cuda::xcos_head(problem_,
-                                             {o.score.data(), case_.maps ? o.similarity.data() : nullptr,
-                                              case_.maps ? o.attention.data() : nullptr},
-                                             nullptr);
+    Outputs o = outputs();
+    const int status = enqueue(o, nullptr);
     if (status != 0) complain("xcos_head returned %d", status);
     return o;
   }
@@ -274,23 +281,37 @@ void group_head_launch() {
   c.pairs = 3;
   const Runner runner(c);
   xcos::HeadProblem problem = runner.problem();
-  std::vector<float> score(3);
+  const Memory score(3, Scalar::f32);
   const xcos::XcosScoreOutputs outputs = {score.data(), nullptr, nullptr};
-  const uint64_t before = emulator::launches;
+  const uint64_t before = machine::launches;
   problem.pair.shape.pairs = 0;
-  expect(xcos::cuda::xcos_head(problem, outputs, nullptr) == 0 && emulator::launches == before,
+  expect(xcos::cuda::xcos_head(problem, outputs, nullptr) == 0 && machine::launches == before,
          "nothing is launched for no pairs");
   problem.pair.shape.pairs = 3;
-  emulator::settings.next_launch = cudaErrorInvalidConfiguration;
+  machine::settings.refuse_next = true;
   expect(xcos::cuda::xcos_head(problem, outputs, nullptr) == cudaErrorInvalidConfiguration,
          "the launch error is returned");
   expect(cudaPeekAtLastError() == cudaSuccess, "the launch error is not left for others to find");
   expect(xcos::cuda::xcos_head(problem, outputs, nullptr) == 0, "three pairs");
-  expect(emulator::launches == before + 2 || emulator::launches == before + 1, "one launch");
-  expect(emulator::last_grid.x == 3 && emulator::last_block.x == 256, "a block of eight warps a pair");
+  expect(machine::launches == before + 2 || machine::launches == before + 1, "one launch");
+  expect(machine::last_grid.x == 3 && machine::last_block.x == 256, "a block of eight warps a pair");
 }
 
 }  // namespace
+
+void add_head_tasks(std::vector<Task>& all, int variant) {
+  for (Scalar scalar : {Scalar::f16, Scalar::f32}) {
+    HeadCase c;
+    c.scalar = scalar;
+    c.pairs = 2 + 9 * variant;
+    c.height = 7 - variant;
+    const auto runner = std::make_shared<Runner>(c);
+    const auto o = std::make_shared<Runner::Outputs>(runner->outputs());
+    all.push_back({c.name(),
+                   [=](auto stream) { return runner->enqueue(*o, stream); },
+                   {o->score.storage(), o->similarity.storage(), o->attention.storage()}});
+  }
+}
 
 Groups head_groups() {
   return {{"head", group_head}, {"head_launch", group_head_launch}, {"head_nan", group_head_nan}};

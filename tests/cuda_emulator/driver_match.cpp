@@ -61,31 +61,61 @@ class Runner {
   }
 
   void run() {
+    if (!take(key())) return;
     ++cases;
     current_case = case_.name();
     const auto a_before = a_.memory.copy(), b_before = b_.memory.copy();
-    emulator::settings.order = emulator::Order::forward;
-    emulator::max_grid = 0x7fffffff;
+    plainly();
     const Outputs first = launch();
     check(first);
-    emulator::settings.order = case_.seed % 2 == 0 ? emulator::Order::reverse : emulator::Order::shuffled;
-    emulator::settings.seed = case_.seed;
-    emulator::max_grid = 1 + int64_t(case_.seed % 3);
+    otherwise(case_.seed);
     const Outputs second = launch();
-    emulator::max_grid = 0x7fffffff;
-    if (first.similarity.copy() != second.similarity.copy() || first.offsets != second.offsets ||
+    plainly();
+    if (first.similarity.copy() != second.similarity.copy() || first.offsets.copy() != second.offsets.copy() ||
         first.grad_a->memory.copy() != second.grad_a->memory.copy() ||
         first.grad_b->memory.copy() != second.grad_b->memory.copy())
       complain("an output depends on the order of threads or the number of blocks");
     if (a_.memory.copy() != a_before || b_.memory.copy() != b_before) complain("inputs were written to");
   }
 
- private:
   struct Outputs {
     Memory similarity;
-    std::vector<int8_t> offsets;
+    Array<int8_t> offsets;
+    Array<unsigned char> workspace;
     std::unique_ptr<Map> grad_a, grad_b;
   };
+
+  Outputs outputs() const {
+    const MatchCase& c = case_;
+    const bool offsets = c.match == Match::best && c.offsets;
+    Outputs o;
+    o.similarity = Memory(c.pairs * c.cells(), result_);
+    o.offsets = Array<int8_t>(offsets ? c.pairs * (c.symmetric ? 2 : 1) * 2 * c.cells() : 0, int8_t(99));
+    o.workspace = Array<unsigned char>(xcos::cuda::grid_match_backward_workspace(problem_));
+    o.grad_a = std::make_unique<Map>(c, c.grad);
+    o.grad_b = std::make_unique<Map>(c, c.grad);
+    return o;
+  }
+
+  int enqueue(const Outputs& o, xcos::cuda::Stream stream) const {
+    const unsigned wanted = case_.gradients;
+    const int status = xcos::cuda::grid_match(
+        problem_, {o.similarity.data(), o.offsets.size() > 0 ? o.offsets.data() : nullptr}, stream);
+    if (status != 0) return status;
+    return xcos::cuda::grid_match_backward(
+        problem_, grad_.data(), wanted & 1 ? o.grad_a->mutable_view() : xcos::MutableFeatureView{},
+        wanted & 2 ? o.grad_b->mutable_view() : xcos::MutableFeatureView{},
+        o.workspace.size() > 0 ? o.workspace.data() : nullptr, stream);
+  }
+
+ private:
+  // Of the kernels, the direction of matching, and where maps and tables are kept.
+  std::string key() const {
+    const bool large = case_.channels * case_.cells() * xcos::scalar_size(case_.scalar) > 16 * 1024;
+    const bool workspace = xcos::cuda::grid_match_backward_workspace(problem_) > 0;
+    return std::string(kScalarNames[int(case_.scalar)]) + (case_.match == Match::best ? " best" : " soft") +
+           (case_.symmetric ? " symmetric" : "") + (large ? " large" : "") + (workspace ? " workspace" : "");
+  }
 
   void fill(const Map& map) {
     std::normal_distribution<double> normal;
@@ -102,27 +132,11 @@ class Runner {
                      NAN);
   }
 
-  Outputs launch() {
-    const MatchCase& c = case_;
-    Outputs o;
-    o.similarity = Memory(c.pairs * c.cells(), result_);
-    const bool offsets = c.match == Match::best && c.offsets;
-    // One more than there are, so that a byte beyond is seen.
-    o.offsets.assign(size_t(offsets ? c.pairs * (c.symmetric ? 2 : 1) * 2 * c.cells() : 0), int8_t(99));
-    o.offsets.shrink_to_fit();
-    o.grad_a = std::make_unique<Map>(c, c.grad);
-    o.grad_b = std::make_unique<Map>(c, c.grad);
-    int status = xcos::cuda::grid_match(problem_, {o.similarity.data(), offsets ? o.offsets.data() : nullptr},
-                                        nullptr);
-    if (status != 0) complain("grid_match returned %d", status);
-    const int64_t bytes = xcos::cuda::grid_match_backward_workspace(problem_);
-    std::unique_ptr<unsigned char[]> workspace(bytes > 0 ? new unsigned char[size_t(bytes)] : nullptr);
-    if (bytes > 0) std::memset(workspace.get(), 0xff, size_t(bytes));
-    workspace_used = workspace_used || bytes > 0;
-    status = xcos::cuda::grid_match_backward(
-        problem_, grad_.data(), c.gradients & 1 ? o.grad_a->mutable_view() : xcos::MutableFeatureView{},
-        c.gradients & 2 ? o.grad_b->mutable_view() : xcos::MutableFeatureView{}, workspace.get(), nullptr);
-    if (status != 0) complain("grid_match_backward returned %d", status);
+  Outputs launch() const {
+    Outputs o = outputs();
+    workspace_used = workspace_used || o.workspace.size() > 0;
+    const int status = enqueue(o, nullptr);
+    if (status != 0) complain("grid_match or its backward pass returned %d", status);
     return o;
   }
 
@@ -145,14 +159,15 @@ class Runner {
       for (int64_t i = 0; i < cells; ++i)
         compare("similarity", n, i, o.similarity.at(n * cells + i), r.similarity[size_t(i)], tolerance, 0);
       const bool tainted = c.with_nan && n == c.pairs / 2;
-      if (!o.offsets.empty()) {
+      if (o.offsets.size() > 0) {
         std::vector<int64_t> choices[2];
         for (int direction = 0; direction < (c.symmetric ? 2 : 1); ++direction) {
-          const int8_t* at = o.offsets.data() + (n * (c.symmetric ? 2 : 1) + direction) * 2 * cells;
+          const int64_t at = (n * (c.symmetric ? 2 : 1) + direction) * 2 * cells;
           for (int64_t i = 0; i < cells; ++i) {
-            const int64_t row = i / c.width + at[i], column = i % c.width + at[cells + i];
+            const int down = o.offsets[at + i], right = o.offsets[at + cells + i];
+            const int64_t row = i / c.width + down, column = i % c.width + right;
             const bool inside = row >= 0 && row < c.height && column >= 0 && column < c.width &&
-                                std::abs(at[i]) <= c.radius && std::abs(at[cells + i]) <= c.radius;
+                                std::abs(down) <= c.radius && std::abs(right) <= c.radius;
             if (!inside) {
               complain("offset of cell %" PRId64 " leads out of its neighbourhood", i);
               choices[direction].push_back(i);
@@ -326,7 +341,7 @@ void group_match_reference() {
 
 void group_match_launch() {
   current_case = "match launch";
-  const uint64_t before = emulator::launches;
+  const uint64_t before = machine::launches;
   xcos::MatchProblem problem = {};
   problem.pair.shape = {0, 32, 49};
   problem.pair.scalar = Scalar::f32;
@@ -341,7 +356,7 @@ void group_match_launch() {
          "no pairs, backward");
   problem.pair.shape.pairs = 1;
   expect(xcos::cuda::grid_match_backward(problem, &value, {}, {}, nullptr, nullptr) == 0, "no gradients");
-  expect(emulator::launches == before, "nothing was launched");
+  expect(machine::launches == before, "nothing was launched");
   expect(xcos::cuda::grid_match_backward_workspace(problem) == 0, "usual grids need no workspace");
   problem.pair.shape = {1 << 20, 32, 112 * 112};
   problem.height = problem.width = 112;
@@ -353,18 +368,35 @@ void group_match_launch() {
   problem.pair.shape = {3, 32, 49};
   problem.height = problem.width = 7;
   problem.pair.a = problem.pair.b = a.view();
-  std::vector<float> similarity(3 * 49);
-  emulator::settings.next_launch = cudaErrorInvalidConfiguration;
-  expect(
-      xcos::cuda::grid_match(problem, {similarity.data(), nullptr}, nullptr) == cudaErrorInvalidConfiguration,
-      "the launch error is returned");
+  const Memory similarity(3 * 49, Scalar::f32);
+  machine::settings.refuse_next = true;
+  expect(xcos::cuda::grid_match(problem, {similarity.data(), nullptr}, nullptr) == cudaErrorInvalidConfiguration,
+         "the launch error is returned");
   expect(cudaPeekAtLastError() == cudaSuccess, "the launch error is not left for others to find");
   expect(xcos::cuda::grid_match(problem, {similarity.data(), nullptr}, nullptr) == 0, "three pairs");
-  expect(emulator::last_grid.x == 3 && emulator::last_block.x == 64,
+  expect(machine::last_grid.x == 3 && machine::last_block.x == 64,
          "a block of two warps for each of 7x7 pairs");
 }
 
 }  // namespace
+
+void add_match_tasks(std::vector<Task>& all, int variant) {
+  for (Scalar scalar : {Scalar::f16, Scalar::f32}) {
+    for (Match match : {Match::best, Match::soft}) {
+      MatchCase c;
+      c.scalar = scalar;
+      c.match = match;
+      c.pairs = 2 + 5 * variant;
+      c.height = 7 + 2 * variant;
+      const auto runner = std::make_shared<Runner>(c);
+      const auto o = std::make_shared<Runner::Outputs>(runner->outputs());
+      all.push_back({c.name(),
+                     [=](auto stream) { return runner->enqueue(*o, stream); },
+                     {o->similarity.storage(), o->offsets.storage(), o->grad_a->memory.storage(),
+                      o->grad_b->memory.storage()}});
+    }
+  }
+}
 
 Groups match_groups() {
   return {{"match", group_match},

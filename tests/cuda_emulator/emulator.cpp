@@ -10,24 +10,58 @@
 #include <map>
 #include <numeric>
 #include <random>
+#include <set>
 #include <vector>
 
 #include "cuda_runtime.h"
+#include "driver.h"
 
 dim3 threadIdx;
 dim3 blockIdx;
 dim3 blockDim;
 dim3 gridDim;
 
-namespace emulator {
+namespace machine {
 
 Settings settings;
+int64_t max_grid = kNoLimit;
 uint64_t launches = 0;
 dim3 last_grid;
 dim3 last_block;
-int64_t max_grid = 0x7fffffff;
+uint64_t smaller_grants = 0;
 
 namespace {
+
+std::set<const void*> launched;
+
+}  // namespace
+
+// Where they lie in the program: equal from run to run.
+std::vector<std::string> kernels() {
+  std::vector<std::string> names;
+  for (const void* kernel : launched) {
+    names.push_back(std::to_string(static_cast<const char*>(kernel) - reinterpret_cast<const char*>(&kernels)));
+  }
+  return names;
+}
+
+size_t guard_bytes() { return 0; }  // AddressSanitizer has its own
+bool takes(const std::string&) { return false; }
+void begin() {}
+
+}  // namespace machine
+
+namespace driver {
+
+Groups own_groups() { return {}; }
+
+}  // namespace driver
+
+namespace emulator {
+namespace {
+
+using machine::Order;
+using machine::settings;
 
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kDefaultSharedBytes = 48 * 1024;  // of a block that did not ask for more
@@ -71,7 +105,7 @@ unsigned at_block_barrier = 0;
 const char* barrier_kind = nullptr;  // of the barrier that the first thread has reached
 int barrier_votes = 0;
 int barrier_result = 0;
-std::map<const void*, size_t> granted;  // shared memory that kernels asked for beyond the default
+std::map<std::pair<int, const void*>, size_t> granted;  // shared memory of a kernel on a device
 Fiber* current = nullptr;
 ucontext_t scheduler_context;
 void* scheduler_fake_stack = nullptr;
@@ -180,6 +214,8 @@ void run_block(size_t shared_bytes, std::mt19937_64& random) {
   ASAN_UNPOISON_MEMORY_REGION(shared_memory, kSharedBytes);
 }
 
+int most_shared() { return settings.shared_bytes != 0 ? settings.shared_bytes : int(kSharedBytes); }
+
 cudaError_t refuse(cudaError_t error) {
   last_error = error;
   return error;
@@ -188,20 +224,23 @@ cudaError_t refuse(cudaError_t error) {
 }  // namespace
 
 cudaError_t grant(const void* kernel, int bytes) {
-  if (bytes < 0 || bytes > settings.shared_bytes) return refuse(cudaErrorInvalidValue);
-  granted[kernel] = size_t(bytes);
+  if (bytes < 0 || bytes > most_shared()) return refuse(cudaErrorInvalidValue);
+  size_t& grant = granted[{settings.device, kernel}];
+  if (size_t(bytes) < grant) ++machine::smaller_grants;
+  grant = size_t(bytes);
   return cudaSuccess;
 }
 
 cudaError_t launch(const void* address, const std::function<void()>& kernel, dim3 grid, dim3 block,
                    size_t shared_bytes) {
-  ++launches;
-  last_grid = grid;
-  last_block = block;
-  if (settings.next_launch != cudaSuccess) {
-    const cudaError_t error = settings.next_launch;
-    settings.next_launch = cudaSuccess;
-    return refuse(error);
+  driver::Mirror::upload_all();
+  ++machine::launches;
+  machine::last_grid = grid;
+  machine::last_block = block;
+  machine::launched.insert(address);
+  if (settings.refuse_next) {
+    settings.refuse_next = false;
+    return refuse(cudaErrorInvalidConfiguration);
   }
   const bool empty =
       grid.x == 0 || grid.y == 0 || grid.z == 0 || block.x == 0 || block.y == 0 || block.z == 0;
@@ -209,7 +248,7 @@ cudaError_t launch(const void* address, const std::function<void()>& kernel, dim
     return refuse(cudaErrorInvalidConfiguration);
   if (block.x > 1024 || block.y > 1024 || block.z > 64) return refuse(cudaErrorInvalidConfiguration);
   if (uint64_t{block.x} * block.y * block.z > 1024) return refuse(cudaErrorInvalidConfiguration);
-  const auto found = granted.find(address);
+  const auto found = granted.find({settings.device, address});
   const size_t most = found == granted.end() ? kDefaultSharedBytes : found->second;
   if (shared_bytes > std::max(most, kDefaultSharedBytes)) return refuse(cudaErrorInvalidValue);
 
@@ -358,20 +397,50 @@ int atomicAdd(int* address, int value) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrComputeCapabilityMajor:
-      *value = settings.capability / 10;
+      *value = (settings.capability != 0 ? settings.capability : 90) / 10;
       break;
     case cudaDevAttrComputeCapabilityMinor:
-      *value = settings.capability % 10;
+      *value = (settings.capability != 0 ? settings.capability : 90) % 10;
       break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = settings.shared_bytes;
+      *value = most_shared();
       break;
   }
   return cudaSuccess;
 }
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = settings.device;
+  return cudaSuccess;
+}
+
+// Beyond what AddressSanitizer allocates: address space that is filled only where somebody writes.
+static std::map<void*, size_t> reserved;
+
+cudaError_t cudaMalloc(void** pointer, size_t bytes) {
+  if (bytes < (size_t{1} << 30)) {
+    *pointer = std::malloc(bytes);
+    return *pointer == nullptr ? refuse(cudaErrorMemoryAllocation) : cudaSuccess;
+  }
+  void* at = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (at == MAP_FAILED) return refuse(cudaErrorMemoryAllocation);
+  reserved[*pointer = at] = bytes;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFree(void* pointer) {
+  const auto found = reserved.find(pointer);
+  if (found == reserved.end()) {
+    std::free(pointer);
+  } else {
+    munmap(pointer, found->second);
+    reserved.erase(found);
+  }
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  if (bytes > 0) std::memcpy(to, from, bytes);
   return cudaSuccess;
 }
 
@@ -389,6 +458,8 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "no error";
     case cudaErrorInvalidValue:
       return "invalid argument";
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
     case cudaErrorInvalidConfiguration:
       return "invalid configuration argument";
   }

@@ -44,7 +44,12 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 // The values are CUDA's own.
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidConfiguration = 9
+};
 
 using cudaStream_t = struct EmulatedStream*;
 
@@ -64,26 +69,6 @@ extern dim3 blockDim;
 extern dim3 gridDim;
 
 namespace emulator {
-
-// Order in which the threads of a block get their turns; results must not depend on it. forward and reverse:
-// one warp after the other, each as far as barriers let it. shuffled: all threads in turn, in an order drawn
-// anew every time.
-enum class Order { forward, reverse, shuffled };
-
-struct Settings {
-  Order order = Order::forward;
-  uint64_t seed = 1;                      // of Order::shuffled
-  cudaError_t next_launch = cudaSuccess;  // what the next launch returns instead of running, once
-  int capability = 90;                    // of the device
-  int shared_bytes = 227 * 1024;          // the most that a block may ask for, at most 227 KB
-};
-extern Settings settings;
-extern uint64_t launches;
-extern dim3 last_grid;
-extern dim3 last_block;
-
-// The build defines XCOS_CUDA_MAX_GRID as this, so that a test can force kernels to loop over their pairs.
-extern int64_t max_grid;
 
 // address: what grant() knows the kernel by.
 cudaError_t launch(const void* address, const std::function<void()>& kernel, dim3 grid, dim3 block,
@@ -152,6 +137,16 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Params), cudaFuncAttribute attri
   return emulator::grant(reinterpret_cast<const void*>(kernel), value);
 }
 
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;  // of static shared memory, which no kernel has
+};
+
+template <class Params>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Params)) {
+  *attributes = {};
+  return cudaSuccess;
+}
+
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrComputeCapabilityMinor = 76,
@@ -159,6 +154,13 @@ enum cudaDeviceAttr {
 };
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
+
+// Exactly as many bytes, so that AddressSanitizer sees the next one.
+cudaError_t cudaMalloc(void** pointer, size_t bytes);
+cudaError_t cudaFree(void* pointer);
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind);
 
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaGetLastError();

@@ -3,12 +3,12 @@
     python benchmarks/render.py            rewrite the pages between their results markers
     python benchmarks/render.py --check    fail if a page does not show what the files say
 
-A table is named by a marker ``<!-- results: cpu pairs -->`` ... ``<!-- /results -->``: ``cpu`` or ``gpu`` (every other
-file), and ``pairs`` (operators on N pairs), ``matrix`` (all pairs) or ``all`` (both); ``head pairs`` is of the files in
-results/head. Others have a module each:
+A table is named by a marker ``<!-- results: cpu pairs -->`` ... ``<!-- /results -->``: ``cpu`` and ``pairs``
+(operators on N pairs), ``matrix`` (all pairs) or ``all`` (both); ``head pairs`` is of the files in results/head. Others have a module each:
 
 * ``models short``, ``all``, ``compact``: models on LFW (models_table.py);
 * ``gallery short``, ``scale``, ``identification``: searches (gallery_table.py);
+* ``gpu roofline``, ``stages``, ``variants``: runs on GPUs (gpu_table.py);
 * ``faithfulness ...``: explainers (faithfulness_table.py);
 * ``alignment ...``: matched cells (alignment_table.py);
 * ``onnx ...``: exported graphs (onnx_table.py);
@@ -29,6 +29,7 @@ import alignment_table
 import bench_table
 import faithfulness_table
 import gallery_table
+import gpu_table
 import inference_table
 import models_table
 import onnx_table
@@ -53,6 +54,7 @@ TABLES = {
     "bench": bench_table,
     "faithfulness": faithfulness_table,
     "gallery": gallery_table,
+    "gpu": gpu_table,
     "inference": inference_table,
     "models": models_table,
     "onnx": onnx_table,
@@ -188,12 +190,7 @@ def render(text: str) -> str:
         module = TABLES.get(match[2])
         if module is not None:
             return match[1] + module.table(match[3]) + match[4]
-        if match[2] == "cpu":
-            files = [RESULTS / "cpu.json"]
-        elif match[2] == "head":
-            files = sorted((RESULTS / "head").glob("*.json"))
-        else:
-            files = sorted(path for path in RESULTS.glob("*.json") if path.name != "cpu.json")
+        files = [RESULTS / "cpu.json"] if match[2] == "cpu" else sorted((RESULTS / "head").glob("*.json"))
         kinds = ["pairs", "matrix"] if match[3] == "all" else [match[3]]
         tables = [_table(json.loads(path.read_text()), kind) for path in files if path.is_file() for kind in kinds]
         if not tables:

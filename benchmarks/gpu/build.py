@@ -1,0 +1,115 @@
+"""Builds the package in place for the GPU that is here, and the native driver beside it.
+
+    python benchmarks/gpu/build.py [--architecture 90] [--only extension,native] [--wheel FILE.whl]
+
+The two builds share the cores. Where the package cannot be built here, the library of a wheel that was built beforehand
+(for this Python; see prepare.sh) takes its place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from stages import emit
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+LOADS = "import xcos_ext; b = xcos_ext.build_info(); assert b['cuda'], b; print(b)"
+
+
+def loads() -> str | None:
+    """Why the package in this folder cannot be used; None if it can."""
+    done = subprocess.run([sys.executable, "-c", LOADS], cwd=REPOSITORY, capture_output=True, text=True)
+    print(done.stdout[-1500:])
+    return None if done.returncode == 0 else done.stderr.strip()[-600:] or f"exit status {done.returncode}"
+
+
+def take_from(wheel: Path) -> None:
+    """Put a wheel's library where a build in place would."""
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name.startswith("xcos_ext/_C") and name.endswith(".so"):
+                target = REPOSITORY / name
+                target.write_bytes(archive.read(name))
+                target.chmod(0o755)
+                print(f"{name} from {wheel}")
+
+
+def architecture() -> str:
+    """Of the visible GPU; 90 where none is."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10)
+        return done.stdout.split()[0].replace(".", "") if done.returncode == 0 else "90"
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "90"
+
+
+def main() -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", default=None)
+    parser.add_argument("--only", default="extension,native")
+    parser.add_argument("--wheel", type=Path, default=None, help="default: the one in .kit, if there is any")
+    parser.add_argument("--dry-run", action="store_true", help="configure, compile nothing")
+    options = parser.parse_args()
+    target, jobs = options.architecture or architecture(), str(os.cpu_count() or 1)
+    environment = {
+        **os.environ, "XCOS_CUDA": "on", "XCOS_CUDA_ARCHITECTURES": f"{target}-real", "XCOS_BUILD_JOBS": jobs,
+    }  # fmt: skip
+    commands = {
+        "extension": [sys.executable, "setup.py", "build_ext", "--inplace"],
+        "native": [
+            sys.executable, "tests/cuda_native/build.py", "--architectures", target, "--jobs", jobs, "--out", ".kit/native",
+        ],
+    }  # fmt: skip
+    if options.dry_run:
+        for name in options.only.split(","):
+            print(f"{name}: {' '.join(commands[name])}")
+            emit(case=name, status="skipped", message="nothing is compiled in a dry run")
+        return 0
+    begin, running = time.monotonic(), {}
+    for name in options.only.split(","):
+        log = (REPOSITORY / "build").joinpath(f"kit-{name}.log")
+        log.parent.mkdir(exist_ok=True)
+        with open(log, "w") as file:
+            running[name] = log, subprocess.Popen(
+                commands[name], cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT
+            )
+    bad = 0
+    while running:
+        for name, (log, process) in list(running.items()):
+            if process.poll() is None:
+                continue
+            del running[name]
+            code, message, how = process.returncode, None, "built here"
+            if code != 0:
+                message = log.read_text(errors="replace")[-3000:]
+            if name == "extension":
+                reason = loads() if code == 0 else "it did not compile"
+                wheels = [options.wheel] if options.wheel else sorted((REPOSITORY / ".kit").glob("*.whl"))
+                if reason is not None and wheels:
+                    print(f"{reason}: the wheel built beforehand")
+                    take_from(wheels[-1])
+                    emit(case="extension built here", status="failed", message=message or reason)
+                    how, reason = f"from {wheels[-1].name}", loads()
+                code, message = (0, None) if reason is None else (1, message or reason)
+            bad += code != 0
+            emit(
+                case=name, status="failed" if code else "ok", seconds=round(time.monotonic() - begin, 1), how=how,
+                architecture=target, message=message,
+            )  # fmt: skip
+            print(f"{name}: {'FAILED' if code else 'ok'} after {time.monotonic() - begin:.1f} s", flush=True)
+        time.sleep(0.1)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,347 @@
+"""Every operator in every type, against float64 on the same values, and in the ways that only a GPU has.
+
+    python benchmarks/gpu/smoke.py [--device cuda|cpu]
+
+One JSON line a case: (operator, type) against the reference, forward and backward; on a side stream that is behind the
+default one; as the first launch of a fresh process inside a CUDA graph; with synchronisation forbidden; from two
+threads that launch problems of different sizes at once. On a CPU only the first and the last have a meaning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "tests"))
+
+import torch
+from closeness import BACKWARD_RTOL, FORWARD_ATOL
+from samples import feature_maps
+from stages import emit
+from template_samples import PAIRS_ATOL, attention, leaves, sides
+from torch import Tensor
+
+import xcos_ext
+from xcos_ext import reference
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+Results = list[Tensor]
+
+
+@dataclass
+class Problem:
+    """A call of an operator with its inputs in place.
+
+    Attributes:
+        run: the call; tensors that hold everything it computed.
+        exact: the same in float64 on the CPU.
+        bound: largest error of the first result, absolute; of all, where ``rtol`` is None.
+        rtol: largest error of the others, which are gradients, relative to the largest entry of each.
+    """
+
+    run: Callable[[], Results]
+    exact: Callable[[], Results]
+    bound: float
+    rtol: float | None = None
+
+    def allowed(self, index: int, expected: Tensor) -> float:
+        """Of a result."""
+        if self.rtol is None or index == 0:
+            return self.bound
+        return self.rtol * max(expected.abs().max().item(), 1e-3)
+
+
+def _close(problem: Problem, results: Results) -> str | None:
+    """What is wrong with results, if anything."""
+    exact = problem.exact()
+    if len(exact) != len(results):
+        return f"{len(results)} results, expected {len(exact)}"
+    for index, (got, expected) in enumerate(zip(results, exact, strict=True)):
+        got = got.detach().double().cpu()
+        if got.shape != expected.shape:
+            return f"result {index}: shape {list(got.shape)}, expected {list(expected.shape)}"
+        error = (got - expected).abs().max().item() if got.numel() else 0.0
+        if not error <= (allowed := problem.allowed(index, expected)):
+            return f"result {index}: largest error {error:.3g}, allowed {allowed:.3g}"
+    return None
+
+
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    return [t.detach().double().cpu() for t in tensors]
+
+
+def _pairs(
+    ours: Callable[..., Tensor], theirs: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype, backward: bool
+) -> Problem:
+    """An operator on pairs, its result and, if asked for, the gradients of a weighted sum of it."""
+    weights = torch.linspace(-1, 1, 64, dtype=torch.float64)
+
+    def with_gradients(function: Callable[..., Tensor], tensors: list[Tensor]) -> Results:
+        if not backward:
+            with torch.no_grad():
+                return [function(*tensors)]
+        own = [t.detach().requires_grad_() for t in tensors]
+        result = function(*own)
+        w = weights.to(result.device, result.dtype)[: len(result)].view(-1, *(1,) * (result.dim() - 1))
+        return [result.detach(), *torch.autograd.grad((result * w).sum(), own)]
+
+    weights = weights.to(inputs[0].device)  # before anything is launched
+    return Problem(
+        lambda: with_gradients(ours, inputs), lambda: with_gradients(theirs, _wide(*inputs)), FORWARD_ATOL[dtype],
+        BACKWARD_RTOL[dtype],
+    )  # fmt: skip
+
+
+def problems(device: str, dtype: torch.dtype, size: int = 1) -> Iterator[tuple[str, Problem]]:
+    """All operators on inputs of a type; size: how much larger than the smallest."""
+    torch.manual_seed(3 + size)
+    n, half = 5 * size, dtype in (torch.float16, torch.bfloat16)
+    for layout in ("contiguous", "channels_last"):
+        a, b = feature_maps((n, 32, 7, 7), dtype, layout, device)
+        logits = torch.randn(n, 7, 7, device=device, dtype=dtype)
+        name = "" if layout == "contiguous" else ", channels_last"
+        yield f"grid_cosine{name}", _pairs(xcos_ext.grid_cosine, reference.grid_cosine, [a, b], dtype, True)
+        yield (
+            f"xcos_score norm{name}",
+            _pairs(
+                lambda x, y: xcos_ext.xcos_score(x, y, "norm"), lambda x, y: reference.xcos_score(x, y, "norm"),
+                [a, b], dtype, True,
+            ),
+        )  # fmt: skip
+        yield (
+            f"xcos_score logits{name}",
+            _pairs(
+                lambda x, y, z: xcos_ext.xcos_score(x, y, z, logits=True),
+                lambda x, y, z: reference.xcos_score(x, y, z, logits=True),
+                [a, b, logits], dtype, True,
+            ),
+        )  # fmt: skip
+    a, b = feature_maps((n, 32, 7, 7), dtype, "contiguous", device)
+    for match in ("best", "soft"):
+        yield (
+            f"grid_match {match}",
+            _pairs(
+                lambda x, y, m=match: xcos_ext.grid_match(x, y, radius=1, match=m),
+                lambda x, y, m=match: reference.grid_match(x, y, radius=1, match=m),
+                [a, b], dtype, True,
+            ),
+        )  # fmt: skip
+    if dtype != torch.float64:
+        for symmetric in (False, True):
+            net = attention("symmetric" if symmetric else "softmax")
+            own, wide = net.float().to(device), None
+            parameters = own.head_parameters()
+            net = attention("symmetric" if symmetric else "softmax")
+            net.load_state_dict({k: v.double().cpu() for k, v in own.state_dict().items()})
+            wide = net.eval().requires_grad_(False).head_parameters()
+            options = {"temperature": own.temperature, "symmetric": symmetric}
+            problem = _pairs(
+                lambda x, y, p=parameters, o=options: xcos_ext.xcos_head(x, y, p, **o),
+                lambda x, y, p=wide, o=options: reference.xcos_head(x, y, p, **o),
+                [a, b], dtype, False,
+            )  # fmt: skip
+            problem.bound = 1e-5  # logits in fp32, as tests/test_xcos_head.py allows
+            yield f"xcos_head {'symmetric' if symmetric else 'ordered'}", problem
+
+    # 32 x 7 x 7 is the tuned shape, the other one is not.
+    for kind, shape in (("softmax", {}), ("symmetric", {}), ("min-shift", {"channels": 16, "grid": (5, 6)})):
+        p, g = sides(6 * size, 37 * size, kind, dtype=dtype, device=device, **shape)
+        wide_p, wide_g = (t.to(torch.float64).to("cpu") for t in (p, g))
+
+        def exact(p: xcos_ext.Templates = wide_p, g: xcos_ext.Templates = wide_g) -> Tensor:
+            return reference.xcos_matrix(p, g)
+
+        def exact_best(exact: Callable[[], Tensor] = exact) -> Results:
+            return [exact().topk(5).values] * 2
+
+        def matrix(p: xcos_ext.Templates = p, g: xcos_ext.Templates = g) -> Results:
+            with torch.no_grad():
+                return [xcos_ext.xcos_matrix(p, g)]
+
+        def topk(p: xcos_ext.Templates = p, g: xcos_ext.Templates = g) -> Results:
+            with torch.no_grad():
+                best = xcos_ext.xcos_topk(p, g, 5)
+                return [best.values, xcos_ext.xcos_matrix(p, g).gather(1, best.indices)]
+
+        yield f"xcos_matrix {kind}", Problem(matrix, lambda e=exact: [e()], PAIRS_ATOL[dtype])
+        yield f"xcos_topk {kind}", Problem(topk, exact_best, PAIRS_ATOL[dtype])
+    p, g = sides(6 * size, 37 * size, dtype=dtype, device=device)
+    wide_p, wide_g = (t.to(torch.float64).to("cpu") for t in (p, g))
+    for fixed in ("uniform", "norm"):
+        # Rows are products of matrices in the templates' type on a GPU: half an ulp of every product's factors.
+        bound = {torch.float16: 2e-3, torch.bfloat16: 1e-2}.get(dtype, PAIRS_ATOL[dtype])
+        yield (
+            f"xcos_matrix {fixed}",
+            Problem(
+                lambda f=fixed: [xcos_ext.xcos_matrix(p, g, f)],
+                lambda f=fixed: [reference.xcos_matrix(wide_p, wide_g, f)],
+                bound,
+            ),
+        )
+    index_pairs = torch.tensor([[0, 3], [5, 36], [2, 2]], device=device)
+    yield (
+        "xcos_maps",
+        Problem(
+            lambda: list(xcos_ext.xcos_maps(p, g, index_pairs, threshold=0.3)),
+            lambda: list(reference.xcos_maps(wide_p, wide_g, index_pairs.cpu(), threshold=0.3)),
+            PAIRS_ATOL[dtype],
+        ),
+    )
+    if half:
+        return  # the backward pass of halves rounds what it recomputes: tests/test_xcos_matrix.py has its bounds
+
+    def gradients(which: str) -> Results:
+        first, second, tensors = leaves(p, g) if which == "ours" else leaves(wide_p, wide_g)
+        scores = (xcos_ext if which == "ours" else reference).xcos_matrix(first, second)
+        return [scores.detach(), *torch.autograd.grad(scores.square().sum(), tensors)]
+
+    rtol = 10 * BACKWARD_RTOL[dtype]  # sums over all pairs
+    yield "xcos_matrix backward", Problem(lambda: gradients("ours"), lambda: gradients("reference"), PAIRS_ATOL[dtype], rtol)
+
+
+def _each(mode: str, device: str, check: Callable[[Problem], str | None], names: tuple[str, ...] = tuple(DTYPES)) -> int:
+    """Check all problems of some types; how many fail."""
+    bad = 0
+    for name in names:
+        for operator, problem in problems(device, DTYPES[name]):
+            begin = time.perf_counter()
+            try:
+                message = check(problem)
+            except Exception as error:
+                message = f"{type(error).__name__}: {error}"
+            bad += message is not None
+            emit(
+                case=f"{mode}: {operator} {name}", status="failed" if message else "ok", message=message,
+                seconds=round(time.perf_counter() - begin, 4),
+            )  # fmt: skip
+    return bad
+
+
+def against_the_reference(device: str) -> int:
+    """Values and gradients."""
+    return _each("reference", device, lambda problem: _close(problem, problem.run()))
+
+
+def _same(results: Results, expected: Results) -> str | None:
+    for index, (one, other) in enumerate(zip(results, expected, strict=True)):
+        if not torch.equal(one, other):
+            return f"result {index} differs from that of the default stream"
+    return None
+
+
+def on_a_side_stream(device: str) -> int:
+    """With the default stream held up for long, what is launched on a side stream is done before it."""
+
+    def check(problem: Problem) -> str | None:
+        expected = problem.run()
+        torch.cuda.synchronize()
+        default, side = torch.cuda.default_stream(), torch.cuda.Stream()
+        torch.cuda._sleep(80_000_000)  # some 45 ms; memory of the side stream's own is not what `expected` lies in
+        with torch.cuda.stream(side):
+            results = problem.run()
+            message = _same(results, expected)
+        if default.query():
+            message = message or "the default stream was not held up for long enough to tell"
+        torch.cuda.synchronize()
+        return message
+
+    return _each("side stream", device, check, ("fp16", "fp32"))
+
+
+def without_synchronisation(device: str) -> int:
+    """Nothing waits for the device behind the caller's back."""
+
+    def check(problem: Problem) -> str | None:
+        problem.run()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            problem.run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return None
+
+    return _each("no sync", device, check, ("fp16", "fp32"))
+
+
+def first_in_a_graph(device: str) -> int:
+    """Each operator's first launch of this process is inside a capture; replayed, it gives what it gives outside."""
+
+    for dtype in (torch.float16, torch.float32):  # cuBLAS itself cannot start within a capture
+        torch.mm(*(torch.ones(16, 16, device=device, dtype=dtype) for _ in range(2)))
+
+    def check(problem: Problem) -> str | None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = problem.run()
+        graph.replay()
+        torch.cuda.synchronize()
+        return _close(problem, results) or _same(results, problem.run())
+
+    return _each("graph", device, check, ("fp16", "fp32"))
+
+
+def two_threads(device: str) -> int:
+    """Threads that launch problems of different sizes at once get what each gets alone."""
+    bad = 0
+    for name in ("fp16", "fp32"):
+        jobs = [list(problems(device, DTYPES[name], size)) for size in (1, 4)]
+        alone = [[problem.run() for _, problem in job] for job in jobs]
+        messages: list[str] = []
+
+        def work(which: int, jobs: list = jobs, alone: list = alone, messages: list = messages) -> None:
+            try:
+                stream = torch.cuda.Stream() if device == "cuda" else None
+                with torch.cuda.stream(stream):
+                    for _ in range(20 if device == "cuda" else 2):
+                        for (operator, problem), expected in zip(jobs[which], alone[which], strict=True):
+                            message = _same(problem.run(), expected)
+                            if message:
+                                messages.append(f"{operator}: {message}")
+            except Exception as error:
+                messages.append(f"{type(error).__name__}: {error}")
+
+        begin = time.perf_counter()
+        threads = [threading.Thread(target=work, args=(which,)) for which in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        bad += bool(messages)
+        emit(
+            case=f"two threads: {name}", status="failed" if messages else "ok", message="; ".join(messages[:5]) or None,
+            seconds=round(time.perf_counter() - begin, 3),
+        )  # fmt: skip
+    return bad
+
+
+def main() -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--graphs", action="store_true", help="only the captures: for a process in which nothing ran")
+    options = parser.parse_args()
+    if options.graphs:
+        return 1 if first_in_a_graph(options.device) else 0
+    bad = against_the_reference(options.device)
+    if options.device == "cuda":
+        # Its own process, beside this one's other cases.
+        graphs = subprocess.Popen([sys.executable, __file__, "--device", options.device, "--graphs"])
+        bad += on_a_side_stream(options.device) + without_synchronisation(options.device)
+        bad += two_threads(options.device)
+        bad += graphs.wait() != 0
+    else:
+        bad += two_threads(options.device)
+    print(f"smoke on {options.device}: {bad} failures")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -3,6 +3,7 @@
 Environment:
     XCOS_CUDA                 auto (default: where nvcc is found), on, off
     XCOS_CUDA_ARCHITECTURES   e.g. "80-real;90", or "release" for all; default: the visible GPU's, else a short list
+    XCOS_TORCH_DIR            folder of the torch package to build against; default: the installed one
     XCOS_BUILD_JOBS           parallel compile jobs; default: the number of cores
     CMAKE_ARGS                further arguments for CMake
 """
@@ -30,9 +31,12 @@ def torch_folder() -> Path:
     pip's build isolation hides the environment's packages from this process, but not from the file system, so a
     plain ``pip install .`` builds against the torch that will be used, and none is fetched for the build.
     """
-    spec = importlib.util.find_spec("torch")
-    candidates = [Path(spec.origin).parent] if spec and spec.origin else []
-    candidates += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("purelib", "platlib")]
+    if os.environ.get("XCOS_TORCH_DIR"):
+        candidates = [Path(os.environ["XCOS_TORCH_DIR"])]
+    else:
+        spec = importlib.util.find_spec("torch")
+        candidates = [Path(spec.origin).parent] if spec and spec.origin else []
+        candidates += [Path(sysconfig.get_path(kind)) / "torch" for kind in ("purelib", "platlib")]
     for folder in candidates:
         if (folder / "include/torch/csrc/stable/library.h").is_file():
             return folder

@@ -230,37 +230,32 @@ def _upload(
     buffers: list[dict[str, Tensor]] = [{}, {}]
     copied: list[Any] = [None, None]
     for turn, piece in enumerate(pieces):
-        rows, which = len(piece.templates), turn % 2
-        if copied[which] is not None:
-            copied[which].synchronize()
-        tensors = {}
-        with torch.cuda.stream(side):
-            for column in layout.columns:
-                source: Tensor = getattr(piece.templates, column.name)
-                pinned = buffers[which].get(column.name)
-                if pinned is None or pinned.shape[0] < rows:
-                    pinned = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-                    buffers[which][column.name] = pinned
-                pinned[:rows].copy_(source)
-                tensors[column.name] = pinned[:rows].to(device, non_blocking=True)
-            copied[which] = side.record_event()
-        _release(piece)
+        rows, buffer = len(piece.templates), buffers[turn % 2]
+        if copied[turn % 2] is not None:
+            copied[turn % 2].synchronize()  # the buffer is free
+
+        def sent(name: str, source: Tensor, buffer: dict[str, Tensor] = buffer) -> Tensor:
+            pinned = buffer.get(name)
+            if pinned is None or len(pinned) < len(source):
+                pinned = buffer[name] = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+            return pinned[: len(source)].copy_(source).to(device, non_blocking=True)
+
         excluded = _excluded(snapshot, selected, piece.first, rows)
-        yield Tile(
-            piece.first,
-            layout.assemble(tensors),
-            None if excluded is None else excluded.to(device),
-            copied[which],
-        )
+        with torch.cuda.stream(side):
+            tensors = {column.name: sent(column.name, getattr(piece.templates, column.name)) for column in layout.columns}
+            excluded = None if excluded is None else sent("excluded", excluded)
+            copied[turn % 2] = side.record_event()
+        _release(piece)
+        yield Tile(piece.first, layout.assemble(tensors), excluded, copied[turn % 2])
 
 
 def _arrived(tiles: Iterator[Tile], device: torch.device) -> Iterator[Tile]:
-    """Tiles whose copies the caller's stream waits for."""
+    """Tiles whose copies the caller's stream waits for, and whose memory waits for the caller's stream."""
     for tile in tiles:
         current = torch.cuda.current_stream(device)
         current.wait_event(tile.copied)
-        for name in ("features", "norms", "projection", "bias"):
-            tensor = getattr(tile.templates, name)
+        templates = tile.templates
+        for tensor in (templates.features, templates.norms, templates.projection, templates.bias, tile.excluded):
             if tensor is not None:
                 tensor.record_stream(current)
         yield tile

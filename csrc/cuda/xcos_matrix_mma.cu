@@ -18,12 +18,25 @@
 #include "cuda/matrix_kernels.cuh"
 #include "cuda/matrix_mma.h"
 
+// What benchmarks/gpu/variants.py compares: warps of a full block, warps of the smallest one, blocks that the compiler
+// is to make room for on a multiprocessor.
+#if !defined(XCOS_MMA_WARPS)
+#define XCOS_MMA_WARPS 8
+#endif
+#if !defined(XCOS_MMA_LEAST_WARPS)
+#define XCOS_MMA_LEAST_WARPS 2  // for staging
+#endif
+#if !defined(XCOS_MMA_BLOCKS)
+#define XCOS_MMA_BLOCKS 1
+#endif
+
 namespace xcos::cuda {
 namespace {
 
 constexpr int kTile = 16;  // gallery faces of a block
 constexpr int kGroup = 4;  // probes of a warp
-constexpr int kMostWarps = 8;
+constexpr int kMostWarps = XCOS_MMA_WARPS;
+constexpr int kLeastWarps = XCOS_MMA_LEAST_WARPS;
 constexpr int kColumns = 8;  // of a product, and the widest map
 constexpr int kMostChannels = 1024;
 constexpr int kMostCells = 1024;
@@ -537,7 +550,7 @@ __device__ inline void score_group(const MmaParams<T>& p, const MmaShape<kTuned>
 }
 
 template <typename T, bool kTuned>
-__global__ void __launch_bounds__(kMostWarps* kWarp, 1)
+__global__ void __launch_bounds__(kMostWarps* kWarp, XCOS_MMA_BLOCKS)
     matrix_tensor(const __grid_constant__ MmaParams<T> p) {
   if (!kTensorCores) return;
   const MmaShape<kTuned> shape = {p.layout};
@@ -631,6 +644,21 @@ MmaLayout fitting_layout(const MatrixProblem& problem, int wanted) {
   return {};
 }
 
+// A multiprocessor holds one full block. What does not fill them all is spread over more of them in smaller blocks.
+int wanted_warps(int64_t tiles, int64_t groups) {
+  const int most = static_cast<int>(groups < kMostWarps ? groups : kMostWarps);
+  int device = 0;
+  int multiprocessors = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());
+  }
+  for (int warps = kLeastWarps; warps < most; warps *= 2) {
+    if (tiles * ceil_divide(groups, warps) <= multiprocessors) return warps;
+  }
+  return most < kLeastWarps ? kLeastWarps : most;
+}
+
 template <auto kKernel, class Params>
 Status launch_tensor(const Params& p, Stream stream) {
   const Status granted = allow_shared<kKernel>(p.layout.bytes);
@@ -648,9 +676,7 @@ Status launch_mma(const MatrixProblem& problem, void* scores, Stream stream) {
   if (!(p.exponent < 1e30f)) p.exponent = 1e30f;
   p.tiles = ceil_divide(problem.gallery.faces, kTile);
   p.groups = ceil_divide(problem.probes.faces, kGroup);
-  // Two warps at least, for staging.
-  const int wanted = static_cast<int>(p.groups < 2 ? 2 : p.groups < kMostWarps ? p.groups : kMostWarps);
-  p.layout = fitting_layout(problem, wanted);
+  p.layout = fitting_layout(problem, wanted_warps(p.tiles, p.groups));
   // All probes against a tile while it is at hand, unless that leaves multiprocessors without work.
   const int64_t rounds = ceil_divide(p.groups, p.layout.warps);
   const int64_t parts = p.tiles >= 512 ? 1 : ceil_divide(512, p.tiles);

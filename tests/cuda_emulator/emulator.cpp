@@ -396,6 +396,9 @@ int atomicAdd(int* address, int value) {
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = settings.multiprocessors;
+      break;
     case cudaDevAttrComputeCapabilityMajor:
       *value = (settings.capability != 0 ? settings.capability : 90) / 10;
       break;

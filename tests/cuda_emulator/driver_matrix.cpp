@@ -178,15 +178,16 @@ void group_matrix_mma() {
   }
 }
 
-// Shared memory is granted to a kernel, not to a launch: a grant for a small problem must not take from a large
-// one, which another thread may be about to launch.
+// Shared memory is granted to a kernel, not to a launch: a grant for a small problem must not take from a
+// large one, which another thread may be about to launch.
 void group_matrix_grants() {
   current_case = "matrix grants";
   const uint64_t before = machine::smaller_grants;
   for (int device : {0, 1, 0}) {
     machine::settings.device = device;
     for (Scalar scalar : {Scalar::f16, Scalar::bf16}) {
-      for (int64_t probes : {17, 1, 9}) {  // as many warps, and so as much shared memory, as there are groups of 4
+      for (int64_t probes :
+           {17, 1, 9}) {  // as many warps, and so as much shared memory, as there are groups of 4
         MatrixCase c;
         c.scalar = scalar;
         c.probes = probes;
@@ -244,9 +245,10 @@ void add_matrix_tasks(std::vector<Task>& all, int variant) {
       }
       const auto data = std::make_shared<MatrixData>(c);
       const Memory scores(c.probes * c.gallery, data->result);
-      all.push_back({"matrix " + c.name(),
-                     [=](auto stream) { return xcos::cuda::xcos_matrix(data->problem, scores.data(), stream); },
-                     {scores.storage()}});
+      all.push_back(
+          {"matrix " + c.name(),
+           [=](auto stream) { return xcos::cuda::xcos_matrix(data->problem, scores.data(), stream); },
+           {scores.storage()}});
     }
   }
 }

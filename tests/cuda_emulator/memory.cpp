@@ -87,13 +87,15 @@ Sparse::~Sparse() { demand(cudaFree(device_), "cudaFree"); }
 
 void Sparse::upload() {
   for (const auto& [page, bytes] : pages_) {
-    demand(cudaMemcpy(device_ + page * kPage, bytes.data(), page_bytes(page), cudaMemcpyHostToDevice), "upload");
+    demand(cudaMemcpy(device_ + page * kPage, bytes.data(), page_bytes(page), cudaMemcpyHostToDevice),
+           "upload");
   }
 }
 
 void Sparse::fetch() {
   for (auto& [page, bytes] : pages_) {
-    demand(cudaMemcpy(bytes.data(), device_ + page * kPage, page_bytes(page), cudaMemcpyDeviceToHost), "fetch");
+    demand(cudaMemcpy(bytes.data(), device_ + page * kPage, page_bytes(page), cudaMemcpyDeviceToHost),
+           "fetch");
   }
 }
 

@@ -16,7 +16,7 @@ from cuda_native import run as wrapper
 from cuda_native.build import build_native
 from test_cuda_emulator import GROUPS
 
-NATIVE_ONLY = ["capture", "threads"]
+NATIVE_ONLY = ["capture", "matrix_many", "threads", "very_many"]
 
 
 @pytest.fixture(scope="module")

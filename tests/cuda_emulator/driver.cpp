@@ -564,6 +564,21 @@ void group_many() {
   }
 }
 
+// More than a GPU has room for at once. Too slow to emulate.
+void group_very_many() {
+  Random random(17);
+  for (Scalar scalar : kScalars) {
+    for (const xcos::PairShape& shape : {xcos::PairShape{3000, 32, 49}, xcos::PairShape{400, 40, 260}}) {
+      Case c;
+      c.scalar = scalar;
+      c.shape = shape;
+      if (shortened) c.shape.pairs /= 10;
+      run(c);
+      run(vary(random, c));
+    }
+  }
+}
+
 void group_nan() {
   Random random(13);
   for (Scalar scalar : kScalars) {
@@ -888,6 +903,7 @@ std::vector<Task> tasks(int variant) {
 
 int main(int argc, char** argv) {
   Groups groups = kPairGroups;
+  if (!machine::kEmulated) groups["very_many"] = group_very_many;
   for (const Groups& more : {matrix_groups(), matrix_backward_groups(), topk_groups(), match_groups(),
                              head_groups(), own_groups()}) {
     groups.insert(more.begin(), more.end());

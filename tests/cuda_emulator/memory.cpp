@@ -27,6 +27,7 @@ void demand(cudaError_t error, const char* what) {
 
 unsigned char* allocate(size_t bytes) {
   void* at = nullptr;
+  if (bytes == 0) return nullptr;
   demand(cudaMalloc(&at, bytes), "cudaMalloc");
   return static_cast<unsigned char*>(at);
 }
@@ -62,10 +63,12 @@ Storage::~Storage() {
 }
 
 void Storage::upload() {
+  if (host_.empty()) return;
   demand(cudaMemcpy(device_, host_.data(), host_.size(), cudaMemcpyHostToDevice), "upload");
 }
 
 void Storage::fetch() {
+  if (host_.empty()) return;
   demand(cudaMemcpy(host_.data(), device_, host_.size(), cudaMemcpyDeviceToHost), "fetch");
   const auto is_guard = [](unsigned char byte) { return byte == kGuard; };
   if (!std::all_of(host_.begin(), host_.begin() + long(guard_), is_guard) ||

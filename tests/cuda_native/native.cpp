@@ -49,10 +49,12 @@ bool passive = false;
 
 Passive::Passive() {
   driver::Mirror::upload_all();
+  if (!dry) static_cast<void>(cudaDeviceSynchronize());  // other streams do not wait for the copies
   passive = true;
 }
 
 Passive::~Passive() {
+  if (!dry) static_cast<void>(cudaDeviceSynchronize());
   passive = false;
   ++launches;  // whoever reads has to fetch
 }

@@ -4,8 +4,8 @@
     python tests/cuda_native/run.py PROGRAM --tool racecheck --short
 
 The faults planted for a tool of compute-sanitizer (or for the program's own guards) come first and must be reported:
-what misses them proves nothing. Every group's result is a line of the file as soon as it ends. The exit status is 0 only
-if all are ok.
+what misses them proves nothing. Every group's result is a line of the file as soon as it ends. The exit status is 0
+only if all are ok.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ PLANTED = {
 }
 # Those that take longest, first; the others follow in the program's order.
 LONGEST = (
+    "very_many",
+    "matrix_many",
     "threads",
     "sizes",
     "shapes_full",

@@ -257,12 +257,14 @@ void add_matrix_tasks(std::vector<Task>& all, int variant) {
       c.scalar = scalar;
       c.probes = 5 + 11 * variant;
       c.gallery = 18 + variant;
-      c.orders = tuned ? 2 : 1 + variant % 2;
+      c.orders = tuned ? 2 : 1;
       if (!tuned) {
         c.hidden = 16 * (1 + variant);
         c.height = 8 - variant;
       }
       const auto data = std::make_shared<MatrixData>(c);
+      const bool tensor_cores = xcos::scalar_size(scalar) == 2;
+      if (xcos::cuda::matrix_mma_takes(data->problem) != tensor_cores) complain("takes the wrong path");
       const Memory scores(c.probes * c.gallery, data->result);
       all.push_back(
           {"matrix " + c.name(),

@@ -30,7 +30,7 @@ from pathlib import Path
 PLANTED = {
     "plain": ("global-overflow",),
     "memcheck": ("global-overflow", "missing-face-mma"),
-    "racecheck": ("missing-barrier", "missing-second-barrier"),
+    "racecheck": ("missing-barrier",),
     "synccheck": ("divergent-barrier",),
 }
 # Those that take longest, first; the others follow in the program's order.
@@ -183,9 +183,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sanitizer = arguments.sanitizer or find_sanitizer()
         if sanitizer is None:
             sys.exit("compute-sanitizer not found (looked at PATH, CUDA_HOME, CUDA_PATH and /usr/local/cuda)")
+        prefix = [sanitizer, "--tool", arguments.tool, "--error-exitcode", str(REPORTED)]
+        if arguments.tool == "memcheck":
+            prefix += ["--padding", "512"]  # or what lies beyond one allocation may be the next one
         # Launches that are refused on purpose are checked by the program itself.
-        prefix = [sanitizer, "--tool", arguments.tool, "--error-exitcode", str(REPORTED), "--report-api-errors", "no"]
-        prefix.append(program)
+        prefix += ["--report-api-errors", "no", program]
     runs = Runs(prefix, deadline, arguments.out)
     exact = ["--exact"] * (arguments.tool is not None)  # no guards, which would hide the bounds
     options = ["--kernels", *exact] + ["--short"] * arguments.short

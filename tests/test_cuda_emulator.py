@@ -11,7 +11,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cuda_emulator.build import EMULATOR, Unavailable, build_driver
+from cached_build import Unavailable
+from cuda_emulator.build import EMULATOR, build_driver
 
 GROUPS = [
     "conversions",

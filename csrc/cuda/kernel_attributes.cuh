@@ -1,5 +1,5 @@
-// Attributes of kernels that a device is told once. They belong to the kernel, not to a launch: what one thread
-// sets, the launches of all others see, so nothing here depends on the problem at hand.
+// Attributes of kernels that a device is told once. They belong to the kernel, not to a launch: what one
+// thread sets, the launches of all others see, so nothing here depends on the problem at hand.
 #pragma once
 
 #include <atomic>
@@ -12,8 +12,8 @@ namespace xcos::cuda {
 
 constexpr int64_t kDefaultShared = 48 * 1024;
 
-// Runs prepare(device) unless `prepared`, a bit for each device, says that it has succeeded before. Threads that
-// come first together all run it. Devices beyond the 64th are prepared every time.
+// Runs prepare(device) unless `prepared`, a bit for each device, says that it has succeeded before. Threads
+// that come first together all run it. Devices beyond the 64th are prepared every time.
 template <class Prepare>
 Status once_per_device(std::atomic<uint64_t>& prepared, const Prepare& prepare) {
   int device = 0;
@@ -29,9 +29,9 @@ Status once_per_device(std::atomic<uint64_t>& prepared, const Prepare& prepare) 
   return static_cast<Status>(error);
 }
 
-// Before kKernel is launched with so many bytes of shared memory. Blocks have to ask for more than 48 KB; what is
-// granted then is all that a block of the current device may have, whatever the launch needs: a smaller grant would
-// be taken from a launch of another thread.
+// Before kKernel is launched with so many bytes of shared memory. Blocks have to ask for more than 48 KB;
+// what is granted then is all that a block of the current device may have, whatever the launch needs: a
+// smaller grant would be taken from a launch of another thread.
 template <auto kKernel>
 Status allow_shared(int64_t bytes) {
   if (bytes <= kDefaultShared) return 0;

@@ -19,7 +19,7 @@ constexpr int kScratch = kThreads / kWarp;  // a sum for each warp; keeps what f
 constexpr int kQuad = 4;                    // channels that a thread owns at a time
 constexpr int kLanes = 8;                   // that share a cosine
 constexpr int kWeightPitch = 12;            // nine weights of a channel, in 16-byte vectors
-constexpr int kSharedLimit = 64 * 1024;              // what every device since sm_75 grants
+constexpr int kSharedLimit = 64 * 1024;     // what every device since sm_75 grants
 constexpr int64_t kArenaLimit = int64_t{128} << 20;  // of all blocks, where sums do not fit shared memory
 constexpr int kMostArenas = 1024;
 

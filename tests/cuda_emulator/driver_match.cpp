@@ -71,7 +71,8 @@ class Runner {
     otherwise(case_.seed);
     const Outputs second = launch();
     plainly();
-    if (first.similarity.copy() != second.similarity.copy() || first.offsets.copy() != second.offsets.copy() ||
+    if (first.similarity.copy() != second.similarity.copy() ||
+        first.offsets.copy() != second.offsets.copy() ||
         first.grad_a->memory.copy() != second.grad_a->memory.copy() ||
         first.grad_b->memory.copy() != second.grad_b->memory.copy())
       complain("an output depends on the order of threads or the number of blocks");
@@ -102,10 +103,10 @@ class Runner {
     const int status = xcos::cuda::grid_match(
         problem_, {o.similarity.data(), o.offsets.size() > 0 ? o.offsets.data() : nullptr}, stream);
     if (status != 0) return status;
-    return xcos::cuda::grid_match_backward(
-        problem_, grad_.data(), wanted & 1 ? o.grad_a->mutable_view() : xcos::MutableFeatureView{},
-        wanted & 2 ? o.grad_b->mutable_view() : xcos::MutableFeatureView{},
-        o.workspace.size() > 0 ? o.workspace.data() : nullptr, stream);
+    return xcos::cuda::grid_match_backward(problem_, grad_.data(),
+                                           wanted & 1 ? o.grad_a->mutable_view() : xcos::MutableFeatureView{},
+                                           wanted & 2 ? o.grad_b->mutable_view() : xcos::MutableFeatureView{},
+                                           o.workspace.size() > 0 ? o.workspace.data() : nullptr, stream);
   }
 
  private:
@@ -370,8 +371,9 @@ void group_match_launch() {
   problem.pair.a = problem.pair.b = a.view();
   const Memory similarity(3 * 49, Scalar::f32);
   machine::settings.refuse_next = true;
-  expect(xcos::cuda::grid_match(problem, {similarity.data(), nullptr}, nullptr) == cudaErrorInvalidConfiguration,
-         "the launch error is returned");
+  expect(
+      xcos::cuda::grid_match(problem, {similarity.data(), nullptr}, nullptr) == cudaErrorInvalidConfiguration,
+      "the launch error is returned");
   expect(cudaPeekAtLastError() == cudaSuccess, "the launch error is not left for others to find");
   expect(xcos::cuda::grid_match(problem, {similarity.data(), nullptr}, nullptr) == 0, "three pairs");
   expect(machine::last_grid.x == 3 && machine::last_block.x == 64,

@@ -232,7 +232,8 @@ void add_matrix_backward_tasks(std::vector<Task>& all, int variant) {
     const auto data = std::make_shared<MatrixData>(c);
     const Memory grad = draw_grad(*data);
     const auto out = std::make_shared<Outputs>(*data, grad, kAll);
-    Task task = {"backward " + c.name(), [=](auto stream) { return grad.data(), out->enqueue(*data, stream); }, {}};
+    Task task = {
+        "backward " + c.name(), [=](auto stream) { return grad.data(), out->enqueue(*data, stream); }, {}};
     for (const Memory& memory : out->memory) task.outputs.push_back(memory.storage());
     all.push_back(std::move(task));
   }

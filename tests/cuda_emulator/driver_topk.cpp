@@ -38,8 +38,7 @@ struct Lists {
   Memory values;
   Array<int64_t> indices;
 
-  explicit Lists(const TopkCase& c)
-      : values(c.probes * c.k, c.scalar), indices(c.probes * c.k, int64_t{-1}) {
+  explicit Lists(const TopkCase& c) : values(c.probes * c.k, c.scalar), indices(c.probes * c.k, int64_t{-1}) {
     for (int64_t i = 0; i < c.probes * c.k; ++i) values.put(i, -std::numeric_limits<double>::infinity());
   }
 };
@@ -104,8 +103,8 @@ class Runner {
 
   void run() const {
     const TopkCase& c = case_;
-    if (!take(std::string(kScalarNames[int(c.scalar)]) + (c.k > 512 ? " long" : "") + (c.mask > 0 ? " mask" : "") +
-              (c.blocks.empty() ? "" : " blocks"))) {
+    if (!take(std::string(kScalarNames[int(c.scalar)]) + (c.k > 512 ? " long" : "") +
+              (c.mask > 0 ? " mask" : "") + (c.blocks.empty() ? "" : " blocks"))) {
       return;
     }
     ++cases;

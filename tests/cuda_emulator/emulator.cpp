@@ -40,7 +40,8 @@ std::set<const void*> launched;
 std::vector<std::string> kernels() {
   std::vector<std::string> names;
   for (const void* kernel : launched) {
-    names.push_back(std::to_string(static_cast<const char*>(kernel) - reinterpret_cast<const char*>(&kernels)));
+    names.push_back(
+        std::to_string(static_cast<const char*>(kernel) - reinterpret_cast<const char*>(&kernels)));
   }
   return names;
 }

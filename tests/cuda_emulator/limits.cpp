@@ -37,7 +37,8 @@ void check_limits() {
   expect(refused(launch(dim3(1), dim3(32), 48 * 1024 + 1), cudaErrorInvalidValue),
          "more than 48 KB of shared memory");
   int most = 0;
-  expect(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0) == cudaSuccess, "attribute");
+  expect(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0) == cudaSuccess,
+         "attribute");
   const auto grant = [](int bytes) {
     return cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   };

@@ -1,4 +1,5 @@
-// What the driver knows of the machine that runs the kernels: the emulator (emulator.cpp), or a GPU behind hooks
+// What the driver knows of the machine that runs the kernels: the emulator (emulator.cpp), or a GPU behind
+// hooks
 // (../cuda_native/native.cpp).
 #pragma once
 
@@ -16,18 +17,18 @@ constexpr bool kEmulated = true;
 constexpr bool kEmulated = false;
 #endif
 
-// Order in which the emulator gives the threads of a block their turns; results must not depend on it. forward and
-// reverse: one warp after the other, each as far as barriers let it. shuffled: all threads in turn, in an order
-// drawn anew every time. A GPU has its own order, another one each time.
+// Order in which the emulator gives the threads of a block their turns; results must not depend on it.
+// forward and reverse: one warp after the other, each as far as barriers let it. shuffled: all threads in
+// turn, in an order drawn anew every time. A GPU has its own order, another one each time.
 enum class Order { forward, reverse, shuffled };
 
 struct Settings {
   Order order = Order::forward;
-  uint64_t seed = 1;          // of Order::shuffled
-  bool refuse_next = false;   // the next launch fails with cudaErrorInvalidConfiguration, once
-  int device = 0;             // emulator only
-  int capability = 0;         // what launchers hear of the device; 0: the truth, which is 90 of the emulator
-  int shared_bytes = 0;       // the same of the most that a block may ask for, which is 227 KB of the emulator
+  uint64_t seed = 1;         // of Order::shuffled
+  bool refuse_next = false;  // the next launch fails with cudaErrorInvalidConfiguration, once
+  int device = 0;            // emulator only
+  int capability = 0;        // what launchers hear of the device; 0: the truth, which is 90 of the emulator
+  int shared_bytes = 0;      // the same of the most that a block may ask for, which is 227 KB of the emulator
 };
 extern Settings settings;
 

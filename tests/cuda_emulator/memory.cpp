@@ -27,6 +27,7 @@ void demand(cudaError_t error, const char* what) {
 
 unsigned char* allocate(size_t bytes) {
   void* at = nullptr;
+  if (bytes == 0) return nullptr;
   demand(cudaMalloc(&at, bytes), "cudaMalloc");
   return static_cast<unsigned char*>(at);
 }
@@ -62,10 +63,12 @@ Storage::~Storage() {
 }
 
 void Storage::upload() {
+  if (host_.empty()) return;
   demand(cudaMemcpy(device_, host_.data(), host_.size(), cudaMemcpyHostToDevice), "upload");
 }
 
 void Storage::fetch() {
+  if (host_.empty()) return;
   demand(cudaMemcpy(host_.data(), device_, host_.size(), cudaMemcpyDeviceToHost), "fetch");
   const auto is_guard = [](unsigned char byte) { return byte == kGuard; };
   if (!std::all_of(host_.begin(), host_.begin() + long(guard_), is_guard) ||
@@ -87,13 +90,15 @@ Sparse::~Sparse() { demand(cudaFree(device_), "cudaFree"); }
 
 void Sparse::upload() {
   for (const auto& [page, bytes] : pages_) {
-    demand(cudaMemcpy(device_ + page * kPage, bytes.data(), page_bytes(page), cudaMemcpyHostToDevice), "upload");
+    demand(cudaMemcpy(device_ + page * kPage, bytes.data(), page_bytes(page), cudaMemcpyHostToDevice),
+           "upload");
   }
 }
 
 void Sparse::fetch() {
   for (auto& [page, bytes] : pages_) {
-    demand(cudaMemcpy(bytes.data(), device_ + page * kPage, page_bytes(page), cudaMemcpyDeviceToHost), "fetch");
+    demand(cudaMemcpy(bytes.data(), device_ + page * kPage, page_bytes(page), cudaMemcpyDeviceToHost),
+           "fetch");
   }
 }
 

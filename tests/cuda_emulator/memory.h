@@ -1,5 +1,5 @@
-// Device memory with what it holds beside it on the host. Writing goes to the host's side, which a launch uploads
-// before it runs (upload_all); after a launch, reading fetches the device's side first.
+// Device memory with what it holds beside it on the host. Writing goes to the host's side, which a launch
+// uploads before it runs (upload_all); after a launch, reading fetches the device's side first.
 #pragma once
 
 #include <cstdint>

@@ -100,8 +100,8 @@ __global__ void mixed_barriers(Params p) {
 }
 
 // Those that also end, and leave the machine alone, on a GPU without a sanitizer: kNative.
-const std::set<std::string> kNative = {"divergent-barrier", "global-overflow",    "global-overread",
-                                       "missing-barrier",   "missing-face-mma",   "missing-face-plain",
+const std::set<std::string> kNative = {"divergent-barrier",     "global-overflow",  "global-overread",
+                                       "missing-barrier",       "missing-face-mma", "missing-face-plain",
                                        "missing-second-barrier"};
 
 const std::map<std::string, void (*)(Params)> kKernels = {

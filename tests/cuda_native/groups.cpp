@@ -101,9 +101,9 @@ class Meeting {
   std::atomic<int> arrived_{0}, turn_{0};
 };
 
-// The same operator with another size in every thread, each on a stream of its own: all succeed, and give the bits
-// that a thread alone gets. Kernels are launched here first with all threads together, so that what a launcher
-// does once is raced for too.
+// The same operator with another size in every thread, each on a stream of its own: all succeed, and give the
+// bits that a thread alone gets. Kernels are launched here first with all threads together, so that what a
+// launcher does once is raced for too.
 void group_threads() {
   constexpr int kBurst = 4;
   const int rounds = shortened ? 2 : 20;
@@ -148,7 +148,8 @@ void group_threads() {
   }
 }
 
-// The first launch of every kernel in this process goes into a graph. Replayed, it gives what a plain launch does.
+// The first launch of every kernel in this process goes into a graph. Replayed, it gives what a plain launch
+// does.
 void group_capture() {
   for (Prepared& own : prepared(1)) {
     ++cases;
@@ -158,7 +159,8 @@ void group_capture() {
     cudaGraphExec_t executable = nullptr;
     const machine::Passive passive;
     // Global: whatever a capture may forbid is forbidden.
-    if (!succeeds(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), own.task.name, "capturing")) return;
+    if (!succeeds(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), own.task.name, "capturing"))
+      return;
     const auto status = static_cast<cudaError_t>(own.task.launch(static_cast<cudaStream_t>(stream)));
     succeeds(status, own.task.name, "launching into a graph");
     const cudaError_t ended = cudaStreamEndCapture(stream, &graph);

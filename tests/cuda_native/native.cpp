@@ -1,5 +1,8 @@
-// The machine of the driver is a GPU. The linker leads the CUDA functions that launchers call through hooks here
+// The machine of the driver is a GPU. The linker leads the CUDA functions that launchers call through hooks
+// here
 // (--wrap): the kernels' objects are those of any build, and tests can still see and steer launches.
+#include "native.h"
+
 #include <unistd.h>
 
 #include <algorithm>
@@ -11,7 +14,6 @@
 #include <set>
 
 #include "driver.h"
-#include "native.h"
 
 extern "C" {
 cudaError_t __real_cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t);
@@ -47,10 +49,12 @@ bool passive = false;
 
 Passive::Passive() {
   driver::Mirror::upload_all();
+  if (!dry) static_cast<void>(cudaDeviceSynchronize());  // other streams do not wait for the copies
   passive = true;
 }
 
 Passive::~Passive() {
+  if (!dry) static_cast<void>(cudaDeviceSynchronize());
   passive = false;
   ++launches;  // whoever reads has to fetch
 }
@@ -86,8 +90,8 @@ void begin() {
 
 extern "C" {
 
-cudaError_t __wrap_cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
-                                    cudaStream_t stream) {
+cudaError_t __wrap_cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments,
+                                    size_t shared, cudaStream_t stream) {
   {
     const std::lock_guard<std::mutex> lock(machine::mutex);
     machine::launched.insert(kernel);

@@ -2,8 +2,8 @@
 
 namespace machine {
 
-// While it lives, launches go straight to CUDA: from several threads, or into a graph. What was written on the
-// host is on the device before.
+// While it lives, launches go straight to CUDA: from several threads, or into a graph. What was written on
+// the host is on the device before.
 class Passive {
  public:
   Passive();

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from stages import emit
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
+NATIVE = REPOSITORY / "tests" / "cuda_native"
 LOADS = "import xcos_ext; b = xcos_ext.build_info(); assert b['cuda'], b; print(b)"
 
 
@@ -66,9 +67,7 @@ def main() -> int:
     }  # fmt: skip
     commands = {
         "extension": [sys.executable, "setup.py", "build_ext", "--inplace"],
-        "native": [
-            sys.executable, "tests/cuda_native/build.py", "--architectures", target, "--jobs", jobs, "--out", ".kit/native",
-        ],
+        "native": [sys.executable, str(NATIVE / "build.py"), "--architectures", target, "--jobs", jobs],
     }  # fmt: skip
     if options.dry_run:
         for name in options.only.split(","):

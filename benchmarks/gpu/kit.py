@@ -25,7 +25,6 @@ from stages import Stage, run
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
 SECONDS = {"kit": 480.0, "tune": 200.0}
-NATIVE = ".kit/native/driver"
 PATHS = os.pathsep.join([str(REPOSITORY), str(HERE)])
 
 
@@ -47,7 +46,7 @@ def kit() -> list[Stage]:
         python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "report_lines", "-m", "cuda and not tensorrt",
         *tests_of_gpus(),
     ]  # fmt: skip
-    native = [python, "tests/cuda_native/run.py", NATIVE]
+    native = [python, "benchmarks/gpu/native.py"]
     return [
         Stage("env", [python, "benchmarks/gpu/env.py"], 15, [python, "benchmarks/gpu/env.py", "--device", "cpu"]),
         # No more than eight files come back: the build's few lines stand beside those of the kit itself.
@@ -60,7 +59,7 @@ def kit() -> list[Stage]:
             "roofline", [python, "benchmarks/gpu/roofline.py"], 90,
             [python, "benchmarks/gpu/roofline.py", "--device", "cpu", "--small", "--budget", "0.01"],
         ),
-        Stage("sanitize", [*native, "--short", "--tool", "memcheck,racecheck,synccheck"], 100),
+        Stage("sanitize", [*native, "--tools", "memcheck,racecheck,synccheck"], 100),
         Stage("ncu", [python, "benchmarks/gpu/ncu.py"], 50),
         Stage(
             "pytest", [*pytest, *workers], None, [*pytest, "--collect-only"],

@@ -1,4 +1,5 @@
-// Times the tensor-core kernel of xcos_matrix as it was compiled into this program: one variant a program (variants.py).
+// Times the tensor-core kernel of xcos_matrix as it was compiled into this program: one variant a program
+// (variants.py).
 //
 //   variant PROBES GALLERY f16|bf16 SECONDS      one JSON line: launch times, and a checksum of the scores
 //   variant PROBES GALLERY f16|bf16 once         one launch, to be profiled
@@ -41,13 +42,15 @@ __device__ void store(float* at, float value) {
   *at = value;
 }
 template <>
-__device__ void store(uint16_t* at, float value) {  // float16 or bfloat16, by truncation of a small set of values
+__device__ void store(uint16_t* at,
+                      float value) {  // float16 or bfloat16, by truncation of a small set of values
   *at = static_cast<uint16_t>(__float_as_uint(value) >> 16);
 }
 
 template <typename T>
 __global__ void fill(T* data, int64_t count, uint64_t stream, float scale, bool f16) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count; i += int64_t{gridDim.x} * blockDim.x) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
     const float value = scale * drawn(static_cast<uint64_t>(i), stream);
     if (!f16) {
       store(data + i, value);
@@ -56,8 +59,9 @@ __global__ void fill(T* data, int64_t count, uint64_t stream, float scale, bool 
     // Exponent and ten bits of the fraction; values here are neither tiny nor large.
     const unsigned bits = __float_as_uint(value);
     const int exponent = static_cast<int>(bits >> 23 & 255) - 112;
-    const unsigned half =
-        exponent <= 0 ? 0u : (bits >> 16 & 0x8000u) | static_cast<unsigned>(exponent) << 10 | (bits >> 13 & 0x3ffu);
+    const unsigned half = exponent <= 0 ? 0u
+                                        : (bits >> 16 & 0x8000u) | static_cast<unsigned>(exponent) << 10 |
+                                              (bits >> 13 & 0x3ffu);
     store(data + i, __uint_as_float(half << 16));
   }
 }
@@ -151,7 +155,8 @@ int main(int argc, char** argv) {
   std::sort(times.begin(), times.end());
   const size_t n = times.size();
   std::printf(
-      "{\"probes\": %lld, \"gallery\": %lld, \"type\": \"%s\", \"rounds\": %zu, \"low\": %.9g, \"median\": %.9g, "
+      "{\"probes\": %lld, \"gallery\": %lld, \"type\": \"%s\", \"rounds\": %zu, \"low\": %.9g, \"median\": "
+      "%.9g, "
       "\"high\": %.9g, \"pairs_per_s\": %.6g, \"sum\": %.9g, \"magnitude\": %.9g, \"finite\": %s}\n",
       static_cast<long long>(probes), static_cast<long long>(gallery), argv[3], n, times[n / 4], times[n / 2],
       times[3 * n / 4], double(probes) * double(gallery) / times[n / 2], sum, magnitude,

@@ -18,8 +18,8 @@
 #include "cuda/matrix_kernels.cuh"
 #include "cuda/matrix_mma.h"
 
-// What benchmarks/gpu/variants.py compares: warps of a full block, warps of the smallest one, blocks that the compiler
-// is to make room for on a multiprocessor.
+// What benchmarks/gpu/variants.py compares: warps of a full block, warps of the smallest one, blocks that the
+// compiler is to make room for on a multiprocessor.
 #if !defined(XCOS_MMA_WARPS)
 #define XCOS_MMA_WARPS 8
 #endif
@@ -644,7 +644,8 @@ MmaLayout fitting_layout(const MatrixProblem& problem, int wanted) {
   return {};
 }
 
-// A multiprocessor holds one full block. What does not fill them all is spread over more of them in smaller blocks.
+// A multiprocessor holds one full block. What does not fill them all is spread over more of them in smaller
+// blocks.
 int wanted_warps(int64_t tiles, int64_t groups) {
   const int most = static_cast<int>(groups < kMostWarps ? groups : kMostWarps);
   int device = 0;

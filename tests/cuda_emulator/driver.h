@@ -114,13 +114,16 @@ class Memory {
 // What every case does first: as many blocks as there is work for.
 inline void plainly() {
   machine::settings.order = machine::Order::forward;
+  machine::settings.multiprocessors = 0;
   machine::max_grid = machine::kNoLimit;
 }
 
-// And once more: in another order of the threads, with 1 .. `grids` blocks. The same bits have to come out.
+// And once more: in another order of the threads, with 1 .. `grids` blocks, which are as large as on a device
+// that a few of them fill. The same bits have to come out.
 inline void otherwise(uint64_t seed, uint64_t grids = 3) {
   machine::settings.order = seed % 2 == 0 ? machine::Order::reverse : machine::Order::shuffled;
   machine::settings.seed = seed;
+  machine::settings.multiprocessors = 1;
   machine::max_grid = 1 + int64_t(seed % grids);
 }
 

@@ -1,4 +1,6 @@
 // Scores of all pairs, against reference_matrix.h.
+#include <array>
+
 #include "cuda/matrix_mma.h"
 #include "cuda/xcos_matrix.h"
 #include "cuda_runtime.h"
@@ -202,6 +204,7 @@ void group_matrix_many() {
 void group_matrix_grants() {
   current_case = "matrix grants";
   const uint64_t before = machine::smaller_grants;
+  machine::settings.multiprocessors = 1;  // full blocks
   for (int device : {0, 1}) {
     machine::settings.device = device;
     for (Scalar scalar : {Scalar::f16, Scalar::bf16}) {
@@ -218,6 +221,7 @@ void group_matrix_grants() {
     }
   }
   machine::settings.device = 0;
+  machine::settings.multiprocessors = 0;
   expect(machine::smaller_grants == before, "no kernel is granted less than before");
 }
 
@@ -245,6 +249,22 @@ void group_matrix_launch() {
            "the launch error is returned");
     expect(cudaPeekAtLastError() == cudaSuccess, "the launch error is not left for others to find");
   }
+  // 64 x 64 faces: 4 tiles, 16 groups of probes. Few multiprocessors get full blocks of eight warps, many
+  // smaller ones.
+  MatrixCase c;
+  c.scalar = Scalar::f16;
+  c.probes = c.gallery = 64;
+  c.height = c.width = 1;
+  const MatrixData data(c);
+  Memory scores(64 * 64, data.result);
+  for (const auto& [multiprocessors, blocks, threads] :
+       {std::array<unsigned, 3>{1, 8, 256}, {16, 16, 128}, {31, 16, 128}, {32, 32, 64}, {132, 32, 64}}) {
+    machine::settings.multiprocessors = int(multiprocessors);
+    expect(xcos::cuda::xcos_matrix(data.problem, scores.data(), nullptr) == 0, "64 x 64 faces");
+    expect(machine::last_grid.x == blocks && machine::last_block.x == threads,
+           "as many blocks as there is room for");
+  }
+  machine::settings.multiprocessors = 0;
 }
 
 }  // namespace

@@ -398,7 +398,7 @@ int atomicAdd(int* address, int value) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
-      *value = settings.multiprocessors;
+      *value = settings.multiprocessors != 0 ? settings.multiprocessors : 132;
       break;
     case cudaDevAttrComputeCapabilityMajor:
       *value = (settings.capability != 0 ? settings.capability : 90) / 10;

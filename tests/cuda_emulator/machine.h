@@ -29,6 +29,7 @@ struct Settings {
   int device = 0;            // emulator only
   int capability = 0;        // what launchers hear of the device; 0: the truth, which is 90 of the emulator
   int shared_bytes = 0;      // the same of the most that a block may ask for, which is 227 KB of the emulator
+  int multiprocessors = 0;   // the same of their number, which is 132 of the emulator
 };
 extern Settings settings;
 

@@ -107,6 +107,7 @@ class Meeting {
 void group_threads() {
   constexpr int kBurst = 4;
   const int rounds = shortened ? 2 : 20;
+  machine::settings.multiprocessors = 1;  // full blocks: of another size in every thread
   for (int threads : {4, 2}) {
     std::vector<std::vector<Prepared>> work;
     for (int n = 0; n < threads; ++n) work.push_back(prepared(n));
@@ -146,6 +147,7 @@ void group_threads() {
       }
     }
   }
+  machine::settings.multiprocessors = 0;
 }
 
 // The first launch of every kernel in this process goes into a graph. Replayed, it gives what a plain launch

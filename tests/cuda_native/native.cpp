@@ -132,12 +132,17 @@ cudaError_t __wrap_cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   const machine::Settings& settings = machine::settings;
   const int capability = settings.capability != 0 ? settings.capability : machine::dry ? 90 : 0;
   const int shared = settings.shared_bytes != 0 ? settings.shared_bytes : machine::dry ? 227 * 1024 : 0;
+  const int multiprocessors = settings.multiprocessors != 0 ? settings.multiprocessors
+                              : machine::dry                ? 132
+                                                            : 0;
   if (attribute == cudaDevAttrComputeCapabilityMajor && capability != 0) {
     *value = capability / 10;
   } else if (attribute == cudaDevAttrComputeCapabilityMinor && capability != 0) {
     *value = capability % 10;
   } else if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin && shared != 0) {
     *value = shared;
+  } else if (attribute == cudaDevAttrMultiProcessorCount && multiprocessors != 0) {
+    *value = multiprocessors;
   } else {
     return __real_cudaDeviceGetAttribute(value, attribute, device);
   }

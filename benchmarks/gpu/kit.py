@@ -35,7 +35,7 @@ def _has(module: str) -> bool:
 def tests_of_gpus() -> list[str]:
     """Files with tests that want a GPU: every worker collects them all. The native driver has a stage of its own."""
     files = sorted((REPOSITORY / "tests").glob("test_*.py"))
-    wanted = [file for file in files if re.search(r"mark\.cuda|\bdevice\b", file.read_text())]
+    wanted = [file for file in files if re.search(r"mark\.(cuda|tensorrt)|\bdevice\b", file.read_text())]
     return [f"tests/{file.name}" for file in wanted if file.name not in ("test_cuda_native.py", "test_gpu_kit.py")]
 
 
@@ -43,7 +43,8 @@ def kit() -> list[Stage]:
     """Right first, then fast; what is most worth having comes first."""
     python, workers = sys.executable, ["-n", "12"] if _has("xdist") else []
     pytest = [
-        python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "report_lines", "-m", "cuda and not tensorrt",
+        python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "report_lines", "-m",
+        "cuda or tensorrt" if _has("tensorrt") else "cuda and not tensorrt",
         *tests_of_gpus(),
     ]  # fmt: skip
     native = [python, "benchmarks/gpu/native.py"]

@@ -4,7 +4,8 @@
     python benchmarks/render.py --check    fail if a page does not show what the files say
 
 A table is named by a marker ``<!-- results: cpu pairs -->`` ... ``<!-- /results -->``: ``cpu`` and ``pairs``
-(operators on N pairs), ``matrix`` (all pairs) or ``all`` (both); ``head pairs`` is of the files in results/head. Others have a module each:
+(operators on N pairs), ``matrix`` (all pairs) or ``all`` (both); ``head pairs`` is of the files in results/head. Others
+have a module each:
 
 * ``models short``, ``all``, ``compact``: models on LFW (models_table.py);
 * ``gallery short``, ``scale``, ``identification``: searches (gallery_table.py);

@@ -132,7 +132,16 @@ def test_the_kit_fits_its_call(kit: ModuleType, tmp_path: Path) -> None:
     plan = kit.kit()
     caps = [stage.cap for stage in plan]
     assert caps[-1] is None and sum(caps[:-1]) <= kit.SECONDS["kit"] - 45 and kit.SECONDS["kit"] <= 480
-    assert [stage.name for stage in plan] == ["env", "build", "native", "smoke", "roofline", "sanitize", "ncu", "pytest"]
+    assert [stage.name for stage in plan] == [
+        "env",
+        "build",
+        "native",
+        "smoke",
+        "roofline",
+        "sanitize",
+        "ncu",
+        "pytest",
+    ]
     assert len({stage.results for stage in plan} | {"kit.jsonl"}) <= 8
     assert kit.SECONDS["tune"] <= 200
     for stage in [*plan, *kit.tune(tmp_path)]:
@@ -252,8 +261,8 @@ def test_tables_of_whatever_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     timing = {"median": 1e-3, "low": 0.9e-3, "high": 1.1e-3, "rounds": 9}
     row = {
         "case": "xcos_score/forward/fp32", "status": "ok", "seconds": {"xcos_ext": timing, "copy": timing},
-        "speedup": {"copy": timing}, "bandwidth": {"xcos_ext": 2.5e12, "copy": 3e12}, "bandwidth_share": {"median": 0.83},
-        "multiply_adds": {}, "pairs": None,
+        "speedup": {"copy": timing}, "bandwidth": {"xcos_ext": 2.5e12, "copy": 3e12},
+        "bandwidth_share": {"median": 0.83}, "multiply_adds": {}, "pairs": None,
         "targets": [{"text": "share >= 0.85", "bound": 0.85, "reached": 0.83, "met": False}],
     }  # fmt: skip
     write("roofline", row, {"case": "xcos_head/1", "status": "failed", "message": "no kernel image"})
@@ -270,11 +279,15 @@ def test_tables_of_whatever_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write("kit", {"case": "extension", "status": "ok"},
           {"stage": "pytest", "file": "pytest.jsonl", "status": "timeout", "seconds": 60.0},
           {"stage": "build", "file": "kit.jsonl", "status": "ok", "seconds": 9.0})  # fmt: skip
-    write("pytest", {"test": "a", "status": "failed"}, {"test": "so far", "status": "count", "counts": {"failed": 1, "ok": 7}})
+    write(
+        "pytest",
+        {"test": "a", "status": "failed"},
+        {"test": "so far", "status": "count", "counts": {"failed": 1, "ok": 7}},
+    )
     text = gpu_table.table("stages")
     assert "**NVIDIA H100**, driver 580.1, torch 2.11.0+cu130, commit `0123456789`, 2026-12-01." in text
     assert "a copy moves 3.00 TB/s" in text and "float16 products of 8192² matrices 790 TFLOP/s" in text
     assert "| pytest | timeout | 60 | 1 failed, 7 ok |" in text and "| build | ok | 9 | 1 ok |" in text
-    write("variants", {"case": "x", "variant": "4 warps", "status": "ok", "probes": 256, "gallery": 1_000_000, "type": "f16",
-                       "pairs_per_s": 5e9, "registers": [214, 247], "spill_bytes": [0], **timing})  # fmt: skip
+    write("variants", {"case": "x", "variant": "4 warps", "status": "ok", "probes": 256, "gallery": 1_000_000,
+                       "type": "f16", "pairs_per_s": 5e9, "registers": [214, 247], "spill_bytes": [0], **timing})  # fmt: skip
     assert "| 256 x 1,000,000 f16 | 4 warps | 1 ms (900 us – 1.1 ms) | 5e+09 | 247, 0 |" in gpu_table.table("variants")

@@ -47,7 +47,7 @@ cd "$source/tests"
 status=0
 PATH=$folder/bin:$PATH "$python" -m pytest -q -p no:cacheprovider --show-capture=no \
   test_grid_cosine.py test_grid_match.py test_xcos_score.py test_xcos_matrix.py test_xcos_topk.py test_xcos_maps.py \
-  test_xcos_head.py test_all_pairs_operators.py test_templates.py test_contracts.py test_instruction_sets.py \
+  test_xcos_head.py test_all_pairs_operators.py test_templates.py test_contracts.py \
   test_numpy.py test_nn_attention.py test_nn_compiled.py test_nn_inference.py test_nn_matching.py test_nn_model.py \
   test_nn_residual.py test_tracing.py 2>&1 | tee "$folder/tests.log" || status=$?
 

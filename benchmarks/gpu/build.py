@@ -79,8 +79,11 @@ def main() -> int:
         log = (REPOSITORY / "build").joinpath(f"kit-{name}.log")
         log.parent.mkdir(exist_ok=True)
         with open(log, "w") as file:
-            running[name] = log, subprocess.Popen(
-                commands[name], cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT
+            running[name] = (
+                log,
+                subprocess.Popen(
+                    commands[name], cwd=REPOSITORY, env=environment, stdout=file, stderr=subprocess.STDOUT
+                ),
             )
     bad = 0
     while running:

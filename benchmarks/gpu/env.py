@@ -1,6 +1,6 @@
 """What machine this is, and its ceilings: a large copy, large products. Needs torch, not xcos_ext.
 
-    python benchmarks/gpu/env.py [--device cuda|cpu]
+python benchmarks/gpu/env.py [--device cuda|cpu]
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from stages import emit
 
 PACKAGES = (
-    "torch", "numpy", "safetensors", "pybind11", "cmake", "ninja", "setuptools", "pytest", "pytest-xdist", "pytest-timeout",
-    "pytest-benchmark", "hypothesis", "click", "rich", "scikit-learn", "scipy", "matplotlib", "opencv-python-headless",
+    "torch", "numpy", "safetensors", "pybind11", "cmake", "ninja", "setuptools", "pytest", "pytest-xdist",
+    "pytest-timeout", "pytest-benchmark", "hypothesis", "click", "rich", "scikit-learn", "scipy", "matplotlib", "opencv-python-headless",
     "pillow", "onnx", "onnxruntime", "onnxscript", "pylance", "captum", "faiss-cpu", "tensorrt", "triton",
 )  # fmt: skip
 GPU_FACTS = (
@@ -79,7 +79,7 @@ def ceilings(device: str, small: bool) -> None:
     size = (8 << 20) if small else (4 << 30)
     source = torch.empty(size // 4, dtype=torch.int32, device=device).random_()
     target = torch.empty_like(source)
-    low, median, high = timed(lambda: target.copy_(source), 0.5, wait)
+    low, median, high = timed(lambda s=source, t=target: t.copy_(s), 0.5, wait)
     emit(
         case="copy", status="ok", bytes=2 * size, seconds=[low, median, high], gb_per_s=2 * size / median / 1e9,
     )  # fmt: skip
@@ -130,7 +130,11 @@ def main() -> int:
         return 1
     ceilings(options.device, options.device == "cpu")
     if options.device == "cuda":
-        emit(case="gpu after the products", status="ok", gpu=said("nvidia-smi", f"--query-gpu={GPU_FACTS}", "--format=csv,noheader"))
+        emit(
+            case="gpu after the products",
+            status="ok",
+            gpu=said("nvidia-smi", f"--query-gpu={GPU_FACTS}", "--format=csv,noheader"),
+        )
     return 0
 
 

@@ -47,11 +47,11 @@ def kit() -> list[Stage]:
         "cuda or tensorrt" if _has("tensorrt") else "cuda and not tensorrt",
         *tests_of_gpus(),
     ]  # fmt: skip
-    native = [python, "benchmarks/gpu/native.py"]
+    build, native = [python, "benchmarks/gpu/build.py"], [python, "benchmarks/gpu/native.py"]
     return [
         Stage("env", [python, "benchmarks/gpu/env.py"], 15, [python, "benchmarks/gpu/env.py", "--device", "cpu"]),
         # No more than eight files come back: the build's few lines stand beside those of the kit itself.
-        Stage("build", [python, "benchmarks/gpu/build.py"], 90, [python, "benchmarks/gpu/build.py", "--dry-run"], file="kit"),
+        Stage("build", build, 90, [*build, "--dry-run"], file="kit"),
         Stage("native", native, 40),
         Stage(
             "smoke", [python, "benchmarks/gpu/smoke.py"], 40, [python, "benchmarks/gpu/smoke.py", "--device", "cpu"],
@@ -120,7 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         wanted = options.only.split(",")
         unknown = set(wanted) - {stage.name for stage in stages}
         if unknown:
-            parser.error(f"--only: expected {', '.join(stage.name for stage in stages)}, got {', '.join(sorted(unknown))}")
+            parser.error(
+                f"--only: expected {', '.join(stage.name for stage in stages)}, got {', '.join(sorted(unknown))}"
+            )
         stages = [stage for stage in stages if stage.name in wanted]
     os.chdir(REPOSITORY)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [PATHS, os.environ.get("PYTHONPATH")]))

@@ -1,6 +1,6 @@
-"""The native driver (tests/cuda_native) within a stage's time: every group of cases, or under compute-sanitizer's tools.
+"""The native driver (tests/cuda_native) within a stage's time: every group of cases, or compute-sanitizer's tools.
 
-    python benchmarks/gpu/native.py [--tools memcheck,racecheck,synccheck]
+python benchmarks/gpu/native.py [--tools memcheck,racecheck,synccheck]
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from build import NATIVE, architecture
 from stages import SKIPPED, emit, seconds_left
+
+from build import NATIVE, architecture
 
 # Of a tool's part, for its processes to be killed and its table to be printed.
 MARGIN_S = 3.0
@@ -34,7 +35,10 @@ def main() -> int:
     if built.returncode != 0:
         emit(case="native driver", status="failed", message=built.stderr[-1500:])
         return 1
-    program, tools = built.stdout.strip().splitlines()[-1], [tool for tool in options.tools.split(",") if tool] or [None]
+    program, tools = (
+        built.stdout.strip().splitlines()[-1],
+        [tool for tool in options.tools.split(",") if tool] or [None],
+    )
     worst = 0
     for index, tool in enumerate(tools):
         part = seconds_left(begin, 100) / (len(tools) - index)

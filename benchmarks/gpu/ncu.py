@@ -1,7 +1,7 @@
 """Five kernels under Nsight Compute, one launch each: how near to the machine's limits, and what the warps wait for.
 
-    python benchmarks/gpu/ncu.py             runs ncu on this file and writes a JSON line a kernel
-    python benchmarks/gpu/ncu.py --launch    what it profiles
+python benchmarks/gpu/ncu.py             runs ncu on this file and writes a JSON line a kernel
+python benchmarks/gpu/ncu.py --launch    what it profiles
 """
 
 from __future__ import annotations

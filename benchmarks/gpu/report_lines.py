@@ -46,7 +46,12 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         outcome = {"passed": "ok", "failed": "failed", "skipped": "skipped"}[report.outcome]
         _counts[outcome] = _counts.get(outcome, 0) + 1
         if report.outcome == "failed":
-            emit(test=report.nodeid, status="failed", seconds=round(report.duration, 3), message=report.longreprtext[-4000:])
+            emit(
+                test=report.nodeid,
+                status="failed",
+                seconds=round(report.duration, 3),
+                message=report.longreprtext[-4000:],
+            )
     if time.monotonic() - _told > EVERY_S:
         _told = time.monotonic()
         emit(test="so far", status="count", counts=_counts)

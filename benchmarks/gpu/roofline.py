@@ -143,7 +143,12 @@ class Searches:
         if probes == 1:
             targets = [("bandwidth", 0.8, "learned, 1 probe: share of bandwidth >= 0.8")]
         return Case(
-            f"xcos_topk/learned/{dtype}: {probes} x {gallery}", contenders, moved, targets, pairs=pairs, multiply_adds=units
+            f"xcos_topk/learned/{dtype}: {probes} x {gallery}",
+            contenders,
+            moved,
+            targets,
+            pairs=pairs,
+            multiply_adds=units,
         )
 
     def fixed(self, dtype: str, probes: int, gallery: int, attention: str) -> Case:
@@ -163,7 +168,9 @@ class Searches:
             moved = {"xcos_ext": size, "copy": 2 * size}
             targets = [("bandwidth", 0.8, f"{attention}, {probes} probes: share of bandwidth >= 0.8")]
         name = "fixed" if attention == "uniform" else attention
-        return Case(f"xcos_topk/{name}/{dtype}: {probes} x {gallery}", contenders, moved, targets, pairs=probes * gallery)
+        return Case(
+            f"xcos_topk/{name}/{dtype}: {probes} x {gallery}", contenders, moved, targets, pairs=probes * gallery
+        )
 
     def cases(self) -> Iterator[Making]:
         """All of them, those of the same templates together."""
@@ -266,7 +273,13 @@ def main() -> int:
     emit(machine=machine(), small=options.small, status="ok", case="machine")
     searches = Searches(device, sizes)
     # The ones that decide most come first.
-    groups = (searches.cases(), _scores(device, sizes), _heads(device, sizes), _training(device, sizes), _matches(device, sizes))
+    groups = (
+        searches.cases(),
+        _scores(device, sizes),
+        _heads(device, sizes),
+        _training(device, sizes),
+        _matches(device, sizes),
+    )
     for group in groups:
         for name, make in group:
             if options.only not in name:

@@ -203,10 +203,15 @@ def problems(device: str, dtype: torch.dtype, size: int = 1) -> Iterator[tuple[s
         return [scores.detach(), *torch.autograd.grad(scores.square().sum(), tensors)]
 
     rtol = 10 * BACKWARD_RTOL[dtype]  # sums over all pairs
-    yield "xcos_matrix backward", Problem(lambda: gradients("ours"), lambda: gradients("reference"), PAIRS_ATOL[dtype], rtol)
+    yield (
+        "xcos_matrix backward",
+        Problem(lambda: gradients("ours"), lambda: gradients("reference"), PAIRS_ATOL[dtype], rtol),
+    )
 
 
-def _each(mode: str, device: str, check: Callable[[Problem], str | None], names: tuple[str, ...] = tuple(DTYPES)) -> int:
+def _each(
+    mode: str, device: str, check: Callable[[Problem], str | None], names: tuple[str, ...] = tuple(DTYPES)
+) -> int:
     """Check all problems of some types; how many fail."""
     bad = 0
     for name in names:

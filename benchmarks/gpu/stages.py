@@ -58,7 +58,7 @@ class Stage:
 
 
 def emit(**values: Any) -> None:
-    """Append one line to the stage's result file, or print it where there is none; it is on its way to the disk then."""
+    """Append one line to the stage's result file, or print it where there is none; nothing is held back."""
     line = json.dumps(values, default=str)
     path = os.environ.get("XCOS_STAGE_OUT")
     if not path:
@@ -178,7 +178,13 @@ def run(
                     "XCOS_STAGE_SECONDS": f"{seconds:.1f}",
                 }
                 result = _run(command, seconds, environment)
-            row = {"stage": stage.name, "file": stage.results, "cap": stage.cap, "command": shlex.join(stage.command), **result}
+            row = {
+                "stage": stage.name,
+                "file": stage.results,
+                "cap": stage.cap,
+                "command": shlex.join(stage.command),
+                **result,
+            }
             rows.append(row)
             out.write(json.dumps(row) + "\n")
             out.flush()

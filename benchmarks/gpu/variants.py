@@ -64,8 +64,8 @@ def build(folder: Path, architecture: str) -> int:
     def one(name: str) -> str | None:
         macros = [f"-DXCOS_MMA_{macro}={value}" for macro, value in VARIANTS[name].items()]
         target = program(folder, name)
-        command = [nvcc, "-std=c++17", "-O3", "-lineinfo", "-cudart", "static", f"-arch=sm_{architecture}", "-Xptxas", "-v",
-                   f"-I{REPOSITORY / 'csrc'}", *macros, *map(str, SOURCES), "-o", f"{target}.new"]  # fmt: skip
+        command = [nvcc, "-std=c++17", "-O3", "-lineinfo", "-cudart", "static", f"-arch=sm_{architecture}", "-Xptxas",
+                   "-v", f"-I{REPOSITORY / 'csrc'}", *macros, *map(str, SOURCES), "-o", f"{target}.new"]  # fmt: skip
         begin = time.monotonic()
         done = subprocess.run(command, capture_output=True, text=True)
         message = None
@@ -75,7 +75,9 @@ def build(folder: Path, architecture: str) -> int:
             said = re.findall(r"(\d+) bytes spill stores|Used (\d+) registers", "".join(tensor[1:]))
             spills, registers = ([int(n) for pair in said if (n := pair[which])] for which in (0, 1))
             (folder / f"{target.name}.ptxas").write_text(json.dumps({"registers": registers, "spill_bytes": spills}))
-            print(f"{name}: registers {registers}, spilled {spills} bytes, {time.monotonic() - begin:.0f} s", flush=True)
+            print(
+                f"{name}: registers {registers}, spilled {spills} bytes, {time.monotonic() - begin:.0f} s", flush=True
+            )
         else:
             message = f"{name}: {done.stderr[-1500:]}"
             print(message, file=sys.stderr)
@@ -122,8 +124,9 @@ def run(folder: Path) -> int:
 def ncu(folder: Path) -> int:
     """The fastest at the first size, on a gallery whose replays are short."""
     probes, gallery, kind = SIZES[0]
-    rows = [row for row in read_lines(Path(os.environ.get("XCOS_STAGE_OUT", "")).parent / "variants.jsonl")
-            if row.get("status") == "ok" and (row.get("probes"), row.get("gallery"), row.get("type")) == SIZES[0]]  # fmt: skip
+    measured = read_lines(Path(os.environ.get("XCOS_STAGE_OUT", "")).parent / "variants.jsonl")
+    at_the_first = [row for row in measured if (row.get("probes"), row.get("gallery"), row.get("type")) == SIZES[0]]
+    rows = [row for row in at_the_first if row.get("status") == "ok"]
     best = min(rows, key=lambda row: row["median"])["variant"] if rows else next(iter(VARIANTS))
     command = ["ncu", "--clock-control", "none", "--kernel-name", "regex:matrix_tensor", "--launch-count", "1",
                "--csv", "--page", "details"]  # fmt: skip

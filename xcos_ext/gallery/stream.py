@@ -242,7 +242,9 @@ def _upload(
 
         excluded = _excluded(snapshot, selected, piece.first, rows)
         with torch.cuda.stream(side):
-            tensors = {column.name: sent(column.name, getattr(piece.templates, column.name)) for column in layout.columns}
+            tensors = {
+                column.name: sent(column.name, getattr(piece.templates, column.name)) for column in layout.columns
+            }
             excluded = None if excluded is None else sent("excluded", excluded)
             copied[turn % 2] = side.record_event()
         _release(piece)

@@ -46,6 +46,9 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
         name: ``"cpu"``; ``"cuda"``, torch's current GPU; ``"cuda:N"``; or ``"auto"``: ``"cuda"`` if it can be used,
             else ``"cpu"``. Where there is a GPU that cannot be used, ``"auto"`` warns and says why.
 
+    Returns:
+        A GPU with its number.
+
     Raises:
         DeviceError: another name, or a GPU that was asked for and cannot be used.
 
@@ -56,20 +59,15 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
     index = check_device_name(asked)
     import torch
 
-    if asked == "cpu":
-        return torch.device("cpu")
-    if asked == "auto":
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        why = _obstacle(None)
-        if why is None:
-            return torch.device("cuda")
-        warnings.warn(f"the GPU is not used, the CPU computes: {why}", stacklevel=2)
+    if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     why = _obstacle(index)
-    if why is not None:
+    if why is None:
+        return torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    if asked != "auto":
         raise DeviceError(f"device: expected a GPU that can be used, got {asked!r}: {why}")
-    return torch.device("cuda" if index is None else f"cuda:{index}")
+    warnings.warn(f"the GPU is not used, the CPU computes: {why}", stacklevel=2)
+    return torch.device("cpu")
 
 
 def module_device(module: Any) -> torch.device:
@@ -98,8 +96,8 @@ def _obstacle(index: int | None) -> str | None:
     count = torch.cuda.device_count()
     if index is not None and index >= count:
         return "torch sees one GPU, cuda:0" if count == 1 else f"torch sees {count} GPUs, cuda:0 to cuda:{count - 1}"
-    device = torch.device("cuda" if index is None else f"cuda:{index}")
     try:
+        device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
         torch.ones(1, device=device).add(1).item()
     except RuntimeError as error:
         return f"torch cannot compute on it ({first_line(error)})"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from xcos_ext.errors import XCosError
+from xcos_ext.errors import DeviceError, XCosError
 
 from .console import bar, note, print_json, quiet_opencv
 from .verify import check_model_path, chosen_device, is_graph, load
@@ -135,19 +135,12 @@ def _settings(request: Request) -> Settings:
 
 
 def _devices(names: Sequence[str]) -> tuple[tuple[str, ...], int]:
-    """Kinds of devices, and the number of the GPU; -1 where it does not matter."""
-    import torch
-
-    kinds: dict[str, None] = {}
-    gpus: dict[int, None] = {}
-    for name in names:
-        device = chosen_device(name)
-        kinds[device.type] = None
-        if device.type == "cuda":
-            gpus[torch.cuda.current_device() if device.index is None else device.index] = None
+    """Kinds of devices, and the number of the GPU; -1 where there is none."""
+    devices = dict.fromkeys(chosen_device(name) for name in names)
+    gpus = [device for device in devices if device.type == "cuda"]
     if len(gpus) > 1:
-        raise XCosError(f"--device: expected one GPU, got {' and '.join(f'cuda:{index}' for index in gpus)}")
-    return tuple(kinds), next(iter(gpus), -1)
+        raise DeviceError(f"--device: expected one GPU, got {' and '.join(map(str, gpus))}")
+    return tuple(device.type for device in devices), gpus[0].index if gpus else -1
 
 
 def _measured(request: Request) -> Report:

@@ -43,8 +43,11 @@ class OnGpu(torch.Tensor):
         return GPU
 
     def __getitem__(self, index: Any) -> Any:
-        # C++ would put the numbers of a list on meta, where they are lost.
+        # C++ would put the numbers of a list on meta, where they are lost; so would new_tensor.
         return super().__getitem__(torch.tensor(index) if isinstance(index, list) else index)
+
+    def new_tensor(self, data: Any) -> torch.Tensor:  # type: ignore[override]
+        return torch.tensor(data, dtype=self.dtype).to(GPU)
 
     def record_stream(self, stream: Any) -> None: ...
 
@@ -83,6 +86,8 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if onto and device is not None:
         kwargs["device"] = torch.device("cpu")
     kwargs.pop("pin_memory", None)
+    if func is _aten.mm.dtype:  # half precision in, fp32 out: GPUs alone have it
+        func, args = _aten.mm.default, tuple(x.to(args[2]) for x in args[:2])
     made = func(*args, **kwargs)
     OnGpu.operations += onto
 

@@ -282,6 +282,88 @@ def test_bench_measures_one_gpu(gpu: torch.device, inside: Path, monkeypatch: py
         _devices(("cuda", "cuda:1"))
 
 
+# --- graphs, by onnxruntime
+
+CUDA = "CUDAExecutionProvider"
+
+
+@pytest.fixture(scope="module")
+def graph(data: Path) -> Path:
+    """The shipped model as a pair graph."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    result = run("export", "onnx", "--out", data / "pair.onnx", "-q")
+    assert result.exit_code == 0, result.output
+    return data / "pair.onnx"
+
+
+def graph_score(*options: str) -> float:
+    found: float = result_of("verify", ANN, BOB, "--aligned", "--model", "pair.onnx", *options)["score"]
+    return found
+
+
+def test_providers_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    from xcos_ext.export.sessions import CPU, providers_on
+
+    monkeypatch.setattr(runtime, "get_available_providers", lambda: list(CPU))
+    assert providers_on("auto") == providers_on("cpu") == list(CPU)
+    with pytest.raises(DeviceError, match=r"device: expected cpu or auto, .* has no CUDA .*, got 'cuda'"):
+        providers_on("cuda")
+    with pytest.raises(DeviceError, match="expected cpu, cuda, cuda:N or auto"):
+        providers_on("gpu")
+    monkeypatch.setattr(runtime, "get_available_providers", lambda: [CUDA, *CPU])
+    assert providers_on("cpu") == list(CPU)
+    for name, index in (("auto", 0), ("cuda", 0), ("cuda:3", 3)):
+        assert providers_on(name) == [(CUDA, {"device_id": index, "use_tf32": 0}), *CPU]
+
+
+def test_a_graph_without_onnxruntimes_cuda(inside: Path, graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert graph_score() == graph_score("--device", "cpu")
+    result = run("explain", ANN, BOB, "--aligned", "--model", "pair.onnx", "--device", "cuda:1", "--html", "out.html")
+    assert result.exit_code == 2 and not result.stdout and not list(inside.glob("out.*"))
+    assert "xcos: --device: expected cpu or auto, for this onnxruntime has no CUDA" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("fails_aloud", [True, False])
+def test_a_graph_where_cuda_does_not_start(
+    fails_aloud: bool, inside: Path, graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime either says so or goes on by the CPU in silence."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession
+
+    def start(contents: bytes, options: Any, *, providers: list[Any], **more: Any) -> Any:
+        if fails_aloud and providers[0] != "CPUExecutionProvider":
+            raise RuntimeError("CUDA failure 100: no device")
+        return session(contents, options, providers=["CPUExecutionProvider"], **more)
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, "CPUExecutionProvider"])
+    expected = graph_score("--device", "cpu")
+    monkeypatch.setattr(onnxruntime, "InferenceSession", start)
+    why = "CUDA failure 100" if fails_aloud else "CUDAExecutionProvider does not start here"
+    arguments = ("verify", ANN, BOB, "--aligned", "--model", "pair.onnx", "--json")
+    result = run(*arguments)
+    assert strict(result.stdout)["score"] == expected
+    assert result.stderr.startswith("xcos: the GPU is not used, the CPU computes: ") and why in result.stderr
+    result = run(*arguments, "--device", "cuda")
+    assert result.exit_code == 2 and not result.stdout and len(result.stderr.splitlines()) == 1
+    assert "--device: expected a GPU that can be used, got 'cuda': " in result.stderr and why in result.stderr
+
+
+def test_a_recogniser_in_a_graph_is_plugged_on_the_cpu(inside: Path) -> None:
+    result = run("plug", "net.onnx", "--faces", "faces", "--out", "out.onnx", "--device", "cuda")
+    assert result.exit_code == 2 and not list(inside.glob("out.*"))
+    assert result.stderr == (
+        "xcos: --device: expected cpu or auto, for an ONNX graph runs on the CPU here, got 'cuda'\n"
+    )
+
+
 # --- results: the same on every device
 
 #: What is compared, in JSON.
@@ -302,7 +384,7 @@ RESULTS: dict[str, tuple[str, ...]] = {
     "search in two stages": ("search", "gallery", ANN, BOB, "--aligned", "--rerank", "10"),
     "dedupe": ("dedupe", "gallery", "--threshold", "0.5", "--out", "out.csv"),
 }  # fmt: skip
-_TIMES = {"seconds", "timings", "device", "milliseconds"}
+_TIMES = {"seconds", "seconds_a_pair", "device"}
 
 
 def plain(data: Any) -> Any:
@@ -318,6 +400,15 @@ def result_of(*arguments: str) -> Any:
     return plain(strict(found.stdout))
 
 
+CPU_RESULTS: dict[str, Any] = {}
+
+
+def on_cpu(name: str) -> Any:
+    if name not in CPU_RESULTS:
+        CPU_RESULTS[name] = result_of(*RESULTS[name], "--device", "cpu")
+    return CPU_RESULTS[name]
+
+
 def flat(data: Any, path: str = "") -> dict[str, Any]:
     if isinstance(data, dict):
         return {k: v for key, item in data.items() for k, v in flat(item, f"{path}/{key}").items()}
@@ -329,13 +420,13 @@ def flat(data: Any, path: str = "") -> dict[str, Any]:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("name", RESULTS)
 def test_auto_without_a_gpu_is_the_cpu(name: str, inside: Path, gallery: Path) -> None:
-    assert result_of(*RESULTS[name]) == result_of(*RESULTS[name], "--device", "cpu")
+    assert result_of(*RESULTS[name]) == on_cpu(name)
 
 
 @pytest.mark.parametrize("name", RESULTS)
 def test_nothing_mixes_devices(name: str, inside: Path, gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a simulated GPU, which refuses that, results are those of the CPU."""
-    expected = result_of(*RESULTS[name], "--device", "cpu")
+    expected = on_cpu(name)
     before = OnGpu.operations
     with simulated_gpu(monkeypatch):
         got = result_of(*RESULTS[name])
@@ -380,7 +471,7 @@ def test_on_a_gpu(name: str, inside: Path, gallery: Path, monkeypatch: pytest.Mo
     if name.startswith("faithfulness"):
         pytest.skip("ranks of cells turn on the last bits")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    expected = result_of(*RESULTS[name], "--device", "cpu")
+    expected = on_cpu(name)
     assert_close(result_of(*RESULTS[name], "--device", "cuda"), expected, 2e-3)
 
 

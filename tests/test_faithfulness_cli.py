@@ -211,7 +211,7 @@ def test_trouble(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     trouble("expected a file ending in .json", "--out", tmp_path / "x.txt")
     trouble("expected a file ending in .png", "--plot", tmp_path / "x.gif")
     trouble("--only-teacher: expected --teacher WEIGHTS", "--only-teacher")
-    trouble("--device: 'toaster' cannot be used", "--device", "toaster", *FEW)
+    trouble("'--device': expected cpu, cuda, cuda:N or auto, got 'toaster'", "--device", "toaster", *FEW)
     trouble("no such file or folder", "--pairs", tmp_path / "none")
     trouble("'magic'", "--protocol", "magic")
     monkeypatch.setattr("xcos_ext.cli.faithfulness.load", lambda path: small_model(None))

@@ -289,5 +289,6 @@ def test_tables_of_whatever_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "a copy moves 3.00 TB/s" in text and "float16 products of 8192² matrices 790 TFLOP/s" in text
     assert "| pytest | timeout | 60 | 1 failed, 7 ok |" in text and "| build | ok | 9 | 1 ok |" in text
     write("variants", {"case": "x", "variant": "4 warps", "status": "ok", "probes": 256, "gallery": 1_000_000,
-                       "type": "f16", "pairs_per_s": 5e9, "registers": [214, 247], "spill_bytes": [0], **timing})  # fmt: skip
+                       "type": "f16", "pairs_per_s": 5e9, "registers": [214, 247], "spill_bytes": [0],
+                       **timing})  # fmt: skip
     assert "| 256 x 1,000,000 f16 | 4 warps | 1 ms (900 us – 1.1 ms) | 5e+09 | 247, 0 |" in gpu_table.table("variants")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 __all__ = [
+    "DeviceError",
     "GalleryBusyError",
     "GalleryDamagedError",
     "GalleryError",
@@ -25,6 +26,10 @@ def first_line(error: BaseException, most: int | None = 200) -> str:
 
 class XCosError(Exception):
     """Base of every error that xcos_ext raises on purpose outside the operators (those raise RuntimeError)."""
+
+
+class DeviceError(XCosError, ValueError):
+    """A device that is none, or that cannot be used here."""
 
 
 class ModelError(XCosError, ValueError):

@@ -47,7 +47,10 @@ def processor_name() -> str:
 
 
 def _nvidia_smi(query: str) -> dict[str, str]:
-    answer = _command("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader").splitlines()
+    import torch
+
+    gpu = f"--id={torch.cuda.current_device()}"
+    answer = _command("nvidia-smi", gpu, f"--query-gpu={query}", "--format=csv,noheader").splitlines()
     return dict(zip(query.split(","), answer[0].split(", ") if answer else (), strict=False))
 
 
@@ -84,7 +87,7 @@ def machine(repository: Path = _ROOT) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         info["gpu"] = {
             "name": properties.name,
             "multiprocessors": properties.multi_processor_count,

@@ -258,12 +258,14 @@ def _graph_inputs(key: Key, subject: Subject) -> dict[str, Tensor]:
 def _onnxruntime(key: Key, subject: Subject, threads: int) -> Ready:
     from xcos_ext.export import OnnxModel
 
-    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if key.device == "cuda" else None
-    if providers is not None:
+    providers: list[Any] | None = None
+    if key.device == "cuda":
         import onnxruntime
 
-        if providers[0] not in onnxruntime.get_available_providers():
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             raise Unavailable("this onnxruntime has no CUDA provider: pip install onnxruntime-gpu")
+        cuda = ("CUDAExecutionProvider", {"device_id": torch.cuda.current_device()})
+        providers = [cuda, "CPUExecutionProvider"]
     path = _graph_file(key, subject)
     model = subject.once(
         ("session", path, key.device, threads), lambda: OnnxModel(path, threads=threads, providers=providers)

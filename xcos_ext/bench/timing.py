@@ -129,7 +129,7 @@ class ColdCache:
         import torch
 
         if device == "cuda":
-            wanted = 2 * int(torch.cuda.get_device_properties(0).L2_cache_size)
+            wanted = 2 * int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
             limit = int(torch.cuda.mem_get_info()[0]) // 4
         else:
             wanted, limit = cache_bytes() * 5 // 4, available_memory() // 4

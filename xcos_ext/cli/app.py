@@ -43,9 +43,34 @@ _face = click.option(
 )
 
 
+class _DeviceName(click.ParamType):
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from xcos_ext.devices import check_device_name
+        from xcos_ext.errors import DeviceError
+
+        try:
+            check_device_name(value)
+        except DeviceError as error:
+            self.fail(str(error).removeprefix("device: "), param, ctx)
+        return str(value)
+
+
+_DEVICES = "cpu|cuda|cuda:N|auto"
+_device = click.option(
+    "--device",
+    type=_DeviceName(),
+    default="auto",
+    show_default=True,
+    metavar=_DEVICES,
+    help="Where networks and operators run; auto: CUDA if it works.",
+)
+
+
 def _faces(command: Any) -> Any:
     """The options of a command that takes one face of each picture."""
-    for option in (_face, _aligned, _detector, _model):
+    for option in (_device, _face, _aligned, _detector, _model):
         command = option(command)
     return command
 
@@ -181,9 +206,10 @@ def info(as_json: bool) -> int:
 @xcos.command()
 @click.argument("pictures", nargs=-1, type=click.Path(), metavar="[A B]")
 @_model
+@_device
 @click.option("--out", metavar="FILE", type=click.Path(), help="The picture to draw. [default: xcos_demo.png]")
 @_json
-def demo(pictures: tuple[str, ...], model: str | None, out: str | None, as_json: bool) -> int:
+def demo(pictures: tuple[str, ...], model: str | None, device: str, out: str | None, as_json: bool) -> int:
     """Pair scoring, gradients and a gallery search on generated feature maps, timed beside plain torch.
 
     With two photographs A B and a weights file it verifies them instead.
@@ -192,7 +218,7 @@ def demo(pictures: tuple[str, ...], model: str | None, out: str | None, as_json:
         raise click.UsageError(f"expected two pictures or none, got {len(pictures)}", click.get_current_context())
     from .demo import run
 
-    return run(pictures, model, out, as_json)
+    return run(pictures, model, device, out, as_json)
 
 
 @xcos.command()
@@ -238,12 +264,13 @@ def train(**options: Any) -> int:
 )
 @click.option("--std", metavar="S[,S,S]", help="ONNX: see --mean.")
 @click.option("--scale", type=_Finite(), metavar="F", help="ONNX: see --mean; 1 for pixels 0..255.  [default: 1/255]")
+@_device
 @_json
 def plug(**options: Any) -> int:
     """Make an explainable model of a face recogniser, without training.
 
-    WEIGHTS is a recogniser's state dict, or an ONNX graph, whose model is a graph too. One picture of each person gives
-    the mean of every cell; every pair of different people gives the threshold.
+    WEIGHTS is a recogniser's state dict, or an ONNX graph, which runs on the CPU and whose model is a graph too. One
+    picture of each person gives the mean of every cell; every pair of different people gives the threshold.
     """
     from .plug import Request, run
 
@@ -362,6 +389,7 @@ def _pair_list(command: Any) -> Any:
     "--teacher", metavar="WEIGHTS", type=click.Path(), help="A recogniser: its plain cosine is measured and correlated."
 )
 @_bootstrap
+@_device
 @click.option("--plot", metavar="FILE", type=click.Path(), help="Draw the ROC curves: .png, .pdf or .svg.")
 @_json
 def verification(**options: Any) -> int:
@@ -447,7 +475,7 @@ def verification(**options: Any) -> int:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Of all draws.")
 @_bootstrap
 @click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, metavar="N", help="Pairs at once.")
-@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where the networks run.")
+@_device
 @click.option("--plot", metavar="FILE", type=click.Path(), help="Draw the curves: .png, .pdf or .svg.")
 @click.option(
     "--out", metavar="FILE", type=click.Path(), help="Write all figures as JSON, anew after every protocol: .json."
@@ -607,6 +635,7 @@ def gallery_verify(gallery: str, quiet: bool, as_json: bool) -> int:
 @xcos.command()
 @_gallery
 @_model
+@_device
 @click.option("--threshold", type=_Finite(), metavar="T", help="Pairs that score T or more; by default the model's.")
 @click.option("--out", metavar="CSV", type=click.Path(), help="Write the pairs.")
 @_quiet
@@ -646,11 +675,12 @@ def dedupe(**options: Any) -> int:
 @click.option(
     "--device",
     "devices",
-    type=click.Choice(["cpu", "cuda"]),
+    type=_DeviceName(),
     multiple=True,
-    default=("cpu",),
+    default=("auto",),
     show_default=True,
-    help="May be repeated.",
+    metavar=_DEVICES,
+    help="May be repeated; auto: CUDA if it works.",
 )
 @click.option(
     "--dtype",

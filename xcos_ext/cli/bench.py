@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from xcos_ext.errors import XCosError
+from xcos_ext.errors import DeviceError, XCosError
 
 from .console import bar, note, print_json, quiet_opencv
-from .verify import check_model_path, is_graph, load
+from .verify import check_model_path, chosen_device, is_graph, load
 
 if TYPE_CHECKING:
     from xcos_ext.bench import Comparison, Report, Settings
@@ -28,7 +29,7 @@ class Request:
     stages: tuple[str, ...] = ()
     runtimes: tuple[str, ...] = ()
     batches: tuple[int, ...] = ()
-    devices: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("auto",)
     dtypes: tuple[str, ...] = ()
     threads: int | None = None
     seconds: float | None = None
@@ -124,13 +125,22 @@ def _settings(request: Request) -> Settings:
 
     given = {
         name: value
-        for name in ("stages", "runtimes", "batches", "devices", "dtypes", "seconds", "gallery")
+        for name in ("stages", "runtimes", "batches", "dtypes", "seconds", "gallery")
         if (value := getattr(request, name)) not in (None, ())
     }
     try:
         return Settings(**given, cold=request.cold)
     except ValueError as error:
         raise XCosError(str(error)) from error
+
+
+def _devices(names: Sequence[str]) -> tuple[tuple[str, ...], int]:
+    """Kinds of devices, and the number of the GPU; -1 where there is none."""
+    devices = dict.fromkeys(chosen_device(name) for name in names)
+    gpus = [device for device in devices if device.type == "cuda"]
+    if len(gpus) > 1:
+        raise DeviceError(f"--device: expected one GPU, got {' and '.join(map(str, gpus))}")
+    return tuple(device.type for device in devices), gpus[0].index if gpus else -1
 
 
 def _measured(request: Request) -> Report:
@@ -154,8 +164,8 @@ def _measured(request: Request) -> Report:
 
     from xcos_ext.bench import Subject, default_picture, run
 
-    if "cuda" in settings.devices and not torch.cuda.is_available():
-        note("--device cuda: this torch sees no GPU")
+    devices, gpu = _devices(request.devices)
+    settings = replace(settings, devices=devices)
     before = torch.get_num_threads()
     if request.threads is not None:
         torch.set_num_threads(request.threads)
@@ -168,7 +178,7 @@ def _measured(request: Request) -> Report:
             seed=settings.seed,
         )
         silent = request.quiet or request.json_file == _STDOUT
-        with subject, bar("measuring", "cases", quiet=silent) as tick:
+        with torch.cuda.device(gpu), subject, bar("measuring", "cases", quiet=silent) as tick:
             report = run(subject, settings, progress=tick)
     finally:
         torch.set_num_threads(before)

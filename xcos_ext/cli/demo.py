@@ -12,8 +12,10 @@ import click
 from xcos_ext.errors import XCosError
 
 from .console import note, print_json
+from .verify import chosen_device
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 __all__ = ["run"]
@@ -28,13 +30,16 @@ _TOLERANCE = 2e-5
 _THRESHOLD = 0.25
 
 
-def run(pictures: Sequence[str], model: str | None, out: str | None, as_json: bool) -> int:
+def run(pictures: Sequence[str], model: str | None, device: str, out: str | None, as_json: bool) -> int:
     """Verify two pictures, or score, differentiate, search, time and draw generated feature maps."""
     if pictures:
         from .verify import Request
         from .verify import run as verify
 
-        return verify(Request(a=pictures[0], b=pictures[1], model=model, out=out or _DEFAULT_OUT, as_json=as_json))
+        request = Request(
+            a=pictures[0], b=pictures[1], model=model, device=device, out=out or _DEFAULT_OUT, as_json=as_json
+        )
+        return verify(request)
     from xcos_ext.explain import OutputError, check_figure_path
 
     try:
@@ -45,7 +50,7 @@ def run(pictures: Sequence[str], model: str | None, out: str | None, as_json: bo
             raise
         note(f"{error}; no picture is drawn (choose a place with --out)")
         target = None
-    data = measure()
+    data = measure(chosen_device(device))
     if target is not None:
         _draw(target)
         data["picture"] = target
@@ -85,19 +90,33 @@ def eager_score(a: Tensor, b: Tensor) -> Tensor:
     return (weights * similarity).sum((1, 2))
 
 
-def _timed(work: Callable[[], Any]) -> dict[str, float]:
+def _timed(work: Callable[[], Any], device: torch.device) -> dict[str, float]:
     """Milliseconds: median, least and most of several runs (fewer if they are slow) after one to warm up."""
-    work()
+    import torch
+
+    def finished() -> None:
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    finished()
     taken: list[float] = []
     while len(taken) < _RUNS and (len(taken) < _LEAST_RUNS or sum(taken) < _ENOUGH_MS):
         start = time.perf_counter()
-        work()
+        finished()
         taken.append(1e3 * (time.perf_counter() - start))
     return {"median_ms": statistics.median(taken), "min_ms": min(taken), "max_ms": max(taken), "runs": len(taken)}
 
 
-def measure() -> dict[str, Any]:
-    """Time the jobs both ways and compare the results."""
+def measure(device: torch.device) -> dict[str, Any]:
+    """Time the jobs both ways on a device and compare the results."""
+    from xcos_ext.templates import exact_convolutions
+
+    with exact_convolutions(device):  # plain torch's too: what is compared must be as exact
+        return _measured(device)
+
+
+def _measured(device: torch.device) -> dict[str, Any]:
     import torch
 
     from xcos_ext import reference
@@ -107,23 +126,23 @@ def measure() -> dict[str, Any]:
     def search(score: Callable[..., Any]) -> Tensor:
         return score(probes, gallery, "norm")
 
-    faces = generated_faces(_PAIRS, 2, seed=1)
+    faces = generated_faces(_PAIRS, 2, seed=1).to(device)
     a, b = faces[:, 0].contiguous(), faces[:, 1].contiguous()
     leaf_a, leaf_b = a.clone().requires_grad_(), b.clone().requires_grad_()
 
     def gradients(score: Callable[..., Any], *how: Any) -> tuple[Tensor, ...]:
         return torch.autograd.grad(score(leaf_a, leaf_b, *how).sum(), (leaf_a, leaf_b))
 
-    gallery = generated_faces(_GALLERY, 1, seed=2)[:, 0].contiguous()
+    gallery = generated_faces(_GALLERY, 1, seed=2)[:, 0].contiguous().to(device)
     planted = 12_345
-    own = torch.randn(_SHAPE, generator=torch.Generator().manual_seed(3))
+    own = torch.randn(_SHAPE, generator=torch.Generator().manual_seed(3)).to(device)
     probe = (gallery[planted] + 0.5 * gallery[planted].std() * own).unsqueeze(0)
     probes = probe.expand(_GALLERY, -1, -1, -1)
 
     jobs: list[dict[str, Any]] = []
 
     def job(name: str, ours: Callable[[], Any], plain: Callable[[], Any], difference: float) -> None:
-        fast, slow = _timed(ours), _timed(plain)
+        fast, slow = _timed(ours, device), _timed(plain, device)
         jobs.append(
             {
                 "job": name,
@@ -161,7 +180,8 @@ def measure() -> dict[str, Any]:
         apart([scores], [search(reference.xcos_score)]),
     )
     torch.manual_seed(4)
-    attention = XCosAttention(_SHAPE[0], symmetric=False).eval().requires_grad_(False)  # untrained: no less work
+    untrained = XCosAttention(_SHAPE[0], symmetric=False)  # no less work
+    attention = untrained.eval().requires_grad_(False).to(device)
     some, many = a[:_PROBES], gallery[:_SHARE]
     first, second = attention.templates(some, "probe"), attention.templates(many, "gallery")
 
@@ -182,6 +202,7 @@ def measure() -> dict[str, Any]:
         "dtype": "float32",
         "threads": torch.get_num_threads(),
         "instruction_set": build_info().get("isa"),
+        "device": str(device),
         "jobs": jobs,
         "search": {
             "planted": planted,
@@ -216,9 +237,10 @@ def _print(data: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    where = f"{data['threads']} threads, {data['instruction_set']}" if data["device"] == "cpu" else data["device"]
     click.echo(
-        f"{data['data']}, {' x '.join(map(str, data['shape']))}, {data['dtype']}, {data['threads']} threads, "
-        f"{data['instruction_set']}; medians of {_LEAST_RUNS} to {_RUNS} runs"
+        f"{data['data']}, {' x '.join(map(str, data['shape']))}, {data['dtype']}, {where}; "
+        f"medians of {_LEAST_RUNS} to {_RUNS} runs"
     )
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("")

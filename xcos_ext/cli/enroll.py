@@ -13,7 +13,7 @@ import click
 from xcos_ext.errors import GalleryError, XCosError
 
 from .console import TROUBLE, bar, note, print_json, quiet_opencv
-from .verify import FaceOptions, check_model_path, load
+from .verify import FaceOptions, check_model_path, chosen_device, load
 
 if TYPE_CHECKING:
     from xcos_ext.gallery.enroll import Picture
@@ -102,7 +102,8 @@ def run(request: Request) -> int:
 
     from xcos_ext.gallery import Gallery
 
-    model = load(model_path)
+    device = chosen_device(request.device)
+    model = load(model_path).to(device)
     if Gallery.exists(request.gallery):
         gallery = Gallery.open(request.gallery, model)
     else:

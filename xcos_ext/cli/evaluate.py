@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from xcos_ext.errors import XCosError
 
 from .console import note, notes_for_warnings, print_json, progress, quiet_opencv
-from .verify import check_model_path, load
+from .verify import check_model_path, chosen_device, load
 
 if TYPE_CHECKING:
     from xcos_ext.datasets import PairList
@@ -39,6 +39,7 @@ class VerificationRequest:
     attention: tuple[str, ...] = ("own",)
     teacher: str | None = None
     replicates: int = 1000
+    device: str = "auto"
     plot: str | None = None
     as_json: bool = False
 
@@ -80,9 +81,10 @@ def run_verification(request: VerificationRequest) -> int:
     from xcos_ext.evaluation import error_curves, evaluate, roc_figure
     from xcos_ext.nn import load_recogniser
 
-    model = load(model_path)
+    device = chosen_device(request.device)
+    model = load(model_path).to(device)
     with notes_for_warnings():
-        teacher = None if teacher_path is None else load_recogniser(teacher_path)
+        teacher = None if teacher_path is None else load_recogniser(teacher_path).to(device)
     if teacher is not None and teacher.preprocessing.size != model.preprocessing.size:
         raise XCosError(
             f"{display_name(teacher_path or '')}: expects crops of {teacher.preprocessing.size}, the model of "

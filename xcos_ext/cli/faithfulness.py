@@ -14,9 +14,10 @@ from xcos_ext.errors import XCosError
 
 from .console import bar, note, notes_for_warnings, print_json, quiet_opencv
 from .evaluate import opened_pairs
-from .verify import check_model_path, load
+from .verify import check_model_path, chosen_device, load
 
 if TYPE_CHECKING:
+    import torch
     from rich.table import Table
 
     from xcos_ext.datasets import PairList
@@ -57,7 +58,7 @@ class FaithfulnessRequest:
     seed: int = 0
     replicates: int = 1000
     batch: int = 32
-    device: str = "cpu"
+    device: str = "auto"
     plot: str | None = None
     out: str | None = None
     quiet: bool = False
@@ -130,6 +131,7 @@ def run_faithfulness(request: FaithfulnessRequest) -> int:
         replicates=request.replicates,
         batch_size=request.batch,
     )
+    device = chosen_device(request.device)
     started = time.perf_counter()
     results: list[Faithfulness] = []
 
@@ -159,7 +161,7 @@ def run_faithfulness(request: FaithfulnessRequest) -> int:
             yield tick
 
     crops: dict[tuple[int, int], Faces] = {}
-    for model in _models(request, model_path, teacher_path):
+    for model in _models(model_path, teacher_path, device):
         size = model.preprocessing.size
         try:
             if size not in crops:
@@ -187,18 +189,11 @@ def run_faithfulness(request: FaithfulnessRequest) -> int:
     return 0
 
 
-def _models(request: FaithfulnessRequest, model_path: str | None, teacher_path: str | None) -> Iterator[PairModel]:
+def _models(model_path: str | None, teacher_path: str | None, device: torch.device) -> Iterator[PairModel]:
     """The scores to explain, loaded when their turn comes."""
-    import torch
-
     from xcos_ext.explain.explainers import EmbeddingCosine, XCosPairs
     from xcos_ext.nn import load_recogniser
 
-    try:
-        device = torch.device(request.device)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise XCosError(f"--device: {request.device!r} cannot be used ({error})") from error
     if model_path is not None:
         yield XCosPairs(load(model_path).to(device))
     if teacher_path is not None:

@@ -13,7 +13,7 @@ import click
 from xcos_ext.errors import GalleryError
 
 from .console import TROUBLE, bar, note, print_json
-from .verify import check_model_path, load
+from .verify import check_model_path, chosen_device, load
 
 __all__ = ["compact", "dedupe", "info", "remove", "verify"]
 
@@ -118,14 +118,22 @@ def verify(path: str, quiet: bool, as_json: bool) -> int:
 
 
 def dedupe(
-    gallery: str, model: str | None, threshold: float | None, out: str | None, quiet: bool, as_json: bool
+    gallery: str,
+    model: str | None,
+    threshold: float | None,
+    out: str | None,
+    quiet: bool,
+    as_json: bool,
+    device: str = "auto",
 ) -> int:
     """Pairs of alike faces of a gallery."""
     if out is not None:
         from xcos_ext.explain.files import check_output
 
         check_output(out, (".csv",))
-    loaded = load(check_model_path(model))
+    path = check_model_path(model)
+    place = chosen_device(device)
+    loaded = load(path).to(place)
     with _open(gallery, loaded) as opened, bar("comparing", "pairs", quiet=quiet or as_json) as tick:
         result = opened.dedupe(threshold, progress=tick)
         faces = len(opened)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from xcos_ext.errors import PictureError, XCosError
+from xcos_ext.errors import DeviceError, PictureError, XCosError
 
 from .console import note, notes_for_warnings, print_json, progress
 from .plug_onnx import in_words, list_maps, preprocessing_of, split_of
-from .verify import check_model_path
+from .verify import check_model_path, chosen_device
 
 if TYPE_CHECKING:
     from xcos_ext.backbones import Recogniser
@@ -45,6 +45,7 @@ class Request:
     mean: str | None = None
     std: str | None = None
     scale: float | None = None
+    device: str = "auto"
 
     @property
     def is_onnx(self) -> bool:
@@ -68,11 +69,12 @@ def run(request: Request) -> int:
     check_output(request.out, (".onnx",) if request.is_onnx else (".safetensors", ".onnx"))
     weights = check_model_path(request.weights)
     folder, people = _people(request.faces, request.limit)
+    device = chosen_device("cpu" if request.is_onnx else request.device)
     import torch
 
     from xcos_ext.nn import plug
 
-    recogniser = _recogniser(request, weights)
+    recogniser = _recogniser(request, weights).to(device)
     size = recogniser.preprocessing.size
     with torch.no_grad():
         faces = [_aligned(folder, person, size, request.faces) for person in progress(people, len(people), "reading")]
@@ -86,7 +88,7 @@ def run(request: Request) -> int:
             _check_alike(recogniser, faces)
         pairs = len(people) * (len(people) - 1) // 2
         _calibrate(model, faces, people, request.threshold)
-        _write(model, request.out)
+        _write(model.cpu(), request.out)
     _report(request, model, len(people), pairs)
     return 0
 
@@ -99,6 +101,10 @@ def _check_options(request: Request) -> None:
                 raise click.UsageError(f"--{name} is for recognisers in ONNX files (.onnx)", context)
         if request.list_maps:
             raise click.UsageError("--list is for recognisers in ONNX files (.onnx)", context)
+    elif request.device not in ("auto", "cpu"):
+        raise DeviceError(
+            f"--device: expected cpu or auto, for an ONNX graph runs on the CPU here, got {request.device!r}"
+        )
     if not request.list_maps:
         for name in ("faces", "out"):
             if getattr(request, name) is None:
@@ -207,10 +213,7 @@ def _calibrate(model: XCosModel, faces: list[Any], people: list[str], threshold:
 
         batches = range(0, len(faces), 32)
         features = torch.cat(
-            [
-                model.features(model.preprocessing(faces[first : first + 32]))
-                for first in progress(batches, len(batches), "calibrating")
-            ]
+            [model.features_of(faces[first : first + 32]) for first in progress(batches, len(batches), "calibrating")]
         )
         model.set_calibration(calibrate(model, features, people, decision_fmr=_DECISION_FMR, fmrs=rates))
         if threshold is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import click
 
 from .console import TROUBLE, bar, note, print_json, quiet_opencv
-from .verify import FaceOptions, check_model_path, load
+from .verify import FaceOptions, check_model_path, chosen_device, load
 
 __all__ = ["Request", "run"]
 
@@ -53,7 +53,8 @@ def run(request: Request) -> int:
     detector = None if request.aligned else partial(create_detector, request.detector)
     if detector is not None:
         detector()  # a wrong name is said before torch is loaded
-    model = load(model_path)
+    device = chosen_device(request.device)
+    model = load(model_path).to(device)
     with bar("comparing", "pairs", quiet=request.quiet or request.as_json) as tick:
         summary = write_report(
             request.html,

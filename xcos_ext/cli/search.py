@@ -11,7 +11,7 @@ import click
 from xcos_ext.errors import GalleryError, PictureError
 
 from .console import bar, note, print_json, quiet_opencv
-from .verify import FaceOptions, check_model_path, load
+from .verify import FaceOptions, check_model_path, chosen_device, load
 
 __all__ = ["Request", "run"]
 
@@ -58,7 +58,8 @@ def run(request: Request) -> int:
 
     from xcos_ext.nn import for_inference
 
-    model = load(model_path)
+    device = chosen_device(request.device)
+    model = load(model_path).to(device)
     with Gallery.open(request.gallery, model) as gallery:
         threshold = gallery.layout.threshold if request.threshold is None else request.threshold
         if request.fpir is not None:

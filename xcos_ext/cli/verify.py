@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from xcos_ext.errors import ModelError, XCosError
+from xcos_ext.errors import DeviceError, ModelError, XCosError
 
 from .console import DIFFERENT, SAME, TROUBLE, note, notes_for_warnings, print_json, quiet_opencv
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from xcos_ext.calibration import FMRCurve
     from xcos_ext.explain import Explanation
@@ -27,6 +28,7 @@ __all__ = [
     "PairRequest",
     "Request",
     "check_model_path",
+    "chosen_device",
     "compare",
     "load",
     "load_either",
@@ -43,6 +45,7 @@ class FaceOptions:
     detector: str = "cascade"
     aligned: bool = False
     policy: str = "prominent"
+    device: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,23 +91,59 @@ def is_graph(path: str) -> bool:
     return path.lower().endswith(".onnx")
 
 
-def load_either(path: str) -> XCosModel | OnnxModel:
-    """Load a model in torch, or a pair graph, for which torch is not imported.
+def chosen_device(name: str) -> torch.device:
+    """The device that ``--device`` names, tried; warnings are turned into notes.
 
     Raises:
+        DeviceError: it cannot be used.
+    """
+    from xcos_ext.devices import choose_device
+
+    try:
+        with notes_for_warnings():
+            return choose_device(name)
+    except DeviceError as error:
+        raise DeviceError(f"--{error}") from error  # the argument is an option here
+
+
+def load_either(path: str, device: str) -> XCosModel | OnnxModel:
+    """Load a model in torch, or a pair graph, for which torch is not imported, where ``--device`` says.
+
+    Raises:
+        DeviceError: the device cannot be used.
         ModelError: a file that cannot be used, or a graph of another kind.
     """
     if not is_graph(path):
-        return load(path)
-    from xcos_ext.export import OnnxModel
+        place = chosen_device(device)
+        return load(path).to(place)
     from xcos_ext.faces import display_name
 
-    graph = OnnxModel(path)
+    graph = _graph(path, device)
     if graph.kind != "pair":
         raise ModelError(
             f"{display_name(path)}: expected a graph of kind 'pair' (xcos export onnx --kind pair), got {graph.kind!r}"
         )
     return graph
+
+
+def _graph(path: str, device: str) -> OnnxModel:
+    from xcos_ext.export import OnnxModel
+    from xcos_ext.export.sessions import CPU, providers_on
+
+    try:
+        providers = providers_on(device)
+    except DeviceError as error:
+        raise DeviceError(f"--{error}") from error
+    if providers == list(CPU):
+        return OnnxModel(path)
+    try:
+        return OnnxModel(path, providers=providers)
+    except ModelError as error:
+        if device != "auto":
+            raise DeviceError(f"--device: expected a GPU that can be used, got {device!r}: {error}") from error
+        graph = OnnxModel(path)  # a file that is wrong is said here
+        note(f"the GPU is not used, the CPU computes: {error}")
+        return graph
 
 
 def load(path: str) -> XCosModel:
@@ -145,7 +184,7 @@ def compare(request: PairRequest, *, needs_threshold: bool = True) -> Explanatio
     pictures = [read_picture(path, max_pixels=max_pixels) for path in (request.a, request.b)]
     detector = None if request.aligned else create_detector(request.detector)
 
-    model = load_either(model_path)
+    model = load_either(model_path, request.device)
     if needs_threshold and model.threshold is None and request.threshold is None:
         raise XCosError(
             f"{display_name(model_path)}: the model knows no decision threshold; give --threshold, or make a model "

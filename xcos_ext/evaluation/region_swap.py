@@ -102,7 +102,7 @@ def region_swap(
                 "centre": centre,
             }
             for kind, values in maps.items():
-                result[name][kind][region] = float(areas(values.flatten(1).numpy(), truth).mean())
+                result[name][kind][region] = float(areas(values.flatten(1).cpu().numpy(), truth).mean())
     return result
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from xcos_ext.devices import module_device
 from xcos_ext.export.onnx_model import OnnxModel
 
 from .decision import contribution as contribution_of
@@ -425,9 +426,8 @@ def features_of_faces(model: XCosModel, faces: Sequence[np.ndarray]) -> Any:
     """Grid features [N, C, H, W] of aligned crops, on the model's device, without gradients."""
     import torch
 
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with torch.no_grad():
-        return model.features(model.preprocessing(list(faces)).to(device))
+        return model.features(model.preprocessing(list(faces)).to(module_device(model)))
 
 
 def explain(

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from xcos_ext.devices import module_device
 from xcos_ext.errors import PictureError, XCosError
 from xcos_ext.optional import need
 
@@ -389,10 +390,9 @@ class _Report:
         cells = int(np.prod(self.cells))
         if not rows:
             return np.empty(0), np.empty((0, 2, cells), "<u2"), [], {}
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         unique = sorted({row for pair in rows for row in pair})
         index = {row: i for i, row in enumerate(unique)}
-        features = torch.from_numpy(self.spool.take(unique)).to(device)
+        features = torch.from_numpy(self.spool.take(unique)).to(module_device(self.model))
         with torch.no_grad():
             a, b = (features[[index[pair[side]] for pair in rows]] for side in (0, 1))
             result = self.model.score(a, b, return_maps=True)

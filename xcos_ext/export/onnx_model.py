@@ -13,7 +13,7 @@ from xcos_ext.optional import need
 
 from .card import INPUTS, Kind, OnnxCard
 from .onnx_files import contents_hash, metadata, read_onnx
-from .sessions import CPU, run_graph, session_of
+from .sessions import CPU, Provider, run_graph, session_of
 
 if TYPE_CHECKING:
     from xcos_ext.calibration import FMRCurve
@@ -37,7 +37,7 @@ class OnnxModel:
     Args:
         path: the graph.
         threads: that one run uses; None: as onnxruntime decides.
-        providers: onnxruntime's execution providers, best first; None: the CPU.
+        providers: onnxruntime's execution providers, best first, by name or (name, options); None: the CPU.
 
     Attributes:
         card: the file's metadata.
@@ -54,7 +54,7 @@ class OnnxModel:
         path: str | os.PathLike[str],
         *,
         threads: int | None = None,
-        providers: Sequence[str] | None = None,
+        providers: Sequence[Provider] | None = None,
     ) -> None:
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise ValueError(f"threads: expected an integer of at least 1 or None, got {threads!r}")
@@ -73,7 +73,8 @@ class OnnxModel:
         self.batch_size: int | None = None if dim.dim_param else dim.dim_value
         chosen = CPU if providers is None else list(providers)
         known = runtime.get_available_providers()
-        missing = [name for name in chosen if name not in known]
+        names = [one if isinstance(one, str) else one[0] for one in chosen]
+        missing = [name for name in names if name not in known]
         if missing:
             raise ValueError(f"providers: expected some of {', '.join(known)}, got {', '.join(missing)}")
         self._session, self._where = session_of(proto, where, threads, chosen), where

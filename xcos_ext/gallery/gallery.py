@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xcos_ext.devices import module_device
 from xcos_ext.errors import GalleryError
 from xcos_ext.nn.model import XCosModel
 from xcos_ext.ops.xcos_topk import checked_k, checked_score
@@ -552,7 +553,8 @@ class Gallery:
     def dedupe(self, threshold: float | None = None, *, progress: Progress | None = None) -> Duplicates:
         """All pairs of the gallery's faces that score at least a threshold, and the groups that they make up.
 
-        Every pair is scored; where its two orders score differently, both, and the better counts.
+        Every pair is scored; where its two orders score differently, both, and the better counts. The work is done
+        where the model is that the gallery was opened with; on the CPU if with none.
 
         Args:
             threshold: None: the model's.
@@ -569,6 +571,7 @@ class Gallery:
         if both and self._model is None:
             raise GalleryError("gallery.dedupe: model: expected the gallery to be opened with its model, got none")
         head = getattr(self._model, "head", self._model)
+        device = module_device(self._model)
         snapshot, tick = self._snapshot, progress or _nobody
         total = snapshot.rows * (snapshot.rows - 1) // (1 if both else 2)
         scored = 0
@@ -576,7 +579,7 @@ class Gallery:
         for part in iter_slices(snapshot.rows, _dedupe.PROBES):
             places = snapshot.places_of(np.arange(part.start, part.stop))
             with torch.inference_mode():
-                faces = gather(self.layout, snapshot, self._tiles, places)
+                faces = gather(self.layout, snapshot, self._tiles, places).to(device)
                 probes = _dedupe.as_probes(self.layout, faces, head)
                 begin = 0 if both else int(places[0])
 
@@ -588,7 +591,7 @@ class Gallery:
                 rows, columns, values = _dedupe.alike(
                     probes,
                     torch.from_numpy(places),
-                    stream(snapshot, self._tiles, torch.device("cpu"), begin=begin),
+                    stream(snapshot, self._tiles, device, begin=begin),
                     t,
                     both_orders=both,
                     tick=gone,

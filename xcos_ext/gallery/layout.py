@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from xcos_ext.calibration import FMRCurve
+from xcos_ext.devices import module_device
 from xcos_ext.errors import GalleryError
 from xcos_ext.nn.model import XCosModel
 from xcos_ext.templates import (
@@ -178,11 +179,11 @@ class Layout:
             sample, model = source[:0].to(dtype=dtype), None
         elif hasattr(source, "templates"):
             model = source if isinstance(source, XCosModel) else None
+            device = module_device(source)
             with torch.inference_mode():
                 if model is None:
-                    features = torch.zeros(1, source.channels, *grid)
+                    features = torch.zeros(1, source.channels, *grid, device=device)
                 else:
-                    device = next(model.parameters()).device
                     features = model.features(torch.zeros(1, 3, *model.preprocessing.size, device=device))
                 sample = source.templates(features, "gallery", dtype)
         else:

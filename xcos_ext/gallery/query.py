@@ -136,7 +136,7 @@ class Query:
                     "them with templates(features, role='probe')"
                 ) from error
         # Checks the attention before anything is read.
-        AllPairs(_WHERE, probes, snapshot.layout.on(probes.device).empty().to(probes.device), attention)
+        AllPairs(_WHERE, probes, snapshot.layout.empty().to(probes.device), attention)
         selected = None if where is None else snapshot.select(where)
         each = None
         if exclude is not None and len(exclude):

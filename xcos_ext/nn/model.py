@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from xcos_ext.backbones.recogniser import Recogniser
 from xcos_ext.calibration import Calibration, FMRCurve
+from xcos_ext.devices import module_device
 from xcos_ext.fingerprint import fingerprint_state
 from xcos_ext.ops import XCosScore
 from xcos_ext.preprocessing import ARCFACE, Preprocessing
@@ -121,7 +122,7 @@ class XCosModel(nn.Module):
         return self._features(images, "images")
 
     def features_of(self, pictures: Sequence[NDArray[np.uint8]], batch_size: int = 32) -> Tensor:
-        """Grid features of aligned pictures, some at a time.
+        """Grid features of aligned pictures, some at a time, on the model's device.
 
         Args:
             pictures: N >= 1, uint8 RGB [height, width, 3], of the size that ``preprocessing`` expects.
@@ -130,8 +131,9 @@ class XCosModel(nn.Module):
         Returns:
             F [N, C, 7, 7].
         """
-        starts = range(0, len(pictures), batch_size)
-        return torch.cat([self.features(self.preprocessing(pictures[i : i + batch_size])) for i in starts])
+        device = module_device(self)
+        parts = (pictures[i : i + batch_size] for i in range(0, len(pictures), batch_size))
+        return torch.cat([self.features(self.preprocessing(part).to(device)) for part in parts])
 
     @overload
     def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[False] = ...) -> Tensor: ...

@@ -25,8 +25,8 @@ from stages import emit
 PACKAGES = (
     "torch", "numpy", "safetensors", "pybind11", "cmake", "ninja", "setuptools", "pytest", "pytest-xdist",
     "pytest-timeout", "pytest-benchmark", "hypothesis", "click", "rich", "scikit-learn", "scipy", "matplotlib",
-    "opencv-python-headless", "pillow", "onnx", "onnxruntime", "onnxscript", "pylance", "captum", "faiss-cpu", "tensorrt",
-    "triton",
+    "opencv-python-headless", "pillow", "onnx", "onnxruntime", "onnxscript", "pylance", "captum", "faiss-cpu",
+    "tensorrt", "triton",
 )  # fmt: skip
 GPU_FACTS = (
     "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,"

@@ -61,7 +61,7 @@ class _Prepared(nn.Module):
         images = torch.zeros(1, 3, *size, dtype=self.dtype)
         images = images.to(memory_format=torch.channels_last)
         self.piece = max(1, LARGEST_ALLOCATION // max(1, largest_activation(self.body, images)))
-        if packed and can_pack():
+        if packed and can_pack(self.dtype):
             many = images.expand(min(self.piece, _USUAL_BATCH), -1, -1, -1)
             try:
                 self._packed = [pack(self.body, many.contiguous(memory_format=torch.channels_last))]

@@ -21,12 +21,18 @@ _ADDITIONS = {operator.add, operator.iadd, torch.add}
 _FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 
 
-def can_pack() -> bool:
-    """Whether this torch has oneDNN, switched on, with the operators that torch.compile uses for frozen weights."""
+def can_pack(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether this torch has oneDNN, switched on, with the operators that torch.compile uses for frozen weights.
+
+    In half precision only where the processor computes with it: oneDNN's convolutions need AVX-512 for bfloat16.
+    """
     # The operators are private to torch: looked for, never taken for granted.
     operators = ("_reorder_convolution_weight", "_convolution_pointwise")
     enabled = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)  # type: ignore[attr-defined]
-    return enabled and all(hasattr(torch.ops.mkldnn, name) for name in operators)
+    if not (enabled and all(hasattr(torch.ops.mkldnn, name) for name in operators)):
+        return False
+    narrow = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    return narrow is None or (hasattr(torch.ops.mkldnn, narrow) and bool(getattr(torch.ops.mkldnn, narrow)()))
 
 
 class _Packed(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -15,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from simulated_gpu import OnGpu, simulated_gpu
 from template_samples import KINDS, attention
 
 import xcos_ext
@@ -80,6 +82,58 @@ def same(hits: Any, wanted: Any) -> None:
     """The same scores and positions, to the bit."""
     torch.testing.assert_close(hits.scores, wanted.values, rtol=0, atol=0)
     assert torch.equal(hits.positions, wanted.indices)
+
+
+def test_all_of_a_tile_reaches_a_gpu_in_the_same_way(enrolled: Enrolled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From pinned memory, without waiting, on the copying stream, kept until the search's stream is done: also what is
+    excluded, which a search reads as it reads templates."""
+    wanted = enrolled.gallery.search(enrolled.probes, 5, where="json_get_int(metadata, 'n') < 90")
+    tiles: list[streams.Tile] = []
+    pinned: set[int] = set()
+    sent: dict[int, tuple[bool, bool, bool]] = {}  # by tensor on the GPU: pinned, not waited for, on the side stream
+    kept: set[int] = set()
+    inside: list[Any] = []
+    upload, empty, to = streams._upload, torch.empty, torch.Tensor.to
+
+    @contextlib.contextmanager
+    def on_stream(one: Any) -> Iterator[None]:
+        inside.append(one)
+        yield
+        inside.pop()
+
+    def recorded_empty(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        made = empty(*shape, **options)
+        if pin_memory:
+            pinned.add(made.untyped_storage().data_ptr())
+        return made
+
+    def recorded_to(source: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        made = to(source, *arguments, **options)
+        if isinstance(made, OnGpu) and not isinstance(source, OnGpu):
+            from_pinned = source.untyped_storage().data_ptr() in pinned
+            sent[id(made)] = from_pinned, bool(options.get("non_blocking")), bool(inside)
+        return made
+
+    def recorded_upload(*arguments: Any) -> Iterator[streams.Tile]:
+        for tile in upload(*arguments):
+            tiles.append(tile)
+            yield tile
+
+    with simulated_gpu(monkeypatch) as gpu:
+        probes = enrolled.probes.to(gpu)
+        monkeypatch.setattr(torch.cuda, "stream", on_stream)
+        monkeypatch.setattr(torch, "empty", recorded_empty)
+        monkeypatch.setattr(torch.Tensor, "to", recorded_to)
+        monkeypatch.setattr(OnGpu, "record_stream", lambda self, current: kept.add(id(self)))
+        monkeypatch.setattr(streams, "_upload", recorded_upload)
+        hits = enrolled.gallery.search(probes, 5, where="json_get_int(metadata, 'n') < 90")
+        assert hits.ids == wanted.ids
+    assert tiles and all(tile.excluded is not None for tile in tiles)
+    for tile in tiles:
+        parts = {name: getattr(tile.templates, name) for name in ("features", "norms", "projection", "bias")}
+        for name, tensor in {**parts, "excluded": tile.excluded}.items():
+            assert sent.get(id(tensor)) == (True, True, True), name
+            assert id(tensor) in kept, name
 
 
 # ------------------------------------------------------------------ exactness

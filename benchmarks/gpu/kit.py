@@ -25,7 +25,11 @@ from stages import Stage, run
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
 SECONDS = {"kit": 480.0, "tune": 200.0}
-PATHS = os.pathsep.join([str(REPOSITORY), str(HERE)])
+
+
+def paths(*first: Path) -> str:
+    """PYTHONPATH with some folders before what it has."""
+    return os.pathsep.join([*map(str, first), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _has(module: str) -> bool:
@@ -43,8 +47,8 @@ def kit() -> list[Stage]:
     """Right first, then fast; what is most worth having comes first."""
     python, workers = sys.executable, ["-n", "12"] if _has("xdist") else []
     pytest = [
-        python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "report_lines", "-m",
-        "cuda or tensorrt" if _has("tensorrt") else "cuda and not tensorrt",
+        python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "report_lines",
+        "--continue-on-collection-errors", "-m", "cuda or tensorrt" if _has("tensorrt") else "cuda and not tensorrt",
         *tests_of_gpus(),
     ]  # fmt: skip
     build, native = [python, "benchmarks/gpu/build.py"], [python, "benchmarks/gpu/native.py"]
@@ -65,7 +69,7 @@ def kit() -> list[Stage]:
         Stage(
             "pytest", [*pytest, *workers], None, [*pytest, "--collect-only"],
             # A process a core: threads of twelve processes would wait for each other.
-            {"OMP_NUM_THREADS": "1"},
+            {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths(HERE, REPOSITORY)},
         ),
     ]  # fmt: skip
 
@@ -125,14 +129,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         stages = [stage for stage in stages if stage.name in wanted]
     os.chdir(REPOSITORY)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [PATHS, os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = paths(REPOSITORY)
     os.environ.setdefault("XCOS_COMMIT", commit())
     return run(stages, folder, options.seconds or SECONDS[options.which], dry=options.dry_run, name=options.which)
 
 
 def commit() -> str:
     """Of the checkout; a copy without one is told it in XCOS_COMMIT."""
-    done = subprocess.run(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"], capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"], capture_output=True, text=True)
+    except OSError:  # no git either
+        return "unknown"
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 

@@ -191,7 +191,7 @@ def test_only_and_its_error(kit: ModuleType, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_wheel_takes_the_place_of_a_build_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import build
+    import building
 
     wheel = tmp_path / "xcos_ext-0.1.0-cp312-cp312-linux_x86_64.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -200,14 +200,14 @@ def test_a_wheel_takes_the_place_of_a_build_that_fails(tmp_path: Path, monkeypat
     checkout = tmp_path / "checkout"
     (checkout / "xcos_ext").mkdir(parents=True)
     (checkout / "setup.py").write_text("import sys; print('no compiler here'); sys.exit(1)")
-    monkeypatch.setattr(build, "REPOSITORY", checkout)
-    monkeypatch.setattr(build, "LOADS", "import pathlib; assert list(pathlib.Path('xcos_ext').glob('_C*.so'))")
+    monkeypatch.setattr(building, "REPOSITORY", checkout)
+    monkeypatch.setattr(building, "LOADS", "import pathlib; assert list(pathlib.Path('xcos_ext').glob('_C*.so'))")
     out = tmp_path / "build.jsonl"
     monkeypatch.setenv("XCOS_STAGE_OUT", str(out))
     for given, status in (([], 1), (["--wheel", str(wheel)], 0)):
         out.unlink(missing_ok=True)
-        monkeypatch.setattr(sys, "argv", ["build.py", "--only", "extension", *given])
-        assert build.main() == status
+        monkeypatch.setattr(sys, "argv", ["building.py", "--only", "extension", *given])
+        assert building.main() == status
         rows = [json.loads(line) for line in out.read_text().splitlines()]
         assert "no compiler here" in rows[0]["message"]
     assert [row["case"] for row in rows] == ["extension built here", "extension"]

@@ -51,7 +51,7 @@ def kit() -> list[Stage]:
         "--continue-on-collection-errors", "-m", "cuda or tensorrt" if _has("tensorrt") else "cuda and not tensorrt",
         *tests_of_gpus(),
     ]  # fmt: skip
-    build, native = [python, "benchmarks/gpu/build.py"], [python, "benchmarks/gpu/native.py"]
+    build, native = [python, "benchmarks/gpu/building.py"], [python, "benchmarks/gpu/native.py"]
     return [
         Stage("env", [python, "benchmarks/gpu/env.py"], 15, [python, "benchmarks/gpu/env.py", "--device", "cpu"]),
         # No more than eight files come back: the build's few lines stand beside those of the kit itself.

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from stages import SKIPPED, emit, seconds_left
 
-from build import NATIVE, architecture
+from building import NATIVE, architecture
 
 # Of a tool's part, for its processes to be killed and its table to be printed.
 MARGIN_S = 3.0

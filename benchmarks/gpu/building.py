@@ -1,6 +1,6 @@
 """Builds the package in place for the GPU that is here, and the native driver beside it.
 
-    python benchmarks/gpu/build.py [--architecture 90] [--only extension,native] [--wheel FILE.whl]
+    python benchmarks/gpu/building.py [--architecture 90] [--only extension,native] [--wheel FILE.whl]
 
 The two builds share the cores. Where the package cannot be built here, the library of a wheel that was built beforehand
 (for this Python; see prepare.sh) takes its place.

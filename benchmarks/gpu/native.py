@@ -14,9 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from stages import SKIPPED, emit, seconds_left
-
 from building import NATIVE, architecture
+from stages import SKIPPED, emit, seconds_left
 
 # Of a tool's part, for its processes to be killed and its table to be printed.
 MARGIN_S = 3.0

@@ -36,7 +36,6 @@ VARIANTS: dict[str, dict[str, int]] = {
     "as shipped": {},
     "4 warps": {"WARPS": 4},
     "6 warps": {"WARPS": 6},
-    "10 warps": {"WARPS": 10},
     "12 warps": {"WARPS": 12},
     "3 warps, 2 blocks": {"WARPS": 3, "BLOCKS": 2},
     "least 4 warps": {"LEAST_WARPS": 4},

@@ -100,3 +100,23 @@ def test_the_library_loads_without_cuda_in_torch():
     dynamic = subprocess.run(["readelf", "-d", _C.__file__], capture_output=True, text=True).stdout
     assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
     assert "libcudart" not in dynamic and "libcuda.so" not in dynamic
+
+
+@pytest.mark.parametrize("script", ["torch_versions.sh", "torch_headers.sh"])
+def test_scripts_of_versions_say_how_they_are_called(script):
+    done = subprocess.run([str(REPOSITORY / "tests" / script)], capture_output=True, text=True)
+    assert done.returncode == 2 and f"tests/{script} VERSION [FOLDER]" in done.stderr and done.stdout == ""
+
+
+def test_another_torch_to_build_against(tmp_path):
+    """XCOS_TORCH_DIR stands for the installed one, and is named where it is none."""
+    code = f"import os, runpy; os.environ['XCOS_TORCH_DIR'] = {str(tmp_path)!r}; import setuptools; "
+    code += "setuptools.setup = lambda **options: None; print(runpy.run_path('setup.py')['torch_folder']())"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode != 0 and f"looked in {tmp_path}" in done.stderr
+    header = tmp_path / "include/torch/csrc/stable/library.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.stdout.strip() == str(tmp_path)

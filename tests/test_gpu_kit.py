@@ -6,8 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import time
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -190,29 +190,29 @@ def test_only_and_its_error(kit: ModuleType, tmp_path: Path, capsys: pytest.Capt
     assert "--only: expected env, build" in capsys.readouterr().err
 
 
-def test_a_wheel_takes_the_place_of_a_build_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_takes_the_place_of_a_build_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import building
 
-    wheel = tmp_path / "xcos_ext-0.1.0-cp312-cp312-linux_x86_64.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("xcos_ext/_C.cpython-312-x86_64-linux-gnu.so", b"library")
-        archive.writestr("xcos_ext/__init__.py", b"not taken")
     checkout = tmp_path / "checkout"
     (checkout / "xcos_ext").mkdir(parents=True)
     (checkout / "setup.py").write_text("import sys; print('no compiler here'); sys.exit(1)")
     monkeypatch.setattr(building, "REPOSITORY", checkout)
     monkeypatch.setattr(building, "LOADS", "import pathlib; assert list(pathlib.Path('xcos_ext').glob('_C*.so'))")
-    out = tmp_path / "build.jsonl"
+    out = tmp_path / "kit.jsonl"
     monkeypatch.setenv("XCOS_STAGE_OUT", str(out))
-    for given, status in (([], 1), (["--wheel", str(wheel)], 0)):
-        out.unlink(missing_ok=True)
-        monkeypatch.setattr(sys, "argv", ["building.py", "--only", "extension", *given])
-        assert building.main() == status
-        rows = [json.loads(line) for line in out.read_text().splitlines()]
-        assert "no compiler here" in rows[0]["message"]
+    monkeypatch.setattr(sys, "argv", ["building.py", "--only", "extension"])
+    assert building.carried() is None and building.main() == 1
+    (row,) = map(json.loads, out.read_text().splitlines())
+    assert row["status"] == "failed" and "no compiler here" in row["message"]
+    out.unlink()
+    library = checkout / ".kit" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    library.parent.mkdir()
+    library.write_bytes(b"library")
+    assert building.main() == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["case"] for row in rows] == ["extension built here", "extension"]
-    assert rows[1]["status"] == "ok" and rows[1]["how"] == f"from {wheel.name}"
-    assert [path.name for path in (checkout / "xcos_ext").iterdir()] == ["_C.cpython-312-x86_64-linux-gnu.so"]
+    assert rows[1]["status"] == "ok" and rows[1]["how"] == "built beforehand"
+    assert (checkout / "xcos_ext" / library.name).read_bytes() == b"library"
 
 
 def test_failures_of_tests_are_written_as_they_end(stages: ModuleType, tmp_path: Path) -> None:

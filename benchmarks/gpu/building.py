@@ -1,19 +1,20 @@
 """Builds the package in place for the GPU that is here, and the native driver beside it.
 
-    python benchmarks/gpu/building.py [--architecture 90] [--only extension,native] [--wheel FILE.whl]
+    python benchmarks/gpu/building.py [--architecture 90] [--only extension,native] [--library FILE.so]
 
-The two builds share the cores. Where the package cannot be built here, the library of a wheel that was built beforehand
-(for this Python; see prepare.sh) takes its place.
+The two builds share the cores. Where the package cannot be built here, a library that was built beforehand (for this
+Python; see prepare.sh) takes its place.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import time
-import zipfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -32,15 +33,10 @@ def loads() -> str | None:
     return None if done.returncode == 0 else done.stderr.strip()[-600:] or f"exit status {done.returncode}"
 
 
-def take_from(wheel: Path) -> None:
-    """Put a wheel's library where a build in place would."""
-    with zipfile.ZipFile(wheel) as archive:
-        for name in archive.namelist():
-            if name.startswith("xcos_ext/_C") and name.endswith(".so"):
-                target = REPOSITORY / name
-                target.write_bytes(archive.read(name))
-                target.chmod(0o755)
-                print(f"{name} from {wheel}")
+def carried() -> Path | None:
+    """A library for this Python in .kit."""
+    path = REPOSITORY / ".kit" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return path if path.is_file() else None
 
 
 def architecture() -> str:
@@ -58,7 +54,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", default=None)
     parser.add_argument("--only", default="extension,native")
-    parser.add_argument("--wheel", type=Path, default=None, help="default: the one in .kit, if there is any")
+    parser.add_argument("--library", type=Path, default=carried(), help="default: the one in .kit, if there is any")
     parser.add_argument("--dry-run", action="store_true", help="configure, compile nothing")
     options = parser.parse_args()
     target, jobs = options.architecture or architecture(), str(os.cpu_count() or 1)
@@ -96,12 +92,11 @@ def main() -> int:
                 message = log.read_text(errors="replace")[-3000:]
             if name == "extension":
                 reason = loads() if code == 0 else "it did not compile"
-                wheels = [options.wheel] if options.wheel else sorted((REPOSITORY / ".kit").glob("*.whl"))
-                if reason is not None and wheels:
-                    print(f"{reason}: the wheel built beforehand")
-                    take_from(wheels[-1])
+                if reason is not None and options.library is not None:
+                    print(f"{reason}: the library built beforehand")
+                    shutil.copy(options.library, REPOSITORY / "xcos_ext")
                     emit(case="extension built here", status="failed", message=message or reason)
-                    how, reason = f"from {wheels[-1].name}", loads()
+                    how, reason = "built beforehand", loads()
                 code, message = (0, None) if reason is None else (1, message or reason)
             bad += code != 0
             emit(

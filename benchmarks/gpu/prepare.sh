@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Before the call: what can be compiled without a GPU, into the ignored folder .kit, which travels with the checkout
-# (64 MB in all): variants of the learned kernel, and a wheel for that machine's Python, should the build fail there.
+# (64 MB in all): variants of the learned kernel, and the library for that machine's Python, should the build fail there.
 #
 #   benchmarks/gpu/prepare.sh TORCH_DIR [PYTHON]
 #
@@ -21,14 +21,20 @@ mkdir -p .kit
 echo "--- variants"
 python3 benchmarks/gpu/variants.py build .kit/variants
 
-echo "--- wheel"
+echo "--- library"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "$python" -m venv "$work/venv"
 git ls-files -co --exclude-standard -z | xargs -0 cp --parents -t "$work"
-rm -f .kit/*.whl
-XCOS_TORCH_DIR=$torch XCOS_CUDA=on XCOS_CUDA_ARCHITECTURES=90-real "$work/venv/bin/python" -m pip wheel -q --no-deps -w .kit "$work"
-ls -l .kit/*.whl
+XCOS_TORCH_DIR=$torch XCOS_CUDA=on XCOS_CUDA_ARCHITECTURES=90-real "$work/venv/bin/python" -m pip wheel -q --no-deps -w "$work" "$work"
+python3 - "$work" <<'PYTHON'
+import pathlib, sys, zipfile
+
+with zipfile.ZipFile(next(pathlib.Path(sys.argv[1]).glob("*.whl"))) as wheel:
+    (name,) = [name for name in wheel.namelist() if name.startswith("xcos_ext/_C.")]
+    pathlib.Path(".kit", pathlib.Path(name).name).write_bytes(wheel.read(name))
+PYTHON
+ls -l .kit/_C.*
 
 echo "--- rehearsal"
 benchmarks/gpu_kit.sh "$work/results" --dry-run

@@ -30,6 +30,9 @@ from torch import Tensor
 import xcos_ext
 import xcos_ext.ops
 
+# Of a pair: two faces' embeddings, 32 -> 16 channels, and two convolutions behind, 32 -> 16 -> 1; 3x3 taps inside the
+# border.
+HEAD_MULTIPLY_ADDS = 19 * 19 * (2 * 32 * 16 + 32 * 16 + 16)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Making = tuple[str, Callable[[], Case]]
 
@@ -96,6 +99,12 @@ def _scores(device: str, sizes: Sizes) -> Iterator[Making]:
         yield f"xcos_score/backward/{name}", backward
 
 
+def _product(side: int, dtype: torch.dtype, device: str) -> Callable[[], Any]:
+    """A product of two square matrices: what the arithmetic units can do."""
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return lambda: a @ b
+
+
 class Searches:
     """Probes against a gallery; templates of one type at a time are kept."""
 
@@ -118,7 +127,7 @@ class Searches:
         self._kept = None
 
     def learned(self, dtype: str, probes: int, gallery: int) -> Case:
-        """The kernel that the package is for; a product of matrices shows what the arithmetic units can do."""
+        """The kernel that the package is for; with one probe the gallery's bytes are the bound."""
         p, g = self.templates(dtype, gallery)
         p = p[:probes]
         pairs = probes * gallery
@@ -129,8 +138,7 @@ class Searches:
         }
         if probes > 1:
             side = self.sizes.matrix
-            m = [torch.randn(side, side, device=self.device, dtype=DTYPES[dtype]) for _ in range(2)]
-            contenders["gemm"] = lambda: m[0] @ m[1]
+            contenders["gemm"] = _product(side, DTYPES[dtype], self.device)
             units = {"xcos_ext": pairs * MULTIPLY_ADDS, "gemm": side**3, "cosine": pairs * COSINE}
             moved = {}
         else:
@@ -156,16 +164,15 @@ class Searches:
         p, g = self.templates(dtype, gallery)
         p = p[:probes]
         rows, columns = p.features.flatten(1), g.features.flatten(1)
+        size = _bytes(g.features, g.norms if attention == "norm" else None)
         contenders: dict[str, Callable[[], Any]] = {
             "xcos_ext": lambda: xcos_ext.xcos_topk(p, g, K, attention),
             "matmul": lambda: (rows @ columns.T).topk(K),
+            "copy": _copy(size, self.device),
         }
-        moved: dict[str, int] = {}
+        moved = {"xcos_ext": size, "copy": 2 * size}
         targets = [("matmul", 0.8, f"{attention}: speed of matmul + top-k >= 0.8")]
         if probes <= 4:
-            size = _bytes(g.features)
-            contenders["copy"] = _copy(size, self.device)
-            moved = {"xcos_ext": size, "copy": 2 * size}
             targets = [("bandwidth", 0.8, f"{attention}, {probes} probes: share of bandwidth >= 0.8")]
         name = "fixed" if attention == "uniform" else attention
         return Case(
@@ -215,13 +222,15 @@ def _heads(device: str, sizes: Sizes) -> Iterator[Making]:
             contenders = {
                 "xcos_ext": lambda: head.score(a, b),
                 "eager": lambda: eager(a, b, attention(a, b)),
+                "gemm": _product(sizes.matrix, torch.float32, device),
             }
-            facts, targets = {}, []
+            targets = []
             if device == "cuda":
                 ours = contenders["xcos_ext"]
-                contenders = {"xcos_ext": _graphed(ours), "not in a graph": ours, "eager": contenders["eager"]}
+                contenders |= {"xcos_ext": _graphed(ours), "not in a graph": ours}
                 targets = [("seconds", 1e-5, "head of one pair in a CUDA graph: at most 10 us")] if count == 1 else []
-            return Case(f"xcos_head/{count}", contenders, {}, targets, pairs=count, facts=facts)
+            units = {"xcos_ext": count * HEAD_MULTIPLY_ADDS, "gemm": sizes.matrix**3}
+            return Case(f"xcos_head/{count}", contenders, {}, targets, pairs=count, multiply_adds=units)
 
         yield f"xcos_head/{count}", case
 
@@ -251,10 +260,16 @@ def _training(device: str, sizes: Sizes) -> Iterator[Making]:
                 templates = attention.templates(f, "both")
                 return xcos_ext.xcos_matrix(templates, templates)
 
-            contenders = {"xcos_ext": with_gradients(ours, features)}
+            contenders = {
+                "xcos_ext": with_gradients(ours, features),
+                "gemm": _product(sizes.matrix, torch.float32, device),
+            }
             if batch <= 64:  # its pairs take 543 MB at 64 faces, 64 times that at 512
                 contenders["eager"] = with_gradients(lambda f: eager_matrix(attention, f, f), features)
-            return Case(f"xcos_matrix/forward+backward/fp32: {batch} x {batch}", contenders, pairs=batch * batch)
+            name, pairs = f"xcos_matrix/forward+backward/fp32: {batch} x {batch}", batch * batch
+            # Forward, the same again in the backward pass, and a gradient to both factors of every product.
+            units = {"xcos_ext": 4 * pairs * MULTIPLY_ADDS, "gemm": sizes.matrix**3}
+            return Case(name, contenders, pairs=pairs, multiply_adds=units)
 
         yield f"xcos_matrix/forward+backward/fp32: {batch} x {batch}", case
 

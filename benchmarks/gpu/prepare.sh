@@ -43,5 +43,5 @@ benchmarks/gpu_tune.sh "$work/results" --dry-run
 total=$(($(git ls-files -co --exclude-standard -z | xargs -0 du -cb | tail -n 1 | cut -f1) + $(du -sb .kit | cut -f1)))
 echo
 echo "What travels: $((total / 1000000)) MB of 67. With .kit carried, run there:"
-echo "  XCOS_COMMIT=$(git rev-parse HEAD) benchmarks/gpu_kit.sh \"\$OUT\"     limit 540 s"
-echo "  XCOS_COMMIT=$(git rev-parse HEAD) benchmarks/gpu_tune.sh \"\$OUT\"    limit 240 s"
+echo "  XCOS_COMMIT=$(git rev-parse HEAD) bash benchmarks/gpu_kit.sh \"\$OUT\"     limit 540 s"
+echo "  XCOS_COMMIT=$(git rev-parse HEAD) bash benchmarks/gpu_tune.sh \"\$OUT\"    limit 240 s"

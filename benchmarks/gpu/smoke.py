@@ -300,6 +300,8 @@ def two_threads(device: str) -> int:
         jobs = [list(problems(device, DTYPES[name], size)) for size in (1, 4)]
         alone = [[problem.run() for _, problem in job] for job in jobs]
         messages: list[str] = []
+        if device == "cuda":
+            torch.cuda.synchronize()  # inputs are there, whatever stream reads them
 
         def work(which: int, jobs: list = jobs, alone: list = alone, messages: list = messages) -> None:
             try:

@@ -8,6 +8,7 @@ Tests of operators come first and those that start a compiler last, since the ru
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from stages import emit
 
 FIRST = ("test_xcos_score", "test_xcos_matrix", "test_xcos_topk", "test_xcos_head", "test_grid_", "test_all_pairs",
          "test_xcos_maps", "test_contracts", "test_templates")  # fmt: skip
-LAST = ("inductor", "compile", "aoti", "export", "tracing")
+LAST = ("inductor", "compile", "aoti", "export", "tracing", "every_runtime")
 EVERY_S = 2.0
 
 _counts: dict[str, int] = {}
@@ -29,6 +30,23 @@ def rank(test: str) -> int:
     if any(word in test.lower() for word in LAST):
         return 2
     return 0 if Path(test.partition("::")[0]).name.startswith(FIRST) else 1
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    """After an illegal access every call of this process fails: a worker of pytest-xdist ends, and gets a successor."""
+    if call.excinfo is None or "PYTEST_XDIST_WORKER" not in os.environ or "torch" not in sys.modules:
+        return
+    torch = sys.modules["torch"]
+    if not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        emit(
+            test=item.nodeid, status="failed", message=f"the GPU failed for good in this process: {call.excinfo.value}"
+        )
+        os._exit(70)
 
 
 @pytest.hookimpl(trylast=True)

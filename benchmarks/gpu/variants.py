@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cubin_gate import find_nvcc
-from ncu import SECTIONS, parse
+from ncu import SECTIONS, find_ncu, parse
 from stages import SKIPPED, emit, read_lines, seconds_left
 
 HERE = Path(__file__).resolve().parent
@@ -99,6 +99,7 @@ def run(folder: Path) -> int:
             if seconds_left(begin, 120) < 3:
                 emit(case=case, status="not run", message="no time was left")
                 continue
+            program(folder, name).chmod(0o755)  # modes may be lost on the way
             command = [str(program(folder, name)), str(probes), str(gallery), kind, "0.6"]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode == SKIPPED:
@@ -127,8 +128,8 @@ def ncu(folder: Path) -> int:
     at_the_first = [row for row in measured if (row.get("probes"), row.get("gallery"), row.get("type")) == SIZES[0]]
     rows = [row for row in at_the_first if row.get("status") == "ok"]
     best = min(rows, key=lambda row: row["median"])["variant"] if rows else next(iter(VARIANTS))
-    command = ["ncu", "--clock-control", "none", "--kernel-name", "regex:matrix_tensor", "--launch-count", "1",
-               "--csv", "--page", "details"]  # fmt: skip
+    command = [find_ncu() or "ncu", "--clock-control", "none", "--kernel-name", "regex:matrix_tensor"]
+    command += ["--launch-count", "1", "--csv", "--page", "details"]
     for section in SECTIONS:
         command += ["--section", section]
     command += [str(program(folder, best)), str(probes), str(gallery // 16), kind, "once"]

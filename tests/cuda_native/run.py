@@ -52,6 +52,9 @@ LONGEST = (
 )
 REPORTED = 9  # exit status of a program in which a fault was found
 NO_GPU = 77
+REPORT = re.compile(r"SUMMARY: [1-9]\d* (error|hazard)")
+# Not under a tool, which would have to change code in the middle of a capture.
+PLAIN_ONLY = ("capture",)
 
 
 @dataclass
@@ -108,6 +111,9 @@ class Runs:
         try:
             text = process.communicate(timeout=self._deadline - start)[0]
             result.status = {expected: "ok", NO_GPU: "skipped"}.get(process.returncode, "failed")
+            # A tool that ends the device's context may give the program's own status; its report counts.
+            if expected == REPORTED and process.returncode > 0 and REPORT.search(text):
+                result.status = "ok"
         except subprocess.TimeoutExpired:
             # The tool's children too, or they would hold the pipe and the GPU.
             with contextlib.suppress(ProcessLookupError):
@@ -192,6 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     exact = ["--exact"] * (arguments.tool is not None)  # no guards, which would hide the bounds
     options = ["--kernels", *exact] + ["--short"] * arguments.short
     groups = arguments.groups or list_groups(program)
+    if arguments.tool is not None:
+        groups = [group for group in groups if group not in PLAIN_ONLY]
     with ThreadPoolExecutor(max_workers=max(1, arguments.jobs)) as pool:
         for fault in PLANTED[arguments.tool or "plain"]:
             pool.submit(runs.run, stage, ["planted", fault, *exact], REPORTED)

@@ -119,7 +119,8 @@ def xcos_maps(
     Args:
         probes: :class:`xcos_ext.Templates` of the pairs' first faces, P of them.
         gallery: templates of the second faces, G of them; same channels, grid, dtype, device and head.
-        index_pairs: [M, 2] int64, rows (probe, gallery). The hits of a top-k with all places filled::
+        index_pairs: [M, 2] int64, rows (probe, gallery). They are looked at, which on a GPU waits for it: not for
+            CUDA graphs. The hits of a top-k with all places filled::
 
                 rows = torch.arange(len(probes), device=hits.indices.device).repeat_interleave(k)
                 torch.stack((rows, hits.indices.flatten()), 1)

@@ -95,7 +95,7 @@ def roofline(folder: Path) -> list[str]:
 
 def stages(folder: Path) -> list[str]:
     """How the kit's stages ended, and what each counted."""
-    rows = [row for row in read_lines(folder / "kit.jsonl") if "stage" in row]
+    rows = [row for row in read_lines(folder / "kit.jsonl") if "cap" in row]
     if not rows:
         return []
     lines = ["| stage | ended | seconds | cases |", "|---|---|---|---|"]

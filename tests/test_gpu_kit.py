@@ -308,8 +308,12 @@ def test_tables_of_whatever_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
         {"case": "gemm float16", "status": "ok", "side": 8192, "tflop_per_s": 790.0},
     )  # fmt: skip
     write("kit", {"case": "extension", "status": "ok"},
-          {"stage": "pytest", "file": "pytest.jsonl", "status": "timeout", "seconds": 60.0},
-          {"stage": "build", "file": "kit.jsonl", "status": "ok", "seconds": 9.0})  # fmt: skip
+          {"stage": "pytest", "file": "pytest.jsonl", "cap": None, "status": "timeout", "seconds": 60.0},
+          {"stage": "native", "file": "native.jsonl", "cap": 40, "status": "failed", "seconds": 30.0},
+          {"stage": "build", "file": "kit.jsonl", "cap": 90, "status": "ok", "seconds": 9.0})  # fmt: skip
+    # As tests/cuda_native/run.py writes them.
+    groups = (("tuned", "ok"), ("topk", "failed"))
+    write("native", *({"stage": "plain", "group": group, "status": status} for group, status in groups))
     write(
         "pytest",
         {"test": "a", "status": "failed"},
@@ -319,6 +323,7 @@ def test_tables_of_whatever_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "**NVIDIA H100**, driver 580.1, torch 2.11.0+cu130, commit `0123456789`, 2026-12-01." in text
     assert "a copy moves 3.00 TB/s" in text and "float16 products of 8192² matrices 790 TFLOP/s" in text
     assert "| pytest | timeout | 60 | 1 failed, 7 ok |" in text and "| build | ok | 9 | 1 ok |" in text
+    assert "| native | failed | 30 | 1 failed, 1 ok |" in text
     write("variants", {"case": "x", "variant": "4 warps", "status": "ok", "probes": 256, "gallery": 1_000_000,
                        "type": "f16", "pairs_per_s": 5e9, "registers": [214, 247], "spill_bytes": [0],
                        **timing})  # fmt: skip

@@ -58,7 +58,7 @@ def main() -> int:
     parser.add_argument("--architecture", default=None)
     parser.add_argument("--only", default="extension,native")
     parser.add_argument("--library", type=Path, default=carried(), help="default: the one in .kit, if there is any")
-    parser.add_argument("--dry-run", action="store_true", help="configure, compile nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands")
     options = parser.parse_args()
     target, jobs = options.architecture or architecture(), str(os.cpu_count() or 1)
     environment = {
@@ -96,7 +96,7 @@ def main() -> int:
     while running:
         for name, (log, process) in list(running.items()):
             if process.poll() is None:
-                if name != "extension" or options.library is None or seconds_left(begin, 90) > LAST_S:
+                if name != "extension" or options.library is None or seconds_left(begin, 3600) > LAST_S:
                     continue
                 os.killpg(process.pid, signal.SIGKILL)  # compilers too: none may write the library later
                 process.wait()
@@ -105,7 +105,7 @@ def main() -> int:
             if code != 0:
                 message = log.read_text(errors="replace")[-3000:]
             if name == "extension":
-                reason = loads() if code == 0 else "it did not compile here in time"
+                reason = loads() if code == 0 else "it was not built here"
                 if reason is not None and options.library is not None:
                     print(f"{reason}: the library built beforehand")
                     shutil.copy(options.library, REPOSITORY / "xcos_ext")

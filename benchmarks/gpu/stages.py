@@ -197,12 +197,12 @@ def run(
 
 
 def counted(lines: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Cases by how they ended; the last count that a stage gave itself, where it gives one."""
+    """Cases by how they ended; the last count that a stage gave itself, where it gives one. Not the kit's own lines."""
     counts: dict[str, int] = {}
     for line in lines:
         if "counts" in line:
             counts = dict(line["counts"])
-        elif "stage" not in line and line.get("status") != "count":
+        elif "cap" not in line and line.get("status") != "count":
             status = str(line.get("status", "ok"))
             counts[status] = counts.get(status, 0) + 1
     return counts

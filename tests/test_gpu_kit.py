@@ -57,6 +57,11 @@ CRASHES = python("emit(case='before', status='ok'); print('about to crash'); os.
 FINE = python("emit(case='one', status='ok'); print('fine')")
 
 
+def outside() -> dict[str, str]:
+    """The environment, for a pytest of its own: it is no worker of this one's."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+
+
 def gone(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
@@ -228,7 +233,7 @@ def test_failures_of_tests_are_written_as_they_end(stages: ModuleType, tmp_path:
     (tmp_path / "test_other.py").write_text("def test_fine(): pass\ndef test_with_inductor(): assert 1 == 2\n")
     (tmp_path / "test_xcos_score.py").write_text("def test_first(): assert 3 == 4\n")
     out = tmp_path / "pytest.jsonl"
-    environment = {**os.environ, "XCOS_STAGE_OUT": str(out), "PYTHONPATH": str(BENCHMARKS / "gpu")}
+    environment = {**outside(), "XCOS_STAGE_OUT": str(out), "PYTHONPATH": str(BENCHMARKS / "gpu")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "report_lines", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 1
@@ -252,7 +257,7 @@ def test_a_case_that_breaks_the_device_is_alone(stages: ModuleType, tmp_path: Pa
         "@pytest.mark.parametrize('n', range(6))\ndef test_behind(n):\n    assert not conftest.broken\n"
     )
     out = tmp_path / "pytest.jsonl"
-    environment = {**os.environ, "XCOS_STAGE_OUT": str(out), "PYTHONPATH": str(BENCHMARKS / "gpu")}
+    environment = {**outside(), "XCOS_STAGE_OUT": str(out), "PYTHONPATH": str(BENCHMARKS / "gpu")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "report_lines", "-n", "1", "."]
     subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
     rows = stages.read_lines(out)

@@ -136,7 +136,7 @@ def problems(device: str, dtype: torch.dtype, size: int = 1) -> Iterator[tuple[s
     if dtype != torch.float64:
         for symmetric in (False, True):
             net = attention("symmetric" if symmetric else "softmax")
-            own, wide = net.float().to(device), None
+            own = net.float().to(device)
             parameters = own.head_parameters()
             net = attention("symmetric" if symmetric else "softmax")
             net.load_state_dict({k: v.double().cpu() for k, v in own.state_dict().items()})

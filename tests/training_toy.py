@@ -50,7 +50,7 @@ class Toy:
 
     def evaluate(self, module: nn.Module) -> dict[str, float]:
         module.eval()
-        inputs = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+        inputs = torch.randn(64, 8, generator=torch.Generator().manual_seed(1)).to(next(module.parameters()).device)
         return {"error": float((module(inputs) - inputs.sum(1, keepdim=True)).square().mean())}
 
     def export(self, module: nn.Module, folder: Path) -> list[Path]:

@@ -266,13 +266,16 @@ __device__ inline void build_bands(const MmaParams<T>& p, const MmaShape<kTuned>
     const int column = lane / 4;   // of the output
     const int l = j - column + 1;  // of the weight
     const int channel = 16 * block + lane % 4 * 4;
-    T four[4];
+    float four[4];
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       const bool inside = l >= 0 && l < 3 && column < shape.width() && j < shape.width();
-      four[n] = Element<T>::store(inside ? p.matrix.weight[(channel + n) * 9 + 3 * (2 - r) + l] : 0.0f);
+      four[n] = inside ? p.matrix.weight[(channel + n) * 9 + 3 * (2 - r) + l] : 0.0f;
     }
-    memcpy(bands + e * 8, four, 8);
+    // Whole words: of a memcpy of four halves, nvcc 13.0 made stores of bytes, one of them the value itself
+    // converted to an integer.
+    *reinterpret_cast<uint2*>(bands + e * 8) =
+        make_uint2(Element<T>::pack({four[0], four[1]}), Element<T>::pack({four[2], four[3]}));
   }
 }
 

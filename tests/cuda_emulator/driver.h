@@ -165,6 +165,13 @@ inline void expect(bool condition, const char* what) {
   if (!condition) complain("%s", what);
 }
 
+// After settings.refuse_next: the launcher's answer is that of the launch.
+inline void expect_refused(int status) {
+  ++cases;
+  if (status != 0 && status == machine::refusal) return;
+  complain("the launch error is returned: got %d, the launch returned %d", status, machine::refusal);
+}
+
 template <typename T, size_t kCount>
 T pick(Random& random, const T (&values)[kCount]) {
   return values[random() % kCount];

@@ -29,6 +29,7 @@ uint64_t launches = 0;
 dim3 last_grid;
 dim3 last_block;
 uint64_t smaller_grants = 0;
+int refusal = 0;
 
 namespace {
 
@@ -241,6 +242,7 @@ cudaError_t launch(const void* address, const std::function<void()>& kernel, dim
   machine::launched.insert(address);
   if (settings.refuse_next) {
     settings.refuse_next = false;
+    machine::refusal = cudaErrorInvalidConfiguration;
     return refuse(cudaErrorInvalidConfiguration);
   }
   const bool empty =

@@ -44,6 +44,9 @@ extern dim3 last_block;
 // How often a kernel was granted less shared memory than it had been granted before.
 extern uint64_t smaller_grants;
 
+// What the launch that was refused last returned.
+extern int refusal;
+
 // Kernels that were launched, by name (or what stands for it in the emulator).
 std::vector<std::string> kernels();
 

@@ -34,6 +34,7 @@ uint64_t launches = 0;
 dim3 last_grid;
 dim3 last_block;
 uint64_t smaller_grants = 0;
+int refusal = 0;
 
 namespace {
 
@@ -96,17 +97,22 @@ cudaError_t __wrap_cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, v
     const std::lock_guard<std::mutex> lock(machine::mutex);
     machine::launched.insert(kernel);
   }
+  bool refuse = false;
   if (!machine::passive) {
     driver::Mirror::upload_all();
     ++machine::launches;
     machine::last_grid = grid;
     machine::last_block = block;
-    // Without blocks CUDA itself refuses it.
-    if (machine::settings.refuse_next) grid.x = 0;
+    // CUDA itself refuses more threads than any block may have.
+    refuse = machine::settings.refuse_next;
+    if (refuse) block.x = 4096;
     machine::settings.refuse_next = false;
   }
-  if (machine::dry) return grid.x == 0 ? cudaErrorInvalidConfiguration : cudaSuccess;
-  return __real_cudaLaunchKernel(kernel, grid, block, arguments, shared, stream);
+  const cudaError_t error = machine::dry
+                                ? refuse ? cudaErrorInvalidConfiguration : cudaSuccess
+                                : __real_cudaLaunchKernel(kernel, grid, block, arguments, shared, stream);
+  if (refuse) machine::refusal = error;
+  return error;
 }
 
 cudaError_t __wrap_cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {

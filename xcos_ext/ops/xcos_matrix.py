@@ -182,8 +182,9 @@ class AllPairs:
             return _fixed(rows, features, *(norms or (None, None)))
         if norms is not None:
             features = (features * norms[1].unsqueeze(2)).to(features.dtype)
-        scores = _product(rows.flatten(1).to(features.dtype), features.flatten(1).T, self.dtype)
-        return scores if norms is None else _divided(scores, *norms)
+        with torch.autocast(rows.device.type, enabled=False):
+            scores = _product(rows.flatten(1).to(features.dtype), features.flatten(1).T, self.dtype)
+            return scores if norms is None else _divided(scores, *norms)
 
     def _learned(self, chosen: slice, gallery: slice) -> Tensor:
         parameters = self.how.parameters

@@ -79,6 +79,12 @@ def test_reading_ptxas() -> None:
     ]
 
 
+def test_reading_ptx() -> None:
+    """As nvcc writes a memcpy of halves to shared memory, which ptxas 13.0 gets wrong."""
+    ptx = f".visible .entry {DOUBLE}(\n\tst.shared.u8 \t[%r297+1], %rs9;\n\tst.global.u8 [%rd1], %rs9;\n"
+    assert [r.byte_stores for r in cubin_gate.parse(90, PTXAS, ptx)] == [0, 1]
+
+
 def test_names_and_limits_of_all_pairs() -> None:
     assert cubin_gate.kernel_name(TUNED) == "matrix_tensor<bf16, tuned>"
     assert cubin_gate.kernel_name(TUNED.replace("Lb1E", "Lb0E")) == "matrix_tensor<bf16>"
@@ -93,6 +99,7 @@ def test_the_gate_closes() -> None:
     assert cubin_gate.violations([good]) == []
     assert len(cubin_gate.violations([bad])) == 4  # spill, stack, static shared memory, registers
     assert "129 registers, at most 128" in cubin_gate.violations([replace(good, registers=129)])[0]
+    assert "stores of bytes" in cubin_gate.violations([replace(good, byte_stores=8)])[0]
     assert "no known family" in cubin_gate.violations([replace(good, name="other")])[0]
     crowd = [replace(good, name=f"general_{i}") for i in range(cubin_gate.MOST_KERNELS + 1)]
     assert "kernels, at most" in cubin_gate.violations(crowd)[0]

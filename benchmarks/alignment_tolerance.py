@@ -30,13 +30,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from xcos_ext.datasets import LFW
 from xcos_ext.evaluation import best_threshold
 from xcos_ext.evaluation.bootstrap import Resampling
-from xcos_ext.explain.files import write_atomically
+from xcos_ext.evaluation.datasets import LFW
 from xcos_ext.faces.alignment import warp
 from xcos_ext.faces.landmarks import LandmarkReader
-from xcos_ext.nn import XCosModel, load_model, load_recogniser, plug
+from xcos_ext.io.atomic import write_atomically
+from xcos_ext.model import XCosModel, load_model, load_recogniser, plug
 from xcos_ext.ops import grid_cosine, grid_match, xcos_score
 
 Floats = NDArray[np.float64]

@@ -21,7 +21,7 @@ from xcos_ext.bench.cases import plan
 from xcos_ext.bench.runtimes import make_ready
 from xcos_ext.cli.bench import Request, run
 from xcos_ext.cli.console import TROUBLE, note
-from xcos_ext.errors import XCosError
+from xcos_ext.io.errors import XCosError
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "bench"

@@ -11,7 +11,7 @@ from peers import eager
 from torch import Tensor, nn
 
 import xcos_ext
-from xcos_ext.nn import XCosAttention, XCosHead
+from xcos_ext.model import XCosAttention, XCosHead
 
 BATCH = 256
 

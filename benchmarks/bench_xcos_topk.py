@@ -18,7 +18,7 @@ from peers import eager_matrix, with_gradients
 from torch import Tensor
 
 import xcos_ext
-from xcos_ext.nn import XCosAttention
+from xcos_ext.model import XCosAttention
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHAPE = (32, 7, 7)

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xcos_ext.nn import XCosModel, for_inference, load_model
-from xcos_ext.nn.inference import has_fast_bfloat16
+from xcos_ext.deploy import for_inference
+from xcos_ext.deploy.inference import has_fast_bfloat16
+from xcos_ext.model import XCosModel, load_model
 
 
 class Features(nn.Module):

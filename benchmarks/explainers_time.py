@@ -24,11 +24,11 @@ import torch
 from harness import duration, machine, spread
 from torch import Tensor
 
-from xcos_ext.datasets import LFW
-from xcos_ext.errors import XCosError
+from xcos_ext.evaluation.datasets import LFW
 from xcos_ext.explain.explainers import EmbeddingCosine, Explainer, PairModel, XCosPairs, available, create
-from xcos_ext.explain.files import write_atomically
-from xcos_ext.nn import load_model, load_recogniser
+from xcos_ext.io.atomic import write_atomically
+from xcos_ext.io.errors import XCosError
+from xcos_ext.model import load_model, load_recogniser
 
 #: The threshold where a model has none: time does not depend on it.
 _THRESHOLD = 0.3

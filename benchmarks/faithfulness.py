@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from harness import machine
 
-from xcos_ext.datasets import open_pairs
+from xcos_ext.deploy import for_inference
+from xcos_ext.evaluation.datasets import open_pairs
 from xcos_ext.evaluation.faithfulness import Faces, Settings, faithfulness
 from xcos_ext.explain.explainers import EmbeddingCosine, PairModel, XCosPairs
-from xcos_ext.explain.files import write_atomically
-from xcos_ext.nn import for_inference, load_model, load_recogniser
+from xcos_ext.io.atomic import write_atomically
+from xcos_ext.model import load_model, load_recogniser
 
 OWN = ("xcos-similarity", "xcos", "xcos-attention")  # the first is what the others are held against
 FAST = ("gradcam", "xssab")

@@ -36,9 +36,9 @@ import torch
 from harness import RESULTS, machine, spread
 
 import xcos_ext
-from xcos_ext.explain.files import write_atomically
 from xcos_ext.gallery import Gallery
-from xcos_ext.templates import Templates
+from xcos_ext.io.atomic import write_atomically
+from xcos_ext.ops.templates import Templates
 
 OUT = RESULTS / "gallery" / "faults.json"
 POOL = 1500  # different faces

@@ -31,10 +31,10 @@ from harness import RESULTS, machine, spread
 from torch import Tensor
 
 import xcos_ext
-from xcos_ext.explain.files import write_atomically
 from xcos_ext.gallery import FaissIndex, Gallery
 from xcos_ext.gallery.search import exact_topk
-from xcos_ext.templates import Templates
+from xcos_ext.io.atomic import write_atomically
+from xcos_ext.ops.templates import Templates
 
 OUT = RESULTS / "gallery"
 FACES_PER_PERSON = 10

@@ -30,12 +30,12 @@ from inference_table import case_table
 from torch import Tensor, nn
 
 from xcos_ext import backbones
-from xcos_ext.datasets.pictures import decode
-from xcos_ext.explain.files import write_atomically
-from xcos_ext.nn import XCosHead, XCosModel, load_model
-from xcos_ext.nn.trials import Spread, choose, speedups, time_in_turns
-from xcos_ext.nn.ways import DEFAULT_WAYS, DTYPE_NAMES, Way, build
-from xcos_ext.shipped import SHIPPED
+from xcos_ext.deploy.trials import Spread, choose, speedups, time_in_turns
+from xcos_ext.deploy.ways import DEFAULT_WAYS, DTYPE_NAMES, Way, build
+from xcos_ext.faces.folders import decode
+from xcos_ext.io.atomic import write_atomically
+from xcos_ext.io.shipped import SHIPPED
+from xcos_ext.model import XCosHead, XCosModel, load_model
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 PEER = "onnxruntime fp32"
@@ -72,7 +72,7 @@ def pairs(model: XCosModel, batch: int, faces: Path | None, device: torch.device
 
 def onnx_session(model: XCosModel, example: Pair, threads: int, folder: Path) -> Callable[[], Tensor]:
     """The whole pair as a graph in onnxruntime."""
-    from xcos_ext.export import OnnxModel, export_onnx
+    from xcos_ext.deploy import OnnxModel, export_onnx
 
     export_onnx(model, folder / "pair.onnx", kind="pair")
     session = OnnxModel(folder / "pair.onnx", threads=threads)

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from harness import machine
 
-from xcos_ext.datasets import LFW
-from xcos_ext.explain.files import write_atomically
-from xcos_ext.export import OnnxModel, export_onnx
-from xcos_ext.nn import XCosModel, load_model
+from xcos_ext.deploy import OnnxModel, export_onnx
+from xcos_ext.evaluation.datasets import LFW
+from xcos_ext.io.atomic import write_atomically
+from xcos_ext.model import XCosModel, load_model
 
 BATCHES = (1, 2, 17)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}

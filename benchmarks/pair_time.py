@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from xcos_ext.backbones import Recogniser
-from xcos_ext.explain.files import write_atomically
-from xcos_ext.nn import XCosModel, load_model, load_recogniser
+from xcos_ext.io.atomic import write_atomically
+from xcos_ext.model import XCosModel, load_model, load_recogniser
 
 Step = Callable[[], Any]
 

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from harness import machine
 
-from xcos_ext.datasets import LFW
 from xcos_ext.evaluation import evaluate
+from xcos_ext.evaluation.datasets import LFW
 from xcos_ext.evaluation.faithfulness import REGIONS, region_mask
 from xcos_ext.evaluation.faithfulness.statistics import areas
-from xcos_ext.explain.files import write_atomically
-from xcos_ext.nn import XCosModel, load_model
-from xcos_ext.shipped import SHIPPED
+from xcos_ext.io.atomic import write_atomically
+from xcos_ext.io.shipped import SHIPPED
+from xcos_ext.model import XCosModel, load_model
 
 
 @torch.no_grad()

@@ -22,8 +22,8 @@ import bench_xcos_topk
 
 from xcos_ext.bench import Subject, default_picture
 from xcos_ext.bench.runtimes import Unavailable
-from xcos_ext.errors import XCosError
-from xcos_ext.nn import load_model
+from xcos_ext.io.errors import XCosError
+from xcos_ext.model import load_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

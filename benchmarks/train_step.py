@@ -26,7 +26,7 @@ from torch import Tensor
 
 from xcos_ext import reference
 from xcos_ext.backbones import create
-from xcos_ext.nn import XCosAttention, XCosHead
+from xcos_ext.model import XCosAttention, XCosHead
 from xcos_ext.training import BatchIndex, head_task
 from xcos_ext.training.cache import Maps
 from xcos_ext.training.data import Pictures

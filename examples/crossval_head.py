@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
-from xcos_ext.datasets import LFW, PairList, read_pairs
-from xcos_ext.errors import XCosError
 from xcos_ext.evaluation import cross_validated
-from xcos_ext.explain.files import write_atomically
-from xcos_ext.nn import XCosModel, load_model
+from xcos_ext.evaluation.datasets import LFW, PairList, read_pairs
+from xcos_ext.io.atomic import write_atomically
+from xcos_ext.io.errors import XCosError
+from xcos_ext.model import XCosModel, load_model
 from xcos_ext.training import train
 from xcos_ext.training.experiment import load_experiment
 from xcos_ext.training.head_config import HeadExperiment

@@ -41,8 +41,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xcos_ext.backbones import Recogniser
-from xcos_ext.datasets import PersonFolder, read_pairs
-from xcos_ext.errors import XCosError
 from xcos_ext.evaluation import (
     Candidates,
     Estimate,
@@ -51,9 +49,12 @@ from xcos_ext.evaluation import (
     identification,
     ranked_persons,
 )
-from xcos_ext.explain.files import write_atomically
+from xcos_ext.evaluation.datasets import read_pairs
+from xcos_ext.faces import PersonFolder
 from xcos_ext.gallery import Gallery
-from xcos_ext.nn import XCosModel, load_model, load_recogniser
+from xcos_ext.io.atomic import write_atomically
+from xcos_ext.io.errors import XCosError
+from xcos_ext.model import XCosModel, load_model, load_recogniser
 from xcos_ext.training import train
 from xcos_ext.training.cache import normalised
 from xcos_ext.training.data import Pictures, people_of_folds, people_of_share

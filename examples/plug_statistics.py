@@ -5,7 +5,7 @@
 Pictures are aligned 112x112 crops, ``<person>/<picture>``, in a folder or zip archive; one of each person is
 used. Keep people out on whom figures will be reported: ``--pairs`` leaves out everyone named in a pairs file
 in LFW's format, ``--exclude`` everyone listed in a text file, one name per line. Thresholds are taken from
-all impostor pairs among the people used. Give the result to ``xcos_ext.nn.plug(..., statistics=...)`` or
+all impostor pairs among the people used. Give the result to ``xcos_ext.model.plug(..., statistics=...)`` or
 ``xcos_ext.load_model(..., statistics=...)``.
 """
 
@@ -18,10 +18,11 @@ from pathlib import Path
 
 import torch
 
-from xcos_ext.datasets import PersonFolder, read_pairs
 from xcos_ext.evaluation import calibrate
+from xcos_ext.evaluation.datasets import read_pairs
 from xcos_ext.evaluation.lfw import iterate_pictures
-from xcos_ext.nn import DEFAULT_SPREAD, Form, load_recogniser, plug, plug_statistics
+from xcos_ext.faces import PersonFolder
+from xcos_ext.model import DEFAULT_SPREAD, Form, load_recogniser, plug, plug_statistics
 
 
 def main() -> int:

@@ -19,11 +19,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from xcos_ext import ShardedGallery, XCosModel, load_model
-from xcos_ext.errors import XCosError
 from xcos_ext.faces import create_detector
+from xcos_ext.gallery import ShardedGallery
 from xcos_ext.gallery.enroll import find_pictures, read_faces
-from xcos_ext.shipped import default_weights
+from xcos_ext.io.errors import XCosError
+from xcos_ext.io.shipped import default_weights
+from xcos_ext.model import XCosModel, load_model
 from xcos_ext.training.distributed import processes
 
 

@@ -3,7 +3,7 @@
     python examples/train_all_pairs.py faces.zip --model net.pt --loss infonce --out head.safetensors
 
 Faces are aligned crops ``<person>/<picture>`` in a folder or zip archive, the network is whatever
-``xcos_ext.nn.load_recogniser`` reads. The network is run once per face; from then on only the head is computed: its
+``xcos_ext.model.load_recogniser`` reads. The network is run once per face; from then on only the head is computed: its
 1x1 block and its attention, whose weights differ from pair to pair. A batch of B faces has B * B of them, and
 ``xcos_matrix`` scores them all without keeping any: its backward pass computes the pairs again. Figures are in
 docs/training_all_pairs.md.
@@ -32,12 +32,13 @@ import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import Tensor
 
-from xcos_ext import reference, xcos_matrix
+from xcos_ext import reference
 from xcos_ext.backbones import Recogniser
-from xcos_ext.datasets import PersonFolder
 from xcos_ext.evaluation import VerificationReport, fmr_threshold, verification
 from xcos_ext.evaluation.lfw import iterate_pictures
-from xcos_ext.nn import XCosAttention, XCosHead, XCosModel, load_recogniser, save_model
+from xcos_ext.faces import PersonFolder
+from xcos_ext.model import XCosAttention, XCosHead, XCosModel, load_recogniser, save_model
+from xcos_ext.ops import xcos_matrix
 from xcos_ext.training.data import IdentityBatches
 from xcos_ext.training.losses import all_pairs, kinds, make_loss, teacher_loss
 from xcos_ext.training.norms import fix_statistics

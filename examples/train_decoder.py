@@ -33,11 +33,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from xcos_ext.errors import XCosError
 from xcos_ext.explain.explainers import EmbeddingCosine
-from xcos_ext.explain.files import write_atomically
 from xcos_ext.explain.reconstruction import FeatureDecoder, fingerprint_of, load_decoder
-from xcos_ext.nn import load_recogniser
+from xcos_ext.io.atomic import write_atomically
+from xcos_ext.io.errors import XCosError
+from xcos_ext.model import load_recogniser
 from xcos_ext.training import train
 from xcos_ext.training.decode import DecodeTask, Experiment, Judge, measure
 from xcos_ext.training.experiment import create_task, load_experiment

@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from xcos_ext.datasets import LFW, read_pairs
-from xcos_ext.errors import XCosError
 from xcos_ext.evaluation import cross_validated, error_curves, roc_figure
+from xcos_ext.evaluation.datasets import LFW, read_pairs
 from xcos_ext.explain import save_figure
-from xcos_ext.explain.files import write_atomically
-from xcos_ext.nn import load_model, load_recogniser, save_model
+from xcos_ext.io.atomic import write_atomically
+from xcos_ext.io.errors import XCosError
+from xcos_ext.model import load_model, load_recogniser, save_model
 from xcos_ext.training import train
 from xcos_ext.training.distill import Experiment
 from xcos_ext.training.experiment import create_task, load_experiment

@@ -33,8 +33,7 @@ import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from xcos_ext.datasets import PersonFolder
-from xcos_ext.faces import ARCFACE_TEMPLATE, CascadeDetector, YuNetDetector, apply_transform, choose_face
+from xcos_ext.faces import ARCFACE_TEMPLATE, CascadeDetector, PersonFolder, YuNetDetector, apply_transform, choose_face
 from xcos_ext.faces.alignment import compose, similarity_transform, warp
 from xcos_ext.faces.cascade import SEARCHES, CascadeBoxes
 from xcos_ext.faces.landmark_network import LandmarkNetwork

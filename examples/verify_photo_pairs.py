@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from xcos_ext.errors import PictureError
-from xcos_ext.faces import create_detector, extract_face, need, warp
-from xcos_ext.nn import XCosModel, load_model
+from xcos_ext.faces import create_detector, extract_face, warp
+from xcos_ext.io.errors import PictureError
+from xcos_ext.io.optional import need
+from xcos_ext.model import XCosModel, load_model
 
 
 def read_pairs(archive: zipfile.ZipFile) -> tuple[str, list[tuple[str, str, bool]]]:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xcos_ext.nn import FMRCurve, XCosAttention, XCosHead, XCosModel
+from xcos_ext.card import FMRCurve
+from xcos_ext.model import XCosAttention, XCosHead, XCosModel
 
 CURVE = FMRCurve(
     scores=(-0.5, 0.0, 0.5, 0.9),

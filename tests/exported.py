@@ -1,11 +1,11 @@
-"""Models and graphs for the tests of xcos_ext.export."""
+"""Models and graphs for the tests of xcos_ext.deploy."""
 
 from __future__ import annotations
 
 import torch
 
 from xcos_ext.backbones import CompactNet, SplitRecogniser
-from xcos_ext.nn import CellProjection, ClosedFormHead, XCosAttention, XCosHead, XCosModel
+from xcos_ext.model import CellProjection, ClosedFormHead, XCosAttention, XCosHead, XCosModel
 
 HEADS = ("published", "symmetric", "residual", "min-shift", "cells", "norm", "uniform", "closed form")
 

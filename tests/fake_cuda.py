@@ -60,7 +60,7 @@ class _Named:
 
 
 class FakeCuda:
-    """What :class:`xcos_ext.nn.cuda_graphs.CudaGraphs` needs of ``torch.cuda``.
+    """What :class:`xcos_ext.deploy.cuda_graphs.CudaGraphs` needs of ``torch.cuda``.
 
     Attributes:
         log: what happened, in order.

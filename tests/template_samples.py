@@ -11,9 +11,9 @@ import torch
 from test_nn_attention import randomised
 from torch import Tensor
 
-from xcos_ext.datasets.pictures import PersonFolder
-from xcos_ext.nn import XCosAttention, XCosHead, load_recogniser
-from xcos_ext.templates import AttentionParameters, Templates, result_dtype
+from xcos_ext.faces.folders import PersonFolder
+from xcos_ext.model import XCosAttention, XCosHead, load_recogniser
+from xcos_ext.ops.templates import AttentionParameters, Templates, result_dtype
 
 # Options of XCosAttention that change what the kernels compute.
 KINDS: dict[str, dict[str, Any]] = {

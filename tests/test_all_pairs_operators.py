@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import xcos_ext
-from xcos_ext.templates import Templates, result_dtype
+from xcos_ext.ops.templates import Templates, result_dtype
 
 OPS = torch.ops.xcos_ext
 GRADS = ("test_schema", "test_faketensor")  # the backward is not differentiable itself

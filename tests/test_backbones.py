@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from xcos_ext import backbones
-from xcos_ext.datasets import PersonFolder
-from xcos_ext.nn import load_recogniser
+from xcos_ext.faces import PersonFolder
+from xcos_ext.model import load_recogniser
 
 BODY_UNITS = {50: 24, 100: 49, 152: 50}
 RECOGNISERS = tuple(name for name in backbones.available() if name not in ("compact", "local"))  # with an output block

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xcos_ext import backbones
-from xcos_ext.errors import ModelError
-from xcos_ext.nn import ClosedFormHead, fingerprint_weights, load_model, load_recogniser, plug, save_model
+from xcos_ext.io.errors import ModelError
+from xcos_ext.io.fingerprint import fingerprint_weights
+from xcos_ext.model import ClosedFormHead, load_model, load_recogniser, plug, save_model
 
 State = dict[str, Tensor]
 
@@ -176,7 +177,7 @@ def test_the_closed_form_sums_to_the_embedding_and_is_kept(tmp_path: Path, small
 
 
 def test_a_body_alone_is_kept_too(tmp_path: Path) -> None:
-    from xcos_ext.nn import XCosHead, XCosModel
+    from xcos_ext.model import XCosHead, XCosModel
 
     model = XCosModel(backbones.create("iresnet18", output=False), XCosHead()).eval()
     save_model(model, tmp_path / "model.safetensors")

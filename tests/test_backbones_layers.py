@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from xcos_ext import backbones
 from xcos_ext.backbones import from_layer
-from xcos_ext.errors import ModelError
-from xcos_ext.nn import XCosHead, XCosModel, cell_matrices, fingerprint_weights, for_inference, plug
+from xcos_ext.deploy import for_inference
+from xcos_ext.io.errors import ModelError
+from xcos_ext.io.fingerprint import fingerprint_weights
+from xcos_ext.model import XCosHead, XCosModel, cell_matrices, plug
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -204,7 +206,7 @@ def test_plugged_model_embeds_trains_folds_and_makes_templates(name: str) -> Non
 
 def test_export_of_the_followed_form(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
-    from xcos_ext.export import OnnxModel, export_onnx
+    from xcos_ext.deploy import OnnxModel, export_onnx
 
     model = plug(from_layer(settled(Timmlike()), "stages"), [torch.randn(6, 3, 112, 112)])
     export_onnx(model, tmp_path / "pair.onnx")

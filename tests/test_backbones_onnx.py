@@ -14,9 +14,12 @@ import torch
 from torch import nn
 
 from xcos_ext import backbones
-from xcos_ext.backbones import ARCFACE, OnnxRecogniser, Preprocessing, feature_maps
-from xcos_ext.errors import ModelError
-from xcos_ext.nn import XCosHead, XCosModel, cell_matrices, fingerprint_weights, for_inference, plug, save_model
+from xcos_ext.backbones import OnnxRecogniser, feature_maps
+from xcos_ext.card import ARCFACE, Preprocessing
+from xcos_ext.deploy import for_inference
+from xcos_ext.io.errors import ModelError
+from xcos_ext.io.fingerprint import fingerprint_weights
+from xcos_ext.model import XCosHead, XCosModel, cell_matrices, plug, save_model
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
@@ -539,7 +542,7 @@ def test_other_types_of_images(recogniser: OnnxRecogniser) -> None:
 
 def test_a_plugged_model_scores_folds_and_exports(recogniser: OnnxRecogniser, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
-    from xcos_ext.export import OnnxModel, export_onnx
+    from xcos_ext.deploy import OnnxModel, export_onnx
 
     faces = torch.from_numpy(images(8))
     model = plug(recogniser, [faces], threshold=0.3)
@@ -661,8 +664,8 @@ def test_threads(threads: Any, tmp_path: Path) -> None:
 @pytest.mark.real_data
 def test_the_real_network_scores_as_its_weights_do(shared_data: Path) -> None:
     """MobileFaceNet as ONNX, batch norms folded by its exporter, against its state dict: plugged on the same faces."""
-    from xcos_ext.datasets import PersonFolder
-    from xcos_ext.nn import load_recogniser
+    from xcos_ext.faces import PersonFolder
+    from xcos_ext.model import load_recogniser
 
     folder = PersonFolder(shared_data / "lfw112.zip")
     people = folder.people[:: len(folder.people) // 40][:40]

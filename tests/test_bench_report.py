@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from xcos_ext.bench import FormatError, Key, Report, Result, Skipped, compare, read_report
-from xcos_ext.errors import XCosError
+from xcos_ext.io.errors import XCosError
 
 MACHINE = {
     "processor": "A Processor",

@@ -216,11 +216,11 @@ def test_onnxruntime_in_bfloat16_is_listed_with_its_reason(subject):
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt", "compiled"])
 def test_a_missing_module_is_listed_with_its_reason(runtime, subject, monkeypatch):
-    for name in ("onnx", "onnxruntime", "xcos_ext.nn.compiled"):
+    for name in ("onnx", "onnxruntime", "xcos_ext.deploy.compiled"):
         monkeypatch.setitem(sys.modules, name, None)
     report = run(subject, Settings(**QUICK, stages=("pair",), runtimes=(runtime,)))
     assert not report.results
-    expected = {"onnxruntime": "onnx", "tensorrt": "TensorRT needs a GPU", "compiled": "xcos_ext.nn.compiled"}
+    expected = {"onnxruntime": "onnx", "tensorrt": "TensorRT needs a GPU", "compiled": "xcos_ext.deploy.compiled"}
     assert expected[runtime] in reasons(report)[runtime]
 
 
@@ -241,9 +241,9 @@ def test_compiled_models_are_made_for_the_cases_shape_and_dtype(subject, monkeyp
         assert seconds > 0
         return Compiled()
 
-    module = types.ModuleType("xcos_ext.nn.compiled")
+    module = types.ModuleType("xcos_ext.deploy.compiled")
     module.compile_for_inference = compile_for_inference
-    monkeypatch.setitem(sys.modules, "xcos_ext.nn.compiled", module)
+    monkeypatch.setitem(sys.modules, "xcos_ext.deploy.compiled", module)
     settings = Settings(seconds=0.02, batches=(2,), stages=("backbone", "head", "pair"), runtimes=("compiled",))
     report = run(subject, settings)
     assert made == [((2, 3, 112, 112), (torch.float32,)), (2, (torch.float32,))]
@@ -290,8 +290,8 @@ def test_engines_are_built_for_the_very_batch_and_once(tf32, subject, monkeypatc
     inputs = {name: Elsewhere(torch.ones(4, 3, 2, 2)) for name in ("images_a", "images_b")}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
-    monkeypatch.setattr("xcos_ext.export.build_engine", build_engine, raising=False)
-    monkeypatch.setattr("xcos_ext.export.TrtRunner", Runner, raising=False)
+    monkeypatch.setattr("xcos_ext.deploy.build_engine", build_engine, raising=False)
+    monkeypatch.setattr("xcos_ext.deploy.TrtRunner", Runner, raising=False)
     monkeypatch.setattr("xcos_ext.bench.runtimes._graph_file", lambda key, subject: "somewhere/pair-fp16.onnx")
     monkeypatch.setattr("xcos_ext.bench.runtimes._graph_inputs", lambda key, subject: inputs)
     for _ in range(2):
@@ -351,7 +351,7 @@ def test_a_cuda_graph_is_warmed_up_on_a_side_stream_captured_once_and_replayed(s
 
 @pytest.mark.slow
 def test_every_runtime_of_a_cpu_runs_on_the_model_that_is_shipped():
-    from xcos_ext.nn import load_model
+    from xcos_ext.model import load_model
 
     settings = Settings(seconds=0.1, batches=(1, 2), stages=("backbone", "head", "pair"), dtypes=("fp32", "bf16"))
     with Subject(load_model()) as made:

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from xcos_ext import backbones
 from xcos_ext import evaluation as ev
+from xcos_ext.card import Calibration, FMRCurve
 from xcos_ext.cli.app import xcos
-from xcos_ext.errors import ModelError
-from xcos_ext.nn import Calibration, FMRCurve, PlugStatistics, XCosModel, load_model, plug, save_model
+from xcos_ext.io.errors import ModelError
+from xcos_ext.model import PlugStatistics, XCosModel, load_model, plug, save_model
 
 CURVE = FMRCurve((0.0, 0.1, 0.3, 0.5), (1.0, 0.1, 0.01, 0.001), (1.0, 0.12, 0.015, 0.004), 0.003, 1000, 46)
 

@@ -22,7 +22,7 @@ from PIL import Image
 import xcos_ext
 from xcos_ext import backbones
 from xcos_ext.cli.app import xcos
-from xcos_ext.nn import load_model, plug, save_model
+from xcos_ext.model import load_model, plug, save_model
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def recogniser(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def model(folder: Path, recogniser: Path) -> Path:
     """The same as an xCos model with a threshold."""
-    from xcos_ext.nn import load_recogniser
+    from xcos_ext.model import load_recogniser
 
     rng = np.random.default_rng(0)
     faces = rng.integers(0, 256, (8, 112, 112, 3), dtype=np.uint8)
@@ -299,7 +299,7 @@ def test_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_json_refuses_what_it_cannot_hold() -> None:
     from xcos_ext.cli.console import print_json
-    from xcos_ext.errors import XCosError
+    from xcos_ext.io.errors import XCosError
 
     with pytest.raises(XCosError, match="not finite"):
         print_json({"a": float("nan")})
@@ -412,7 +412,7 @@ def test_plug_finds_a_threshold(
     monkeypatch.setattr(command, "_EXPECTED_MATCHES", 0.1)
     # The library's own guard against too few pairs, of which these few pictures make 276.
     import xcos_ext.evaluation as evaluation
-    from xcos_ext.nn import Calibration
+    from xcos_ext.card import Calibration
 
     seen: dict[str, Any] = {}
 

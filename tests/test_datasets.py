@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xcos_ext.datasets import LFW, Pair, PersonFolder, read_pairs
-from xcos_ext.errors import PictureError
+from xcos_ext.evaluation.datasets import LFW, Pair, read_pairs
+from xcos_ext.faces import PersonFolder
+from xcos_ext.io.errors import PictureError
 
 Image = pytest.importorskip("PIL.Image")
 

@@ -10,13 +10,12 @@ import torch
 from click.testing import CliRunner
 from safetensors import safe_open
 
-from xcos_ext import load_model
 from xcos_ext.cli.app import xcos
-from xcos_ext.datasets import LFW
-from xcos_ext.errors import ModelError
 from xcos_ext.evaluation import evaluate, score_model
-from xcos_ext.nn import XCosHead, XCosModel, save_model
-from xcos_ext.shipped import DATA, SHIPPED, default_weights, weights_file
+from xcos_ext.evaluation.datasets import LFW
+from xcos_ext.io.errors import ModelError
+from xcos_ext.io.shipped import DATA, SHIPPED, default_weights, weights_file
+from xcos_ext.model import XCosHead, XCosModel, load_model, save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,7 +63,7 @@ def test_two_photographs_are_verified_without_naming_a_model(tmp_path: Path) -> 
 
 
 def test_an_installation_without_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("xcos_ext.shipped._DEFAULT_WEIGHTS", tmp_path / "gone.safetensors")
+    monkeypatch.setattr("xcos_ext.io.shipped._DEFAULT_WEIGHTS", tmp_path / "gone.safetensors")
     with pytest.raises(ModelError, match=r"no model: .*gone\.safetensors is missing from this installation"):
         load_model()
 

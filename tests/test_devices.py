@@ -19,7 +19,7 @@ import xcos_ext.ops
 from xcos_ext import backbones
 from xcos_ext.cli.app import xcos
 from xcos_ext.devices import check_device_name, choose_device, module_device
-from xcos_ext.errors import DeviceError, XCosError
+from xcos_ext.io.errors import DeviceError, XCosError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -305,7 +305,7 @@ def graph_score(*options: str) -> float:
 
 def test_providers_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = pytest.importorskip("onnxruntime")
-    from xcos_ext.export.sessions import CPU, providers_on
+    from xcos_ext.onnx.sessions import CPU, providers_on
 
     monkeypatch.setattr(runtime, "get_available_providers", lambda: list(CPU))
     assert providers_on("auto") == providers_on("cpu") == list(CPU)

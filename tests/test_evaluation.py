@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from xcos_ext import evaluation as ev
-from xcos_ext.datasets import LFW
-from xcos_ext.nn import XCosAttention, XCosHead, XCosModel, load_model
+from xcos_ext.evaluation.datasets import LFW
+from xcos_ext.model import XCosAttention, XCosHead, XCosModel, load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from xcos_ext import backbones
-from xcos_ext.datasets import LFW
 from xcos_ext.evaluation import lfw as protocol
+from xcos_ext.evaluation.datasets import LFW
 from xcos_ext.evaluation.region_swap import MAPS, REGIONS, region_swap
-from xcos_ext.nn import plug
+from xcos_ext.model import plug
 
 Image = pytest.importorskip("PIL.Image")
 

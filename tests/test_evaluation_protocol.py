@@ -16,12 +16,13 @@ from drawn import background, portrait
 from PIL import Image
 from torch import Tensor, nn
 
-from xcos_ext import backbones, xcos_score
+from xcos_ext import backbones
 from xcos_ext import evaluation as ev
 from xcos_ext.cli.app import xcos
-from xcos_ext.datasets import CSVPairs, open_pairs
-from xcos_ext.errors import PictureError
-from xcos_ext.nn import XCosAttention, XCosHead, XCosModel, plug, save_model
+from xcos_ext.evaluation.datasets import CSVPairs, open_pairs
+from xcos_ext.io.errors import PictureError
+from xcos_ext.model import XCosAttention, XCosHead, XCosModel, plug, save_model
+from xcos_ext.ops import xcos_score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

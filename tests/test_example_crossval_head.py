@@ -14,10 +14,10 @@ import pytest
 from conftest import REPOSITORY
 from test_training_tasks import EACH, PEOPLE, SOURCES, network
 
-from xcos_ext import load_model
 from xcos_ext.backbones import registry
-from xcos_ext.datasets import LFW
 from xcos_ext.evaluation import evaluate
+from xcos_ext.evaluation.datasets import LFW
+from xcos_ext.model import load_model
 
 pytest.importorskip("PIL.Image")
 EXAMPLES = str(REPOSITORY / "examples")

@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from xcos_ext import xcos_matrix
 from xcos_ext.evaluation import ranked_persons
+from xcos_ext.ops import xcos_matrix
 from xcos_ext.training import head_task
 from xcos_ext.training.data import Pictures, people_of_folds, people_of_share
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import xcos_ext
 from xcos_ext import backbones, reference
-from xcos_ext.datasets import PersonFolder
-from xcos_ext.nn import XCosAttention, XCosHead
+from xcos_ext.faces import PersonFolder
+from xcos_ext.model import XCosAttention, XCosHead
 from xcos_ext.training import losses
 
 EXAMPLES = str(REPOSITORY / "examples")
@@ -307,7 +307,7 @@ def test_errors_are_clear_and_come_before_the_work(
 @pytest.mark.real_data
 def test_real_faces(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A short run on few people: the loss falls, and people held out are told apart better than before."""
-    network = xcos_ext.nn.load_recogniser(shared_data / "mobilefacenet_arcface.pt")
+    network = xcos_ext.model.load_recogniser(shared_data / "mobilefacenet_arcface.pt")
     pictures = PersonFolder(shared_data / "lfw112.zip")
     to_train, to_verify = example.hold_out(example.choose(pictures, 240, 4, 2, 0), 0.3)
     faces, others = (example.compute(network, pictures, part) for part in (to_train, to_verify))

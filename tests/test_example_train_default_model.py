@@ -13,9 +13,10 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from xcos_ext import backbones, load_model
-from xcos_ext.datasets import LFW
+from xcos_ext import backbones
 from xcos_ext.evaluation import evaluate
+from xcos_ext.evaluation.datasets import LFW
+from xcos_ext.model import load_model
 
 Image = pytest.importorskip("PIL.Image")
 EXAMPLES = str(REPOSITORY / "examples")

@@ -163,8 +163,7 @@ def test_the_teacher_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.real_data
 def test_the_teacher_s_faces(shared_data: Path) -> None:
-    from xcos_ext.datasets import PersonFolder
-    from xcos_ext.faces import YuNetDetector
+    from xcos_ext.faces import PersonFolder, YuNetDetector
 
     folder = PersonFolder(shared_data / "lfw_photos.zip")
     faces = example.teach(folder.read(folder.keys[0]), YuNetDetector(shared_data / "yunet.onnx"))

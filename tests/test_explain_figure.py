@@ -14,14 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from xcos_ext.explain import (
-    OutputError,
-    check_figure_path,
-    contribution,
-    save_figure,
-    verification_figure,
-)
-from xcos_ext.explain.files import check_output, write_atomically
+from xcos_ext.explain import check_figure_path, contribution, save_figure, verification_figure
+from xcos_ext.io.atomic import OutputError, check_output, write_atomically
 from xcos_ext.ops import XCosScore
 
 

@@ -23,11 +23,12 @@ from explained import CURVE, crop, toy
 from PIL import Image
 
 from xcos_ext.cli.app import xcos
-from xcos_ext.errors import PictureError
-from xcos_ext.explain import OutputError, explain
+from xcos_ext.explain import explain
 from xcos_ext.explain.regions import PARTS, cell_parts
 from xcos_ext.explain.report import PairsFile, PairsFileError, ReportPair, pictures_below, write_report
-from xcos_ext.explain.text import signed
+from xcos_ext.io.atomic import OutputError
+from xcos_ext.io.errors import PictureError
+from xcos_ext.io.text import signed
 
 PICTURES = 24
 PAIRS = 300

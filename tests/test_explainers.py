@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xcos_ext.backbones import Preprocessing, SplitRecogniser
+from xcos_ext.backbones import SplitRecogniser
+from xcos_ext.card import Preprocessing
+from xcos_ext.deploy import for_inference
 from xcos_ext.explain.explainers import (
     FGGB,
     XSSAB,
@@ -32,8 +34,8 @@ from xcos_ext.explain.explainers import (
 from xcos_ext.explain.explainers.corrrise import average_ranks, patch_masks
 from xcos_ext.explain.explainers.masking import fill_pictures
 from xcos_ext.explain.explainers.occlusion import cell_squares
-from xcos_ext.nn import XCosAttention, XCosHead, XCosModel, for_inference, load_model
-from xcos_ext.optional import MissingPackageError
+from xcos_ext.io.optional import MissingPackageError
+from xcos_ext.model import XCosAttention, XCosHead, XCosModel, load_model
 
 stats = pytest.importorskip("scipy.stats")
 pytest.importorskip("captum")
@@ -577,7 +579,7 @@ def test_without_captum(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.real_data
 def test_real_faces(shared_data: Path) -> None:
     """Swap the eyes of a genuine pair: the pictures' explanations move to them."""
-    from xcos_ext.datasets import LFW
+    from xcos_ext.evaluation.datasets import LFW
     from xcos_ext.evaluation.faithfulness.regions import region_mask
 
     data = LFW(shared_data / "lfw112.zip", shared_data / "pairs.txt", folds=[0])

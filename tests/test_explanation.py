@@ -21,9 +21,9 @@ from PIL import Image
 from xcos_ext.cli.app import xcos
 from xcos_ext.explain import Explanation, Face, ModelCard, explain
 from xcos_ext.explain.regions import PARTS, cell_parts, checked_landmarks
-from xcos_ext.explain.text import printable, signed
 from xcos_ext.faces import ARCFACE_TEMPLATE
-from xcos_ext.nn import load_model, save_model
+from xcos_ext.io.text import printable, signed
+from xcos_ext.model import load_model, save_model
 
 KINDS = ("learned", "uniform", "norm", "symmetric")
 
@@ -260,7 +260,7 @@ def test_models_without_attention_say_so(kind: Any) -> None:
 
 def test_closed_form_weighs_by_norms() -> None:
     from xcos_ext import backbones
-    from xcos_ext.nn import plug
+    from xcos_ext.model import plug
 
     torch.manual_seed(0)
     faces = np.random.default_rng(0).integers(0, 256, (4, 112, 112, 3), dtype=np.uint8)
@@ -476,7 +476,7 @@ def test_command_in_trouble(folder: Path, tmp_path: Path) -> None:
 
 
 def test_command_names_what_it_cannot_use(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from xcos_ext.nn import XCosModel
+    from xcos_ext.model import XCosModel
 
     plain = XCosModel.score
 
@@ -493,7 +493,7 @@ def test_command_names_what_it_cannot_use(folder: Path, monkeypatch: pytest.Monk
 @pytest.mark.real_data
 def test_real_pairs(shared_data: Path) -> None:
     """On real faces: the identity, and parts that say where a pasted mouth is."""
-    from xcos_ext.datasets import LFW
+    from xcos_ext.evaluation.datasets import LFW
 
     lfw = LFW(shared_data / "lfw112.zip", shared_data / "pairs.txt")
     model = load_model()

@@ -10,12 +10,12 @@ from exported import HEADS, model, pictures
 
 import xcos_ext
 from xcos_ext.backbones.onnx_recogniser import OnnxRecogniser
-from xcos_ext.datasets import LFW
-from xcos_ext.errors import ModelError
-from xcos_ext.explain.files import OutputError
-from xcos_ext.export import OnnxModel, export_onnx
-from xcos_ext.export.card import INPUTS, OUTPUTS
-from xcos_ext.nn import load_model, plug
+from xcos_ext.card.card import INPUTS, OUTPUTS
+from xcos_ext.deploy import OnnxModel, export_onnx
+from xcos_ext.evaluation.datasets import LFW
+from xcos_ext.io.atomic import OutputError
+from xcos_ext.io.errors import ModelError
+from xcos_ext.model import load_model, plug
 
 #: Absolute, for scores, S and W: fp32 rounding of sums in another order; half the mantissa of a whole network.
 CLOSE = {torch.float32: 5e-6, torch.float16: 2e-2}

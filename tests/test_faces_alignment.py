@@ -5,14 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from xcos_ext.faces import (
-    ARCFACE_TEMPLATE,
-    align_face,
-    apply_transform,
-    similarity_transform,
-    template_for,
-    warp,
-)
+from xcos_ext.faces import ARCFACE_TEMPLATE, align_face, apply_transform, similarity_transform, template_for, warp
 from xcos_ext.faces.alignment import compose, invert
 
 

@@ -13,13 +13,11 @@ import pytest
 from drawn import background, draw_face, portrait
 from PIL import Image
 
-from xcos_ext.errors import ModelError, PictureError, XCosError
 from xcos_ext.faces import (
     ARCFACE_TEMPLATE,
     CascadeDetector,
     Detector,
     Face,
-    MissingPackageError,
     YuNetDetector,
     align_face,
     apply_transform,
@@ -30,7 +28,8 @@ from xcos_ext.faces import (
     similarity_transform,
 )
 from xcos_ext.faces.cascade import SEARCHES, CascadeBoxes
-from xcos_ext.optional import need
+from xcos_ext.io.errors import ModelError, PictureError, XCosError
+from xcos_ext.io.optional import MissingPackageError, need
 
 
 @pytest.fixture(scope="module")

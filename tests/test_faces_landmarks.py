@@ -13,7 +13,6 @@ from conftest import REPOSITORY
 from drawn import background, draw_face
 from safetensors.torch import load_file, save_file
 
-from xcos_ext.errors import ModelError
 from xcos_ext.faces import (
     ARCFACE_TEMPLATE,
     CascadeDetector,
@@ -25,6 +24,7 @@ from xcos_ext.faces import (
 from xcos_ext.faces.alignment import compose, invert
 from xcos_ext.faces.landmark_network import LandmarkNetwork
 from xcos_ext.faces.landmarks import CROP_CENTRE, crop_transform, load_network, save_network
+from xcos_ext.io.errors import ModelError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xcos_ext.errors import PictureError
 from xcos_ext.faces import display_name, read_picture
+from xcos_ext.io.errors import PictureError
 
 
 def colours(height: int = 24, width: int = 40) -> np.ndarray:

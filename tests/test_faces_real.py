@@ -18,7 +18,6 @@ from click.testing import CliRunner
 from PIL import Image
 
 from xcos_ext.cli.app import xcos
-from xcos_ext.errors import PictureError
 from xcos_ext.faces import (
     ARCFACE_TEMPLATE,
     apply_transform,
@@ -27,7 +26,8 @@ from xcos_ext.faces import (
     read_face,
     similarity_transform,
 )
-from xcos_ext.nn import XCosModel, load_model
+from xcos_ext.io.errors import PictureError
+from xcos_ext.model import XCosModel, load_model
 
 pytestmark = pytest.mark.real_data
 

@@ -15,8 +15,8 @@ from torch import nn
 from xcos_ext import backbones
 from xcos_ext.cli.app import xcos
 from xcos_ext.cli.faithfulness import parse_folds
-from xcos_ext.errors import XCosError
-from xcos_ext.nn import XCosModel, plug
+from xcos_ext.io.errors import XCosError
+from xcos_ext.model import XCosModel, plug
 
 Image = pytest.importorskip("PIL.Image")
 pytestmark = pytest.mark.usefixtures("one_thread", "network")
@@ -62,7 +62,7 @@ def small_model(threshold: float | None = 0.3) -> XCosModel:
 def network(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small network in place of those in files, which are read and checked elsewhere."""
     monkeypatch.setattr("xcos_ext.cli.faithfulness.load", lambda path: small_model())
-    monkeypatch.setattr("xcos_ext.nn.load_recogniser", lambda path: small_recogniser())
+    monkeypatch.setattr("xcos_ext.model.load_recogniser", lambda path: small_recogniser())
     monkeypatch.setattr("xcos_ext.evaluation.faithfulness.runner._TIMED", 3)
 
 

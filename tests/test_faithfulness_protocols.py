@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from xcos_ext import backbones
-from xcos_ext.backbones import ARCFACE
-from xcos_ext.datasets import LFW, CSVPairs, PairList
-from xcos_ext.errors import XCosError
+from xcos_ext.card import ARCFACE
+from xcos_ext.evaluation.datasets import LFW, CSVPairs, PairList
 from xcos_ext.evaluation.faithfulness import (
     CONTROLS,
     REGIONS,
@@ -38,7 +37,8 @@ from xcos_ext.evaluation.faithfulness.models import mate_scorer, remembering
 from xcos_ext.evaluation.faithfulness.ranking import LEVELS
 from xcos_ext.explain.explainers import CentreMap, EmbeddingCosine, RandomMap, Saliency, XCosPairs
 from xcos_ext.explain.fills import filled
-from xcos_ext.nn import XCosModel, plug
+from xcos_ext.io.errors import XCosError
+from xcos_ext.model import XCosModel, plug
 
 Image = pytest.importorskip("PIL.Image")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -581,7 +581,7 @@ def test_drawn_pairs_are_tuples() -> None:
 
 @pytest.mark.real_data
 def test_real_faces(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from xcos_ext.nn import load_model
+    from xcos_ext.model import load_model
 
     faces = Faces(LFW(shared_data / "lfw112.zip", shared_data / "pairs.txt", folds=[6, 7]))
     model: XCosModel = load_model()

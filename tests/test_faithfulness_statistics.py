@@ -127,7 +127,7 @@ def test_mean_curve_leaves_out_rows_without_values() -> None:
 
 
 def test_fills() -> None:
-    from xcos_ext.backbones import IMAGENET
+    from xcos_ext.card import IMAGENET
 
     black = np.zeros((112, 112, 3), np.uint8)
     images = torch.randn(2, 3, 112, 112)

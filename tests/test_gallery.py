@@ -20,12 +20,13 @@ from simulated_gpu import OnGpu, simulated_gpu
 from template_samples import KINDS, attention
 
 import xcos_ext
-from xcos_ext import Gallery, Templates, xcos_matrix, xcos_topk
-from xcos_ext.calibration import FMRCurve
-from xcos_ext.errors import GalleryError
-from xcos_ext.gallery import FaissIndex, identification_threshold
+from xcos_ext.card.calibration import FMRCurve
+from xcos_ext.gallery import FaissIndex, Gallery, identification_threshold
 from xcos_ext.gallery import stream as streams
 from xcos_ext.gallery.layout import Layout
+from xcos_ext.io.errors import GalleryError
+from xcos_ext.ops import xcos_matrix, xcos_topk
+from xcos_ext.ops.templates import Templates
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 GRID = (3, 4)

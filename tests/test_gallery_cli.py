@@ -19,9 +19,9 @@ from drawn import background, draw_face, portrait
 from PIL import Image
 from test_cli import run, strict, trouble
 
-from xcos_ext.errors import GalleryError
 from xcos_ext.gallery import Gallery
 from xcos_ext.gallery.enroll import find_pictures
+from xcos_ext.io.errors import GalleryError
 
 pytest.importorskip("lance", reason="needs the extra gallery (pylance)")
 
@@ -245,7 +245,7 @@ def test_find_pictures(crops: Path, tmp_path: Path) -> None:
 
 
 def test_model_of_another_gallery(crops: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from xcos_ext.nn import load_model, save_model
+    from xcos_ext.model import load_model, save_model
 
     run("enroll", tmp_path / "g", crops / "person0", "--aligned", "-q")
     other = load_model()

@@ -21,9 +21,11 @@ import pytest
 import torch
 from template_samples import attention
 
-from xcos_ext import Gallery, Templates, xcos_topk
-from xcos_ext.errors import GalleryBusyError, GalleryDamagedError, GalleryError
+from xcos_ext.gallery import Gallery
 from xcos_ext.gallery.locks import ReaderLock, readers_gone, try_lock
+from xcos_ext.io.errors import GalleryBusyError, GalleryDamagedError, GalleryError
+from xcos_ext.ops import xcos_topk
+from xcos_ext.ops.templates import Templates
 
 lance = pytest.importorskip("lance", reason="needs the extra gallery (pylance)")
 

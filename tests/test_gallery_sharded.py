@@ -25,14 +25,14 @@ import torch.distributed as dist
 from conftest import REPOSITORY
 
 import xcos_ext
-from xcos_ext import Gallery, ShardedGallery
-from xcos_ext.errors import GalleryError, LostRankError
+from xcos_ext.gallery import Gallery, ShardedGallery
 from xcos_ext.gallery import ranks as members
 from xcos_ext.gallery.layout import Layout
 from xcos_ext.gallery.sharded import cuts
 from xcos_ext.gallery.store import Snapshot
 from xcos_ext.gallery.stream import stream
 from xcos_ext.gallery.tiles import TileCache
+from xcos_ext.io.errors import GalleryError, LostRankError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -618,7 +618,7 @@ def test_lost_ranks_travel_with_the_error() -> None:
 
 
 def test_the_example_under_torchrun(tmp_path: Path) -> None:
-    from xcos_ext.shipped import default_weights
+    from xcos_ext.io.shipped import default_weights
 
     model = xcos_ext.load_model(str(default_weights()))
     faces = torch.randn(50, 32, 7, 7)

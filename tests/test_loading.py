@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from xcos_ext import backbones
-from xcos_ext.errors import ModelError
-from xcos_ext.nn import (
+from xcos_ext.io.errors import ModelError
+from xcos_ext.io.fingerprint import fingerprint_weights
+from xcos_ext.model import (
     ClosedFormHead,
     XCosAttention,
     XCosHead,
     XCosModel,
-    fingerprint_weights,
     load_model,
     load_recogniser,
     plug,

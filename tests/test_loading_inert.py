@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from xcos_ext.errors import ModelError
-from xcos_ext.nn.files import read_weights
-from xcos_ext.nn.inert import Inert, Unpickler
+from xcos_ext.io.errors import ModelError
+from xcos_ext.io.inert import Inert, Unpickler
+from xcos_ext.io.weights import read_weights
 
 
 class Settings(dict):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xcos_ext.nn import XCosAttention
+from xcos_ext.model import XCosAttention
 
 # Names and shapes as they are in the public weights.
 OFFICIAL = {

@@ -16,13 +16,14 @@ from fake_cuda import FakeCuda
 from torch import Tensor, nn
 
 from xcos_ext import backbones
-from xcos_ext.calibration import Calibration
-from xcos_ext.nn import CompiledModel, Trial, XCosHead, XCosModel, compile_for_inference, load_model
-from xcos_ext.nn import ways as ways_module
-from xcos_ext.nn.compiled import _default_tolerance
-from xcos_ext.nn.cuda_graphs import MOST_GRAPHS, CudaGraphs
-from xcos_ext.nn.trials import Spread, choose, speedups, table, time_in_turns
-from xcos_ext.nn.ways import WAYS, Way, _Graphed, build, ways_for
+from xcos_ext.card.calibration import Calibration
+from xcos_ext.deploy import CompiledModel, Trial, compile_for_inference
+from xcos_ext.deploy import ways as ways_module
+from xcos_ext.deploy.compiled import _default_tolerance
+from xcos_ext.deploy.cuda_graphs import MOST_GRAPHS, CudaGraphs
+from xcos_ext.deploy.trials import Spread, choose, speedups, table, time_in_turns
+from xcos_ext.deploy.ways import WAYS, Way, _Graphed, build, ways_for
+from xcos_ext.model import XCosHead, XCosModel, load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -200,7 +201,7 @@ def test_a_way_that_fails_is_noted_and_never_chosen(
     def fake(name: str, model: XCosModel, *rest: object) -> Way:
         return kind(model) if name == "folded" else real(name, model, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("xcos_ext.nn.compiled.build", fake)
+    monkeypatch.setattr("xcos_ext.deploy.compiled.build", fake)
     fast = found(model)
     assert fast.trials[1].name == "folded fp32" and fast.trials[1].problem == problem
     assert fast.chosen != "folded fp32" and problem in fast.report()
@@ -468,7 +469,7 @@ def test_a_gpu_tries_graphs_and_says_what_it_has() -> None:
 
 
 def test_nothing_is_compiled_or_imported_before_it_is_asked_for() -> None:
-    code = "import sys, xcos_ext.nn; print('torch._inductor.compile_fx' in sys.modules)"
+    code = "import sys, xcos_ext.model; print('torch._inductor.compile_fx' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from xcos_ext.nn import ArcFaceHead, CosFaceHead
+from xcos_ext.model import ArcFaceHead, CosFaceHead
 
 HEADS = [ArcFaceHead, CosFaceHead]
 

@@ -7,7 +7,7 @@ import torch
 
 import xcos_ext
 from xcos_ext import backbones
-from xcos_ext.nn import ClosedFormHead, XCosAttention, XCosHead, XCosModel, load_model, save_model
+from xcos_ext.model import ClosedFormHead, XCosAttention, XCosHead, XCosModel, load_model, save_model
 
 
 def closed_form() -> ClosedFormHead:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from xcos_ext import backbones, reference
-from xcos_ext.nn import ClosedFormHead, Preprocessing, XCosAttention, XCosHead, XCosModel
+from xcos_ext.model import ClosedFormHead, XCosAttention, XCosHead, XCosModel
+from xcos_ext.model.model import Preprocessing
 from xcos_ext.ops import XCosScore
 
 

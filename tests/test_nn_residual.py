@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import xcos_ext
 from xcos_ext import backbones
-from xcos_ext.nn import CellProjection, ClosedFormHead, XCosAttention, XCosHead, XCosModel, load_model, save_model
+from xcos_ext.model import CellProjection, ClosedFormHead, XCosAttention, XCosHead, XCosModel, load_model, save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 F64 = torch.float64

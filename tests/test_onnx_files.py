@@ -9,9 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from xcos_ext.errors import ModelError
-from xcos_ext.export import onnx_hash, read_onnx
-from xcos_ext.export.onnx_files import contents_hash
+from xcos_ext.io.errors import ModelError
+from xcos_ext.onnx.files import contents_hash, onnx_hash, read_onnx
 
 WEIGHTS = np.arange(4, dtype=np.float32).tobytes()
 

@@ -14,12 +14,12 @@ from click.testing import CliRunner
 from exported import model, pictures
 from PIL import Image
 
-from xcos_ext.calibration import FMRCurve
+from xcos_ext.card.calibration import FMRCurve
+from xcos_ext.card.preprocessing import IMAGENET
 from xcos_ext.cli.app import xcos
-from xcos_ext.errors import ModelError
+from xcos_ext.deploy import OnnxModel, export_onnx
 from xcos_ext.explain import explain
-from xcos_ext.export import OnnxModel, export_onnx
-from xcos_ext.preprocessing import IMAGENET
+from xcos_ext.io.errors import ModelError
 
 
 @pytest.fixture(scope="module")

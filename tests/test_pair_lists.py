@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from xcos_ext.datasets import CFP, LFW, CSVPairs, InsightfaceBin, PairList, PictureTree, insightface, open_pairs
-from xcos_ext.datasets.pairs import made_folds
-from xcos_ext.errors import PictureError
+from xcos_ext.evaluation.datasets import CFP, LFW, CSVPairs, InsightfaceBin, PairList, insightface, open_pairs
+from xcos_ext.evaluation.datasets.pairs import made_folds
+from xcos_ext.faces import PictureTree
+from xcos_ext.io.errors import PictureError
 
 Image = pytest.importorskip("PIL.Image")
 

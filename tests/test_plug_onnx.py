@@ -88,8 +88,8 @@ def test_names_of_tensors_cannot_write_to_the_terminal(folder: Path) -> None:
 @pytest.mark.parametrize("tensor", [None, "bn"])
 def test_a_pair_graph_is_written(graph: Path, people: Path, tmp_path: Path, tensor: str | None) -> None:
     from xcos_ext.backbones import OnnxRecogniser
-    from xcos_ext.export import OnnxModel
-    from xcos_ext.nn import plug
+    from xcos_ext.deploy import OnnxModel
+    from xcos_ext.model import plug
 
     options = [] if tensor is None else ["--tensor", tensor]
     result = run("plug", graph, "--faces", people, "--out", tmp_path / "m.onnx", "--threshold", "0.4", *options)
@@ -116,7 +116,7 @@ def test_a_pair_graph_is_written(graph: Path, people: Path, tmp_path: Path, tens
 
 def test_weights_may_become_a_graph_too(people: Path, tmp_path: Path) -> None:
     from xcos_ext import backbones
-    from xcos_ext.export import OnnxModel
+    from xcos_ext.deploy import OnnxModel
 
     torch.save(backbones.create("mobilefacenet").state_dict(), tmp_path / "net.pt")
     result = run("plug", tmp_path / "net.pt", "--faces", people, "--out", tmp_path / "m.onnx", "--json")
@@ -127,7 +127,7 @@ def test_weights_may_become_a_graph_too(people: Path, tmp_path: Path) -> None:
 
 def test_preprocessing_is_told(folder: Path, people: Path, tmp_path: Path) -> None:
     from xcos_ext.cli.plug_onnx import preprocessing_of
-    from xcos_ext.export import OnnxModel
+    from xcos_ext.deploy import OnnxModel
 
     plain = residual(folder / "plain.onnx")  # does not say which pixels it is for
     assert preprocessing_of(str(plain), None, None, None) is None
@@ -191,7 +191,7 @@ def test_trouble(graph: Path, people: Path, folder: Path, tmp_path: Path) -> Non
 
 @pytest.mark.real_data
 def test_the_real_network(shared_data: Path, tmp_path: Path) -> None:
-    from xcos_ext.export import OnnxModel
+    from xcos_ext.deploy import OnnxModel
 
     result = run("plug", shared_data / "mobilefacenet_arcface.onnx", "--list")
     assert re.search(r"^\*  grid +512x7x7 +PRelu +4 +yes$", result.stdout, re.M)

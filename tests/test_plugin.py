@@ -11,22 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from xcos_ext import backbones
-from xcos_ext.errors import ModelError
-from xcos_ext.nn import (
+from xcos_ext.card import Calibration, FMRCurve
+from xcos_ext.io.errors import ModelError
+from xcos_ext.io.fingerprint import fingerprint_weights
+from xcos_ext.model import (
     DEFAULT_SPREAD,
-    Calibration,
-    FMRCurve,
     Form,
     PlugStatistics,
     cell_matrices,
     find_statistics,
-    fingerprint_weights,
     load_model,
     load_recogniser,
     plug,
     plug_statistics,
 )
-from xcos_ext.nn.cells import separate, spread_matrix
+from xcos_ext.model.cells import separate, spread_matrix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

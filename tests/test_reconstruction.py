@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from xcos_ext import load_model
-from xcos_ext.backbones import Preprocessing, create
-from xcos_ext.errors import ModelError
+from xcos_ext.backbones import create
+from xcos_ext.card import Preprocessing
 from xcos_ext.explain.explainers import EmbeddingCosine, XCosPairs
 from xcos_ext.explain.explainers import create as create_explainer
 from xcos_ext.explain.reconstruction import (
@@ -29,8 +28,9 @@ from xcos_ext.explain.reconstruction import (
     shipped_decoders,
     without,
 )
-from xcos_ext.nn import XCosHead, XCosModel
-from xcos_ext.nn.files import read_safetensors, write_safetensors
+from xcos_ext.io.errors import ModelError
+from xcos_ext.io.weights import read_safetensors, write_safetensors
+from xcos_ext.model import XCosHead, XCosModel, load_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,17 +17,17 @@ from test_nn_model import TinyBackbone
 from torch import nn
 
 from xcos_ext import reference
-from xcos_ext import templates as module
-from xcos_ext.nn import ClosedFormHead, XCosAttention, XCosHead, XCosModel
-from xcos_ext.templates import AttentionParameters, Templates, check_sides, resolve_attention
+from xcos_ext.model import ClosedFormHead, XCosAttention, XCosHead, XCosModel
+from xcos_ext.ops import templates as module
+from xcos_ext.ops.templates import AttentionParameters, Templates, check_sides, resolve_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_knows_neither_networks_nor_the_compiled_library() -> None:
-    code = "import sys, xcos_ext.templates; print(sorted(m for m in sys.modules if m.startswith('xcos_ext')))"
+    code = "import sys, xcos_ext.ops.templates; print(sorted(m for m in sys.modules if m.startswith('xcos_ext')))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert found.strip() == "['xcos_ext', 'xcos_ext.fingerprint', 'xcos_ext.templates']"
+    assert found.strip() == "['xcos_ext', 'xcos_ext.io.fingerprint', 'xcos_ext.ops.templates']"
 
 
 class TestWhatTheyHold:

@@ -19,16 +19,18 @@ import pytest
 from tensorrt_stubs.fakes import HostCuda, fake_tensorrt
 from tensorrt_stubs.graphs import sum_graph
 
-from xcos_ext.errors import ModelError
-from xcos_ext.explain.files import OutputError
-from xcos_ext.export import tensorrt as engines
-from xcos_ext.export.onnx_files import onnx_hash
-from xcos_ext.export.tensorrt import BatchProfile, TensorRTError, build_engine, cached_engine, read_card
-from xcos_ext.export.tensorrt import gpu as gpus
-from xcos_ext.export.tensorrt.package import load_tensorrt, version_of
-from xcos_ext.export.tensorrt.plan import load_plan, sidecar
-from xcos_ext.export.tensorrt.supervise import Steps
-from xcos_ext.optional import MissingPackageError
+from xcos_ext.deploy import build_engine
+from xcos_ext.deploy import tensorrt as engines
+from xcos_ext.deploy.tensorrt import gpu as gpus
+from xcos_ext.deploy.tensorrt.cache import cached_engine
+from xcos_ext.deploy.tensorrt.package import TensorRTError, load_tensorrt, version_of
+from xcos_ext.deploy.tensorrt.plan import load_plan, read_card, sidecar
+from xcos_ext.deploy.tensorrt.profiles import BatchProfile
+from xcos_ext.deploy.tensorrt.supervise import Steps
+from xcos_ext.io.atomic import OutputError
+from xcos_ext.io.errors import ModelError
+from xcos_ext.io.optional import MissingPackageError
+from xcos_ext.onnx.files import onnx_hash
 
 
 @pytest.fixture
@@ -164,7 +166,7 @@ def test_a_process_killed_between_plan_and_sidecar_leaves_a_plan_that_is_refused
     trt: Any, graph: Path, plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build_engine(graph, plan)
-    from xcos_ext.export.tensorrt import plan as plans
+    from xcos_ext.deploy.tensorrt import plan as plans
 
     write = plans.write_bytes
 
@@ -540,8 +542,8 @@ def test_the_shipped_models_graph_is_made_of_what_tensorrts_parser_takes(
     if not graph.exists():  # once for both versions
         import torch
 
-        from xcos_ext.export import export_onnx
-        from xcos_ext.nn import load_model
+        from xcos_ext.deploy import export_onnx
+        from xcos_ext.model import load_model
 
         export_onnx(load_model(), graph, kind="pair", dtype=torch.float16)
     assert {node.op_type for node in onnx.load(graph).graph.node} <= SUPPORTED

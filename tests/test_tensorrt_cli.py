@@ -13,8 +13,8 @@ from tensorrt_stubs.fakes import HostCuda, fake_tensorrt
 from tensorrt_stubs.graphs import sum_graph
 
 from xcos_ext.cli.app import xcos
-from xcos_ext.export.tensorrt import gpu as gpus
-from xcos_ext.export.tensorrt import read_card
+from xcos_ext.deploy.tensorrt import gpu as gpus
+from xcos_ext.deploy.tensorrt.plan import read_card
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ import torch
 from tensorrt_stubs.graphs import sum_graph
 from torch import Tensor
 
-from xcos_ext.errors import XCosError
-from xcos_ext.export.tensorrt import TrtRunner, build_engine, cached_engine
+from xcos_ext.deploy import TrtRunner, build_engine
+from xcos_ext.deploy.tensorrt.cache import cached_engine
+from xcos_ext.io.errors import XCosError
 
 pytestmark = [pytest.mark.cuda, pytest.mark.tensorrt]
 
@@ -29,7 +30,7 @@ BATCHES = (1, 2, 17)
 @pytest.fixture(scope="module")
 def tensorrt() -> Any:
     """The package, or a skip that says why not."""
-    from xcos_ext.export.tensorrt.package import load_tensorrt
+    from xcos_ext.deploy.tensorrt.package import load_tensorrt
 
     try:
         return load_tensorrt()
@@ -45,7 +46,7 @@ def folder(tensorrt: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model() -> Iterator[Any]:
     """The shipped model on the GPU; true fp32, so that it can be compared with."""
-    from xcos_ext.nn import load_model
+    from xcos_ext.model import load_model
 
     before = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -56,8 +57,8 @@ def model() -> Iterator[Any]:
 def exported(folder: Path, kind: str, dtype: torch.dtype) -> Path:
     """The shipped model's graph of a kind and type, written once."""
     pytest.importorskip("onnxscript", reason="torch's ONNX exporter needs onnxscript")
-    from xcos_ext.export import export_onnx
-    from xcos_ext.nn import load_model
+    from xcos_ext.deploy import export_onnx
+    from xcos_ext.model import load_model
 
     path = folder / f"{kind}-{str(dtype).removeprefix('torch.')}.onnx"
     if not path.exists():

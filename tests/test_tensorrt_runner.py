@@ -16,10 +16,12 @@ from tensorrt_stubs.fakes import VERSIONS, FakeStream, HostCuda, fake_tensorrt
 from tensorrt_stubs.graphs import sum_graph
 from torch import Tensor
 
-from xcos_ext.export.tensorrt import BatchProfile, EngineError, TensorRTError, TrtRunner, build_engine, read_card
-from xcos_ext.export.tensorrt import gpu as gpus
-from xcos_ext.export.tensorrt.plan import PlanCard, load_plan, sidecar
-from xcos_ext.optional import MissingPackageError
+from xcos_ext.deploy import TrtRunner, build_engine
+from xcos_ext.deploy.tensorrt import gpu as gpus
+from xcos_ext.deploy.tensorrt.package import EngineError, TensorRTError
+from xcos_ext.deploy.tensorrt.plan import PlanCard, load_plan, read_card, sidecar
+from xcos_ext.deploy.tensorrt.profiles import BatchProfile
+from xcos_ext.io.optional import MissingPackageError
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xcos_ext import backbones
-from xcos_ext.errors import PictureError, XCosError
+from xcos_ext.io.errors import PictureError, XCosError
 from xcos_ext.training.cache import cached_maps, normalised
 from xcos_ext.training.data import (
     IdentityBatches,

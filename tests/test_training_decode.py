@@ -12,22 +12,12 @@ from torch import Tensor, nn
 from xcos_ext.backbones import SplitRecogniser, create
 from xcos_ext.explain.explainers import EmbeddingCosine, XCosPairs
 from xcos_ext.explain.reconstruction import FeatureDecoder, fingerprint_of, load_decoder, save_decoder
-from xcos_ext.nn import XCosHead, XCosModel, save_model
-from xcos_ext.nn.files import read_safetensors
+from xcos_ext.io.weights import read_safetensors
+from xcos_ext.model import XCosHead, XCosModel, save_model
 from xcos_ext.training import BatchIndex, ConfigError, TrainConfig, train
 from xcos_ext.training.data import Pictures
-from xcos_ext.training.decode import (
-    DecodeConfig,
-    DecoderConfig,
-    DecodeTask,
-    Experiment,
-    Judge,
-    load_judged,
-    measure,
-)
-from xcos_ext.training.decode import (
-    create as create_task,
-)
+from xcos_ext.training.decode import DecodeConfig, DecoderConfig, DecodeTask, Experiment, Judge, load_judged, measure
+from xcos_ext.training.decode import create as create_task
 from xcos_ext.training.experiment import TASKS, load_experiment
 from xcos_ext.training.head_config import DataConfig
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from xcos_ext import backbones
-from xcos_ext.errors import XCosError
-from xcos_ext.nn import XCosModel, load_model, plug, plug_statistics
+from xcos_ext.io.errors import XCosError
+from xcos_ext.model import XCosModel, load_model, plug, plug_statistics
 from xcos_ext.training import BatchIndex, ConfigError, TrainConfig, train
 from xcos_ext.training.augment import AugmentConfig, augmented
 from xcos_ext.training.bank import BankConfig, open_bank

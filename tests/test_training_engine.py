@@ -20,7 +20,7 @@ from conftest import REPOSITORY
 from torch import Tensor, nn
 from training_toy import Toy, settings, state
 
-from xcos_ext.errors import ModelError, XCosError
+from xcos_ext.io.errors import ModelError, XCosError
 from xcos_ext.training import BatchIndex, TrainConfig, train
 from xcos_ext.training.ema import EMA
 from xcos_ext.training.prefetch import prefetch

@@ -9,16 +9,8 @@ import torch
 from template_samples import head
 from torch import Tensor
 
-from xcos_ext.nn import ArcFaceHead, CosFaceHead, XCosHead
-from xcos_ext.training.losses import (
-    all_pairs,
-    cosine_loss,
-    infonce,
-    pair_scores,
-    sample_classes,
-    teacher_loss,
-    triplet,
-)
+from xcos_ext.model import ArcFaceHead, CosFaceHead, XCosHead
+from xcos_ext.training.losses import all_pairs, cosine_loss, infonce, pair_scores, sample_classes, teacher_loss, triplet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 F64 = torch.float64

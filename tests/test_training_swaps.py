@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xcos_ext import backbones
-from xcos_ext.errors import XCosError
-from xcos_ext.nn import XCosModel, load_model, plug, plug_statistics, save_model
+from xcos_ext.io.errors import XCosError
+from xcos_ext.model import XCosModel, load_model, plug, plug_statistics, save_model
 from xcos_ext.training import BatchIndex, ConfigError, TrainConfig, train
 from xcos_ext.training.bank import BankConfig, open_bank, told_of
 from xcos_ext.training.data import Pictures

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import xcos_ext
 from xcos_ext import backbones
-from xcos_ext.errors import XCosError
-from xcos_ext.nn import plug
+from xcos_ext.io.errors import XCosError
+from xcos_ext.model import plug
 from xcos_ext.training import BatchIndex, TrainConfig, train
 from xcos_ext.training.cache import Maps, normalised
 from xcos_ext.training.data import Pictures
@@ -357,7 +357,7 @@ def test_the_command_trains_a_body(files: Path, tmp_path: Path) -> None:
     options = ["--set", "task=model", "--set", "train.steps=2", "--set", "body.rate_scale=0.01"]
     assert command("train", str(files / "head.toml"), "--out", str(tmp_path), *options) == 0
     model = xcos_ext.load_model(tmp_path / "model.safetensors")
-    before = xcos_ext.nn.load_recogniser(files / "net.pt").state_dict()
+    before = xcos_ext.model.load_recogniser(files / "net.pt").state_dict()
     after = model.backbone.state_dict()
     assert not torch.equal(after["conv1.conv.weight"], before["conv1.conv.weight"])
     assert torch.equal(after["linear.weight"], before["linear.weight"])  # the output block takes no part
@@ -396,7 +396,7 @@ def test_experiments_that_come_with_the_package_can_be_read() -> None:
 @pytest.mark.real_data
 def test_real_faces_from_the_closed_form(shared_data: Path, tmp_path: Path) -> None:
     """A short run on few people: scores of people held out come nearer to the recogniser's cosine."""
-    from xcos_ext.nn import load_recogniser
+    from xcos_ext.model import load_recogniser
     from xcos_ext.training.cache import cached_maps
     from xcos_ext.training.data import people_of_share, read_pictures
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import xcos_ext
 from xcos_ext import reference
-from xcos_ext.nn import XCosAttention, XCosHead
+from xcos_ext.model import XCosAttention, XCosHead
 
 # Two bfloat16 for a value, where the matrix unit is used, lose up to 2^-16 of a logit's terms.
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -186,7 +186,7 @@ def calls(monkeypatch):
         made.append(1)
         return xcos_ext.xcos_head(*args, **options)
 
-    monkeypatch.setattr("xcos_ext.nn.head.xcos_head", counted)
+    monkeypatch.setattr("xcos_ext.model.head.xcos_head", counted)
     return made
 
 

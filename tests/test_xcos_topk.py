@@ -27,7 +27,7 @@ from torch import Tensor
 
 import xcos_ext
 from xcos_ext import reference
-from xcos_ext.templates import Templates, result_dtype
+from xcos_ext.ops.templates import Templates, result_dtype
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xcos_ext.nn.files import read_safetensors, write_safetensors
+from xcos_ext.io.weights import read_safetensors, write_safetensors
 from xcos_ext.training import BatchIndex, TrainConfig, train, weight_decay_groups
 from xcos_ext.training.settings import build, override
 

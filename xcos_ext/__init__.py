@@ -16,19 +16,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xcos_ext import reference as reference
-    from xcos_ext.errors import ModelError, PictureError, XCosError
     from xcos_ext.gallery import Gallery, ShardedGallery
-    from xcos_ext.nn import ArcFaceHead, CosFaceHead, XCosAttention, XCosHead, XCosModel, load_model, plug
+    from xcos_ext.io.errors import ModelError, PictureError, XCosError
+    from xcos_ext.model import ArcFaceHead, CosFaceHead, XCosAttention, XCosHead, XCosModel, load_model, plug
     from xcos_ext.ops import GridMatch, HeadLayer, HeadParameters, XCosMaps, XCosScore, XCosTopk, build_info
+    from xcos_ext.ops import reference as reference
     from xcos_ext.ops.grid_cosine import grid_cosine
     from xcos_ext.ops.grid_match import grid_match
+    from xcos_ext.ops.templates import Templates
     from xcos_ext.ops.xcos_head import xcos_head
     from xcos_ext.ops.xcos_maps import xcos_maps
     from xcos_ext.ops.xcos_matrix import xcos_matrix
     from xcos_ext.ops.xcos_score import xcos_score
     from xcos_ext.ops.xcos_topk import xcos_topk
-    from xcos_ext.templates import Templates
 
 __version__ = "0.1.0"
 
@@ -50,9 +50,9 @@ _HOMES = {
         "xcos_topk",
     ),
     "xcos_ext.gallery": ("Gallery", "ShardedGallery"),
-    "xcos_ext.errors": ("ModelError", "PictureError", "XCosError"),
-    "xcos_ext.templates": ("Templates",),
-    "xcos_ext.nn": (
+    "xcos_ext.io.errors": ("ModelError", "PictureError", "XCosError"),
+    "xcos_ext.ops.templates": ("Templates",),
+    "xcos_ext.model": (
         "ArcFaceHead",
         "CosFaceHead",
         "XCosAttention",
@@ -98,7 +98,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "reference":
-        return importlib.import_module("xcos_ext.reference")
+        return importlib.import_module("xcos_ext.ops.reference")
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module 'xcos_ext' has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """Stand-ins for the module tensorrt, in the shape of version 10 or 11, and for a GPU, on the CPU.
 
-The fakes have exactly the members that xcos_ext/export/tensorrt/api.py lists (a test holds them to that), note what is
+The fakes have exactly the members that xcos_ext/deploy/tensorrt/api.py lists (a test holds them to that), note what is
 called, and do what a :class:`Script` says. An engine of theirs really reads and writes the memory it is given: every
 output is the sum of its face's inputs.
 """
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from xcos_ext.export.tensorrt.gpu import Cuda, Gpu
+from xcos_ext.deploy.tensorrt.gpu import Cuda, Gpu
 
 VERSIONS = {10: "10.16.1.11", 11: "11.4.0.106"}
 _ELEMENTS = {1: "FLOAT", 10: "HALF", 6: "INT32", 7: "INT64", 3: "INT8", 2: "UINT8", 9: "BOOL"}  # of ONNX

@@ -41,7 +41,7 @@ def has_buffer(kind: type) -> bool:
 
 def exercised() -> dict[str, Any]:
     """Our own code on the real classes, as far as it comes without libraries."""
-    from xcos_ext.export.tensorrt import build, package, supervise
+    from xcos_ext.deploy.tensorrt import build, package, supervise
 
     module = package.load_tensorrt()
     log = package.log_of(module)

@@ -1,6 +1,6 @@
 """What our code uses of TensorRT, read from its source.
 
-The protocols of xcos_ext/export/tensorrt/api.py say of which class a name is; from there the classes of expressions
+The protocols of xcos_ext/deploy/tensorrt/api.py say of which class a name is; from there the classes of expressions
 follow, statement by statement. Every attribute of an object of TensorRT's is a use, every call with its arguments.
 """
 

@@ -4,8 +4,6 @@ Networks of other packages become recognisers through :func:`from_layer`, :class
 :class:`SplitRecogniser`; :func:`feature_maps` shows where they can be split.
 """
 
-from xcos_ext.preprocessing import ARCFACE, IMAGENET, Preprocessing
-
 from .candidates import feature_maps
 from .compact import CompactNet
 from .feature_map import FeatureMap
@@ -19,8 +17,6 @@ from .recogniser import Recogniser, SplitRecogniser
 from .registry import available, create, register
 
 __all__ = [
-    "ARCFACE",
-    "IMAGENET",
     "IRSE",
     "CompactNet",
     "FeatureMap",
@@ -30,7 +26,6 @@ __all__ = [
     "MobileFaceNet",
     "MobileFaceNetReLU",
     "OnnxRecogniser",
-    "Preprocessing",
     "Recogniser",
     "SplitRecogniser",
     "available",

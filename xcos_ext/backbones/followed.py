@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from xcos_ext.errors import ModelError
+from xcos_ext.io.errors import ModelError
 
 __all__ = ["BATCH_NORMS", "Followed", "follow"]
 

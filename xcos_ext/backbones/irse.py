@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from xcos_ext.preprocessing import ARCFACE
+from xcos_ext.card.preprocessing import ARCFACE
 
 from .recogniser import Recogniser
 

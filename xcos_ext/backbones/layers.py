@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from xcos_ext.errors import ModelError, first_line
-from xcos_ext.preprocessing import ARCFACE, Preprocessing
+from xcos_ext.card.preprocessing import ARCFACE, Preprocessing
+from xcos_ext.io.errors import ModelError, first_line
 
 from .feature_map import FeatureMap, is_map_shape, shown
 from .followed import BATCH_NORMS, Followed, follow

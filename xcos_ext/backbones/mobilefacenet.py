@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from xcos_ext.preprocessing import ARCFACE, IMAGENET
+from xcos_ext.card.preprocessing import ARCFACE, IMAGENET
 
 from .recogniser import Recogniser
 

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xcos_ext.errors import ModelError
-from xcos_ext.preprocessing import ARCFACE, Preprocessing
+from xcos_ext.card.preprocessing import ARCFACE, Preprocessing
+from xcos_ext.io.errors import ModelError
+from xcos_ext.onnx.graph import BATCH, Graph
+from xcos_ext.onnx.parts import Runner
+from xcos_ext.onnx.pixels import check_range, normalisation_of
+from xcos_ext.onnx.tail import AffineTail, NotAffineError, first_obstacle
 
 from .feature_map import FeatureMap, is_map_shape, shown
-from .onnx_graph import BATCH, Graph
-from .onnx_input import check_range, normalisation_of
-from .onnx_session import Runner
-from .onnx_tail import AffineTail, NotAffineError, first_obstacle
 from .recogniser import Recogniser
 
 if TYPE_CHECKING:
@@ -36,13 +36,13 @@ _SAME_HALF = 2e-2
 
 
 def _read(path: StrPath) -> Graph:
-    from xcos_ext.export.onnx_files import read_onnx
+    from xcos_ext.onnx.files import read_onnx
 
     return Graph(read_onnx(path), os.fspath(path))
 
 
 def _hashes(*parts: onnx.ModelProto) -> str:
-    from xcos_ext.export.onnx_files import contents_hash
+    from xcos_ext.onnx.files import contents_hash
 
     return " ".join(contents_hash(part) for part in parts)
 
@@ -133,7 +133,7 @@ class OnnxRecogniser(Recogniser):
     length is left out: the embedding is not normalised, as everywhere in the package.
 
     The graph has no gradients to the picture and is fixed: only a head can be trained behind it. A model over it is
-    written by :func:`xcos_ext.export.export_onnx`.
+    written by :func:`xcos_ext.deploy.export_onnx`.
 
     Args:
         path: the file; never changed, nothing in it is run but standard operators of onnxruntime.
@@ -141,7 +141,7 @@ class OnnxRecogniser(Recogniser):
             (:func:`~xcos_ext.backbones.feature_maps` lists them).
         output: the embedding's tensor; None: the graph's only output [N, D].
         preprocessing: of the pictures; None: that which the graph's own first operators ask for
-            (:attr:`normalisation`), else :data:`~xcos_ext.preprocessing.ARCFACE`.
+            (:attr:`normalisation`), else :data:`~xcos_ext.card.preprocessing.ARCFACE`.
         threads: of onnxruntime, for one run; None: as it decides.
 
     Attributes:

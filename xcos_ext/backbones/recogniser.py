@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from xcos_ext.preprocessing import ARCFACE, Preprocessing
+from xcos_ext.card.preprocessing import ARCFACE, Preprocessing
 
 __all__ = ["Recogniser", "SplitRecogniser"]
 

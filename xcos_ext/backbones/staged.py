@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from xcos_ext.preprocessing import ARCFACE
+from xcos_ext.card.preprocessing import ARCFACE
 
 from .recogniser import Recogniser
 

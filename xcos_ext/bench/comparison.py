@@ -176,7 +176,7 @@ def compare(old: Report, new: Report, *, minimum: float = MINIMUM_EFFECT) -> Com
         XCosError: no case that both have.
         MissingPackageError: scipy is not installed.
     """
-    from xcos_ext.errors import XCosError
+    from xcos_ext.io.errors import XCosError
 
     if not 0 <= minimum < 1:
         raise ValueError(f"minimum: expected 0 or more and less than 1, got {minimum:g}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from xcos_ext.optional import need
+from xcos_ext.io.optional import need
 
 from .cases import RUNTIMES, Key
 from .report import Report, Result

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from xcos_ext.errors import XCosError
+from xcos_ext.io.errors import XCosError
 
 from .cases import DEVICES, DTYPES, PIXELS, RUNTIMES, STAGES, Key
 from .report import FORMAT, SCHEMA, Report, Result, Skipped

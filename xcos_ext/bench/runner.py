@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xcos_ext.nn import XCosModel
+from xcos_ext.model import XCosModel
 
 from .cases import Key, Settings, plan
 from .machine import Watch, busy_warning, conditions, machine

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from xcos_ext.backbones.recogniser import Recogniser
-from xcos_ext.nn import XCosModel
+from xcos_ext.model import XCosModel
 
 from .cases import Key
 from .subject import TORCH_DTYPES, Subject
@@ -190,7 +190,7 @@ def _graph(key: Key, subject: Subject) -> Ready:
 
 
 def _compiled(key: Key, subject: Subject, seconds: float) -> Ready:
-    from xcos_ext.nn.compiled import compile_for_inference
+    from xcos_ext.deploy.compiled import compile_for_inference
 
     batch, device = key.batch, key.device
     images_a, images_b = (subject.images(batch, device, side) for side in (0, 1))
@@ -220,7 +220,7 @@ _GRAPHS = {"backbone": "template", "head": "score", "pair": "pair"}
 
 def _graph_file(key: Key, subject: Subject) -> str:
     """The model as an ONNX graph for a case's stage."""
-    from xcos_ext.export import export_onnx
+    from xcos_ext.deploy import export_onnx
 
     if key.dtype == "bf16":
         raise Unavailable("graphs are written in fp32 and fp16")
@@ -239,7 +239,7 @@ def _graph_file(key: Key, subject: Subject) -> str:
 
 def _flat_templates(key: Key, subject: Subject, side: int) -> Tensor:
     """Templates [N, T] of the case's crops, as graphs of kind ``score`` take them."""
-    from xcos_ext.export import OnnxModel
+    from xcos_ext.deploy import OnnxModel
 
     path = _graph_file(replace(key, stage="backbone", dtype="fp32"), subject)
     model = subject.once(("file", "flat"), lambda: OnnxModel(path))
@@ -248,7 +248,7 @@ def _flat_templates(key: Key, subject: Subject, side: int) -> Tensor:
 
 def _graph_inputs(key: Key, subject: Subject) -> dict[str, Tensor]:
     """The graph's inputs by name, on the CPU."""
-    from xcos_ext.export.card import INPUTS
+    from xcos_ext.card.card import INPUTS
 
     names = INPUTS[_GRAPHS[key.stage]]
     make = _flat_templates if key.stage == "head" else lambda k, s, side: s.images(k.batch, "cpu", side)
@@ -256,7 +256,7 @@ def _graph_inputs(key: Key, subject: Subject) -> dict[str, Tensor]:
 
 
 def _onnxruntime(key: Key, subject: Subject, threads: int) -> Ready:
-    from xcos_ext.export import OnnxModel
+    from xcos_ext.deploy import OnnxModel
 
     providers: list[Any] | None = None
     if key.device == "cuda":
@@ -280,7 +280,7 @@ def _onnxruntime(key: Key, subject: Subject, threads: int) -> Ready:
 def _tensorrt(key: Key, subject: Subject) -> Ready:
     if key.device != "cuda":
         raise Unavailable("TensorRT needs a GPU (--device cuda)")
-    from xcos_ext.export import TrtRunner, build_engine
+    from xcos_ext.deploy import TrtRunner, build_engine
 
     path = _graph_file(key, subject)
     plan = f"{path.removesuffix('.onnx')}-{key.batch}.plan"

@@ -158,7 +158,7 @@ def mann_whitney(a: Sequence[float], b: Sequence[float]) -> float:
 
     Exact for small samples, else the normal approximation, corrected for ties (needs scipy, of the ``cli`` extra).
     """
-    from xcos_ext.optional import need
+    from xcos_ext.io.optional import need
 
     p = float(need("scipy.stats", "comparing measurements").mannwhitneyu(a, b, alternative="two-sided").pvalue)
     return p if p == p else 1.0  # NaN where all values are the same

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from xcos_ext.backbones.recogniser import Recogniser
-from xcos_ext.nn import XCosModel, for_inference
+from xcos_ext.deploy import for_inference
+from xcos_ext.model import XCosModel
 
 if TYPE_CHECKING:
     from xcos_ext.faces import Detector
-    from xcos_ext.templates import Templates
+    from xcos_ext.ops.templates import Templates
 
 __all__ = ["TORCH_DTYPES", "Subject", "default_picture"]
 
@@ -149,7 +150,7 @@ class Subject:
         return found
 
     def folded(self, device: str, dtype: str) -> XCosModel:
-        """The model as :func:`xcos_ext.nn.for_inference` makes it."""
+        """The model as :func:`xcos_ext.model.for_inference` makes it."""
         found: XCosModel = self.once(
             ("folded", device, dtype), lambda: for_inference(self.on(device), TORCH_DTYPES[dtype])
         )
@@ -194,7 +195,7 @@ class Subject:
 
     def templates(self, count: int, device: str, dtype: str, role: str) -> Templates:
         """Templates of generated features: directions at random, lengths as the model's features have them."""
-        from xcos_ext.templates import Templates
+        from xcos_ext.ops.templates import Templates
 
         def make() -> Templates:
             shape = self.features(1, device).shape[1:]
@@ -240,8 +241,8 @@ class Subject:
         Raises:
             PictureError: it shows none.
         """
-        from xcos_ext.errors import PictureError
         from xcos_ext.faces import choose_face, display_name
+        from xcos_ext.io.errors import PictureError
 
         pixels, name = self.pixels, display_name(self.picture or "")
         faces = self.detector.detect(pixels)

@@ -48,7 +48,7 @@ class _DeviceName(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         from xcos_ext.devices import check_device_name
-        from xcos_ext.errors import DeviceError
+        from xcos_ext.io.errors import DeviceError
 
         try:
             check_device_name(value)

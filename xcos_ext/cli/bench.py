@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from xcos_ext.errors import DeviceError, XCosError
+from xcos_ext.io.errors import DeviceError, XCosError
 
 from .console import bar, note, print_json, quiet_opencv
 from .verify import check_model_path, chosen_device, is_graph, load
@@ -104,11 +104,11 @@ def _document(request: Request, new: Report, comparison: Comparison | None) -> d
 
 
 def _check_outputs(request: Request) -> None:
-    from xcos_ext.optional import need
+    from xcos_ext.io.optional import need
 
     need("rich", "printing tables")
     if request.json_file not in (None, _STDOUT):
-        from xcos_ext.explain.files import check_output
+        from xcos_ext.io.atomic import check_output
 
         check_output(str(request.json_file), (".json",))
     if request.plot is not None:
@@ -191,7 +191,7 @@ def _measured(request: Request) -> Report:
 
 
 def _write(data: dict[str, Any], path: str) -> None:
-    from xcos_ext.explain.files import write_atomically
+    from xcos_ext.io.atomic import write_atomically
 
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from xcos_ext.errors import XCosError
+from xcos_ext.io.errors import XCosError
 
 __all__ = ["TROUBLE", "CommandGroup", "bar", "note", "notes_for_warnings", "print_json", "progress", "quiet_opencv"]
 

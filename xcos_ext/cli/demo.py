@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from xcos_ext.errors import XCosError
+from xcos_ext.io.errors import XCosError
 
 from .console import note, print_json
 from .verify import chosen_device
@@ -40,7 +40,8 @@ def run(pictures: Sequence[str], model: str | None, device: str, out: str | None
             a=pictures[0], b=pictures[1], model=model, device=device, out=out or _DEFAULT_OUT, as_json=as_json
         )
         return verify(request)
-    from xcos_ext.explain import OutputError, check_figure_path
+    from xcos_ext.explain import check_figure_path
+    from xcos_ext.io.atomic import OutputError
 
     try:
         check_figure_path(out or _DEFAULT_OUT)
@@ -110,7 +111,7 @@ def _timed(work: Callable[[], Any], device: torch.device) -> dict[str, float]:
 
 def measure(device: torch.device) -> dict[str, Any]:
     """Time the jobs both ways on a device and compare the results."""
-    from xcos_ext.templates import exact_convolutions
+    from xcos_ext.ops.templates import exact_convolutions
 
     with exact_convolutions(device):  # plain torch's too: what is compared must be as exact
         return _measured(device)
@@ -120,7 +121,7 @@ def _measured(device: torch.device) -> dict[str, Any]:
     import torch
 
     from xcos_ext import reference
-    from xcos_ext.nn import XCosAttention
+    from xcos_ext.model import XCosAttention
     from xcos_ext.ops import build_info, xcos_matrix, xcos_score
 
     def search(score: Callable[..., Any]) -> Tensor:

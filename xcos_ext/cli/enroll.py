@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from xcos_ext.errors import GalleryError, XCosError
+from xcos_ext.io.errors import GalleryError, XCosError
 
 from .console import TROUBLE, bar, note, print_json, quiet_opencv
 from .verify import FaceOptions, check_model_path, chosen_device, load
@@ -87,7 +87,8 @@ def run(request: Request) -> int:
         XCosError: anything wrong with the gallery, the model, the labels or the disk.
     """
     quiet_opencv()
-    from xcos_ext.faces import create_detector, display_name, need
+    from xcos_ext.faces import create_detector, display_name
+    from xcos_ext.io.optional import need
 
     need("lance", "a gallery", extra="gallery")
     model_path = check_model_path(request.model)

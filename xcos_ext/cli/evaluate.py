@@ -7,15 +7,15 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from xcos_ext.errors import XCosError
+from xcos_ext.io.errors import XCosError
 
 from .console import note, notes_for_warnings, print_json, progress, quiet_opencv
 from .verify import check_model_path, chosen_device, load
 
 if TYPE_CHECKING:
-    from xcos_ext.datasets import PairList
     from xcos_ext.evaluation import Evaluation
-    from xcos_ext.nn import XCosModel
+    from xcos_ext.evaluation.datasets import PairList
+    from xcos_ext.model import XCosModel
 
 __all__ = ["VerificationRequest", "opened_pairs", "run_verification"]
 
@@ -50,7 +50,7 @@ def opened_pairs(pairs: str, root: str | None, list_format: str | None) -> PairL
     Raises:
         XCosError: it cannot be read or used.
     """
-    from xcos_ext.datasets import open_pairs
+    from xcos_ext.evaluation.datasets import open_pairs
 
     try:
         return open_pairs(pairs, root, format=list_format)
@@ -65,11 +65,12 @@ def run_verification(request: VerificationRequest) -> int:
         XCosError: anything wrong with the pairs, the pictures, the models or the output.
     """
     quiet_opencv()
-    from xcos_ext.faces import create_detector, display_name, need
+    from xcos_ext.faces import create_detector, display_name
+    from xcos_ext.io.optional import need
 
     # Cheap checks first: they are before the imports and the work that take seconds and minutes.
     if request.plot is not None:
-        from xcos_ext.explain.files import check_output
+        from xcos_ext.io.atomic import check_output
 
         check_output(request.plot, _PLOTS)
         need("matplotlib", "drawing")
@@ -79,7 +80,7 @@ def run_verification(request: VerificationRequest) -> int:
     pairs = opened_pairs(request.pairs, request.root, request.list_format)
     detector = None if request.aligned or pairs.aligned else create_detector(request.detector)
     from xcos_ext.evaluation import error_curves, evaluate, roc_figure
-    from xcos_ext.nn import load_recogniser
+    from xcos_ext.model import load_recogniser
 
     device = chosen_device(request.device)
     model = load(model_path).to(device)

@@ -34,8 +34,9 @@ def run(request: Request) -> int:
     Raises:
         XCosError: anything wrong with the pictures, the model or the outputs.
     """
-    from xcos_ext.explain.files import check_output, write_atomically
-    from xcos_ext.faces import display_name, need
+    from xcos_ext.faces import display_name
+    from xcos_ext.io.atomic import check_output, write_atomically
+    from xcos_ext.io.optional import need
 
     if request.html is not None:
         check_output(request.html, (".html", ".htm"))
@@ -75,7 +76,7 @@ def run(request: Request) -> int:
 
 def table(explanation: Explanation) -> list[str]:
     """The parts of the face as lines of text."""
-    from xcos_ext.explain.text import percent, signed
+    from xcos_ext.io.text import percent, signed
 
     meaning = "contribution" if explanation.threshold is not None else "W S"
     lines = [f"{'part':<12} {'mean S':>7} {'attention':>10} {meaning:>13}"]

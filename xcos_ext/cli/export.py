@@ -33,10 +33,10 @@ def run_onnx(request: OnnxRequest) -> int:
     Raises:
         XCosError: a model or an output that cannot be used.
     """
-    from xcos_ext.errors import ModelError, XCosError
-    from xcos_ext.explain.files import check_output
     from xcos_ext.faces import display_name
-    from xcos_ext.optional import need
+    from xcos_ext.io.atomic import check_output
+    from xcos_ext.io.errors import ModelError, XCosError
+    from xcos_ext.io.optional import need
 
     check_output(request.out, (".onnx",))
     path = check_model_path(request.model)
@@ -48,7 +48,7 @@ def run_onnx(request: OnnxRequest) -> int:
         need(package, "exporting to ONNX", extra="onnx")
     import torch
 
-    from xcos_ext.export import export_onnx
+    from xcos_ext.deploy import export_onnx
 
     model = load(path)
     try:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from xcos_ext.errors import XCosError
+from xcos_ext.io.errors import XCosError
 
 from .console import bar, notes_for_warnings, print_json
 
 if TYPE_CHECKING:
-    from xcos_ext.export.tensorrt import PlanCard
+    from xcos_ext.deploy.tensorrt.plan import PlanCard
 
 __all__ = ["Request", "run"]
 
@@ -43,7 +43,9 @@ def run(request: Request) -> int:
     Raises:
         XCosError: anything wrong with the graph, the options, the files, TensorRT or the GPU.
     """
-    from xcos_ext.export.tensorrt import DEFAULT_WORKSPACE, BatchProfile, build_engine
+    from xcos_ext.deploy import build_engine
+    from xcos_ext.deploy.tensorrt.build import DEFAULT_WORKSPACE
+    from xcos_ext.deploy.tensorrt.profiles import BatchProfile
 
     begin = time.perf_counter()
     try:

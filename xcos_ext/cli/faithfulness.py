@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from xcos_ext.errors import XCosError
+from xcos_ext.io.errors import XCosError
 
 from .console import bar, note, notes_for_warnings, print_json, quiet_opencv
 from .evaluate import opened_pairs
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
-    from xcos_ext.datasets import PairList
+    from xcos_ext.evaluation.datasets import PairList
     from xcos_ext.evaluation.faithfulness import Deletion, Faithfulness, Locality, Patch, RegionSwap, Settings
     from xcos_ext.evaluation.identification import Estimate
     from xcos_ext.explain.explainers import PairModel
@@ -84,7 +84,8 @@ def run_faithfulness(request: FaithfulnessRequest) -> int:
         XCosError: anything wrong with the pairs, the pictures, the models, the explainers or the output.
     """
     quiet_opencv()
-    from xcos_ext.faces import create_detector, need
+    from xcos_ext.faces import create_detector
+    from xcos_ext.io.optional import need
 
     # Cheap checks first: they are before the imports and the work that take seconds and minutes.
     if request.only_teacher and request.teacher is None:
@@ -93,7 +94,7 @@ def run_faithfulness(request: FaithfulnessRequest) -> int:
         raise XCosError(f"--bootstrap: expected 0 or at least 20, got {request.replicates}")
     for path, suffixes in ((request.plot, _PLOTS), (request.out, _REPORTS)):
         if path is not None:
-            from xcos_ext.explain.files import check_output
+            from xcos_ext.io.atomic import check_output
 
             check_output(path, suffixes)
     if request.plot is not None:
@@ -146,7 +147,7 @@ def run_faithfulness(request: FaithfulnessRequest) -> int:
 
     def save(data: dict[str, Any]) -> None:
         if request.out is not None:
-            from xcos_ext.explain.files import write_atomically
+            from xcos_ext.io.atomic import write_atomically
 
             text = json.dumps(data, indent=2, allow_nan=False) + "\n"
 
@@ -192,7 +193,7 @@ def run_faithfulness(request: FaithfulnessRequest) -> int:
 def _models(model_path: str | None, teacher_path: str | None, device: torch.device) -> Iterator[PairModel]:
     """The scores to explain, loaded when their turn comes."""
     from xcos_ext.explain.explainers import EmbeddingCosine, XCosPairs
-    from xcos_ext.nn import load_recogniser
+    from xcos_ext.model import load_recogniser
 
     if model_path is not None:
         yield XCosPairs(load(model_path).to(device))

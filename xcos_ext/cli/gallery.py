@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import click
 
-from xcos_ext.errors import GalleryError
+from xcos_ext.io.errors import GalleryError
 
 from .console import TROUBLE, bar, note, print_json
 from .verify import check_model_path, chosen_device, load
@@ -21,7 +21,7 @@ _NAMED = 20  # rows shown on the terminal; all are in the JSON
 
 
 def _open(path: str, model: Any = None) -> Any:
-    from xcos_ext.optional import need
+    from xcos_ext.io.optional import need
 
     need("lance", "a gallery", extra="gallery")
     from xcos_ext.gallery import Gallery
@@ -128,7 +128,7 @@ def dedupe(
 ) -> int:
     """Pairs of alike faces of a gallery."""
     if out is not None:
-        from xcos_ext.explain.files import check_output
+        from xcos_ext.io.atomic import check_output
 
         check_output(out, (".csv",))
     path = check_model_path(model)
@@ -163,7 +163,7 @@ def dedupe(
 
 
 def _write_csv(path: str, result: Any) -> None:
-    from xcos_ext.explain.files import write_atomically
+    from xcos_ext.io.atomic import write_atomically
 
     text = io.StringIO()
     writer = csv.writer(text)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from xcos_ext.errors import DeviceError, PictureError, XCosError
+from xcos_ext.io.errors import DeviceError, PictureError, XCosError
 
 from .console import note, notes_for_warnings, print_json, progress
 from .plug_onnx import in_words, list_maps, preprocessing_of, split_of
@@ -16,7 +16,7 @@ from .verify import check_model_path, chosen_device
 
 if TYPE_CHECKING:
     from xcos_ext.backbones import Recogniser
-    from xcos_ext.nn import XCosModel
+    from xcos_ext.model import XCosModel
 
 __all__ = ["Request", "run"]
 
@@ -60,7 +60,7 @@ def run(request: Request) -> int:
         XCosError: anything wrong with the weights, the faces or the output.
         click.UsageError: options that are missing or do not belong together.
     """
-    from xcos_ext.explain.files import check_output
+    from xcos_ext.io.atomic import check_output
 
     _check_options(request)
     if request.list_maps:
@@ -72,7 +72,7 @@ def run(request: Request) -> int:
     device = chosen_device("cpu" if request.is_onnx else request.device)
     import torch
 
-    from xcos_ext.nn import plug
+    from xcos_ext.model import plug
 
     recogniser = _recogniser(request, weights).to(device)
     size = recogniser.preprocessing.size
@@ -126,7 +126,7 @@ def _recogniser(request: Request, weights: str) -> Recogniser:
             request.output,
             preprocessing=preprocessing_of(weights, request.mean, request.std, request.scale),
         )
-    from xcos_ext.nn import load_recogniser
+    from xcos_ext.model import load_recogniser
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # see verify.load
@@ -156,8 +156,7 @@ def _chosen(people: tuple[str, ...], limit: int) -> list[str]:
 
 def _people(faces: str, limit: int) -> tuple[Any, list[str]]:
     """The folder and the people whose pictures are used."""
-    from xcos_ext.datasets import PersonFolder
-    from xcos_ext.faces import display_name
+    from xcos_ext.faces import PersonFolder, display_name
 
     try:
         folder = PersonFolder(faces)
@@ -228,12 +227,12 @@ def _calibrate(model: XCosModel, faces: list[Any], people: list[str], threshold:
 def _write(model: XCosModel, out: str) -> None:
     """The model as weights, or as a graph from two pictures to score and maps."""
     if not out.lower().endswith(".onnx"):
-        from xcos_ext.nn import save_model
+        from xcos_ext.model import save_model
 
         save_model(model, out)
         return
-    from xcos_ext.export import export_onnx
-    from xcos_ext.export.onnx import OPSET
+    from xcos_ext.deploy import export_onnx
+    from xcos_ext.deploy.onnx_export import OPSET
 
     # Not below the opset of a backbone that is a graph: its operators need not be rewritten then.
     opset = getattr(model.backbone, "opset", None)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from xcos_ext.errors import XCosError
+from xcos_ext.io.errors import XCosError
 
 from .console import one_line, print_json
 
 if TYPE_CHECKING:
-    from xcos_ext.nn import XCosModel
-    from xcos_ext.preprocessing import Preprocessing
+    from xcos_ext.card.preprocessing import Preprocessing
+    from xcos_ext.model import XCosModel
 
 __all__ = ["few", "in_words", "list_maps", "preprocessing_of", "split_of"]
 
@@ -42,9 +42,9 @@ def preprocessing_of(weights: str, mean: str | None, std: str | None, scale: flo
     """
     if mean is None and std is None and scale is None:
         return None
-    from xcos_ext.backbones.onnx_graph import Graph
-    from xcos_ext.export.onnx_files import read_onnx
-    from xcos_ext.preprocessing import ARCFACE, Preprocessing
+    from xcos_ext.card.preprocessing import ARCFACE, Preprocessing
+    from xcos_ext.onnx.files import read_onnx
+    from xcos_ext.onnx.graph import Graph
 
     factor = 1 / _BUILT_IN if scale is None else scale
     if not (math.isfinite(factor) and factor > 0):
@@ -73,10 +73,10 @@ def _three(option: str, text: str | None, default: float) -> list[float]:
 def list_maps(weights: str, output: str | None, as_json: bool) -> int:
     """Show where a graph may be split, and what it does to its pictures."""
     from xcos_ext.backbones import feature_maps
-    from xcos_ext.backbones.onnx_graph import Graph
-    from xcos_ext.backbones.onnx_input import normalisation_of
-    from xcos_ext.export.onnx_files import read_onnx
     from xcos_ext.faces import display_name
+    from xcos_ext.onnx.files import read_onnx
+    from xcos_ext.onnx.graph import Graph
+    from xcos_ext.onnx.pixels import normalisation_of
 
     maps = feature_maps(weights, output=output)
     own = normalisation_of(Graph(read_onnx(weights), weights))

@@ -40,9 +40,10 @@ def run(request: Request) -> int:
     quiet_opencv()
     from functools import partial
 
-    from xcos_ext.explain.files import check_output
     from xcos_ext.explain.report import PairsFile, pictures_below, write_report
-    from xcos_ext.faces import create_detector, display_name, need
+    from xcos_ext.faces import create_detector, display_name
+    from xcos_ext.io.atomic import check_output
+    from xcos_ext.io.optional import need
 
     check_output(request.html, (".html", ".htm"))
     need("PIL.Image", "a page with pictures")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from xcos_ext.errors import GalleryError, PictureError
+from xcos_ext.io.errors import GalleryError, PictureError
 
 from .console import bar, note, print_json, quiet_opencv
 from .verify import FaceOptions, check_model_path, chosen_device, load
@@ -42,7 +42,8 @@ def run(request: Request) -> int:
         XCosError: anything wrong with the probes, the gallery or the model.
     """
     quiet_opencv()
-    from xcos_ext.faces import create_detector, display_name, need
+    from xcos_ext.faces import create_detector, display_name
+    from xcos_ext.io.optional import need
 
     if request.threshold is not None and request.fpir is not None:
         raise GalleryError("--threshold, --fpir: expected one of them, got both")
@@ -56,7 +57,7 @@ def run(request: Request) -> int:
         create_detector(request.detector)
     import torch
 
-    from xcos_ext.nn import for_inference
+    from xcos_ext.deploy import for_inference
 
     device = chosen_device(request.device)
     model = load(model_path).to(device)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from xcos_ext.errors import DeviceError, ModelError, XCosError
+from xcos_ext.io.errors import DeviceError, ModelError, XCosError
 
 from .console import DIFFERENT, SAME, TROUBLE, note, notes_for_warnings, print_json, quiet_opencv
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from xcos_ext.calibration import FMRCurve
+    from xcos_ext.card.calibration import FMRCurve
+    from xcos_ext.deploy import OnnxModel
     from xcos_ext.explain import Explanation
-    from xcos_ext.export import OnnxModel
     from xcos_ext.faces import AlignedFace
-    from xcos_ext.nn import XCosModel
+    from xcos_ext.model import XCosModel
 
 __all__ = [
     "FaceOptions",
@@ -73,7 +73,7 @@ def check_model_path(path: str | None) -> str:
         ModelError: it is not a readable regular file.
     """
     from xcos_ext.faces.pictures import display_name
-    from xcos_ext.shipped import weights_file
+    from xcos_ext.io.shipped import weights_file
 
     path = str(weights_file(path or None))
     try:
@@ -127,8 +127,8 @@ def load_either(path: str, device: str) -> XCosModel | OnnxModel:
 
 
 def _graph(path: str, device: str) -> OnnxModel:
-    from xcos_ext.export import OnnxModel
-    from xcos_ext.export.sessions import CPU, providers_on
+    from xcos_ext.deploy import OnnxModel
+    from xcos_ext.onnx.sessions import CPU, providers_on
 
     try:
         providers = providers_on(device)
@@ -154,7 +154,7 @@ def load(path: str) -> XCosModel:
     """
     import torch
 
-    from xcos_ext.nn import load_model
+    from xcos_ext.model import load_model
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -233,7 +233,7 @@ def run(request: Request) -> int:
     """
     if request.out is not None:
         from xcos_ext.explain import check_figure_path
-        from xcos_ext.faces import need
+        from xcos_ext.io.optional import need
 
         check_figure_path(request.out)
         need("matplotlib", "drawing")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from xcos_ext.optional import need
+from xcos_ext.io.optional import need
 
 from .verification import ErrorCurves, crossing, error_curves
 

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from xcos_ext.calibration import Calibration, FMRCurve
-from xcos_ext.nn.model import XCosModel
+from xcos_ext.card.calibration import Calibration, FMRCurve
+from xcos_ext.model.model import XCosModel
 from xcos_ext.ops import xcos_matrix
 
 from .verification import fmr_threshold, fmr_upper_bound
@@ -156,7 +156,7 @@ def calibrate(
         fmrs: further rates to note.
 
     Returns:
-        The calibration, for :meth:`xcos_ext.XCosModel.set_calibration` or :class:`~xcos_ext.nn.PlugStatistics`.
+        The calibration, for :meth:`xcos_ext.XCosModel.set_calibration` or :class:`~xcos_ext.model.PlugStatistics`.
 
     Raises:
         ValueError: too few impostor pairs for the smallest rate (fewer than 30 expected false matches).

@@ -22,17 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xcos_ext.backbones import Recogniser
-from xcos_ext.datasets import LFW, PersonFolder
-from xcos_ext.errors import PictureError
-from xcos_ext.nn import (
-    DEFAULT_SPREAD,
-    PlugStatistics,
-    load_recogniser,
-    plug,
-    plug_statistics,
-)
+from xcos_ext.faces import PersonFolder
+from xcos_ext.io.errors import PictureError
+from xcos_ext.model import DEFAULT_SPREAD, PlugStatistics, load_recogniser, plug, plug_statistics
 from xcos_ext.ops import xcos_score
 
+from .datasets import LFW
 from .scoring import Score, Track, score_pairs
 from .verification import VerificationReport, verification
 

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from xcos_ext.backbones import Recogniser
-from xcos_ext.datasets import PairList
-from xcos_ext.errors import PictureError
 from xcos_ext.faces.detector import Detector
-from xcos_ext.nn import XCosModel
+from xcos_ext.io.errors import PictureError
+from xcos_ext.model import XCosModel
 
 from .bootstrap import Interval, Resampling, bootstrap
+from .datasets import PairList
 from .scoring import ATTENTIONS, Scores, Track, crops, extractor, score_pairs, scorers_of
 from .verification import VerificationReport, verification
 

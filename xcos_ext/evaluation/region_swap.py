@@ -18,11 +18,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from xcos_ext.datasets import LFW
 from xcos_ext.explain.explainers import CentreMap
 from xcos_ext.explain.explainers.interface import XCosPairs
-from xcos_ext.nn import XCosModel, find_statistics, fingerprint_weights, load_recogniser, plug
+from xcos_ext.io.fingerprint import fingerprint_weights
+from xcos_ext.model import XCosModel, find_statistics, load_recogniser, plug
 
+from .datasets import LFW
 from .faithfulness.regions import paste, region_cells, region_mask
 from .faithfulness.statistics import areas
 

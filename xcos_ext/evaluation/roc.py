@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from xcos_ext.optional import need
+from xcos_ext.io.optional import need
 
 from .verification import ErrorCurves
 

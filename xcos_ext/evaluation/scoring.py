@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xcos_ext.backbones import Recogniser
-from xcos_ext.datasets import PairList
-from xcos_ext.errors import PictureError
 from xcos_ext.faces.detector import Detector
 from xcos_ext.faces.reader import extract_face
-from xcos_ext.fingerprint import fingerprint_weights
-from xcos_ext.nn import XCosModel
+from xcos_ext.io.errors import PictureError
+from xcos_ext.io.fingerprint import fingerprint_weights
+from xcos_ext.model import XCosModel
 from xcos_ext.ops import grid_cosine, xcos_score
+
+from .datasets import PairList
 
 __all__ = ["ATTENTIONS", "Score", "Scores", "Track", "crops", "extractor", "score_model", "score_pairs", "scorers_of"]
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from xcos_ext.optional import need
+from xcos_ext.io.optional import need
 
 __all__ = [
     "EER",

@@ -6,7 +6,6 @@
 from .decision import contribution
 from .explanation import Explanation, Face, ModelCard, explain
 from .figure import FIGURE_SUFFIXES, check_figure_path, save_figure, verification_figure
-from .files import OutputError
 from .regions import Region
 
 __all__ = [
@@ -14,7 +13,6 @@ __all__ = [
     "Explanation",
     "Face",
     "ModelCard",
-    "OutputError",
     "Region",
     "check_figure_path",
     "contribution",

@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from xcos_ext.deploy.onnx_model import OnnxModel
 from xcos_ext.devices import module_device
-from xcos_ext.export.onnx_model import OnnxModel
+from xcos_ext.io.text import percent, printable, signed
 
 from .decision import contribution as contribution_of
 from .decision import one_pair
 from .regions import Region, cell_parts, checked_landmarks, summarise
-from .text import percent, printable, signed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from xcos_ext.nn import FMRAtScore, FMRCurve, XCosModel
+    from xcos_ext.card import FMRAtScore, FMRCurve
+    from xcos_ext.model import XCosModel
 
 __all__ = ["Explanation", "Face", "ModelCard", "attention_kind", "checked_threshold", "explain", "features_of_faces"]
 

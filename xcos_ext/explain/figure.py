@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xcos_ext.optional import need
+from xcos_ext.io.atomic import check_output, write_atomically
+from xcos_ext.io.optional import need
 
 from .decision import Maps, contribution, one_pair
-from .files import check_output, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

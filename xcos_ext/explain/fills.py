@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xcos_ext.backbones import Preprocessing
+from xcos_ext.card import Preprocessing
 
 __all__ = ["FILLS", "blurred", "filled"]
 

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xcos_ext.optional import need
+from xcos_ext.io.optional import need
+from xcos_ext.io.text import percent, printable, signed
 
 from .colours import RDBU, YLGN, Scale, ink
 from .explanation import short_name
 from .regions import PARTS
-from .text import percent, printable, signed
 
 if TYPE_CHECKING:
     from .explanation import Explanation, Face

@@ -23,19 +23,19 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from xcos_ext.devices import module_device
-from xcos_ext.errors import PictureError, XCosError
-from xcos_ext.optional import need
+from xcos_ext.io.atomic import check_output, write_atomically
+from xcos_ext.io.errors import PictureError, XCosError
+from xcos_ext.io.optional import need
+from xcos_ext.io.text import printable
 
 from .colours import RDBU, YLGN
 from .explanation import ModelCard, attention_kind, checked_threshold, features_of_faces
-from .files import check_output, write_atomically
 from .html import Page, data_block, how_to_read, picture_uri, text
 from .regions import PARTS, cell_parts
-from .text import printable
 
 if TYPE_CHECKING:
     from xcos_ext.faces import Detector
-    from xcos_ext.nn import XCosModel
+    from xcos_ext.model import XCosModel
 
 __all__ = ["PairsFile", "PairsFileError", "ReportPair", "ReportSummary", "pictures_below", "write_report"]
 
@@ -183,7 +183,7 @@ def pictures_below(root: str | os.PathLike[str], *, max_pixels: int | None = Non
                 raise PictureError(str(error).replace(display_name(place), printable(path), 1)) from error
 
         return from_folder
-    from xcos_ext.datasets import PictureTree
+    from xcos_ext.faces import PictureTree
 
     try:
         tree = PictureTree(folder)

@@ -1,11 +1,10 @@
 """Reading pictures, finding faces in them, and cutting them out upright (needs the ``cli`` extra)."""
 
-from xcos_ext.optional import MissingPackageError, need
-
 from .alignment import ARCFACE_TEMPLATE, align_face, apply_transform, similarity_transform, template_for, warp
 from .cascade import CascadeDetector
 from .detector import Detector, Face
 from .factory import create_detector
+from .folders import PersonFolder, PictureTree
 from .landmarks import LandmarkReader
 from .pictures import MAX_PIXELS, display_name, read_picture
 from .reader import AlignedFace, extract_face, read_face
@@ -21,7 +20,8 @@ __all__ = [
     "Detector",
     "Face",
     "LandmarkReader",
-    "MissingPackageError",
+    "PersonFolder",
+    "PictureTree",
     "YuNetDetector",
     "align_face",
     "apply_transform",
@@ -29,7 +29,6 @@ __all__ = [
     "create_detector",
     "display_name",
     "extract_face",
-    "need",
     "read_face",
     "read_picture",
     "similarity_transform",

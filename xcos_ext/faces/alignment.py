@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from xcos_ext.optional import need
+from xcos_ext.io.optional import need
 
 __all__ = ["ARCFACE_TEMPLATE", "align_face", "apply_transform", "similarity_transform", "template_for", "warp"]
 

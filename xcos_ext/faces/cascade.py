@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xcos_ext.errors import XCosError
-from xcos_ext.optional import need
+from xcos_ext.io.errors import XCosError
+from xcos_ext.io.optional import need
 
 from .alignment import ARCFACE_TEMPLATE, apply_transform, compose, invert, similarity_transform
 from .detector import Face, check_picture, overlap, scaled_copy

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from xcos_ext.errors import ModelError
-from xcos_ext.shipped import DATA
+from xcos_ext.io.errors import ModelError
+from xcos_ext.io.shipped import DATA
 
 from .alignment import ARCFACE_TEMPLATE, apply_transform, compose, invert, similarity_transform, warp
 
@@ -130,7 +130,7 @@ def load_network(path: str | os.PathLike[str]) -> LandmarkNetwork:
     """
     import torch
 
-    from xcos_ext.nn.files import read_safetensors
+    from xcos_ext.io.weights import read_safetensors
 
     from .landmark_network import LandmarkNetwork
 
@@ -155,7 +155,7 @@ def save_network(path: str | os.PathLike[str], network: LandmarkNetwork, notes: 
     Raises:
         ModelError: the file cannot be written; no partial file is left.
     """
-    from xcos_ext.nn.files import write_safetensors
+    from xcos_ext.io.weights import write_safetensors
 
     tensors = {name: t.half() if t.is_floating_point() else t for name, t in network.state_dict().items()}
     shape = json.dumps({"size": network.size, "width": network.width})

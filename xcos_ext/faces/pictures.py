@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from xcos_ext.errors import PictureError, first_line
-from xcos_ext.optional import need
+from xcos_ext.io.errors import PictureError, first_line
+from xcos_ext.io.optional import need
 
 __all__ = ["MAX_PIXELS", "display_name", "read_picture"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from xcos_ext.errors import PictureError
+from xcos_ext.io.errors import PictureError
 
 from .alignment import align_face
 from .detector import Detector, Face

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from xcos_ext.errors import PictureError
+from xcos_ext.io.errors import PictureError
 
 from .detector import Face
 

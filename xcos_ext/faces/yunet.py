@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from xcos_ext.errors import ModelError
-from xcos_ext.optional import need
+from xcos_ext.io.errors import ModelError
+from xcos_ext.io.optional import need
 
 from .alignment import ARCFACE_TEMPLATE, apply_transform, compose, invert, similarity_transform, warp
 from .detector import Face, check_picture, scaled_copy

@@ -1,6 +1,6 @@
 """Galleries: faces kept on disk, changed and searched at the same time, on one machine or several."""
 
-from xcos_ext.errors import GalleryBusyError, GalleryDamagedError, GalleryError, LostRankError
+from xcos_ext.io.errors import GalleryBusyError, GalleryDamagedError, GalleryError, LostRankError
 
 from .faiss_index import FaissIndex
 from .gallery import Gallery

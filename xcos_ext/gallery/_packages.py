@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from xcos_ext.optional import need
+from xcos_ext.io.optional import need
 
 __all__ = ["compute", "lance", "pyarrow", "xxhash"]
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xcos_ext.ops.templates import AttentionParameters, Templates
 from xcos_ext.ops.xcos_matrix import AllPairs
 from xcos_ext.ops.xcos_topk import score_blocks
-from xcos_ext.templates import AttentionParameters, Templates
 
 from .hits import Duplicate, Duplicates
 from .layout import Layout

@@ -16,10 +16,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from xcos_ext.datasets import PictureTree
-from xcos_ext.errors import GalleryError, PictureError
-from xcos_ext.faces import Detector, display_name, extract_face, read_picture
-from xcos_ext.nn import XCosModel, for_inference
+from xcos_ext.deploy import for_inference
+from xcos_ext.faces import Detector, PictureTree, display_name, extract_face, read_picture
+from xcos_ext.io.errors import GalleryError, PictureError
+from xcos_ext.model import XCosModel
 
 from .gallery import Gallery
 

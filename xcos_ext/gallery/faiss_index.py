@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xcos_ext.errors import GalleryError
-from xcos_ext.explain.files import OutputError, write_atomically
-from xcos_ext.optional import need
-from xcos_ext.templates import Templates
+from xcos_ext.io.atomic import OutputError, write_atomically
+from xcos_ext.io.errors import GalleryError
+from xcos_ext.io.optional import need
+from xcos_ext.ops.templates import Templates
 
 from .gallery import Gallery
 from .store import Snapshot

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from xcos_ext.devices import module_device
-from xcos_ext.errors import GalleryError
-from xcos_ext.nn.model import XCosModel
+from xcos_ext.io.errors import GalleryError
+from xcos_ext.model.model import XCosModel
+from xcos_ext.ops.templates import Templates
 from xcos_ext.ops.xcos_topk import checked_k, checked_score
-from xcos_ext.templates import Templates
 
 from . import dedupe as _dedupe
 from ._packages import compute as pc

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xcos_ext.calibration import FMRCurve
+from xcos_ext.card.calibration import FMRCurve
 from xcos_ext.devices import module_device
-from xcos_ext.errors import GalleryError
-from xcos_ext.nn.model import XCosModel
-from xcos_ext.templates import (
+from xcos_ext.io.errors import GalleryError
+from xcos_ext.model.model import XCosModel
+from xcos_ext.ops.templates import (
     AttentionParameters,
     AttentionState,
     FixedAttention,

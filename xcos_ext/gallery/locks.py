@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from xcos_ext.errors import GalleryBusyError, GalleryError
+from xcos_ext.io.errors import GalleryBusyError, GalleryError
 
 __all__ = ["READERS", "WRITER", "ReaderLock", "readers_gone", "try_lock", "writer_lock"]
 

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xcos_ext.errors import GalleryError
+from xcos_ext.io.errors import GalleryError
+from xcos_ext.ops.templates import Templates
 from xcos_ext.ops.xcos_maps import xcos_maps
 from xcos_ext.ops.xcos_matrix import AllPairs
 from xcos_ext.ops.xcos_topk import MOST_K, XCosTopk
-from xcos_ext.templates import Templates
 
 from ._packages import pyarrow
 from .hits import HitMaps, Hits

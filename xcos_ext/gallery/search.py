@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from xcos_ext.ops.templates import Templates, result_dtype
 from xcos_ext.ops.xcos_matrix import AllPairs
 from xcos_ext.ops.xcos_topk import TopkLists, XCosTopk, best_of, columns_at_a_time
-from xcos_ext.templates import Templates, result_dtype
 
 from .stream import Tile
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xcos_ext.errors import GalleryError
+from xcos_ext.io.errors import GalleryError
+from xcos_ext.ops.templates import Templates
 from xcos_ext.ops.xcos_topk import XCosTopk, best_of
-from xcos_ext.templates import Templates
 
 from ._packages import xxhash as _xxhash
 from .gallery import Gallery, Progress, StrPath, _nobody

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xcos_ext.errors import GalleryDamagedError, GalleryError
+from xcos_ext.io.errors import GalleryDamagedError, GalleryError
 
 from ._packages import compute as _compute
 from ._packages import lance as _lance

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xcos_ext.templates import Templates
+from xcos_ext.ops.templates import Templates
 
 from .layout import Layout
 from .store import Fragment, Snapshot

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from xcos_ext.calibration import FMRCurve
-from xcos_ext.errors import GalleryError
+from xcos_ext.card.calibration import FMRCurve
+from xcos_ext.io.errors import GalleryError
 
 __all__ = ["identification_threshold"]
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from xcos_ext.explain.files import ordinary_mode
-from xcos_ext.templates import Templates
+from xcos_ext.io.atomic import ordinary_mode
+from xcos_ext.ops.templates import Templates
 
 from ._packages import pyarrow as _pyarrow
 from ._packages import xxhash as _xxhash

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from xcos_ext.errors import GalleryDamagedError
+from xcos_ext.io.errors import GalleryDamagedError
 
 from .layout import checked_labels, damaged_rows
 from .store import Fragment, Snapshot, Store, first_line, ranges, reading

@@ -3,14 +3,14 @@
 Importing this package loads the compiled library and registers ``torch.ops.xcos_ext.*``.
 """
 
-from xcos_ext.ops._library import build_info
-from xcos_ext.ops.grid_cosine import grid_cosine
-from xcos_ext.ops.grid_match import GridMatch, grid_match
-from xcos_ext.ops.xcos_head import HeadLayer, HeadParameters, xcos_head
-from xcos_ext.ops.xcos_maps import XCosMaps, xcos_maps
-from xcos_ext.ops.xcos_matrix import xcos_matrix
-from xcos_ext.ops.xcos_score import XCosScore, xcos_score
-from xcos_ext.ops.xcos_topk import XCosTopk, xcos_topk
+from ._library import build_info
+from .grid_cosine import grid_cosine
+from .grid_match import GridMatch, grid_match
+from .xcos_head import HeadLayer, HeadParameters, xcos_head
+from .xcos_maps import XCosMaps, xcos_maps
+from .xcos_matrix import xcos_matrix
+from .xcos_score import XCosScore, xcos_score
+from .xcos_topk import XCosTopk, xcos_topk
 
 __all__ = [
     "GridMatch",

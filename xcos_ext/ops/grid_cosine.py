@@ -8,17 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xcos_ext.ops import _checks
-from xcos_ext.ops._library import (
-    apply,
-    backward_function,
-    below_autograd,
-    compiled,
-    library,
-    promote_under_autocast,
-    register,
-)
-from xcos_ext.ops._vmap import fold, unfold
+from . import _checks
+from ._library import apply, backward_function, below_autograd, compiled, library, promote_under_autocast, register
+from ._vmap import fold, unfold
 
 __all__ = ["grid_cosine"]
 

@@ -7,16 +7,9 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from xcos_ext.ops import _checks
-from xcos_ext.ops._library import (
-    apply,
-    backward_function,
-    below_autograd,
-    library,
-    promote_under_autocast,
-    register,
-)
-from xcos_ext.ops._vmap import fold, unfold
+from . import _checks
+from ._library import apply, backward_function, below_autograd, library, promote_under_autocast, register
+from ._vmap import fold, unfold
 
 __all__ = ["MATCHES", "MATCH_TEMPERATURE", "MOST_RADIUS", "GridMatch", "Match", "check_matching", "grid_match"]
 

@@ -7,10 +7,10 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from xcos_ext.ops import _checks
-from xcos_ext.ops._library import below_autograd, library, promote_under_autocast
-from xcos_ext.ops._vmap import fold, unfold
-from xcos_ext.ops.xcos_score import XCosScore
+from . import _checks
+from ._library import below_autograd, library, promote_under_autocast
+from ._vmap import fold, unfold
+from .xcos_score import XCosScore
 
 __all__ = ["HEAD_HIDDEN", "HEAD_MOST_CELLS", "HeadLayer", "HeadParameters", "xcos_head"]
 
@@ -49,7 +49,7 @@ class HeadLayer(NamedTuple):
 
 
 class HeadParameters(NamedTuple):
-    """The attention network of xCos (arXiv 2003.05383) as :class:`xcos_ext.nn.XCosAttention` holds it.
+    """The attention network of xCos (arXiv 2003.05383) as :class:`xcos_ext.model.XCosAttention` holds it.
 
     All tensors float16, bfloat16 or float32, one dtype, on the features' device. They are read at every call.
 
@@ -133,7 +133,7 @@ def _refuse_gradients(a: Tensor, b: Tensor, parameters: list[Tensor]) -> None:
         raise RuntimeError(
             f"{_OP}: expected no gradient to be asked for, got an argument that requires one: this operator is for "
             "inference; wrap the call in torch.no_grad(), or call xcos_ext.reference.xcos_head or "
-            "xcos_ext.nn.XCosHead.score, which can be differentiated"
+            "xcos_ext.model.XCosHead.score, which can be differentiated"
         )
 
 
@@ -213,9 +213,9 @@ def xcos_head(
 ) -> Tensor | XCosScore:
     """xCos of pairs of grid features with the attention network itself, in one pass: W, S and ``sum W * S``.
 
-    ``W = softmax(g(A, B) / T)`` over the cells, with g the network of :class:`xcos_ext.nn.XCosAttention`; residual
+    ``W = softmax(g(A, B) / T)`` over the cells, with g the network of :class:`xcos_ext.model.XCosAttention`; residual
     parameters add ``T (log |F(A)| + log |F(B)|)`` to g. Batch norms are folded as in evaluation mode. For inference:
-    :class:`xcos_ext.nn.XCosHead` calls this by itself where no gradient is wanted.
+    :class:`xcos_ext.model.XCosHead` calls this by itself where no gradient is wanted.
 
     Args:
         a: Grid features [N, C, H, W] of the first faces, float16, bfloat16 or float32, at most 64 cells; contiguous

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xcos_ext.ops import _checks
-from xcos_ext.templates import (
+from . import _checks
+from .templates import (
     AttentionParameters,
     Templates,
     check_sides,

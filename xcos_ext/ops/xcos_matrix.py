@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xcos_ext.ops import _checks
-from xcos_ext.ops._library import apply, backward_function, below_autograd, library
-from xcos_ext.templates import Attention, Templates, check_sides, resolve_attention, result_dtype
+from . import _checks
+from ._library import apply, backward_function, below_autograd, library
+from .templates import Attention, Templates, check_sides, resolve_attention, result_dtype
 
 __all__ = ["xcos_matrix"]
 

@@ -8,18 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xcos_ext.ops import _checks
-from xcos_ext.ops._library import (
-    apply,
-    backward_function,
-    below_autograd,
-    compiled,
-    library,
-    promote_under_autocast,
-    register,
-)
-from xcos_ext.ops._vmap import fold, fold_shared, unfold
-from xcos_ext.ops.grid_match import MATCH_TEMPERATURE, Match, check_matching, grid_match
+from . import _checks
+from ._library import apply, backward_function, below_autograd, compiled, library, promote_under_autocast, register
+from ._vmap import fold, fold_shared, unfold
+from .grid_match import MATCH_TEMPERATURE, Match, check_matching, grid_match
 
 __all__ = ["XCosScore", "xcos_score"]
 

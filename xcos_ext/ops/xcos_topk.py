@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xcos_ext.ops import _checks
-from xcos_ext.ops._library import library
-from xcos_ext.ops.xcos_matrix import AllPairs
-from xcos_ext.templates import Templates
+from . import _checks
+from ._library import library
+from .templates import Templates
+from .xcos_matrix import AllPairs
 
 __all__ = ["XCosTopk", "xcos_topk"]
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from xcos_ext.errors import XCosError
-from xcos_ext.nn import XCosModel
+from xcos_ext.io.errors import XCosError
+from xcos_ext.model import XCosModel
 
 from .augment import AugmentConfig, augmented
 from .cache import alone, normalised

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xcos_ext.backbones import Recogniser
-from xcos_ext.errors import XCosError
-from xcos_ext.fingerprint import fingerprint_weights
+from xcos_ext.io.errors import XCosError
+from xcos_ext.io.fingerprint import fingerprint_weights
 
 from .data import Pictures
 

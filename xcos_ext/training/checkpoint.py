@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xcos_ext.errors import ModelError
-from xcos_ext.nn.files import read_safetensors, write_safetensors
+from xcos_ext.io.errors import ModelError
+from xcos_ext.io.weights import read_safetensors, write_safetensors
 
 __all__ = ["Checkpoint", "load_optimiser", "optimiser_tensors"]
 

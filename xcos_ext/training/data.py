@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xcos_ext.datasets import Pair, PersonFolder, read_pairs
-from xcos_ext.errors import PictureError, XCosError
+from xcos_ext.evaluation.datasets import Pair, read_pairs
+from xcos_ext.faces import PersonFolder
+from xcos_ext.io.errors import PictureError, XCosError
 
 from .settings import ConfigError
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from xcos_ext.explain.explainers.interface import EmbeddingCosine, PairModel, XCosPairs
 from xcos_ext.explain.reconstruction import FeatureDecoder, fingerprint_of, load_decoder, save_decoder
-from xcos_ext.nn import load_model, load_recogniser
-from xcos_ext.shipped import default_weights
+from xcos_ext.io.shipped import default_weights
+from xcos_ext.model import load_model, load_recogniser
 
 from .augment import AugmentConfig, augmented
 from .config import TrainConfig

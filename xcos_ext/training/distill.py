@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xcos_ext.backbones import CompactNet, LocalNet, Recogniser
-from xcos_ext.datasets import Pair
 from xcos_ext.evaluation import calibrate, verification
-from xcos_ext.nn import (
+from xcos_ext.evaluation.datasets import Pair
+from xcos_ext.model import (
     XCosAttention,
     XCosHead,
     XCosModel,
@@ -26,9 +26,9 @@ from xcos_ext.nn import (
     plug_statistics,
     save_model,
 )
-from xcos_ext.nn.projection import CellProjection
+from xcos_ext.model.projection import CellProjection
 from xcos_ext.ops import xcos_matrix, xcos_score
-from xcos_ext.templates import Templates
+from xcos_ext.ops.templates import Templates
 
 from .augment import AugmentConfig, augmented
 from .bank import Bank, BankConfig, Told, open_bank, told_of

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xcos_ext.errors import ModelError, XCosError
+from xcos_ext.io.errors import ModelError, XCosError
 
 from .checkpoint import Checkpoint, load_optimiser, optimiser_tensors
 from .config import TrainConfig

@@ -40,7 +40,7 @@ class ModelConfig:
 
     Attributes:
         recogniser: weights of the recogniser, which is also the teacher.
-        start: ``"closed-form"``: a matrix for each cell and norm attention, as ``xcos_ext.nn.plug`` makes them;
+        start: ``"closed-form"``: a matrix for each cell and norm attention, as ``xcos_ext.model.plug`` makes them;
             ``"random"``: the published 1x1 block with random weights.
         channels: of the grid feature; with the closed form, principal axes per cell, or none to keep the embedding's
             length.

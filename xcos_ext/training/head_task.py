@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xcos_ext.backbones import Recogniser
-from xcos_ext.errors import XCosError
 from xcos_ext.evaluation import auc, calibrate, eer, operating_point
-from xcos_ext.fingerprint import fingerprint_weights
-from xcos_ext.nn import (
+from xcos_ext.io.errors import XCosError
+from xcos_ext.io.fingerprint import fingerprint_weights
+from xcos_ext.model import (
     ArcFaceHead,
     ClosedFormHead,
     CosFaceHead,

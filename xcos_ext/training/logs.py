@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xcos_ext.errors import XCosError
+from xcos_ext.io.errors import XCosError
 
 __all__ = ["CSVLog", "Progress", "tensorboard_writer"]
 

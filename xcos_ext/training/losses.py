@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from xcos_ext.nn import XCosAttention, XCosHead
+from xcos_ext.model import XCosAttention, XCosHead
 from xcos_ext.ops import xcos_matrix, xcos_score
-from xcos_ext.templates import unit_cells
+from xcos_ext.ops.templates import unit_cells
 
 __all__ = [
     "Detach",

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from xcos_ext.backbones import Recogniser
-from xcos_ext.errors import XCosError
-from xcos_ext.nn import XCosHead, XCosModel, save_model
+from xcos_ext.io.errors import XCosError
+from xcos_ext.model import XCosHead, XCosModel, save_model
 
 from .augment import augmented
 from .cache import normalised

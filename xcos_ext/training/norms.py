@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from xcos_ext.nn import XCosHead
+from xcos_ext.model import XCosHead
 
 __all__ = ["fix_statistics"]
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from xcos_ext.errors import XCosError
+from xcos_ext.io.errors import XCosError
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xcos_ext.backbones import Preprocessing
-from xcos_ext.datasets import LFW, PairList
-from xcos_ext.errors import PictureError, XCosError
+from xcos_ext.card import Preprocessing
+from xcos_ext.evaluation.datasets import LFW, PairList
 from xcos_ext.evaluation.scoring import crops
 from xcos_ext.faces.detector import Detector
+from xcos_ext.io.errors import PictureError, XCosError
 
 __all__ = ["Drawn", "Faces", "TooFewError", "fold_numbers", "mean_face_of", "normalised"]
 

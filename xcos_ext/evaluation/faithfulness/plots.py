@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xcos_ext.optional import need
+from xcos_ext.io.optional import need
 
 from .deletion import MODES, Deletion
 from .patch import Patch

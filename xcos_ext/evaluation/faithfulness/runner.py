@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from xcos_ext.errors import XCosError
 from xcos_ext.evaluation.verification import eer
 from xcos_ext.explain.explainers import available, create
 from xcos_ext.explain.explainers.interface import EmbeddingCosine, Explainer, PairModel
 from xcos_ext.explain.fills import FILLS
-from xcos_ext.optional import MissingPackageError
+from xcos_ext.io.errors import XCosError
+from xcos_ext.io.optional import MissingPackageError
 
 from .deletion import Deletion, deletion_identification, deletion_verification
 from .faces import Faces

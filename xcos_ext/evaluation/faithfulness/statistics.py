@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from xcos_ext.evaluation.bootstrap import Interval, Resampling
 from xcos_ext.evaluation.identification import Estimate
-from xcos_ext.optional import need
+from xcos_ext.io.optional import need
 
 __all__ = ["Curve", "Estimator", "areas", "curve_areas", "mean_curve", "plain", "standardised"]
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xcos_ext.explain.colours import RDBU
-from xcos_ext.optional import need
+from xcos_ext.io.optional import need
 
 from .interface import Saliency
 

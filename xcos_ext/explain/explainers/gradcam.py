@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xcos_ext.backbones import Recogniser
-from xcos_ext.optional import need
+from xcos_ext.io.optional import need
 
 from .checks import at_once, check_count, check_pairs, differentiable, split, with_gradients
 from .interface import EmbeddingCosine, PairModel, Saliency, XCosPairs

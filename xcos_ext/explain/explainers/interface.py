@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xcos_ext.backbones import Preprocessing, Recogniser
-from xcos_ext.nn import XCosModel
+from xcos_ext.backbones import Recogniser
+from xcos_ext.card import Preprocessing
+from xcos_ext.model import XCosModel
 
 __all__ = ["EmbeddingCosine", "Explainer", "PairModel", "Saliency", "XCosPairs", "as_pair_model"]
 

@@ -7,7 +7,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from xcos_ext.backbones import Preprocessing
+from xcos_ext.card import Preprocessing
 from xcos_ext.explain.fills import filled
 
 from .interface import PairModel

@@ -5,15 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import (
-    at_once,
-    check_count,
-    check_pairs,
-    check_threshold,
-    differentiable,
-    threshold_of,
-    with_gradients,
-)
+from .checks import at_once, check_count, check_pairs, check_threshold, differentiable, threshold_of, with_gradients
 from .interface import PairModel, Saliency
 
 __all__ = ["XSSAB"]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from xcos_ext.explain.explainers.interface import PairModel
-from xcos_ext.optional import need
+from xcos_ext.io.optional import need
 
 from .explainer import ReconstructionExplainer
 from .sets import reconstruct

@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from xcos_ext.errors import ModelError
-from xcos_ext.nn.files import read_safetensors, write_safetensors
-from xcos_ext.shipped import DATA
+from xcos_ext.io.errors import ModelError
+from xcos_ext.io.shipped import DATA
+from xcos_ext.io.weights import read_safetensors, write_safetensors
 
 from .network import FeatureDecoder
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from xcos_ext.explain.explainers.interface import EmbeddingCosine, PairModel, XCosPairs
-from xcos_ext.fingerprint import fingerprint_state
+from xcos_ext.io.fingerprint import fingerprint_state
 
 from .network import FeatureDecoder
 

@@ -1,0 +1,52 @@
+"""Files that come with the package; nothing here needs torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .errors import ModelError
+
+__all__ = ["DATA", "SHIPPED", "default_weights", "weights_file"]
+
+#: Folder of the files.
+DATA = Path(__file__).resolve().parents[1] / "data"
+
+#: Name -> file of the models that the package ships; the first one is the default.
+SHIPPED = {
+    "compact": "xcos_compact.safetensors",
+    "faithful": "xcos_faithful.safetensors",
+    "local": "xcos_local.safetensors",
+}
+
+_DEFAULT_WEIGHTS = DATA / SHIPPED["compact"]
+
+
+def default_weights() -> Path:
+    """The file of the model that the package ships: compact, trained by its own scripts (docs/default_model.md).
+
+    Raises:
+        ModelError: the package was installed without it.
+    """
+    if not _DEFAULT_WEIGHTS.is_file():
+        raise ModelError(
+            f"no model: {_DEFAULT_WEIGHTS} is missing from this installation; name another one. Suitable are an xCos "
+            "checkpoint (github.com/ntubiolin/xcos) or the weights of an IR, IR-SE or MobileFaceNet recogniser "
+            "(github.com/TreB1eN/InsightFace_Pytorch has some)"
+        )
+    return _DEFAULT_WEIGHTS
+
+
+def weights_file(name: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
+    """The file that is meant: a shipped model's, where it is called by its name and no file of that name exists.
+
+    Args:
+        name: a file, or one of :data:`SHIPPED`; None: the default model.
+
+    Raises:
+        ModelError: the default model is missing from the installation.
+    """
+    if name is None:
+        return default_weights()
+    shipped = SHIPPED.get(os.fspath(name))
+    return name if shipped is None or os.path.exists(name) else DATA / shipped

@@ -1,0 +1,160 @@
+"""Reading and writing weights safely: no code in a file is ever run, nothing half-written stays behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import re
+import struct
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .errors import ModelError, first_line
+from .inert import STAND_INS, load_inert
+
+__all__ = ["read_safetensors", "read_weights", "write_safetensors"]
+
+StrPath = str | os.PathLike[str]
+
+
+def checked_path(path: StrPath) -> Path:
+    """The path of a readable, non-empty regular file.
+
+    Raises:
+        ModelError: missing, a directory, empty or not readable.
+    """
+    file = Path(path)
+    try:
+        if file.is_dir():
+            raise ModelError(f"{file}: expected a weights file, got a directory")
+        if not file.is_file():
+            raise ModelError(f"{file}: no such file")
+        if file.stat().st_size == 0:
+            raise ModelError(f"{file}: the file is empty")
+        with file.open("rb"):
+            pass
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read: {error.strerror or error}") from error
+    return file
+
+
+def read_safetensors(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        ModelError: missing, damaged, or not safetensors.
+    """
+    file = checked_path(path)
+    try:
+        with safe_open(str(file), framework="pt", device="cpu") as opened:
+            metadata = dict(opened.metadata() or {})
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{file}: damaged or truncated safetensors file ({first_line(error)})") from error
+    return tensors, metadata
+
+
+def write_safetensors(path: StrPath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file under a temporary name beside the target, then rename it.
+
+    Raises:
+        ModelError: the folder does not exist or cannot be written; no partial file is left.
+    """
+    file = Path(path)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    # Copies, because safetensors refuses tensors that share memory.
+    copies = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
+    try:
+        if file.is_dir():
+            raise ModelError(f"{file}: cannot be written: it is a directory")
+        # Bytes first: save_file() would create a file that only its owner can read.
+        contents = save(copies, dict(metadata))
+        with temporary.open("wb") as stream:
+            stream.write(contents)
+            stream.flush()
+            os.fsync(stream.fileno())  # before the rename, so that a power cut leaves the old file or the new one
+        os.replace(temporary, file)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file}: cannot be written: {first_line(error)}") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def read_weights(path: StrPath) -> tuple[dict[str, Any], dict[str, str]]:
+    """Whatever a weights file holds, from safetensors or from ``torch.save``, chosen by its first bytes.
+
+    ``torch.load`` runs with ``weights_only=True``: a pickle that names anything but tensors and plain containers is
+    refused before it runs. Checkpoints of the xCos trainer hold its settings too, which come out as stand-ins without
+    any content (:mod:`xcos_ext.io.inert`).
+
+    Returns:
+        (contents, metadata): the top-level mapping, and safetensors metadata ({} for torch files).
+
+    Raises:
+        ModelError: missing, damaged, unsafe or not a weights file.
+    """
+    file = checked_path(path)
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        head = stream.read(16)
+    # safetensors first: its length field may well begin with the magic bytes of a pickle.
+    header = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else 0
+    safe = head[8:9] == b"{" and 0 < header < 1 << 32
+    if safe and 8 + header <= size:
+        return read_safetensors(file)  # type: ignore[return-value]
+    if not safe and (head[:2] == b"PK" or head[:1] == b"\x80"):
+        return _torch_load(file), {}
+    if safe or file.suffix == ".safetensors":
+        raise ModelError(f"{file}: damaged or truncated safetensors file ({size} bytes)")
+    if file.suffix == ".onnx":
+        raise ModelError(
+            f"{file}: this is an ONNX graph; expected PyTorch weights (.pt, .pth or .safetensors); xcos plug makes a "
+            "model of a recogniser's graph"
+        )
+    raise ModelError(
+        f"{file}: not a weights file (starts with {head[:4]!r}); expected a PyTorch state dict (.pt, .pth) "
+        "or .safetensors"
+    )
+
+
+def _wanted(error: BaseException) -> str | None:
+    """The name that a refused pickle asked for."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"[Cc]lass(?:es)? ([\w.]+)", str(error))
+    return found.group(1) if found else None
+
+
+def _torch_load(file: Path) -> dict[str, Any]:
+    def read(load: Callable[[BinaryIO], Any]) -> Any:
+        # A stream, because torch would choose the reader by the file's name.
+        with file.open("rb") as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about archives that it then refuses anyway
+            return load(stream)
+
+    try:
+        try:
+            contents = read(lambda stream: torch.load(stream, map_location="cpu", weights_only=True))
+        except pickle.UnpicklingError as error:
+            if _wanted(error) not in STAND_INS:
+                raise
+            contents = read(load_inert)
+    except pickle.UnpicklingError as error:
+        wanted = _wanted(error)
+        what = f"it asks for {wanted!r}" if wanted else "it holds more than tensors"
+        raise ModelError(
+            f"{file}: refused, because the pickle could run code ({what}); nothing in it was executed. "
+            "Expected a plain state dict; have it saved again with torch.save(model.state_dict(), ...)"
+        ) from error
+    except Exception as error:  # torch raises many types for damaged archives
+        raise ModelError(f"{file}: damaged or truncated PyTorch file ({first_line(error)})") from error
+    if not isinstance(contents, Mapping):
+        raise ModelError(f"{file}: expected a state dict (names to tensors), got {type(contents).__name__}")
+    return dict(contents)

@@ -1,0 +1,224 @@
+"""The closed-form plug-in: an xCos model from a recogniser with an affine output block, without training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xcos_ext.backbones.recogniser import Recogniser
+from xcos_ext.io.errors import ModelError
+from xcos_ext.io.fingerprint import fingerprint_weights
+from xcos_ext.io.weights import StrPath
+
+from .cells import CellMatrices, cell_matrices, separate, spread_matrix
+from .head import ClosedFormHead
+from .model import XCosModel, checked_threshold
+from .statistics import Faces, PlugStatistics, compute_statistics, find_statistics, load_or_pass
+
+__all__ = ["DEFAULT_SPREAD", "plug", "plug_statistics"]
+
+#: Sharing between neighbouring cells, in cells: a plateau of both accuracy and localisation (docs/models.md).
+DEFAULT_SPREAD = 0.7
+
+
+def plug_statistics(
+    recogniser: Recogniser,
+    faces: Faces,
+    *,
+    project: int | None = None,
+    spread: float = DEFAULT_SPREAD,
+    batch_size: int = 32,
+    note: str = "",
+) -> PlugStatistics:
+    """Compute the statistics that :func:`plug` centres (and projects) with, to keep them in a file.
+
+    Args:
+        recogniser: the network; put into evaluation mode.
+        faces: aligned pictures of a few hundred people: uint8 RGB arrays [112, 112, 3] or [N, 112, 112, 3],
+            or normalised float tensors [N, 3, 112, 112]; or the network's own maps of them [N, *grid_shape].
+        project: also compute this many principal axes per cell.
+        spread: the sharing between cells that the axes are for (the mean serves every spread).
+        batch_size: pictures per forward pass.
+        note: where the pictures came from; kept in the file.
+
+    Returns:
+        Statistics without thresholds; add them with :func:`dataclasses.replace`.
+
+    Raises:
+        ModelError: the output block is not affine.
+        ValueError: no or too few faces, or pictures of another size.
+    """
+    recogniser.eval()
+    return compute_statistics(
+        recogniser,
+        cell_matrices(recogniser),
+        faces,
+        fingerprint=fingerprint_weights(recogniser),
+        project=project,
+        spread=spread,
+        batch_size=batch_size,
+        note=note,
+    )
+
+
+def plug(
+    recogniser: Recogniser,
+    faces: Faces | None = None,
+    *,
+    statistics: PlugStatistics | StrPath | None = None,
+    project: int | None = None,
+    centre: bool = True,
+    spread: float = DEFAULT_SPREAD,
+    threshold: float | None = None,
+    batch_size: int = 32,
+    name: str | None = None,
+) -> XCosModel:
+    """Turn a recogniser into an explainable model without training.
+
+    In evaluation mode the output block is affine over the 7x7 map x, so emb = sum_ij M_ij x_ij + c. The cell
+    feature is F_ij = sum_kl G_ij,kl M_kl x_kl - mean_ij with G a small Gaussian that shares between
+    neighbouring cells, W_ij is proportional to |F_ij(A)| |F_ij(B)|, and the score sum W S = sum F(A).F(B) /
+    sum |F(A)| |F(B)|.
+
+    Args:
+        recogniser: a network with an output block, e.g. ``backbones.create("ir_se_50")`` with weights loaded,
+            or a :class:`~xcos_ext.backbones.SplitRecogniser` around one of yours. It becomes the model's
+            backbone and is put into evaluation mode; M is taken from its present weights, so plug again after
+            training.
+        faces: aligned pictures to compute the mean (and the axes) from: uint8 RGB arrays [112, 112, 3] or
+            [N, 112, 112, 3], or normalised float tensors [N, 3, 112, 112]. Some hundred different people.
+        statistics: the same, computed earlier: a file or a :class:`PlugStatistics`. Refused if it belongs to
+            other weights. With neither, the statistics shipped for well-known weights are used if they fit.
+        project: keep this many principal axes of every cell (32 gives the usual 32x7x7 template), or None for
+            the embedding's full length.
+        centre: subtract the mean. Without it no faces are needed, at some cost in accuracy.
+        spread: standard deviation of G in cells. 0 keeps every cell on its own, large values approach the
+            plain cosine; the default gains accuracy and localisation over 0 (figures in docs/models.md).
+        threshold: the decision threshold; by default the one of the statistics, if they have one for this
+            form.
+        batch_size: pictures per forward pass over ``faces``.
+        name: the model's name; by default made from the architecture.
+
+    Returns:
+        A model in evaluation mode on the recogniser's device.
+
+    Raises:
+        ModelError: the output block is not affine, no statistics are known, or they do not fit.
+        TypeError: not a recogniser.
+        ValueError: bad ``project`` or ``spread``, or too few faces.
+    """
+    if not isinstance(recogniser, Recogniser):
+        raise TypeError(
+            f"recogniser: expected a Recogniser, got {type(recogniser).__name__}; wrap other networks in "
+            "xcos_ext.backbones.SplitRecogniser(body, output)"
+        )
+    if faces is not None and statistics is not None:
+        raise ValueError("faces, statistics: give one of them, not both")
+    if project is not None and project < 1:
+        raise ValueError(f"project: expected a positive integer or None, got {project}")
+    sharing = spread_matrix(recogniser.grid_shape[1:], spread)
+    recogniser.eval()
+    cells = cell_matrices(recogniser)
+    known: PlugStatistics | None = None
+    if faces is not None or statistics is not None or centre or project is not None:
+        known = _statistics(recogniser, cells, faces, statistics, project, spread, batch_size)
+    parameter = next(iter(recogniser.parameters()))
+    head = _head(
+        cells,
+        torch.float64 if parameter.dtype == torch.float64 else torch.float32,
+        sharing,
+        known.mean.double() if known is not None and centre else None,
+        known.basis[:, :project] if known is not None and known.basis is not None and project is not None else None,
+    )
+    calibration = None if known is None else known.calibration(centre=centre, spread=spread, project=project)
+    model = XCosModel(
+        recogniser,
+        head.to(parameter.device),
+        name=name or f"{recogniser.architecture}+closed-form{'' if project is None else f'-{project}'}",
+    )
+    if calibration is not None:
+        model.set_calibration(calibration)
+    if threshold is not None:
+        model.threshold = checked_threshold(threshold)
+    return model.eval()
+
+
+def _statistics(
+    recogniser: Recogniser,
+    cells: CellMatrices,
+    faces: Faces | None,
+    statistics: PlugStatistics | StrPath | None,
+    project: int | None,
+    spread: float,
+    batch_size: int,
+) -> PlugStatistics:
+    fingerprint = fingerprint_weights(recogniser)
+    if faces is not None:
+        return compute_statistics(
+            recogniser,
+            cells,
+            faces,
+            fingerprint=fingerprint,
+            project=project,
+            spread=spread,
+            batch_size=batch_size,
+        )
+    if statistics is not None:
+        known, origin = load_or_pass(statistics)
+        if known.fingerprint != fingerprint:
+            raise ModelError(
+                f"{origin}: these statistics belong to weights {known.fingerprint}, the recogniser's are {fingerprint}"
+            )
+    else:
+        found = find_statistics(fingerprint)
+        if found is None:
+            raise ModelError(
+                f"{recogniser.architecture}: no statistics are known for these weights ({fingerprint}); pass "
+                "faces= (some hundred aligned pictures) or statistics=, or centre=False"
+            )
+        known, origin = found, "the shipped statistics"
+    expected = (cells.matrices.shape[0], *cells.matrices.shape[2:])
+    if tuple(known.mean.shape) != expected:
+        raise ModelError(f"{origin}: mean: expected {list(expected)}, got {list(known.mean.shape)}")
+    if project is not None:
+        axes = 0 if known.basis is None else known.basis.shape[1]
+        if axes < project:
+            raise ModelError(
+                f"{origin}: project={project} needs that many axes per cell, the statistics have {axes}; "
+                "pass faces= to compute them"
+            )
+        if known.basis_spread != spread:
+            raise ModelError(
+                f"{origin}: the axes were computed for spread={known.basis_spread}, not {spread}; pass "
+                "faces= or that spread"
+            )
+    return known
+
+
+def _head(
+    cells: CellMatrices,
+    dtype: torch.dtype,
+    sharing: Tensor | None,
+    mean: Tensor | None,
+    basis: Tensor | None,
+) -> ClosedFormHead:
+    matrices = cells.matrices
+    _, channels, height, width = matrices.shape
+    # A depthwise output block needs one [D, C] matrix instead of one per cell.
+    separated = separate(matrices)
+    weight, scale = separated if separated is not None else (matrices.flatten(2).permute(2, 0, 1), None)
+    if mean is not None and sharing is not None:
+        mean = (mean.flatten(1) @ sharing.T).view_as(mean)
+
+    def final(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(dtype).contiguous()
+
+    return ClosedFormHead(
+        weight.to(dtype).contiguous(),
+        scale=final(scale),
+        spread=final(sharing),
+        mean=final(mean),
+        basis=final(basis),
+        constant=cells.constant.to(dtype),
+        grid_shape=(channels, height, width),
+    )

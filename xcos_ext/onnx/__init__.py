@@ -1,0 +1,1 @@
+"""ONNX graphs read, followed, cut, joined and run; only :mod:`.tail` needs torch."""

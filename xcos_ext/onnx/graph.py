@@ -1,0 +1,319 @@
+"""An ONNX graph as tensors that depend on each other: what leads where, where it can be cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from xcos_ext.io.errors import ModelError
+from xcos_ext.io.optional import need
+
+from .sessions import run_graph, session_of
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["BATCH", "Graph"]
+
+#: Name of the axis of pictures.
+BATCH = "batch"
+_PURPOSE = "a recogniser in an ONNX file"
+
+
+class Bypass(NamedTuple):
+    """Where the output depends on the picture around a tensor: the node that joins both ways, and by which input."""
+
+    op: str
+    tensor: str
+    source: str
+
+
+def _captured(node: onnx.NodeProto) -> Iterator[str]:
+    """Names that a node reads, also those that its subgraphs take from outside."""
+    yield from (name for name in node.input if name)
+    for attribute in node.attribute:
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+            own = {v.name for v in (*graph.input, *graph.initializer)} | {o for n in graph.node for o in n.output}
+            for inner in graph.node:
+                yield from (name for name in _captured(inner) if name not in own)
+            yield from (value.name for value in graph.output if value.name not in own)
+
+
+class Graph:
+    """A recogniser's graph: one input, pictures [N, 3, height, width].
+
+    Args:
+        proto: with its weights; it is changed: the number of pictures becomes free.
+        where: the file, for messages.
+
+    Attributes:
+        proto: the graph.
+        input: name of the pictures.
+        size: (height, width) of the pictures; None: any.
+        opset: of the standard operators.
+
+    Raises:
+        ModelError: other inputs than one batch of RGB pictures.
+    """
+
+    def __init__(self, proto: onnx.ModelProto, where: str) -> None:
+        self.onnx: Any = need("onnx", _PURPOSE, extra="onnx")
+        self.proto, self.where = proto, where
+        self.opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
+        graph = proto.graph
+        self.weights = {tensor.name: tensor for tensor in graph.initializer}
+        self.nodes: list[onnx.NodeProto] = list(graph.node)
+        self.producer = {name: node for node in self.nodes for name in node.output if name}
+        self.outputs = [value.name for value in graph.output]
+        pictures = [value for value in graph.input if value.name not in self.weights]
+        if len(pictures) != 1:
+            names = ", ".join(repr(value.name) for value in pictures) or "none"
+            raise ModelError(f"{where}: expected a graph with one input, the pictures, got {names}")
+        self.input = pictures[0].name
+        self.size = self._free(pictures[0])
+        self._order = {id(node): i for i, node in enumerate(self.nodes)}
+        self._shapes: dict[tuple[int, int], dict[str, tuple[int, ...]]] = {}
+        # Nodes that ask the pictures for nothing but their number: no information runs through them.
+        self._counts = {id(node) for node in self.nodes if self._only_counts(node)}
+
+    # --- the input
+
+    def _free(self, value: onnx.ValueInfoProto) -> tuple[int, int] | None:
+        """Make the number of pictures free; gives their size."""
+        kind = value.type.tensor_type
+        shape = [d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]
+        if len(shape) != 4 or shape[1] not in (3, None):
+            got = ", ".join("?" if d is None else str(d) for d in shape)
+            raise ModelError(
+                f"{self.where}: input {value.name!r}: expected pictures [N, 3, height, width], got [{got}]"
+            )
+        floats = (self.onnx.TensorProto.FLOAT, self.onnx.TensorProto.FLOAT16)
+        if kind.elem_type not in floats:
+            name = self.onnx.TensorProto.DataType.Name(kind.elem_type).lower()
+            raise ModelError(f"{self.where}: input {value.name!r}: expected float or float16 pictures, got {name}")
+        self.dtype = np.dtype(np.float32 if kind.elem_type == floats[0] else np.float16)
+        fixed = shape[0]
+        kind.shape.dim[0].Clear()
+        kind.shape.dim[0].dim_param = BATCH
+        if fixed is not None:
+            self._free_reshapes(fixed)
+        height, width = shape[2:]
+        return None if height is None or width is None else (height, width)
+
+    def _free_reshapes(self, fixed: int) -> None:
+        """Let reshapes of a graph for ``fixed`` pictures keep whatever number there is."""
+        helper = self.onnx.numpy_helper
+        for i, node in enumerate(self.nodes):
+            shape = self.constant(node.input[1]) if node.op_type == "Reshape" and len(node.input) > 1 else None
+            if shape is None or shape.ndim != 1 or len(shape) < 2 or shape[0] != fixed:
+                continue
+            if 0 in shape and any(a.name == "allowzero" and a.i for a in node.attribute):
+                continue  # really empty
+            freed = shape.astype(np.int64)
+            # 0 copies the number from the input; it is kept first by all that is usual between maps and embeddings.
+            freed[0] = 0
+            name = f"{node.input[1]}/free/{i}"
+            tensor = self.proto.graph.initializer.add()
+            tensor.CopyFrom(helper.from_array(freed, name))
+            self.weights[name] = tensor
+            node.input[1] = name
+            kept = [attribute for attribute in node.attribute if attribute.name != "allowzero"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+        del self.proto.graph.value_info[:]
+        for value in self.proto.graph.output:
+            value.type.tensor_type.ClearField("shape")
+
+    def constant(self, name: str) -> np.ndarray | None:
+        """The value of a tensor that depends on nothing, if it is stored as such."""
+        if name in self.weights:
+            value: np.ndarray = self.onnx.numpy_helper.to_array(self.weights[name])
+            return value
+        node = self.producer.get(name)
+        if node is None or node.op_type not in ("Constant", "Identity"):
+            return None
+        if node.op_type == "Identity":
+            return self.constant(node.input[0])
+        for attribute in node.attribute:
+            found = self.onnx.helper.get_attribute_value(attribute)
+            if attribute.name == "value":
+                return np.asarray(self.onnx.numpy_helper.to_array(found))
+            if attribute.name in ("value_float", "value_floats"):
+                return np.asarray(found, np.float32)
+            if attribute.name in ("value_int", "value_ints"):
+                return np.asarray(found, np.int64)
+        return None
+
+    # --- what leads where
+
+    def _only_counts(self, node: onnx.NodeProto) -> bool:
+        if node.op_type != "Shape" or list(node.input) != [self.input]:
+            return False
+        settings = {a.name: a.i for a in node.attribute}
+        if settings.get("start", 0) == 0 and settings.get("end") == 1:
+            return True
+        users = [user for user in self.nodes if node.output[0] in _captured(user)]
+        return not settings and all(self._takes_first(user) for user in users)
+
+    def _takes_first(self, node: onnx.NodeProto) -> bool:
+        """Whether a node takes the first entry of a shape and no other."""
+        given = [self.constant(name) for name in node.input[1:]]
+        if node.op_type not in ("Gather", "Slice") or any(value is None for value in given):
+            return False
+        numbers = [int(i) for value in given for i in np.asarray(value).reshape(-1)]
+        return numbers == [0] if node.op_type == "Gather" else numbers in ([0, 1], [0, 1, 0], [0, 1, 0, 1])
+
+    def reads(self, node: onnx.NodeProto) -> Iterator[str]:
+        """Names whose values a node depends on."""
+        return iter(()) if id(node) in self._counts else _captured(node)
+
+    def tail(self, outputs: Sequence[str], tensor: str) -> list[onnx.NodeProto]:
+        """The nodes that make ``outputs`` of a tensor, in order; the number of pictures is the tensor's."""
+        nodes = []
+        for node in self.before(outputs, [tensor]):
+            if id(node) in self._counts:
+                copied = self.onnx.NodeProto()
+                copied.CopyFrom(node)
+                copied.input[0] = tensor
+                node = copied
+            nodes.append(node)
+        return nodes
+
+    def before(self, names: Iterable[str], stop: Iterable[str] = ()) -> list[onnx.NodeProto]:
+        """The nodes that tensors are made of, in the graph's order, not looking behind the tensors of ``stop``."""
+        seen, found, waiting = set(stop), {}, [name for name in names if name not in set(stop)]
+        while waiting:
+            name = waiting.pop()
+            node = self.producer.get(name)
+            if name in seen or node is None:
+                continue
+            seen.update(n for n in node.output if n not in seen)
+            if id(node) not in found:
+                found[id(node)] = node
+                waiting.extend(self.reads(node))
+        return sorted(found.values(), key=lambda node: self._order[id(node)])
+
+    def depending(self, nodes: Iterable[onnx.NodeProto], start: Iterable[str]) -> set[str]:
+        """The tensors among those of ``nodes`` (in order) that depend on ``start``, which is included."""
+        found = set(start)
+        for node in nodes:
+            if any(name in found for name in self.reads(node)):
+                found.update(name for name in node.output if name)
+        return found
+
+    def between(self, tensor: str, output: str) -> list[onnx.NodeProto]:
+        """The nodes that lead from one tensor to another and depend on it."""
+        nodes = self.before([output], [tensor])
+        dependent = self.depending(nodes, [tensor])
+        return [node for node in nodes if any(name in dependent for name in node.output)]
+
+    def bypass(self, tensor: str, output: str) -> Bypass | None:
+        """Where the output depends on the pictures other than through ``tensor``; None where it does not."""
+        nodes = self.before([output], [tensor])
+        around = self.depending(nodes, [self.input])
+        if output not in around:
+            return None
+        through = self.depending(nodes, [tensor])
+        for node in nodes:
+            reads = set(self.reads(node))
+            if reads & (around - through) and reads & through:
+                return Bypass(node.op_type, node.output[0], min(reads & (around - through)))
+        return Bypass(self.producer[output].op_type, output, self.input)
+
+    def cuts(self, output: str) -> list[str]:
+        """The tensors through which alone the output depends on the pictures, from the input on.
+
+        A tensor is one if, where it is made, every way from the pictures that still goes on runs through it.
+        """
+        nodes = [n for n in self.before([output])]
+        dependent = self.depending(nodes, [self.input])
+        last: dict[str, int] = {}
+        for i, node in enumerate(nodes):
+            for name in self.reads(node):
+                if name in dependent:
+                    last[name] = i
+        last[output] = len(nodes)
+        found, going_on = [], {self.input}
+        for i, node in enumerate(nodes):
+            going_on = {name for name in going_on if last[name] > i}
+            going_on |= {name for name in node.output if name in dependent and last.get(name, -1) > i}
+            if len(going_on) == 1 and (name := next(iter(going_on))) in node.output:
+                found.append(name)
+        return found
+
+    # --- parts and shapes
+
+    def part(
+        self,
+        nodes: Sequence[onnx.NodeProto],
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        dtype: np.dtype[Any] | None = None,
+    ) -> onnx.ModelProto:
+        """A graph of its own from some nodes, with the weights that they read.
+
+        Args:
+            nodes: in order.
+            inputs: tensors that it is given.
+            outputs: tensors that it gives.
+            dtype: of its inputs, where they are not those of the whole graph.
+        """
+        used = {name for node in nodes for name in _captured(node)} | set(outputs)
+        made: onnx.ModelProto = self.onnx.ModelProto()
+        made.CopyFrom(self.proto)
+        graph = made.graph
+        own = {value.name: value for value in self.proto.graph.input}
+        for field in (graph.node, graph.input, graph.output, graph.value_info, graph.initializer):
+            del field[:]
+        graph.node.extend(nodes)
+        graph.initializer.extend(tensor for name, tensor in self.weights.items() if name in used)
+        helper = self.onnx.helper
+        kind = helper.np_dtype_to_tensor_dtype(self.dtype if dtype is None else dtype)
+        for name in inputs:
+            graph.input.append(own[name] if name in own else helper.make_tensor_value_info(name, kind, None))
+        graph.output.extend(self.onnx.ValueInfoProto(name=name) for name in outputs)
+        return made
+
+    def shapes(self, names: Iterable[str], size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """Shapes of tensors for two pictures of a size: inferred, or else found by running the graph on grey ones.
+
+        Raises:
+            ModelError: the graph cannot be run.
+        """
+        wanted = list(names)
+        if size not in self._shapes:
+            self._shapes[size] = self._infer(size)
+        found = self._shapes[size]
+        unknown = [name for name in wanted if name not in found]
+        if unknown:
+            made = self.part(self.before(unknown), [self.input], unknown)
+            grey = np.full((2, 3, *size), 0.5, self.dtype)
+            results = run_graph(session_of(made, self.where), {self.input: grey}, self.where)
+            found.update({name: tuple(np.shape(result)) for name, result in zip(unknown, results, strict=True)})
+        return {name: found[name] for name in wanted}
+
+    def _infer(self, size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """The shapes that follow from the graph alone, for two pictures."""
+        proto = self.onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        for value in proto.graph.input:
+            if value.name == self.input:
+                dims = value.type.tensor_type.shape.dim
+                for dim, number in zip(dims, (2, 3, *size), strict=True):
+                    dim.Clear()
+                    dim.dim_value = number
+        for value in proto.graph.output:  # another size than the file says may be meant
+            value.type.tensor_type.ClearField("shape")
+        del proto.graph.value_info[:]
+        try:
+            inferred = self.onnx.shape_inference.infer_shapes(proto, data_prop=True)
+        except Exception:  # onnx's own types; running decides
+            return {}
+        found = {}
+        for value in (*inferred.graph.value_info, *inferred.graph.output):
+            kind = value.type.tensor_type
+            if kind.HasField("shape") and all(dim.HasField("dim_value") for dim in kind.shape.dim):
+                found[value.name] = tuple(dim.dim_value for dim in kind.shape.dim)
+        return found

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xcos_ext.io.text import byte_size
+
 from . import _checks
 from ._library import apply, backward_function, below_autograd, library
 from .templates import Attention, Templates, check_sides, resolve_attention, result_dtype
@@ -246,14 +248,6 @@ def _free_bytes(device: torch.device) -> int | None:
     return None
 
 
-def _bytes(size: int) -> str:
-    for unit in ("TB", "GB", "MB"):
-        scale = {"TB": 1e12, "GB": 1e9, "MB": 1e6}[unit]
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size} bytes"
-
-
 def _refuse_what_does_not_fit(probes: Templates, gallery: Templates) -> None:
     wide = result_dtype(probes.dtype)
     size = len(probes) * len(gallery) * wide.itemsize
@@ -263,7 +257,7 @@ def _refuse_what_does_not_fit(probes: Templates, gallery: Templates) -> None:
     if free is not None and size > free:
         raise RuntimeError(
             f"{_OP}: probes, gallery: expected a matrix that fits in memory, got [{len(probes)}, {len(gallery)}] "
-            f"{_checks.dtype_name(wide)}, which takes {_bytes(size)} where {_bytes(free)} are free; "
+            f"{_checks.dtype_name(wide)}, which takes {byte_size(size)} where {byte_size(free)} are free; "
             "xcos_topk finds the best of each row without it"
         )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from xcos_ext.io.text import byte_size
 
 from . import _checks
-from ._library import apply, backward_function, below_autograd, library
+from ._library import apply, backward_function, differentiable, library
 from .templates import Attention, Templates, check_sides, resolve_attention, result_dtype
 
 __all__ = ["xcos_matrix"]
@@ -118,27 +118,20 @@ def _check(
 _Backward = backward_function(_OP, _backward)
 
 
-class _XCosMatrix(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> Tensor:  # type: ignore[override]
-        with below_autograd():
-            return _forward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        # What is saved are the templates themselves: nothing of the size of the pairs.
-        ctx.save_for_backward(*inputs[:_TENSORS])
-        ctx.options = inputs[_TENSORS:]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        needed = ctx.needs_input_grad[:_TENSORS]
-        mask = sum(1 << i for i, need in enumerate(needed) if need)
-        grads = apply(_Backward, _backward, True, grad, *ctx.saved_tensors, *ctx.options, mask)
-        return (*(g if need else None for g, need in zip(grads, needed, strict=True)), *(None,) * len(ctx.options))
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    # What is saved are the templates themselves: nothing of the size of the pairs.
+    ctx.save_for_backward(*inputs[:_TENSORS])
+    ctx.options = inputs[_TENSORS:]
 
 
-library.impl(_OP, _XCosMatrix.apply, "Autograd")
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad[:_TENSORS]
+    mask = sum(1 << i for i, need in enumerate(needed) if need)
+    grads = apply(_Backward, _backward, True, grad, *ctx.saved_tensors, *ctx.options, mask)
+    return (*(g if need else None for g, need in zip(grads, needed, strict=True)), *(None,) * len(ctx.options))
+
+
+_XCosMatrix = differentiable(_OP, _forward, _setup_context, _gradients)
 
 
 class AllPairs:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from xcos_ext.bench.statistics import MOST_SAMPLES, drift, latency, mann_whitney, ratio, thin
-from xcos_ext.bench.text import duration, rate, span
+from xcos_ext.io.text import duration, rate, span
 
 
 def rounds_of(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from xcos_ext import backbones
+from xcos_ext.io.atomic import OutputError
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.fingerprint import fingerprint_weights
 from xcos_ext.model import (
@@ -212,16 +213,16 @@ def test_save_replaces_whole_files_only(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(ModelError, match=r"model.safetensors: cannot be written: .*No space left"):
+    with pytest.raises(OutputError, match=r"model.safetensors: cannot be written: .*No space left"):
         save_model(OWN["learned"](), path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_save_refusals(tmp_path: Path) -> None:
     model = OWN["uniform"]()
-    with pytest.raises(ModelError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot be written"):
         save_model(model, tmp_path / "missing" / "model.safetensors")
-    with pytest.raises(ModelError, match="it is a directory"):
+    with pytest.raises(OutputError, match="it is a directory"):
         save_model(model, tmp_path)
     with pytest.raises(ModelError, match=r"'custom'.* is not in the registry"):
         save_model(XCosModel(torch.nn.Conv2d(3, 512, 16, 16), model.head), tmp_path / "x.safetensors")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from xcos_ext import backbones, reference
+from xcos_ext.card.preprocessing import IMAGENET
 from xcos_ext.model import ClosedFormHead, XCosAttention, XCosHead, XCosModel
 from xcos_ext.model.model import Preprocessing
 from xcos_ext.ops import XCosScore
@@ -112,7 +113,7 @@ def test_fingerprint_follows_weights_head_and_preprocessing() -> None:
     for _ in range(2):  # running the model in training mode moves only what it should
         model.features(torch.zeros(1, 3, 112, 112))
     assert model.fingerprint() == first
-    other = XCosModel(model.backbone, model.head, preprocessing=backbones.IMAGENET)
+    other = XCosModel(model.backbone, model.head, preprocessing=IMAGENET)
     assert other.fingerprint() != first
     warm = XCosHead(6, 4, attention=attention(temperature=0.8))
     warm.load_state_dict(model.head.state_dict())

@@ -20,6 +20,7 @@ from conftest import REPOSITORY
 from torch import Tensor, nn
 from training_toy import Toy, settings, state
 
+from xcos_ext.io.atomic import OutputError
 from xcos_ext.io.errors import ModelError, XCosError
 from xcos_ext.training import BatchIndex, TrainConfig, train
 from xcos_ext.training.ema import EMA
@@ -139,7 +140,7 @@ class TestFullDisk:
         def failing(checkpoint: Checkpoint, path: Path) -> None:
             calls.append(checkpoint.step)
             if checkpoint.step == 4:
-                raise ModelError(f"{path}: cannot be written: No space left on device")
+                raise OutputError(f"{path}: cannot be written: No space left on device")
             save(checkpoint, path)
 
         monkeypatch.setattr(Checkpoint, "save", failing)

@@ -24,8 +24,8 @@ from template_samples import (
 
 import xcos_ext
 from xcos_ext import reference
-from xcos_ext.ops import templates as module
 from xcos_ext.ops.templates import Templates, result_dtype
+from xcos_ext.ops.templates import cells as module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,7 +7,8 @@ import re
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from xcos_ext.io.errors import DeviceError, first_line
+from xcos_ext.io.errors import DeviceError
+from xcos_ext.io.text import first_line
 
 if TYPE_CHECKING:
     import torch

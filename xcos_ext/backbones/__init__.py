@@ -5,16 +5,14 @@ Networks of other packages become recognisers through :func:`from_layer`, :class
 """
 
 from .candidates import feature_maps
-from .compact import CompactNet
 from .feature_map import FeatureMap
-from .iresnet import IResNet
-from .irse import IRSE
 from .layers import LayerRecogniser, from_layer
-from .local import LocalNet
 from .mobilefacenet import MobileFaceNet, MobileFaceNetReLU
 from .onnx_recogniser import OnnxRecogniser
 from .recogniser import Recogniser, SplitRecogniser
 from .registry import available, create, register
+from .residual import IRSE, IResNet
+from .small import CompactNet, LocalNet
 
 __all__ = [
     "IRSE",

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from xcos_ext.card.preprocessing import ARCFACE, Preprocessing
-from xcos_ext.io.errors import ModelError, first_line
+from xcos_ext.io.errors import ModelError
+from xcos_ext.io.text import first_line
 
 from .feature_map import FeatureMap, is_map_shape, shown
 from .followed import BATCH_NORMS, Followed, follow

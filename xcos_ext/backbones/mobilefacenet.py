@@ -8,6 +8,7 @@ norm. They differ in names, in the activation (PReLU against ReLU6) and in how t
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -22,20 +23,18 @@ __all__ = ["MobileFaceNet", "MobileFaceNetReLU"]
 _PLAN = ((128, 64, 5, 2), (256, 128, 7, 2), (512, 128, 1, 2), (256, 128, 2, 1))
 
 
-class _ConvBN(nn.Module):
+def _named(**layers: nn.Module) -> nn.Sequential:
+    """Layers one after the other, under the names that the weights have."""
+    return nn.Sequential(OrderedDict(layers))
+
+
+def _conv_bn(
+    cin: int, cout: int, kernel: int, stride: int = 1, *, groups: int = 1, linear: bool = False
+) -> nn.Sequential:
     """Convolution and batch norm, with PReLU unless ``linear``; keys ``conv``, ``bn``, ``prelu``."""
-
-    def __init__(
-        self, cin: int, cout: int, kernel: int, stride: int = 1, *, groups: int = 1, linear: bool = False
-    ) -> None:
-        super().__init__()
-        padding = 1 if kernel == 3 else 0  # 3x3 keeps the size; 1x1 and the final 7x7 need none
-        self.conv = nn.Conv2d(cin, cout, kernel, stride, padding, groups=groups, bias=False)
-        self.bn = nn.BatchNorm2d(cout)
-        self.prelu: nn.Module = nn.Identity() if linear else nn.PReLU(cout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.prelu(self.bn(self.conv(x)))
+    padding = 1 if kernel == 3 else 0  # 3x3 keeps the size; 1x1 and the final 7x7 need none
+    conv = nn.Conv2d(cin, cout, kernel, stride, padding, groups=groups, bias=False)
+    return _named(conv=conv, bn=nn.BatchNorm2d(cout), **({} if linear else {"prelu": nn.PReLU(cout)}))
 
 
 class _Inverted(nn.Module):
@@ -43,9 +42,9 @@ class _Inverted(nn.Module):
 
     def __init__(self, cin: int, hidden: int, cout: int, stride: int) -> None:
         super().__init__()
-        self.conv = _ConvBN(cin, hidden, 1)
-        self.conv_dw = _ConvBN(hidden, hidden, 3, stride, groups=hidden)
-        self.project = _ConvBN(hidden, cout, 1, linear=True)
+        self.conv = _conv_bn(cin, hidden, 1)
+        self.conv_dw = _conv_bn(hidden, hidden, 3, stride, groups=hidden)
+        self.project = _conv_bn(hidden, cout, 1, linear=True)
         self.residual = stride == 1 and cin == cout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,13 +52,8 @@ class _Inverted(nn.Module):
         return x + y if self.residual else y
 
 
-class _Stage(nn.Module):
-    def __init__(self, channels: int, hidden: int, blocks: int) -> None:
-        super().__init__()
-        self.model = nn.Sequential(*(_Inverted(channels, hidden, channels, 1) for _ in range(blocks)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
+def _stage(channels: int, hidden: int, blocks: int) -> nn.Sequential:
+    return _named(model=nn.Sequential(*(_Inverted(channels, hidden, channels, 1) for _ in range(blocks))))
 
 
 class MobileFaceNet(Recogniser):
@@ -80,18 +74,18 @@ class MobileFaceNet(Recogniser):
         self.architecture = "mobilefacenet"
         self.grid_shape = (512, 7, 7)
         self.preprocessing = ARCFACE
-        self.conv1 = _ConvBN(3, 64, 3, 2)
-        self.conv2_dw = _ConvBN(64, 64, 3, groups=64)
+        self.conv1 = _conv_bn(3, 64, 3, 2)
+        self.conv2_dw = _conv_bn(64, 64, 3, groups=64)
         self.conv_23 = _Inverted(64, 128, 64, 2)
-        self.conv_3 = _Stage(64, 128, 4)
+        self.conv_3 = _stage(64, 128, 4)
         self.conv_34 = _Inverted(64, 256, 128, 2)
-        self.conv_4 = _Stage(128, 256, 6)
+        self.conv_4 = _stage(128, 256, 6)
         self.conv_45 = _Inverted(128, 512, 128, 2)
-        self.conv_5 = _Stage(128, 256, 2)
-        self.conv_6_sep = _ConvBN(128, 512, 1)
+        self.conv_5 = _stage(128, 256, 2)
+        self.conv_6_sep = _conv_bn(128, 512, 1)
         if output:
             self.embedding_size = embedding_size
-            self.conv_6_dw = _ConvBN(512, 512, 7, groups=512, linear=True)
+            self.conv_6_dw = _conv_bn(512, 512, 7, groups=512, linear=True)
             self.linear = nn.Linear(512, embedding_size, bias=False)
             self.bn = nn.BatchNorm1d(embedding_size)
 
@@ -109,31 +103,12 @@ class MobileFaceNet(Recogniser):
         return self.bn(self.linear(self.conv_6_dw(grid).flatten(1)))
 
 
-class _Depthwise(nn.Module):
-    """A depthwise convolution with batch norm over the whole map; keys ``depthwise``, ``bn``."""
-
-    def __init__(self, channels: int, kernel: int) -> None:
-        super().__init__()
-        self.depthwise = nn.Conv2d(channels, channels, kernel, groups=channels, bias=False)
-        self.bn = nn.BatchNorm2d(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.depthwise(x))
-
-
-class _Separable(nn.Module):
+def _separable(cin: int, cout: int) -> nn.Sequential:
     """Depthwise 3x3 and pointwise 1x1, each with batch norm and ReLU."""
-
-    def __init__(self, cin: int, cout: int) -> None:
-        super().__init__()
-        self.depthwise = nn.Conv2d(cin, cin, 3, padding=1, groups=cin, bias=False)
-        self.pointwise = nn.Conv2d(cin, cout, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(cin)
-        self.bn2 = nn.BatchNorm2d(cout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.bn1(self.depthwise(x)).relu()
-        return self.bn2(self.pointwise(x)).relu()
+    depthwise = nn.Conv2d(cin, cin, 3, padding=1, groups=cin, bias=False)
+    pointwise = nn.Conv2d(cin, cout, 1, bias=False)
+    first, second = nn.BatchNorm2d(cin), nn.BatchNorm2d(cout)
+    return _named(depthwise=depthwise, bn1=first, relu1=nn.ReLU(), pointwise=pointwise, bn2=second, relu2=nn.ReLU())
 
 
 def _conv_bn_relu6(cin: int, cout: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -176,7 +151,7 @@ class MobileFaceNetReLU(Recogniser):
         self.grid_shape = (512, 7, 7)
         self.preprocessing = IMAGENET
         self.conv1 = _conv_bn_relu6(3, 64, 3, 2)
-        self.dw_conv = _Separable(64, 64)
+        self.dw_conv = _separable(64, 64)
         blocks: list[nn.Module] = []
         cin = 64
         for hidden, cout, count, stride in _PLAN:
@@ -187,7 +162,7 @@ class MobileFaceNetReLU(Recogniser):
         self.conv2 = _conv_bn_relu6(128, 512, 1)
         if output:
             self.embedding_size = embedding_size
-            self.gdconv = _Depthwise(512, 7)
+            self.gdconv = _named(depthwise=nn.Conv2d(512, 512, 7, groups=512, bias=False), bn=nn.BatchNorm2d(512))
             self.conv3 = nn.Conv2d(512, embedding_size, 1)
             self.bn = nn.BatchNorm2d(embedding_size)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from .compact import CompactNet
-from .iresnet import IResNet
-from .irse import IRSE
-from .local import LocalNet
 from .mobilefacenet import MobileFaceNet, MobileFaceNetReLU
 from .recogniser import Recogniser
+from .residual import IRSE, IResNet
+from .small import CompactNet, LocalNet
 
 __all__ = ["available", "create", "register"]
 
@@ -56,25 +55,11 @@ def create(name: str, **options: Any) -> Recogniser:
     return factory(**options)
 
 
-def _irse(depth: int, squeeze: bool) -> Callable[..., Recogniser]:
-    def build(**options: Any) -> Recogniser:
-        return IRSE(depth, squeeze=squeeze, **options)
-
-    return build
-
-
-def _iresnet(depth: int) -> Callable[..., Recogniser]:
-    def build(**options: Any) -> Recogniser:
-        return IResNet(depth, **options)
-
-    return build
-
-
-for _depth in (18, 34, 50, 100, 200):
-    register(f"iresnet{_depth}", _iresnet(_depth))
-for _depth in (50, 100, 152):
-    register(f"ir_{_depth}", _irse(_depth, False))
-    register(f"ir_se_{_depth}", _irse(_depth, True))
+for _depth in IResNet.units:
+    register(f"iresnet{_depth}", partial(IResNet, _depth))
+for _depth in IRSE.units:
+    register(f"ir_{_depth}", partial(IRSE, _depth, squeeze=False))
+    register(f"ir_se_{_depth}", partial(IRSE, _depth, squeeze=True))
 register("compact", CompactNet)
 register("local", LocalNet)
 register("mobilefacenet", MobileFaceNet)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from xcos_ext.io.optional import need
+from xcos_ext.io.text import duration
 
 from .cases import RUNTIMES, Key
 from .report import Report, Result
-from .text import duration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

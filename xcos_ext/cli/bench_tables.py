@@ -50,7 +50,7 @@ def _plain(value: Any) -> str:
 def print_report(console: Console, report: Report, *, quiet: bool) -> None:
     """Latency of every case, the head's share, what was left out, and what the figures belong to (not if quiet)."""
     from xcos_ext.bench import STAGES
-    from xcos_ext.bench.text import duration, rate, span
+    from xcos_ext.io.text import duration, rate, span
 
     results = report.results
     columns = ["stage", "batch", "runtime", "device", "dtype"]
@@ -163,7 +163,7 @@ def _summary(report: Report) -> Iterator[str]:
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
     """Every case that both runs have, changes first."""
-    from xcos_ext.bench.text import duration
+    from xcos_ext.io.text import duration
 
     table = _table("Changes", ["case", "old", "new", "new / old (99 %)", "verdict"], 1)
     order = list(_STYLES)

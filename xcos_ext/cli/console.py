@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from xcos_ext.io.errors import XCosError
+from xcos_ext.io.text import printable
 
 __all__ = ["TROUBLE", "CommandGroup", "bar", "note", "notes_for_warnings", "print_json", "progress", "quiet_opencv"]
 
@@ -23,8 +24,7 @@ SAME, DIFFERENT, TROUBLE, INTERRUPTED = 0, 1, 2, 130
 
 def one_line(text: str) -> str:
     """Text without line breaks or control characters, so that a message stays one line and a terminal stays sane."""
-    joined = " ".join(text.split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode("ascii") for c in joined)
+    return printable(" ".join(text.split()))
 
 
 def note(message: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import click
 
 from xcos_ext.io.errors import GalleryError
+from xcos_ext.io.text import byte_size
 
 from .console import TROUBLE, bar, note, print_json
 from .verify import check_model_path, chosen_device, load
@@ -29,13 +30,6 @@ def _open(path: str, model: Any = None) -> Any:
     return Gallery.open(path, model)
 
 
-def _size(count: float) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count:.0f} bytes"
-
-
 def info(path: str, as_json: bool) -> int:
     """Counts, sizes, model."""
     with _open(path) as gallery:
@@ -47,7 +41,7 @@ def info(path: str, as_json: bool) -> int:
     rows = [
         ("faces", f"{data['faces']:,} of {data['persons']:,} persons"),
         ("version", f"{data['version']}, {data['fragments']} fragments, {data['removed_but_stored']:,} removed faces"),
-        ("on disk", f"{_size(data['bytes'])}{each}; packed tiles {_size(data['tiles_bytes'])}"),
+        ("on disk", f"{byte_size(data['bytes'])}{each}; packed tiles {byte_size(data['tiles_bytes'])}"),
         ("template", f"{data['grid'][0]}x{data['grid'][1]}, {data['channels']} channels, {data['dtype']}"),
         ("head", str(data["head"])),
         ("model", f"{data['model_name'] or 'not recorded'} {data['model'] or ''}".strip()),
@@ -94,7 +88,9 @@ def compact(path: str, timeout: float, as_json: bool) -> int:
     if as_json:
         print_json({**report, "faces": faces})
     else:
-        click.echo(f"{faces:,} faces, {_size(report['bytes_before'])} before, {_size(report['bytes_after'])} now")
+        click.echo(
+            f"{faces:,} faces, {byte_size(report['bytes_before'])} before, {byte_size(report['bytes_after'])} now"
+        )
     return 0
 
 

@@ -72,7 +72,7 @@ def check_model_path(path: str | None) -> str:
     Raises:
         ModelError: it is not a readable regular file.
     """
-    from xcos_ext.faces.pictures import display_name
+    from xcos_ext.faces import display_name
     from xcos_ext.io.shipped import weights_file
 
     path = str(weights_file(path or None))

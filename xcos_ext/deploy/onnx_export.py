@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from xcos_ext.card.card import INPUTS, OUTPUTS, Kind, OnnxCard, TemplateLayout
 from xcos_ext.io.atomic import check_output, write_atomically
-from xcos_ext.io.errors import ModelError, first_line
+from xcos_ext.io.errors import ModelError
 from xcos_ext.io.optional import MissingPackageError, need
+from xcos_ext.io.text import first_line
 from xcos_ext.model.attention import XCosAttention
 from xcos_ext.model.model import XCosModel
 from xcos_ext.onnx.files import contents_hash

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from xcos_ext.io.text import duration
+
 __all__ = ["Spread", "Trial", "choose", "speedups", "table", "time_in_turns"]
 
 # Rounds at least, whatever the budget, and at most: quartiles need some, and more than these tell nothing new.
@@ -149,11 +151,6 @@ def choose(faster: Mapping[str, Spread], margin: float) -> str:
     return next(name for name, spread in faster.items() if spread.median >= enough)
 
 
-def _duration(seconds: float) -> str:
-    unit, scale = next((pair for pair in (("s", 1.0), ("ms", 1e-3)) if seconds >= pair[1]), ("us", 1e-6))
-    return f"{seconds / scale:.3g} {unit}"
-
-
 def table(trials: Sequence[Trial], chosen: str) -> str:
     """Trials as text, one a line; the chosen one has a star."""
     rows = [("", "way", "time", "quartiles", "x eager", "score error", "built in", "")]
@@ -164,11 +161,11 @@ def table(trials: Sequence[Trial], chosen: str) -> str:
             (
                 mark,
                 trial.name,
-                "-" if spread is None else _duration(spread.median),
-                "" if spread is None else f"{_duration(spread.low)} .. {_duration(spread.high)}",
+                "-" if spread is None else duration(spread.median),
+                "" if spread is None else f"{duration(spread.low)} .. {duration(spread.high)}",
                 "" if speedup is None else f"{speedup.median:.2f} [{speedup.low:.2f}, {speedup.high:.2f}]",
                 "" if trial.error is None else f"{trial.error:.1e}",
-                _duration(trial.build_seconds),
+                duration(trial.build_seconds),
                 trial.problem or "",
             )
         )

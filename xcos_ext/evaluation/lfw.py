@@ -23,6 +23,7 @@ from torch import Tensor
 
 from xcos_ext.backbones import Recogniser
 from xcos_ext.faces import PersonFolder
+from xcos_ext.io.atomic import write_atomically
 from xcos_ext.io.errors import PictureError
 from xcos_ext.model import DEFAULT_SPREAD, PlugStatistics, load_recogniser, plug, plug_statistics
 from xcos_ext.ops import xcos_score
@@ -235,9 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(_table(reports, scores, titles))
     result["forms"] = {form: report.as_dict() for form, report in reports.items()}
     if options.json is not None:
-        temporary = options.json.with_name(f".{options.json.name}.tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(options.json)
+        text = json.dumps(result, indent=1) + "\n"
+        write_atomically(options.json, lambda file: file.write(text.encode()))
     return 0
 
 

@@ -1,12 +1,14 @@
 """Reading pictures, finding faces in them, and cutting them out upright (needs the ``cli`` extra)."""
 
+from xcos_ext.io.text import display_name
+
 from .alignment import ARCFACE_TEMPLATE, align_face, apply_transform, similarity_transform, template_for, warp
 from .cascade import CascadeDetector
 from .detector import Detector, Face
 from .factory import create_detector
 from .folders import PersonFolder, PictureTree
 from .landmarks import LandmarkReader
-from .pictures import MAX_PIXELS, display_name, read_picture
+from .pictures import MAX_PIXELS, read_picture
 from .reader import AlignedFace, extract_face, read_face
 from .selection import POLICIES, choose_face
 from .yunet import YuNetDetector

@@ -11,10 +11,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from xcos_ext.io.errors import PictureError, first_line
+from xcos_ext.io.errors import PictureError
 from xcos_ext.io.optional import need
+from xcos_ext.io.text import display_name, first_line
 
-__all__ = ["MAX_PIXELS", "display_name", "read_picture"]
+__all__ = ["MAX_PIXELS", "read_picture"]
 
 StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
@@ -27,15 +28,6 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "MPO", "PPM", "JPEG2000
 
 # What shows through transparent pixels: mid-grey, so that neither dark nor light hair melts into it.
 _BACKGROUND = (128, 128, 128)
-
-
-def display_name(path: StrPath) -> str:
-    """A path as text that can be printed on one line of any terminal.
-
-    Bytes that are not UTF-8 and characters that are not printable are shown as backslash escapes.
-    """
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def read_picture(path: StrPath, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:

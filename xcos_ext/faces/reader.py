@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from xcos_ext.io.errors import PictureError
+from xcos_ext.io.text import display_name
 
 from .alignment import align_face
 from .detector import Detector, Face
-from .pictures import MAX_PIXELS, display_name, read_picture
+from .pictures import MAX_PIXELS, read_picture
 from .selection import choose_face
 
 __all__ = ["AlignedFace", "extract_face", "read_face"]

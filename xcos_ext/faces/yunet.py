@@ -10,10 +10,10 @@ import numpy as np
 
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.optional import need
+from xcos_ext.io.text import display_name
 
 from .alignment import ARCFACE_TEMPLATE, apply_transform, compose, invert, similarity_transform, warp
 from .detector import Face, check_picture, scaled_copy
-from .pictures import display_name
 
 __all__ = ["YuNetDetector"]
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from xcos_ext.io.atomic import write_atomically
+
 from ._packages import xxhash as _xxhash
 
 __all__ = ["LOG", "CommitLog", "Record", "checksum_of", "sync"]
@@ -105,10 +107,5 @@ class CommitLog:
     def keep(self, version: int) -> None:
         """Forget all versions but one."""
         record = self.find(version)
-        temporary = self.path.with_name(self.path.name + ".new")
-        with open(temporary, "wb") as file:
-            file.write(b"" if record is None else record.line().encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        write_atomically(self.path, lambda file: file.write(b"" if record is None else record.line().encode()))
         sync([self.path.parent])

@@ -115,19 +115,18 @@ class FaissIndex:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the index, and what it was made of beside it (``.json``)."""
         path = Path(path)
-        temporary, about = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".json")
+        about = path.with_name(path.name + ".json")
+        text = json.dumps({"mark": self.mark, "lists": self.lists})
 
         def write(file: BinaryIO) -> None:
-            file.write(json.dumps({"mark": self.mark, "lists": self.lists}).encode())
-
-        try:
-            _faiss().write_index(self.index, str(temporary))
+            _faiss().write_index(self.index, _faiss().PyCallbackIOWriter(file.write))
             # An index without what it was made of is refused; one beside another's would not be.
             about.unlink(missing_ok=True)
-            os.replace(temporary, path)
-            write_atomically(about, write)
+
+        try:
+            write_atomically(path, write)
+            write_atomically(about, lambda file: file.write(text.encode()))
         except (OSError, RuntimeError, OutputError) as error:
-            temporary.unlink(missing_ok=True)
             raise GalleryError(f"{path}: cannot be written ({error})") from error
 
     @classmethod

@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xcos_ext.io.errors import GalleryError, LostRankError, first_line
+from xcos_ext.io.errors import GalleryError, LostRankError
+from xcos_ext.io.text import first_line
 
 __all__ = ["Ranks"]
 

@@ -1,7 +1,8 @@
-"""Writing figures so that a failure leaves the old file, or none, and never half of one."""
+"""Writing files so that a failure leaves the old file, or none, and never half of one."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import tempfile
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import BinaryIO
 
 from .errors import XCosError
+from .text import display_name
 
 __all__ = ["OutputError", "check_output", "ordinary_mode", "write_atomically"]
 
@@ -17,11 +19,6 @@ StrPath = str | os.PathLike[str]
 
 class OutputError(XCosError, ValueError):
     """A file that cannot be written: wrong suffix, no such folder, no permission, not a regular file."""
-
-
-def _printable(path: str) -> str:
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def check_output(path: StrPath, suffixes: Sequence[str]) -> str:
@@ -37,30 +34,16 @@ def check_output(path: StrPath, suffixes: Sequence[str]) -> str:
     Raises:
         OutputError: the message starts with the path and says what is wrong.
     """
-    name = _printable(os.fspath(path))
+    name = display_name(path)
     suffix = os.path.splitext(os.fspath(path))[1].lower()
     if suffix not in suffixes:
         raise OutputError(f"{name}: expected a file ending in {' or '.join(suffixes)}, got {suffix or 'no suffix'}")
     try:
-        target = os.path.realpath(path)
-        folder = os.path.dirname(target)
-        if not os.path.isdir(folder):
-            raise OutputError(f"{name}: cannot be written: there is no folder {_printable(folder)}")
-        try:
-            mode: int | None = os.stat(target).st_mode
-        except FileNotFoundError:
-            mode = None
-        if mode is not None:
-            if stat.S_ISDIR(mode):
-                raise OutputError(f"{name}: cannot be written: it is a directory")
-            if not stat.S_ISREG(mode):  # it would be replaced by a regular file
-                raise OutputError(f"{name}: cannot be written: it is not a regular file")
-        with tempfile.TemporaryFile(dir=folder):  # also finds read-only file systems
+        target = _target(path)
+        with tempfile.TemporaryFile(dir=os.path.dirname(target)):  # also finds read-only file systems
             pass
     except (OSError, ValueError) as error:
-        if isinstance(error, OutputError):
-            raise
-        raise OutputError(f"{name}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        raise _cannot(path, error) from error
     return target
 
 
@@ -71,28 +54,50 @@ def ordinary_mode() -> int:
     return 0o666 & ~umask
 
 
-def write_atomically(path: StrPath, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: StrPath, write: Callable[[BinaryIO], object]) -> None:
     """Write through a temporary file in the same folder that then takes the name.
 
+    The contents are on the disk before the name is taken, so that a power cut leaves the old file or the new one.
+
     Args:
-        path: the file, from :func:`check_output`.
-        write: is given the open temporary file.
+        path: the file; symbolic links are followed.
+        write: is given the open temporary file; what it returns is not looked at.
 
     Raises:
-        OutputError: the folder cannot be written, or the disk is full; nothing is left behind.
+        OutputError: there is no such folder, it cannot be written, or the disk is full; nothing is left behind.
     """
-    target = os.path.realpath(path)
-    folder = os.path.dirname(target)
     temporary: str | None = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=".xcos-", suffix=".tmp", dir=folder)
+        target = _target(path)
+        handle, temporary = tempfile.mkstemp(prefix=".xcos-", suffix=".tmp", dir=os.path.dirname(target))
         with os.fdopen(handle, "wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(temporary, ordinary_mode())  # mkstemp makes it private
         os.replace(temporary, target)
-        temporary = None
     except OSError as error:
-        raise OutputError(f"{_printable(os.fspath(path))}: cannot be written: {error.strerror or error}") from error
+        raise _cannot(path, error) from error
     finally:
-        if temporary is not None and os.path.lexists(temporary):
-            os.unlink(temporary)
+        if temporary is not None:
+            with contextlib.suppress(FileNotFoundError):  # gone once it has the name
+                os.unlink(temporary)
+
+
+def _target(path: StrPath) -> str:
+    """Where a path leads, if a file may be put there."""
+    target = os.path.realpath(path)
+    folder = os.path.dirname(target)
+    if not os.path.isdir(folder):
+        raise OSError(f"there is no folder {display_name(folder)}")
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.stat(target).st_mode
+        if stat.S_ISDIR(mode):
+            raise OSError("it is a directory")
+        if not stat.S_ISREG(mode):  # it would be replaced by a regular file
+            raise OSError("it is not a regular file")
+    return target
+
+
+def _cannot(path: StrPath, error: OSError | ValueError) -> OutputError:
+    return OutputError(f"{display_name(path)}: cannot be written: {getattr(error, 'strerror', None) or error}")

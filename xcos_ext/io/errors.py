@@ -13,15 +13,7 @@ __all__ = [
     "ModelError",
     "PictureError",
     "XCosError",
-    "first_line",
 ]
-
-
-def first_line(error: BaseException, most: int | None = 200) -> str:
-    """The first line of another library's message, cut to ``most`` characters (None: whole); the type's name where
-    it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:most] if lines else type(error).__name__
 
 
 class XCosError(Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import re
@@ -17,8 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .errors import ModelError, first_line
+from .atomic import write_atomically
+from .errors import ModelError
 from .inert import STAND_INS, load_inert
+from .text import first_line
 
 __all__ = ["read_safetensors", "read_weights", "write_safetensors"]
 
@@ -63,30 +64,15 @@ def read_safetensors(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_safetensors(path: StrPath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file under a temporary name beside the target, then rename it.
+    """Write a safetensors file at once or not at all.
 
     Raises:
-        ModelError: the folder does not exist or cannot be written; no partial file is left.
+        OutputError: the folder does not exist or cannot be written; no partial file is left.
     """
-    file = Path(path)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     # Copies, because safetensors refuses tensors that share memory.
     copies = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
-    try:
-        if file.is_dir():
-            raise ModelError(f"{file}: cannot be written: it is a directory")
-        # Bytes first: save_file() would create a file that only its owner can read.
-        contents = save(copies, dict(metadata))
-        with temporary.open("wb") as stream:
-            stream.write(contents)
-            stream.flush()
-            os.fsync(stream.fileno())  # before the rename, so that a power cut leaves the old file or the new one
-        os.replace(temporary, file)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file}: cannot be written: {first_line(error)}") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+    contents = save(copies, dict(metadata))
+    write_atomically(path, lambda file: file.write(contents))
 
 
 def read_weights(path: StrPath) -> tuple[dict[str, Any], dict[str, str]]:

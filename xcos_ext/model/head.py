@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, overload
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -12,21 +12,23 @@ from torch import Tensor, nn
 
 from xcos_ext.ops import XCosScore, xcos_score
 from xcos_ext.ops.grid_match import MATCH_TEMPERATURE, MATCHES, MOST_RADIUS, Match
-from xcos_ext.ops.templates import Role, Templates, check_features, check_role
+from xcos_ext.ops.templates import FixedAttention, Role, Templates, check_features, check_role
 from xcos_ext.ops.xcos_head import HEAD_MOST_CELLS, HeadParameters, xcos_head
 
 from .attention import XCosAttention, is_plain
 from .projection import CellProjection, check_grid, project_cells
 
-__all__ = ["ClosedFormHead", "Matching", "XCosHead"]
+__all__ = ["ClosedFormHead", "Head", "XCosHead"]
 
 
-class Matching(nn.Module):
-    """Whether cells are compared in their places (the default) or matched with their neighbourhoods.
+class Head(nn.Module):
+    """What all heads have in common: the score of grid features, templates, and how cells are compared.
 
-    Set by :meth:`set_matching`, written into the model's file with the head's settings.
+    Cells are compared in their places (the default) or matched with their neighbourhoods (:meth:`set_matching`).
     """
 
+    kind: ClassVar[str]
+    channels: int
     radius: int = 0
     match: Match = "best"
     match_temperature: float = MATCH_TEMPERATURE
@@ -77,13 +79,78 @@ class Matching(nn.Module):
         result: Tensor | XCosScore = xcos_score(a, b, attention, **options)
         return result
 
-    def _check_templates(self) -> None:
+    def features(self, grid: Tensor) -> Tensor:
+        """The backbone's map [N, in_channels, H, W] -> grid feature F [N, channels, H, W]."""
+        raise NotImplementedError
+
+    @overload
+    def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[False] = ...) -> Tensor: ...
+
+    @overload
+    def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[True]) -> XCosScore: ...
+
+    @overload
+    def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: bool) -> Tensor | XCosScore: ...
+
+    def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: bool = False) -> Tensor | XCosScore:
+        """xCos of two batches of grid features.
+
+        Without gradients and in evaluation mode, learned attention (softmax, 16 hidden channels, at most 64 cells) goes
+        through :func:`xcos_ext.xcos_head`, up to rounding the same.
+
+        Args:
+            features_a: F of the first faces [N, C, H, W].
+            features_b: F of the second faces, same shape.
+            return_maps: also return S and W.
+
+        Returns:
+            Scores [N], or ``XCosScore(score [N], similarity [N, H, W], attention [N, H, W])``.
+        """
+        return self._scored(features_a, features_b, return_maps)
+
+    def _scored(self, a: Tensor, b: Tensor, return_maps: bool) -> Tensor | XCosScore:
+        raise NotImplementedError
+
+    def templates(self, features: Tensor, role: Role = "probe", dtype: torch.dtype | None = None) -> Templates:
+        """Templates of faces, for scoring all pairs of them; see :meth:`XCosAttention.templates`.
+
+        Args:
+            features: F [N, C, H, W].
+            role: ``"probe"``, ``"gallery"`` or ``"both"``. With uniform or norm attention templates serve both sides
+                whatever is asked for.
+            dtype: how to store them; None: as ``features``.
+
+        Returns:
+            :class:`xcos_ext.Templates`, differentiable to ``features``.
+
+        Raises:
+            RuntimeError: the head is in training mode, where batch norms have no fixed statistics to fold, or it
+                matches cells with their neighbourhoods.
+            ValueError: a wrong shape or role.
+            TypeError: not a tensor, or a dtype that is not floating-point.
+        """
         if self.radius:
             raise RuntimeError(
                 f"templates: expected a head that compares cells in their places, got radius {self.radius}: all-pairs "
                 "scoring does not match cells with their neighbourhoods; score pairs with head.score, or call "
                 "head.set_matching(0) first"
             )
+        return self._templates(features, role, dtype)
+
+    def _templates(self, features: Tensor, role: Role, dtype: torch.dtype | None) -> Templates:
+        raise NotImplementedError
+
+    def _fixed_templates(
+        self, features: Tensor, role: Role, dtype: torch.dtype | None, attention: FixedAttention
+    ) -> Templates:
+        """Templates without learned attention: they serve both sides, whatever the role."""
+        check_features(features, self.channels, "templates")
+        check_role(role, "templates")
+        return Templates.from_features(features, dtype, attention)
+
+    def forward(self, grid_a: Tensor, grid_b: Tensor) -> XCosScore:
+        """Two maps [N, in_channels, H, W] -> score, similarity and attention."""
+        return self.score(self.features(grid_a), self.features(grid_b), return_maps=True)
 
 
 @torch.compiler.assume_constant_result
@@ -92,16 +159,7 @@ def _exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-def _fixed_templates(
-    features: Tensor, channels: int, role: Role, dtype: torch.dtype | None, attention: Literal["uniform", "norm"]
-) -> Templates:
-    """Templates without learned attention: they serve both sides, whatever the role."""
-    check_features(features, channels, "templates")
-    check_role(role, "templates")
-    return Templates.from_features(features, dtype, attention)
-
-
-class XCosHead(Matching):
+class XCosHead(Head):
     """The trained xCos head: a projection to the grid feature F, attention W, and the score sum W * S.
 
     As published, F = PReLU(BN(Conv1x1(map))); S = cell-wise cosine of two F, W from :class:`XCosAttention`
@@ -150,7 +208,7 @@ class XCosHead(Matching):
                 f"projection: expected {in_channels} channels, as the map has, with 'none', got {channels}"
             )
         self.attention: XCosAttention | None = None
-        self.fixed_attention: Literal["uniform", "norm"] | None = None
+        self.fixed_attention: FixedAttention | None = None
         if attention is None:
             self.attention = XCosAttention(channels)
         elif isinstance(attention, XCosAttention):
@@ -254,67 +312,27 @@ class XCosHead(Matching):
             return None
         return attention.head_parameters()
 
-    @overload
-    def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[False] = ...) -> Tensor: ...
-
-    @overload
-    def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[True]) -> XCosScore: ...
-
-    @overload
-    def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: bool) -> Tensor | XCosScore: ...
-
-    def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: bool = False) -> Tensor | XCosScore:
-        """xCos of two batches of grid features.
-
-        Without gradients and in evaluation mode, learned attention (softmax, 16 hidden channels, at most 64 cells) goes
-        through :func:`xcos_ext.xcos_head`, up to rounding the same.
-
-        Args:
-            features_a: F of the first faces [N, C, H, W].
-            features_b: F of the second faces, same shape.
-            return_maps: also return S and W.
-
-        Returns:
-            Scores [N], or ``XCosScore(score [N], similarity [N, H, W], attention [N, H, W])``.
-        """
+    def _scored(self, a: Tensor, b: Tensor, return_maps: bool) -> Tensor | XCosScore:
         attention = self.attention
         if attention is None:
             fixed: Literal["norm"] | None = "norm" if self.fixed_attention == "norm" else None
-            return self._score(features_a, features_b, fixed, return_maps)
-        parameters = self._fused(attention, features_a, features_b)
+            return self._score(a, b, fixed, return_maps)
+        parameters = self._fused(attention, a, b)
         if parameters is not None:
             return xcos_head(
-                features_a,
-                features_b,
+                a,
+                b,
                 parameters,
                 temperature=attention.temperature,
                 symmetric=attention.symmetric,
                 return_maps=return_maps,
             )
         if attention.fusable:
-            logits = attention.logits(features_a, features_b)
-            return self._score(features_a, features_b, logits, return_maps, attention.temperature)
-        return self._score(features_a, features_b, attention(features_a, features_b), return_maps)
+            logits = attention.logits(a, b)
+            return self._score(a, b, logits, return_maps, attention.temperature)
+        return self._score(a, b, attention(a, b), return_maps)
 
-    def templates(self, features: Tensor, role: Role = "probe", dtype: torch.dtype | None = None) -> Templates:
-        """Templates of faces, for scoring all pairs of them; see :meth:`XCosAttention.templates`.
-
-        Args:
-            features: F [N, C, H, W].
-            role: ``"probe"``, ``"gallery"`` or ``"both"``. With uniform or norm attention templates serve both sides
-                whatever is asked for.
-            dtype: how to store them; None: as ``features``.
-
-        Returns:
-            :class:`xcos_ext.Templates`.
-
-        Raises:
-            RuntimeError: the head is in training mode, where batch norms have no fixed statistics to fold, or it
-                matches cells with their neighbourhoods.
-            ValueError: a wrong shape or role.
-            TypeError: not a tensor, or a dtype that is not floating-point.
-        """
-        self._check_templates()
+    def _templates(self, features: Tensor, role: Role, dtype: torch.dtype | None) -> Templates:
         norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
         if self.training or any(norm.training for norm in norms):
             raise RuntimeError(
@@ -324,15 +342,11 @@ class XCosHead(Matching):
             )
         if self.attention is None:
             assert self.fixed_attention is not None
-            return _fixed_templates(features, self.channels, role, dtype, self.fixed_attention)
+            return self._fixed_templates(features, role, dtype, self.fixed_attention)
         return self.attention.templates(features, role, dtype)
 
-    def forward(self, grid_a: Tensor, grid_b: Tensor) -> XCosScore:
-        """Two maps [N, in_channels, H, W] -> score, similarity and attention."""
-        return self.score(self.features(grid_a), self.features(grid_b), return_maps=True)
 
-
-class ClosedFormHead(Matching):
+class ClosedFormHead(Head):
     """Cells of a linear output block: F_ij = sum_kl G_ij,kl M_kl x_kl - mean_ij, scored with norm attention.
 
     Where a recogniser's output block is affine, its embedding is a sum over cells, emb = sum_kl M_kl x_kl +
@@ -425,50 +439,11 @@ class ClosedFormHead(Matching):
         total = features.sum((2, 3)) + self.constant
         return total if self.mean is None else total + self.mean.sum((1, 2))
 
-    @overload
-    def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[False] = ...) -> Tensor: ...
+    def _scored(self, a: Tensor, b: Tensor, return_maps: bool) -> Tensor | XCosScore:
+        return self._score(a, b, "norm", return_maps)
 
-    @overload
-    def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: Literal[True]) -> XCosScore: ...
-
-    @overload
-    def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: bool) -> Tensor | XCosScore: ...
-
-    def score(self, features_a: Tensor, features_b: Tensor, *, return_maps: bool = False) -> Tensor | XCosScore:
-        """Score of two batches of cell features with norm attention.
-
-        Args:
-            features_a: F of the first faces [N, D, H, W].
-            features_b: F of the second faces, same shape.
-            return_maps: also return S and W.
-
-        Returns:
-            Scores [N], or ``XCosScore(score [N], similarity [N, H, W], attention [N, H, W])``.
-        """
-        return self._score(features_a, features_b, "norm", return_maps)
-
-    def templates(self, features: Tensor, role: Role = "probe", dtype: torch.dtype | None = None) -> Templates:
-        """Templates of faces, for scoring all pairs of them with norm attention.
-
-        Args:
-            features: F [N, D, H, W].
-            role: ``"probe"``, ``"gallery"`` or ``"both"``; these templates serve both sides whatever is asked for.
-            dtype: how to store them; None: as ``features``.
-
-        Returns:
-            :class:`xcos_ext.Templates`, differentiable to ``features``.
-
-        Raises:
-            RuntimeError: the head matches cells with their neighbourhoods.
-            ValueError: a wrong shape or role.
-            TypeError: not a tensor, or a dtype that is not floating-point.
-        """
-        self._check_templates()
-        return _fixed_templates(features, self.channels, role, dtype, "norm")
-
-    def forward(self, grid_a: Tensor, grid_b: Tensor) -> XCosScore:
-        """Two maps [N, C, H, W] -> score, similarity and attention."""
-        return self.score(self.features(grid_a), self.features(grid_b), return_maps=True)
+    def _templates(self, features: Tensor, role: Role, dtype: torch.dtype | None) -> Templates:
+        return self._fixed_templates(features, role, dtype, "norm")
 
     def extra_repr(self) -> str:
         return (

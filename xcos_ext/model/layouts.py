@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from xcos_ext.backbones import IRSE, IResNet
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.weights import StrPath
 
@@ -15,15 +16,6 @@ __all__ = ["KNOWN_RECOGNISERS", "irse_name", "recogniser_name", "recogniser_opti
 
 #: For messages.
 KNOWN_RECOGNISERS = "IR(-SE) 50/100/152, iresnet 18/34/50/100/200 and MobileFaceNet"
-
-# Residual units by stage -> depth.
-_IRESNETS: dict[tuple[int, ...], int] = {
-    (2, 2, 2, 2): 18,
-    (3, 4, 6, 3): 34,
-    (3, 4, 14, 3): 50,
-    (3, 13, 30, 3): 100,
-    (6, 26, 60, 6): 200,
-}
 
 
 def irse_name(state: Mapping[str, Tensor], path: StrPath) -> str:
@@ -33,7 +25,7 @@ def irse_name(state: Mapping[str, Tensor], path: StrPath) -> str:
         ModelError: another number of residual units than these networks have.
     """
     units = {int(m.group(1)) for key in state if (m := re.match(r"body\.(\d+)\.", key))}
-    depth = {24: 50, 49: 100, 50: 152}.get(len(units))
+    depth = next((depth for depth, plan in IRSE.units.items() if sum(plan) == len(units)), None)
     if depth is None:
         raise ModelError(
             f"{path}: an IR network with {len(units)} residual units; known are 24 (IR-50), 49 (IR-100) and 50 (IR-152)"
@@ -48,9 +40,9 @@ def _iresnet_name(state: Mapping[str, Tensor], path: StrPath) -> str:
         if m := re.match(r"layer([1-4])\.(\d+)\.", key):
             units[int(m.group(1))].add(int(m.group(2)))
     counts = tuple(len(found) for found in units.values())
-    depth = _IRESNETS.get(counts)
+    depth = next((depth for depth, plan in IResNet.units.items() if plan == counts), None)
     if depth is None:
-        known = ", ".join(f"{'-'.join(map(str, plan))} ({depth})" for plan, depth in _IRESNETS.items())
+        known = ", ".join(f"{'-'.join(map(str, plan))} ({depth})" for depth, plan in IResNet.units.items())
         raise ModelError(
             f"{path}: an iresnet with {'-'.join(map(str, counts))} residual units in its stages; known are {known}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from xcos_ext.card.preprocessing import Preprocessing
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.fingerprint import fingerprint_weights
 from xcos_ext.io.shipped import weights_file
+from xcos_ext.io.text import few
 from xcos_ext.io.weights import StrPath, read_weights, write_safetensors
 
 from .attention import XCosAttention
@@ -34,17 +35,11 @@ __all__ = ["load_model", "load_recogniser", "save_model"]
 _FORMAT = "xcos_ext.model"
 _VERSION = "1"
 _NESTED = ("state_dict", "model_state_dict", "state_dict_backbone", "model", "net", "weights")
-_NAMED = 4  # keys named in an error before "..."
 
 State = dict[str, Tensor]
 
 
 # --- reading a state dict
-
-
-def _few(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
 
 
 def _state_dict(contents: Mapping[str, Any], path: StrPath) -> State:
@@ -63,7 +58,7 @@ def _state_dict(contents: Mapping[str, Any], path: StrPath) -> State:
             raise ModelError(f"{path}: {key!r}: expected a tensor, got {type(value).__name__}")
         tensors[key] = value
     if not tensors:
-        raise ModelError(f"{path}: holds no weights (keys: {_few(map(str, contents)) or 'none'})")
+        raise ModelError(f"{path}: holds no weights (keys: {few(map(str, contents)) or 'none'})")
     prefix = "module."
     if all(key.startswith(prefix) for key in tensors):
         tensors = {key[len(prefix) :]: value for key, value in tensors.items()}
@@ -118,7 +113,7 @@ def _check_keys(module: nn.Module, state: Mapping[str, Tensor], path: StrPath, w
         if key in state and state[key].shape != value.shape
     ]
     problems = [
-        f"{len(found)} {label}: {_few(found)}"
+        f"{len(found)} {label}: {few(found)}"
         for label, found in (
             ("missing", missing),
             ("unexpected", unexpected),
@@ -173,7 +168,7 @@ def _as_recogniser(state: State, path: StrPath) -> Recogniser | None:
 
 def _unknown(state: Mapping[str, Tensor], path: StrPath) -> ModelError:
     return ModelError(
-        f"{path}: no known layout ({len(state)} tensors, first: {_few(state)}); supported are xcos_ext "
+        f"{path}: no known layout ({len(state)} tensors, first: {few(state)}); supported are xcos_ext "
         "models, the public xCos checkpoints (backbone.*, attention.*) and recognisers with the keys of "
         f"{KNOWN_RECOGNISERS}"
     )
@@ -275,7 +270,7 @@ def save_model(model: XCosModel, path: StrPath, *, dtype: torch.dtype | None = N
         state = {key: t.to(dtype) if t.is_floating_point() else t for key, t in state.items()}
         lost = [key for key, t in state.items() if t.is_floating_point() and not t.isfinite().all()]
         if lost:
-            raise ModelError(f"model: {len(lost)} tensors do not fit into {dtype}: {_few(lost)}")
+            raise ModelError(f"model: {len(lost)} tensors do not fit into {dtype}: {few(lost)}")
     write_safetensors(path, state, metadata)
 
 

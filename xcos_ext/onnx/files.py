@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xcos_ext.io.errors import ModelError, first_line
+from xcos_ext.io.errors import ModelError
 from xcos_ext.io.optional import need
+from xcos_ext.io.text import first_line
 
 if TYPE_CHECKING:
     import onnx

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from xcos_ext.devices import check_device_name
-from xcos_ext.io.errors import DeviceError, ModelError, first_line
+from xcos_ext.io.errors import DeviceError, ModelError
 from xcos_ext.io.optional import need
+from xcos_ext.io.text import first_line
 
 if TYPE_CHECKING:
     import onnx

@@ -18,15 +18,17 @@ from typing import Any
 import torch  # first: it loads the libraries that xcos_ext._C is linked against
 from torch import Tensor
 
+from ._vmap import unfold
+
 __all__ = [
     "apply",
     "backward_function",
     "below_autograd",
     "build_info",
     "compiled",
+    "differentiable",
     "library",
     "promote_under_autocast",
-    "register",
 ]
 
 
@@ -127,10 +129,43 @@ def backward_function(name: str, op: Any, vmap_rule: Callable[..., Any] | None =
     return Backward
 
 
-def register(name: str, op: Any, function: type[torch.autograd.Function], vmap_rule: Callable[..., Any]) -> None:
-    """Gives the operator ``name`` (features first) its autograd, autocast and vmap kernels."""
-    library.impl(name, function.apply, "Autograd")
+def differentiable(
+    name: str,
+    op: Any,
+    setup_context: Callable[..., None],
+    gradients: Callable[..., Any],
+    fold_arguments: Callable[..., Any] | None = None,
+) -> type[torch.autograd.Function]:
+    """The operator ``name`` as an ``autograd.Function``, registered as its autograd kernel.
 
+    Args:
+        name: with its overload, e.g. ``"xcos_score.maps"``.
+        op: the operator; its first two arguments are feature maps where ``fold_arguments`` is given.
+        setup_context: of the function.
+        gradients: its backward.
+        fold_arguments: ``(size, in_dims, *args) -> args``: folds a mapped dimension of ``size`` examples into the
+            batch. With it come kernels for autocast and vmap.
+    """
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:  # type: ignore[override]
+            with below_autograd():
+                return op(*args)
+
+    Function.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
+    Function.backward = staticmethod(gradients)  # type: ignore[method-assign]
+    library.impl(name, Function.apply, "Autograd")
+    if fold_arguments is None:
+        return Function
+
+    def vmap_rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        folded = fold_arguments(info.batch_size, in_dims, *args)
+        needs_grad = any(isinstance(value, Tensor) and value.requires_grad for value in folded)
+        made = unfold(apply(Function, op, needs_grad, *folded), info.batch_size)
+        return made, 0 if isinstance(made, Tensor) else (0,) * len(made)
+
+    Function.vmap = staticmethod(vmap_rule)  # type: ignore[method-assign]
     for device in ("CPU", "CUDA"):
 
         def autocast_kernel(a: Tensor, b: Tensor, *rest: Any, _device: str = device.lower()) -> Any:
@@ -141,3 +176,4 @@ def register(name: str, op: Any, function: type[torch.autograd.Function], vmap_r
         library.impl(name, autocast_kernel, f"Autocast{device}")
 
     torch.library.register_vmap(op, vmap_rule, lib=library)
+    return Function

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._library import apply, backward_function, below_autograd, compiled, library, promote_under_autocast, register
-from ._vmap import fold, unfold
+from ._library import apply, compiled, library, promote_under_autocast
+from ._two_maps import two_map_operator
 
 __all__ = ["grid_cosine"]
 
@@ -37,50 +37,7 @@ def _fake_backward(
     return _checks.gradient_map(a, need_a), _checks.gradient_map(b, need_b)
 
 
-def _vmap(info: Any, in_dims: tuple[Any, ...], a: Tensor, b: Tensor, eps: float) -> tuple[Tensor, int]:
-    size = info.batch_size
-    return unfold(grid_cosine(fold(a, in_dims[0], size), fold(b, in_dims[1], size), eps=eps), size), 0
-
-
-def _vmap_backward(
-    info: Any,
-    in_dims: tuple[Any, ...],
-    grad: Tensor,
-    a: Tensor,
-    b: Tensor,
-    eps: float,
-    need_a: bool,
-    need_b: bool,
-) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
-    folded = (fold(t, d, info.batch_size) for t, d in zip((grad, a, b), in_dims, strict=False))
-    return unfold(_backward(*folded, eps, need_a, need_b), info.batch_size), (0, 0)
-
-
-_Backward = backward_function("grid_cosine", _backward, _vmap_backward)
-
-
-class _GridCosine(torch.autograd.Function):
-    @staticmethod
-    def forward(a: Tensor, b: Tensor, eps: float) -> Tensor:  # type: ignore[override]
-        with below_autograd():
-            return _forward(a, b, eps)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        a, b, ctx.eps = inputs
-        ctx.save_for_backward(a, b)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        a, b = ctx.saved_tensors
-        need_a, need_b, _ = ctx.needs_input_grad
-        grad_a, grad_b = apply(_Backward, _backward, True, grad, a, b, ctx.eps, need_a, need_b)
-        return grad_a if need_a else None, grad_b if need_b else None, None
-
-    vmap = staticmethod(_vmap)
-
-
-register("grid_cosine", _forward, _GridCosine, _vmap)
+(_GridCosine,) = two_map_operator("grid_cosine", _backward, default=_forward)
 
 
 @overload

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from . import _checks
-from ._library import apply, backward_function, below_autograd, library, promote_under_autocast, register
-from ._vmap import fold, unfold
+from ._library import apply, library, promote_under_autocast
+from ._two_maps import two_map_operator
 
 __all__ = ["MATCHES", "MATCH_TEMPERATURE", "MOST_RADIUS", "GridMatch", "Match", "check_matching", "grid_match"]
 
@@ -83,79 +83,7 @@ def _fake_backward(
     return _checks.gradient_map(a, need_a), _checks.gradient_map(b, need_b)
 
 
-def _vmap(info: Any, in_dims: tuple[Any, ...], a: Tensor, b: Tensor, *options: Any) -> tuple[Tensor, int]:
-    size = info.batch_size
-    a, b = fold(a, in_dims[0], size), fold(b, in_dims[1], size)
-    needs_grad = a.requires_grad or b.requires_grad
-    return unfold(apply(_GridMatch, _forward, needs_grad, a, b, *options), size), 0
-
-
-def _vmap_offsets(
-    info: Any, in_dims: tuple[Any, ...], a: Tensor, b: Tensor, *options: Any
-) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
-    size = info.batch_size
-    a, b = fold(a, in_dims[0], size), fold(b, in_dims[1], size)
-    needs_grad = a.requires_grad or b.requires_grad
-    return unfold(apply(_GridMatchOffsets, _forward_offsets, needs_grad, a, b, *options), size), (0, 0)
-
-
-def _vmap_backward(
-    info: Any, in_dims: tuple[Any, ...], grad: Tensor, a: Tensor, b: Tensor, *options: Any
-) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    folded = (fold(t, d, info.batch_size) for t, d in zip((grad, a, b), in_dims, strict=False))
-    results = [(unfold(g, info.batch_size), 0) if g.numel() else (g, None) for g in _backward(*folded, *options)]
-    return tuple(r for r, _ in results), tuple(d for _, d in results)
-
-
-_Backward = backward_function(_OP, _backward, _vmap_backward)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    a, b, *ctx.options = inputs
-    ctx.save_for_backward(a, b)
-    if isinstance(output, tuple):
-        ctx.mark_non_differentiable(output[1])
-
-
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    a, b = ctx.saved_tensors
-    need_a, need_b = ctx.needs_input_grad[:2]
-    grad_a, grad_b = apply(_Backward, _backward, True, grad, a, b, *ctx.options, need_a, need_b)
-    return grad_a if need_a else None, grad_b if need_b else None, *(None,) * 5
-
-
-class _GridMatch(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> Tensor:  # type: ignore[override]
-        with below_autograd():
-            return _forward(*args)
-
-    setup_context = staticmethod(_setup_context)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return _gradients(ctx, grad)
-
-    vmap = staticmethod(_vmap)
-
-
-class _GridMatchOffsets(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        with below_autograd():
-            return _forward_offsets(*args)
-
-    setup_context = staticmethod(_setup_context)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _offsets: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return _gradients(ctx, grad)
-
-    vmap = staticmethod(_vmap_offsets)
-
-
-register(_OP, _forward, _GridMatch, _vmap)
-register(f"{_OP}.offsets", _forward_offsets, _GridMatchOffsets, _vmap_offsets)
+_GridMatch, _GridMatchOffsets = two_map_operator(_OP, _backward, default=_forward, offsets=_forward_offsets)
 
 
 def check_matching(op: str, radius: int, match: str, temperature: float, *, name: str = "temperature") -> int:

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xcos_ext.io.text import byte_size
+
 from . import _checks
-from ._library import apply, backward_function, below_autograd, library
+from ._library import apply, backward_function, differentiable, library
 from .templates import Attention, Templates, check_sides, resolve_attention, result_dtype
 
 __all__ = ["xcos_matrix"]
@@ -116,27 +118,20 @@ def _check(
 _Backward = backward_function(_OP, _backward)
 
 
-class _XCosMatrix(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> Tensor:  # type: ignore[override]
-        with below_autograd():
-            return _forward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        # What is saved are the templates themselves: nothing of the size of the pairs.
-        ctx.save_for_backward(*inputs[:_TENSORS])
-        ctx.options = inputs[_TENSORS:]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        needed = ctx.needs_input_grad[:_TENSORS]
-        mask = sum(1 << i for i, need in enumerate(needed) if need)
-        grads = apply(_Backward, _backward, True, grad, *ctx.saved_tensors, *ctx.options, mask)
-        return (*(g if need else None for g, need in zip(grads, needed, strict=True)), *(None,) * len(ctx.options))
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    # What is saved are the templates themselves: nothing of the size of the pairs.
+    ctx.save_for_backward(*inputs[:_TENSORS])
+    ctx.options = inputs[_TENSORS:]
 
 
-library.impl(_OP, _XCosMatrix.apply, "Autograd")
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad[:_TENSORS]
+    mask = sum(1 << i for i, need in enumerate(needed) if need)
+    grads = apply(_Backward, _backward, True, grad, *ctx.saved_tensors, *ctx.options, mask)
+    return (*(g if need else None for g, need in zip(grads, needed, strict=True)), *(None,) * len(ctx.options))
+
+
+_XCosMatrix = differentiable(_OP, _forward, _setup_context, _gradients)
 
 
 class AllPairs:
@@ -246,14 +241,6 @@ def _free_bytes(device: torch.device) -> int | None:
     return None
 
 
-def _bytes(size: int) -> str:
-    for unit in ("TB", "GB", "MB"):
-        scale = {"TB": 1e12, "GB": 1e9, "MB": 1e6}[unit]
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size} bytes"
-
-
 def _refuse_what_does_not_fit(probes: Templates, gallery: Templates) -> None:
     wide = result_dtype(probes.dtype)
     size = len(probes) * len(gallery) * wide.itemsize
@@ -263,7 +250,7 @@ def _refuse_what_does_not_fit(probes: Templates, gallery: Templates) -> None:
     if free is not None and size > free:
         raise RuntimeError(
             f"{_OP}: probes, gallery: expected a matrix that fits in memory, got [{len(probes)}, {len(gallery)}] "
-            f"{_checks.dtype_name(wide)}, which takes {_bytes(size)} where {_bytes(free)} are free; "
+            f"{_checks.dtype_name(wide)}, which takes {byte_size(size)} where {byte_size(free)} are free; "
             "xcos_topk finds the best of each row without it"
         )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._library import apply, backward_function, below_autograd, compiled, library, promote_under_autocast, register
+from ._library import apply, backward_function, compiled, differentiable, library, promote_under_autocast
 from ._vmap import fold, fold_shared, unfold
 from .grid_match import MATCH_TEMPERATURE, Match, check_matching, grid_match
 
@@ -84,16 +84,16 @@ def _fake_backward(
 
 
 def _fold_arguments(
-    size: int, in_dims: tuple[Any, ...], a: Tensor, b: Tensor, attention: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    size: int, in_dims: tuple[Any, ...], a: Tensor, b: Tensor, attention: Tensor | None, *options: Any
+) -> tuple[Any, ...]:
     n = (a if in_dims[0] is None else a.movedim(in_dims[0], 0)[0]).shape[0]
     a, b = fold(a, in_dims[0], size), fold(b, in_dims[1], size)
     if attention is None:
-        return a, b, None
+        return a, b, None, *options
     dim = in_dims[2]
     if attention.dim() - (dim is not None) == 3:
-        return a, b, fold(attention, dim, size)
-    return a, b, fold_shared(attention, dim, size, n)
+        return a, b, fold(attention, dim, size), *options
+    return a, b, fold_shared(attention, dim, size, n), *options
 
 
 def _vmap_backward(
@@ -134,7 +134,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _gradients(
-    ctx: Any, score: Tensor | None, similarity: Tensor | None, attention_map: Tensor | None
+    ctx: Any, score: Tensor | None, similarity: Tensor | None = None, attention_map: Tensor | None = None
 ) -> tuple[Tensor | None, ...]:
     if score is None and similarity is None and attention_map is None:
         return (None,) * 6
@@ -146,51 +146,8 @@ def _gradients(
     return (*(grad if need else None for grad, need in zip(grads, wanted, strict=True)), None, None, None)
 
 
-def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-    a, b, attention = _fold_arguments(info.batch_size, in_dims, *args[:3])
-    needs_grad = _needs_grad(a, b, attention)
-    return unfold(apply(_XCosScore, _forward, needs_grad, a, b, attention, *args[3:]), info.batch_size), 0
-
-
-def _vmap_maps(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
-    a, b, attention = _fold_arguments(info.batch_size, in_dims, *args[:3])
-    needs_grad = _needs_grad(a, b, attention)
-    maps = apply(_XCosScoreMaps, _forward_maps, needs_grad, a, b, attention, *args[3:])
-    return unfold(maps, info.batch_size), (0, 0, 0)
-
-
-class _XCosScore(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> Tensor:  # type: ignore[override]
-        with below_autograd():
-            return _forward(*args)
-
-    setup_context = staticmethod(_setup_context)
-
-    @staticmethod
-    def backward(ctx: Any, score: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return _gradients(ctx, score, None, None)
-
-    vmap = staticmethod(_vmap)
-
-
-class _XCosScoreMaps(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        with below_autograd():
-            return _forward_maps(*args)
-
-    setup_context = staticmethod(_setup_context)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return _gradients(ctx, *grads)
-
-    vmap = staticmethod(_vmap_maps)
-
-
-register("xcos_score", _forward, _XCosScore, _vmap)
-register("xcos_score.maps", _forward_maps, _XCosScoreMaps, _vmap_maps)
+_XCosScore = differentiable("xcos_score", _forward, _setup_context, _gradients, _fold_arguments)
+_XCosScoreMaps = differentiable("xcos_score.maps", _forward_maps, _setup_context, _gradients, _fold_arguments)
 
 
 def _needs_grad(a: Tensor, b: Tensor, attention: Tensor | None) -> bool:

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from xcos_ext.io.atomic import write_atomically
 from xcos_ext.io.errors import XCosError
 from xcos_ext.model import XCosModel
 
@@ -128,9 +129,7 @@ def told_of(
                 whole = {
                     name: torch.cat(parts).view(2, len(pictures), *parts[0].shape[1:]) for name, parts in made.items()
                 }
-                temporary = file.with_suffix(".tmp")
-                save_file(whole, temporary)
-                os.replace(temporary, file)
+                write_atomically(file, lambda stream: stream.write(save(whole)))
             return Told(**load_file(file))
     except OSError as error:
         raise XCosError(f"{file}: cannot be written or read: {error.strerror or error}") from error

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xcos_ext.backbones import Recogniser
+from xcos_ext.io.atomic import write_atomically
 from xcos_ext.io.errors import XCosError
 from xcos_ext.io.fingerprint import fingerprint_weights
 
@@ -109,27 +111,24 @@ def _compute(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     count, total = len(pictures), views * len(pictures)
-    temporaries = [file.with_name(f".{file.name}.{os.getpid()}.tmp") for file in files]
     recogniser.to(device)
     embeddings = []
-    try:
+
+    def write(stream: BinaryIO) -> None:
         shape = (views, count, *recogniser.grid_shape)
-        grids = np.lib.format.open_memmap(temporaries[0], mode="w+", dtype=np.float16, shape=shape)
+        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(stream, header)
         for view in range(views):
             for start in range(0, count, batch_size):
                 images = pictures.images[start : start + batch_size].to(device)
                 grid = recogniser.grid(normalised(recogniser, images.flip(3) if view else images))
-                grids[view, start : start + len(grid)] = grid.half().cpu().numpy()
+                stream.write(grid.half().cpu().numpy().tobytes())
                 if recogniser.embedding_size is not None:
                     embeddings.append(F.normalize(recogniser.embed(grid).float()).cpu())
                 if progress is not None:
                     progress(view * count + start + len(grid), total)
-        grids.flush()
         if embeddings:
-            with temporaries[1].open("wb") as stream:
-                np.save(stream, torch.cat(embeddings).view(views, count, -1).numpy())
-            os.replace(temporaries[1], files[1])
-        os.replace(temporaries[0], files[0])  # last: it says that the others are there
-    finally:
-        for temporary in temporaries:
-            temporary.unlink(missing_ok=True)
+            values = torch.cat(embeddings).view(views, count, -1).numpy()
+            write_atomically(files[1], lambda file: np.save(file, values))
+
+    write_atomically(files[0], write)  # takes its name last: it says that the others are there

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from xcos_ext.io.errors import ModelError
+from xcos_ext.io.text import few
 from xcos_ext.io.weights import read_safetensors, write_safetensors
 
 __all__ = ["Checkpoint", "load_optimiser", "optimiser_tensors"]
 
 _FORMAT = "xcos_ext.checkpoint"
 _VERSION = "1"
-_NAMED = 5  # differences named in an error before "..."
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Checkpoint:
         """Write to disk, flushed, in place of what was there.
 
         Raises:
-            ModelError: it cannot be written; an earlier file is untouched.
+            OutputError: it cannot be written; an earlier file is untouched.
         """
         tensors = {
             f"{group}/{name}": tensor
@@ -91,7 +91,7 @@ class Checkpoint:
             if expected.get(key) != got.get(key)
         ]
         if different:
-            raise ModelError(f"{path}: belongs to a training with other settings: {_few(different)}")
+            raise ModelError(f"{path}: belongs to a training with other settings: {few(different, 5)}")
         state = module.state_dict()
         different = [
             f"{name} (checkpoint {_shape(self.module.get(name))}, now {_shape(state.get(name))})"
@@ -99,11 +99,7 @@ class Checkpoint:
             if _shape(self.module.get(name)) != _shape(state.get(name))
         ]
         if different:
-            raise ModelError(f"{path}: belongs to another architecture: {_few(different)}")
-
-
-def _few(texts: list[str]) -> str:
-    return ", ".join(texts[:_NAMED]) + (f", ... ({len(texts)} in all)" if len(texts) > _NAMED else "")
+            raise ModelError(f"{path}: belongs to another architecture: {few(different, 5)}")
 
 
 def _shape(tensor: Tensor | None) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xcos_ext.io.errors import ModelError, XCosError
+from xcos_ext.io.atomic import OutputError
+from xcos_ext.io.errors import XCosError
 
 from .checkpoint import Checkpoint, load_optimiser, optimiser_tensors
 from .config import TrainConfig
@@ -292,7 +293,7 @@ class _Run:
         )
         try:
             checkpoint.save(self.out / CHECKPOINT)
-        except ModelError as error:
+        except OutputError as error:
             if final:
                 raise
             self.progress.say(f"{error}; the checkpoint before it is kept, and training goes on")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from xcos_ext.io.atomic import write_atomically
 from xcos_ext.io.errors import XCosError
 
 __all__ = ["CSVLog", "Progress", "tensorboard_writer"]
@@ -43,9 +43,7 @@ class CSVLog:
             writer = csv.DictWriter(text, self._columns)
             writer.writeheader()
             writer.writerows(kept)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
-        os.replace(temporary, path)
+        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append a row; names that the first row did not have are left out."""

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xcos_ext.faces.folders import PictureTree
+from xcos_ext.io.text import few
 
-from .pairs import PairList, few
+from .pairs import PairList
 
 __all__ = ["CFP"]
 
@@ -47,7 +48,7 @@ class CFP(PairList):
         missing: list[str] = []
         lists = {name: self._list(folder / f"../../Pair_list_{name}.txt", missing) for name in set(_LISTS[kind])}
         if missing:
-            raise ValueError(f"{folder}: {len(missing)} pictures are not in {self.pictures.path}: {few(missing)}")
+            raise ValueError(f"{folder}: {len(missing)} pictures are not in {self.pictures.path}: {few(missing, 3)}")
         first, second = (lists[name] for name in _LISTS[kind])
         named: list[tuple[str, str]] = []
         genuine: list[bool] = []

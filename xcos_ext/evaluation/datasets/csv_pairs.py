@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xcos_ext.faces.folders import PictureTree
+from xcos_ext.io.text import few
 
-from .pairs import PairList, few
+from .pairs import PairList
 
 __all__ = ["CSVPairs"]
 
@@ -81,7 +82,7 @@ class CSVPairs(PairList):
         except csv.Error as error:
             raise ValueError(f"{file}: not a CSV file ({error})") from error
         if missing:
-            raise ValueError(f"{file}: {len(missing)} pictures are not in {self.pictures.path}: {few(missing)}")
+            raise ValueError(f"{file}: {len(missing)} pictures are not in {self.pictures.path}: {few(missing, 3)}")
         if not named:
             raise ValueError(f"{file}: no pairs in it")
         folders = all((_folder(a) == _folder(b)) == same for (a, b), same in zip(named, genuine, strict=True))

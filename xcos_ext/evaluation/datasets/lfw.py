@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xcos_ext.faces.folders import PersonFolder
+from xcos_ext.io.text import few
 
-from .pairs import PairList, few
+from .pairs import PairList
 
 __all__ = ["LFW", "Pair", "read_pairs"]
 
@@ -124,7 +125,7 @@ class LFW(PairList):
 
         named = [(key(p.person_a, p.number_a), key(p.person_b, p.number_b)) for p in self.pairs]
         if missing:
-            raise ValueError(f"{pairs}: {len(missing)} pictures are not in {self.pictures.path}: {few(missing)}")
+            raise ValueError(f"{pairs}: {len(missing)} pictures are not in {self.pictures.path}: {few(missing, 3)}")
         super().__init__(
             named,
             [pair.genuine for pair in self.pairs],

@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PairList", "few", "made_folds"]
-
-_NAMED = 3  # pictures named in an error before "..."
+__all__ = ["PairList", "made_folds"]
 
 
 class PairList:
@@ -81,8 +79,3 @@ def made_folds(genuine: NDArray[np.bool_], count: int = 10) -> NDArray[np.int64]
     for kind in (genuine, ~genuine):
         folds[kind] = np.arange(int(kind.sum())) % count
     return folds
-
-
-def few(names: Sequence[str]) -> str:
-    """Some names for a message."""
-    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")

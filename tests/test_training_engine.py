@@ -22,10 +22,10 @@ from training_toy import Toy, settings, state
 
 from xcos_ext.io.errors import ModelError, XCosError
 from xcos_ext.training import BatchIndex, TrainConfig, train
-from xcos_ext.training.ema import EMA
-from xcos_ext.training.prefetch import prefetch
-from xcos_ext.training.schedule import warmup_cosine
+from xcos_ext.training.engine import warmup_cosine
+from xcos_ext.training.parallel import prefetch
 from xcos_ext.training.settings import ConfigError
+from xcos_ext.training.state import averaged_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOY = str(REPOSITORY / "tests" / "training_toy.py")
@@ -132,7 +132,7 @@ class TestFullDisk:
     def test_training_goes_on_after_a_checkpoint_failed(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        from xcos_ext.training.checkpoint import Checkpoint
+        from xcos_ext.training.state import Checkpoint
 
         save, calls = Checkpoint.save, []
 
@@ -329,19 +329,18 @@ def test_warmup_and_cosine() -> None:
 
 def test_the_average_by_hand() -> None:
     module = nn.BatchNorm1d(1)
-    average = EMA(module, 0.5)
+    average = averaged_model(module, 0.5)
     value = 0.0
     for n in range(4):
         with torch.no_grad():
             module.running_mean.fill_(n + 1.0)
             module.num_batches_tracked.fill_(n + 7)
-        average.update(module)
-        decay = min(0.5, (1 + n) / (10 + n))
+        average.update_parameters(module)
+        decay = min(0.5, (1 + n) / (10 + n)) if n else 0.0  # the first weights are the first average
         value = decay * value + (1 - decay) * (n + 1.0)
-    assert float(average.state["running_mean"]) == pytest.approx(value)
-    assert int(average.state["num_batches_tracked"]) == 10
-    with average.in_place_of(module):
-        assert float(module.running_mean) == pytest.approx(value)
+    state = average.module.state_dict()
+    assert float(state["running_mean"]) == pytest.approx(value)
+    assert int(state["num_batches_tracked"]) == 10
     assert float(module.running_mean) == 4.0
 
 

@@ -45,8 +45,8 @@ class BankConfig:
             maps by one per cent.
     """
 
-    size: int = Field(60_000, ge=1)
-    seed: int = Field(0, ge=0)
+    size: int = Field(default=60_000, ge=1)
+    seed: int = Field(default=0, ge=0)
     hints: tuple[str, ...] = ()
     amp: bool = True
 

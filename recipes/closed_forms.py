@@ -9,7 +9,6 @@ verification``.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from recipes.common import say, write_json
 from xcos_ext.backbones import Recogniser
 from xcos_ext.evaluation.datasets import LFW
 from xcos_ext.evaluation.scoring import Score, Track, score_pairs
@@ -205,9 +205,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     folds = None if options.folds is None else [fold - 1 for fold in options.folds]
     lfw = LFW(options.pictures, options.pairs, folds=folds)
     count = np.unique(lfw.folds).size
@@ -234,9 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(_table(reports, scores, titles))
     result["forms"] = {form: report.as_dict() for form, report in reports.items()}
     if options.json is not None:
-        temporary = options.json.with_name(f".{options.json.name}.tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(options.json)
+        write_json(options.json, result)
     return 0
 
 

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
+from recipes.common import say, write_json
 from xcos_ext.evaluation import cross_validated
 from xcos_ext.evaluation.datasets import LFW, PairList, read_pairs
-from xcos_ext.io.atomic import write_atomically
 from xcos_ext.io.errors import XCosError
 from xcos_ext.model import XCosModel, load_model
 from xcos_ext.training import train
@@ -39,10 +39,6 @@ from xcos_ext.training.tasks.sources import Sources, held_out_people, load_sourc
 
 FMRS = (1e-1, 1e-2, 1e-3)
 ATTENTIONS = ("own", "norm", "uniform", "corr", "symmetric")
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 class Parts:
@@ -166,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             settings[path[0]][path[1]] = Path(settings[path[0]][path[1]]).name
         known = json.loads(options.json.read_text()) if options.json.is_file() else {}
         known[label] = {"settings": settings, **result}
-        write_atomically(options.json, lambda file: file.write(f"{json.dumps(known, indent=1)}\n".encode()))
+        write_json(options.json, known)
     return 0
 
 

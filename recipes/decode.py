@@ -68,10 +68,10 @@ class DecodeConfig:
         judged: share of each batch whose drawings the model looks at; the rest has pixels alone. For slow models.
     """
 
-    pixels: float = Field(8.0, ge=0)
-    identity: float = Field(0.5, ge=0)
-    perceptual: float = Field(0.5, ge=0)
-    judged: float = Field(1.0, gt=0, le=1)
+    pixels: float = Field(default=8.0, ge=0)
+    identity: float = Field(default=0.5, ge=0)
+    perceptual: float = Field(default=0.5, ge=0)
+    judged: float = Field(default=1.0, gt=0, le=1)
 
 
 @dataclass(frozen=True, config=SETTINGS)

@@ -80,10 +80,10 @@ class StudentConfig:
     teacher: str
     body: Literal["compact", "local"] = "compact"
     start: Annotated[str | None, NONE] = None
-    spread: float = Field(0.7, ge=0)
-    channels: int = Field(32, ge=1)
+    spread: float = Field(default=0.7, ge=0)
+    channels: int = Field(default=32, ge=1)
     attention: Literal["norm", "residual"] = "residual"
-    hidden: int = Field(16, ge=1)
+    hidden: int = Field(default=16, ge=1)
     symmetric: bool = True
 
 
@@ -101,11 +101,11 @@ class DistillConfig:
             attention, for there is nothing to attend to yet.
     """
 
-    features: float = Field(1.0, ge=0)
-    pairs: float = Field(10.0, ge=0)
-    hints: float = Field(1.0, ge=0)
-    hints_until: float = Field(0.8, gt=0, le=1)
-    attention_from: float = Field(0.6, ge=0, le=1)
+    features: float = Field(default=1.0, ge=0)
+    pairs: float = Field(default=10.0, ge=0)
+    hints: float = Field(default=1.0, ge=0)
+    hints_until: float = Field(default=0.8, gt=0, le=1)
+    attention_from: float = Field(default=0.6, ge=0, le=1)
 
 
 @dataclass(frozen=True, config=SETTINGS)

@@ -27,7 +27,6 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
-import json
 import sys
 import tempfile
 import time
@@ -40,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recipes.common import say, write_json
 from xcos_ext.backbones import Recogniser
 from xcos_ext.evaluation import (
     Candidates,
@@ -52,7 +52,6 @@ from xcos_ext.evaluation import (
 from xcos_ext.evaluation.datasets import read_pairs
 from xcos_ext.faces import PersonFolder
 from xcos_ext.gallery import Gallery
-from xcos_ext.io.atomic import write_atomically
 from xcos_ext.io.errors import XCosError
 from xcos_ext.model import XCosModel, load_model, load_recogniser
 from xcos_ext.training import train
@@ -75,10 +74,6 @@ QUICK_TRAINING: Mapping[str, Any] = {"steps": 4, "batch": 16, "warmup": 1}
 QUICK_REPLICATES = 40
 
 Features = Callable[[Tensor], Tensor]
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 # --- the protocol
@@ -408,7 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             files = {"teacher": options.teacher and Path(options.teacher).name}
             content = {"schema": SCHEMA, "machine": machine(), **files, **result}
-            write_atomically(options.json, lambda file: file.write(f"{json.dumps(content, indent=1)}\n".encode()))
+            write_json(options.json, content)
     except (XCosError, OSError, ValueError) as error:
         parser.error(str(error))
     return 0

@@ -40,15 +40,15 @@ class SwapConfig:
         pairs: weight of L_cos over the faces without a pasted region.
     """
 
-    people: int = Field(0, ge=0)
-    others: int = Field(32, ge=0)
-    share: float = Field(0.6, ge=0, le=1)
-    own: float = Field(0.35, ge=0, le=1)
-    soft: float = Field(0.3, ge=0, le=1)
-    matched: float = Field(0.5, ge=0, le=1)
-    cells: float = Field(2.0, ge=0)
-    features: float = Field(0.5, ge=0)
-    pairs: float = Field(10.0, ge=0)
+    people: int = Field(default=0, ge=0)
+    others: int = Field(default=32, ge=0)
+    share: float = Field(default=0.6, ge=0, le=1)
+    own: float = Field(default=0.35, ge=0, le=1)
+    soft: float = Field(default=0.3, ge=0, le=1)
+    matched: float = Field(default=0.5, ge=0, le=1)
+    cells: float = Field(default=2.0, ge=0)
+    features: float = Field(default=0.5, ge=0)
+    pairs: float = Field(default=10.0, ge=0)
 
 
 class Swapped(NamedTuple):

@@ -22,9 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +31,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from recipes.common import say, write_json
 from recipes.decode import DecodeTask, Experiment, Judge, measure
 from xcos_ext.explain.explainers import EmbeddingCosine
 from xcos_ext.explain.reconstruction import FeatureDecoder, fingerprint_of, load_decoder
@@ -43,10 +42,6 @@ from xcos_ext.training import train
 from xcos_ext.training.tasks import create_task, load_experiment
 
 BATCH = 64
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def genuine_pairs(people: Tensor) -> Tensor:
@@ -188,8 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.ship is not None:
             write_atomically(options.ship, lambda out: shutil.copyfileobj(file.open("rb"), out))
         if options.json is not None:
-            text = json.dumps(figures | {"bytes": file.stat().st_size}, indent=1)
-            write_atomically(options.json, lambda out: out.write(f"{text}\n".encode()))
+            write_json(options.json, figures | {"bytes": file.stat().st_size})
     except (XCosError, OSError, ValueError) as error:
         parser.error(str(error))
     return 0

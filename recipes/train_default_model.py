@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from recipes.common import say, write_json
 from recipes.distill import Experiment
 from xcos_ext.evaluation import cross_validated, error_curves, roc_figure
 from xcos_ext.evaluation.datasets import LFW, read_pairs
 from xcos_ext.explain import save_figure
-from xcos_ext.io.atomic import write_atomically
 from xcos_ext.io.errors import XCosError
 from xcos_ext.model import load_model, load_recogniser, save_model
 from xcos_ext.training import train
@@ -46,10 +46,6 @@ LABELS = {
 }
 FOLDS_HELD_OUT = 2
 FMRS = (1e-1, 1e-2, 1e-3)
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def parts_of(pairs: str) -> list[tuple[int, ...]]:
@@ -162,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = {"experiment": settings, **measure(experiment, parts, files, options.plot)}
         print(table(result))
         if options.json is not None:
-            write_atomically(options.json, lambda file: file.write(f"{json.dumps(result, indent=1)}\n".encode()))
+            write_json(options.json, result)
         if options.ship is not None:
             save_model(load_model(files[-1]), options.ship, dtype=torch.float16)
     except (XCosError, OSError, ValueError, IndexError) as error:

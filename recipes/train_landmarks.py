@@ -152,7 +152,7 @@ class Labels:
     def save(self) -> None:
         if self.file is not None:
             temporary = self.file.with_name(f".{self.file.name}.tmp.npz")
-            np.savez_compressed(temporary, **self.known)
+            np.savez_compressed(temporary, **self.known)  # type: ignore[arg-type]
             temporary.replace(self.file)
 
 
@@ -161,7 +161,7 @@ def bar(text: str, total: int, **fields: str) -> Iterator[Callable[..., None]]:
     """A progress bar; the function that it gives advances it by one and sets fields of the text."""
     columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, refresh_per_second=2) as progress:
-        task = progress.add_task("", total=total, **fields)
+        task = progress.add_task("", total=total, **fields)  # type: ignore[arg-type]
         yield lambda **new: progress.update(task, advance=1, **new)
 
 
@@ -182,7 +182,7 @@ def read(folder: PersonFolder, keys: Sequence[str], labels: Labels, boxes: int) 
 # --- augmentation
 
 
-def similarity(degrees: float, scale: float, shift: Sequence[float]) -> np.ndarray:
+def similarity(degrees: float, scale: float, shift: Sequence[float] | np.ndarray) -> np.ndarray:
     """Turn and scale about the middle of the crop, then shift; template coordinates, [2, 3]."""
     a, b = scale * np.cos(np.deg2rad(degrees)), scale * np.sin(np.deg2rad(degrees))
     linear = np.array([[a, -b], [b, a]])
@@ -211,7 +211,7 @@ def spoil(crop: np.ndarray, rng: np.random.Generator, other: np.ndarray) -> np.n
     """
     size = len(crop)
     colour = rng.dirichlet((3.0, 5.9, 1.1)) if rng.random() < 0.5 else np.array((0.299, 0.587, 0.114))
-    x = crop.astype(np.float32) @ colour.astype(np.float32)
+    x: np.ndarray = crop.astype(np.float32) @ colour.astype(np.float32)
     if rng.random() < 0.3:  # few pixels
         small = int(rng.integers(size // 5, size))
         x = cv2.resize(cv2.resize(x, (small, small), interpolation=cv2.INTER_AREA), (size, size))
@@ -238,7 +238,7 @@ def spoil(crop: np.ndarray, rng: np.random.Generator, other: np.ndarray) -> np.n
     x = np.clip(x, 0, 255).astype(np.uint8)
     if rng.random() < 0.25:
         coded = cv2.imencode(".jpg", x, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(12, 70))])[1]
-        x = cv2.imdecode(coded, cv2.IMREAD_GRAYSCALE)
+        x = np.asarray(cv2.imdecode(coded, cv2.IMREAD_GRAYSCALE))
     if rng.random() < 0.3:  # a hand, a mask, dark glasses
         w, h = rng.uniform(0.12, 0.5, 2) * size
         cx, cy = rng.uniform(0, size, 2)
@@ -381,7 +381,7 @@ def train(network: LandmarkNetwork, sampler: Sampler, arguments: argparse.Namesp
         [{"params": matrices, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}], lr=arguments.rate
     )
     average = averaged_model(network, 0.998)
-    network.train().to(memory_format=torch.channels_last)
+    network.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     smooth = 0.0
     with bar("training: loss {task.fields[loss]}", arguments.steps, loss="-") as advance:
         for step in range(arguments.steps):

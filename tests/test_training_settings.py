@@ -14,7 +14,7 @@ from xcos_ext.training.settings import NONE, SETTINGS, ConfigError, build, overr
 
 @dataclass(frozen=True, config=SETTINGS)
 class Inner:
-    rate: float = Field(0.5, gt=0, le=1)
+    rate: float = Field(default=0.5, gt=0, le=1)
     kind: Literal["mse", "l1"] = "mse"
 
 

@@ -15,7 +15,6 @@ from conftest import REPOSITORY
 from recipes import identify_lfw as example
 from xcos_ext.evaluation import ranked_persons
 from xcos_ext.ops import xcos_matrix
-from xcos_ext.training import head_task
 from xcos_ext.training.data import Pictures, people_of_folds, people_of_share
 
 pytest.importorskip("PIL.Image")
@@ -71,7 +70,7 @@ def test_the_quick_form_on_real_faces(
 ) -> None:
     trained: list[tuple[set[str], set[str]]] = []
 
-    class Watched(head_task.HeadTask):
+    class Watched(example.HeadTask):
         def __init__(self, sources: Any, *arguments: Any, **named: Any) -> None:
             super().__init__(sources, *arguments, **named)
             names, people = sources.pictures.names, sources.pictures.people
@@ -97,7 +96,7 @@ def test_the_quick_form_on_real_faces(
         searched.append(set(part.of(part.probes)) | set(part.of(part.gallery)))
         return found
 
-    monkeypatch.setattr(head_task, "HeadTask", Watched)
+    monkeypatch.setattr(example, "HeadTask", Watched)
     monkeypatch.setattr(example, "search", watched)
     out = tmp_path / "made" / "lfw.json"
     settings = {

@@ -36,20 +36,20 @@ class AugmentConfig:
         patch: share with a rectangle of one colour or of noise over part of the face.
     """
 
-    flip: float = Field(0.5, ge=0, le=1)
-    rotate: float = Field(7.0, ge=0, le=180)
-    scale: float = Field(0.08, ge=0, lt=1)
-    stretch: float = Field(0.05, ge=0, lt=1)
-    shift: float = Field(0.035, ge=0, lt=1)
-    brightness: float = Field(0.3, ge=0)
-    contrast: float = Field(0.4, ge=0)
-    saturation: float = Field(0.4, ge=0)
-    gamma: float = Field(0.3, ge=0)
-    tint: float = Field(0.12, ge=0)
-    grey: float = Field(0.1, ge=0, le=1)
-    blur: float = Field(0.2, ge=0, le=1)
-    noise: float = Field(3.0, ge=0)
-    patch: float = Field(0.15, ge=0, le=1)
+    flip: float = Field(default=0.5, ge=0, le=1)
+    rotate: float = Field(default=7.0, ge=0, le=180)
+    scale: float = Field(default=0.08, ge=0, lt=1)
+    stretch: float = Field(default=0.05, ge=0, lt=1)
+    shift: float = Field(default=0.035, ge=0, lt=1)
+    brightness: float = Field(default=0.3, ge=0)
+    contrast: float = Field(default=0.4, ge=0)
+    saturation: float = Field(default=0.4, ge=0)
+    gamma: float = Field(default=0.3, ge=0)
+    tint: float = Field(default=0.12, ge=0)
+    grey: float = Field(default=0.1, ge=0, le=1)
+    blur: float = Field(default=0.2, ge=0, le=1)
+    noise: float = Field(default=3.0, ge=0)
+    patch: float = Field(default=0.15, ge=0, le=1)
 
 
 class _Draws:

@@ -48,7 +48,7 @@ class CSVLog:
             writer = csv.DictWriter(text, self._columns)
             writer.writeheader()
             writer.writerows(kept)
-        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+        write_atomically(path, lambda file: file.writelines([text.getvalue().encode()]))
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append a row; names that the first row did not have are left out."""

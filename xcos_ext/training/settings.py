@@ -139,24 +139,24 @@ class TrainConfig:
 
     steps: int = Field(ge=1)
     batch: int = Field(ge=1)
-    accumulate: int = Field(1, ge=1)
+    accumulate: int = Field(default=1, ge=1)
     optimiser: Literal["adamw", "muon", "sgd"] = "adamw"
-    rate: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    warmup: int = Field(0, ge=0)
-    final_rate: float = Field(0.0, ge=0, le=1)
+    rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    warmup: int = Field(default=0, ge=0)
+    final_rate: float = Field(default=0.0, ge=0, le=1)
     clip: Annotated[float | None, Field(gt=0), NONE] = None
-    ema: float = Field(0.0, ge=0, lt=1)
+    ema: float = Field(default=0.0, ge=0, lt=1)
     amp: Literal["off", "bf16", "fp16"] = "off"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    workers: int = Field(2, ge=0)
-    log_every: int = Field(10, ge=1)
-    evaluate_every: int = Field(0, ge=0)
-    checkpoint_every: int = Field(0, ge=0)
-    checkpoint_minutes: float = Field(10.0, ge=0)
+    workers: int = Field(default=2, ge=0)
+    log_every: int = Field(default=10, ge=1)
+    evaluate_every: int = Field(default=0, ge=0)
+    checkpoint_every: int = Field(default=0, ge=0)
+    checkpoint_minutes: float = Field(default=10.0, ge=0)
     tensorboard: bool = False
 
     #: Settings that may differ when a training is resumed: they do not change what is computed.

@@ -29,14 +29,14 @@ def averaged_model(module: nn.Module, decay: float) -> AveragedModel:
     after n updates, so that the first weights do not linger; integer buffers are copied.
     """
 
-    def update(averages: list[Tensor], values: list[Tensor], _: Any) -> None:
+    def update(averages: Any, values: Any, _: Any) -> None:
         if averages[0].is_floating_point():
             count = int(made.n_averaged)  # the module's own, on the CPU: reading it waits for no device
             torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + count) / (10 + count)))
         else:
             torch._foreach_copy_(averages, values)
 
-    made = AveragedModel(module, multi_avg_fn=torch.no_grad()(update), use_buffers=True)
+    made = AveragedModel(module, multi_avg_fn=update, use_buffers=True)
     return made
 
 

@@ -68,7 +68,8 @@ class Task(Protocol):
             A frozen teacher does not belong in it.
     """
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module: ...
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters of ``module`` to optimise: dicts with ``params`` and, if wanted, ``rate_scale`` (times the

@@ -28,7 +28,7 @@ class DataConfig:
     """
 
     pictures: str
-    held_out_share: float = Field(0.0, ge=0, lt=1)
+    held_out_share: float = Field(default=0.0, ge=0, lt=1)
     held_out_list: Annotated[str | None, NONE] = None
     pairs: Annotated[str | None, NONE] = None
     folds: tuple[int, ...] = ()
@@ -58,12 +58,12 @@ class ModelConfig:
     recogniser: str
     start: Literal["closed-form", "random"] = "closed-form"
     channels: Annotated[int | None, Field(ge=1), NONE] = 32
-    spread: float = Field(0.7, ge=0)
+    spread: float = Field(default=0.7, ge=0)
     statistics: Annotated[str | None, NONE] = None
     attention: Literal["residual", "learned", "norm", "uniform"] = "residual"
-    hidden: int = Field(16, ge=1)
+    hidden: int = Field(default=16, ge=1)
     symmetric: bool = True
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
 
 
 @dataclass(frozen=True, config=SETTINGS)
@@ -95,24 +95,24 @@ class LossConfig:
     """
 
     pairs: Literal["all", "drawn"] = "all"
-    pictures_each: int = Field(2, ge=2)
-    others: float = Field(0.0, ge=0, lt=1)
+    pictures_each: int = Field(default=2, ge=2)
+    others: float = Field(default=0.0, ge=0, lt=1)
     flipped: bool = False
-    hard: float = Field(0.0, ge=0, le=1)
-    cosine: float = Field(1.0, ge=0)
+    hard: float = Field(default=0.0, ge=0, le=1)
+    cosine: float = Field(default=1.0, ge=0)
     distance: Literal["mse", "l1"] = "mse"
     balanced: bool = False
-    contrast: float = Field(0.0, ge=0)
+    contrast: float = Field(default=0.0, ge=0)
     contrast_kind: Literal["infonce", "contrastive", "triplet"] = "infonce"
-    contrast_temperature: float = Field(0.05, gt=0)
+    contrast_temperature: float = Field(default=0.05, gt=0)
     contrast_margin: Annotated[float | None, NONE] = None
-    identity: float = Field(0.0, ge=0)
+    identity: float = Field(default=0.0, ge=0)
     margin_head: Literal["arcface", "cosface"] = "arcface"
     margin_scale: Annotated[float | None, Field(gt=0), NONE] = None
     margin: Annotated[float | None, Field(ge=0), NONE] = None
-    class_share: float = Field(1.0, gt=0, le=1)
+    class_share: float = Field(default=1.0, gt=0, le=1)
     detach: Detach = "none"
-    anchor: float = Field(0.0, ge=0)
+    anchor: float = Field(default=0.0, ge=0)
 
 
 @dataclass(frozen=True, config=SETTINGS)
@@ -124,7 +124,7 @@ class BodyConfig:
         augment: alterations of its pictures.
     """
 
-    rate_scale: float = Field(0.01, ge=0)
+    rate_scale: float = Field(default=0.01, ge=0)
     augment: AugmentConfig = AugmentConfig()
 
 

@@ -328,7 +328,7 @@ def embedded_once(head: XCosHead, features: Tensor) -> Tensor:
     return (logits.softmax(1).view_as(similarity) * similarity).sum(2)
 
 
-WAYS: dict[str, Callable[[XCosHead, Tensor], Tensor]] = {
+IMPLEMENTATIONS: dict[str, Callable[[XCosHead, Tensor], Tensor]] = {
     "xcos_matrix": all_pairs,
     "eager, embedded once": embedded_once,
     "eager, every pair": every_pair,
@@ -364,7 +364,7 @@ def measure(way: str, state: bytes, loss: str, pictures: int, threads: int, repe
 
     def step(count: int) -> Tensor:
         head.zero_grad(set_to_none=True)
-        scores = WAYS[way](head, head.features(grids[:count]))
+        scores = IMPLEMENTATIONS[way](head, head.features(grids[:count]))
         compute_loss(scores, people[:count]).backward()
         return scores.detach()
 
@@ -391,7 +391,7 @@ def compare(
     state = save({**{name: t.contiguous() for name, t in head.state_dict().items()}, "grids": grids.contiguous()})
     costs: dict[str, Cost] = {}
     for _ in range(rounds):
-        for way in WAYS:
+        for way in IMPLEMENTATIONS:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 cost = pool.apply(measure, (way, state, loss, pictures, torch.get_num_threads(), repeats))
             known = costs.get(way, cost._replace(seconds=[]))

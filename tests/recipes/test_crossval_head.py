@@ -74,12 +74,13 @@ def test_every_fold_is_scored_by_a_head_that_never_saw_it(
 ) -> None:
     seen: list[tuple[set[str], int]] = []
 
-    class Watched(example.HeadTask):  # type: ignore[misc, name-defined]
-        def __init__(self, *arguments: Any, **named: Any) -> None:
-            super().__init__(*arguments, **named)
-            seen.append((set(arguments[3]), len(self.trained)))
+    original = example.HeadTask.__init__
 
-    monkeypatch.setattr(example, "HeadTask", Watched)
+    def watched(made: example.HeadTask, *arguments: Any, **named: Any) -> None:
+        original(made, *arguments, **named)
+        seen.append((set(arguments[3]), len(made.trained)))
+
+    monkeypatch.setattr(example.HeadTask, "__init__", watched)
     out = tmp_path / "result.json"
     arguments = [str(files / "head.toml"), "--json", str(out), "--threads", "1", "--set", f"task={task}"]
     kept = ["--models", str(tmp_path / "models")]

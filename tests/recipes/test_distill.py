@@ -1,4 +1,4 @@
-"""Altered faces, the teacher's bank of them, Muon, and a student that learns from the bank."""
+"""Mixed faces, the teacher's bank of them, and a student that learns from the bank."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from xcos_ext import backbones
 from xcos_ext.io.errors import XCosError
 from xcos_ext.model import XCosModel, load_model, plug, plug_statistics
 from xcos_ext.training import BatchIndex, ConfigError, TrainConfig, train
-from xcos_ext.training.augment import AugmentConfig, augmented
 from xcos_ext.training.data import Pictures
-from xcos_ext.training.optimiser import MuonAdamW, orthogonalised
 from xcos_ext.training.tasks.config import DataConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,42 +67,7 @@ def sources(teacher: XCosModel, pictures: Pictures, tmp_path_factory: pytest.Tem
     return DistillSources(teacher, pictures, bank, [])
 
 
-# --- alterations
-
-
-def test_augmented_is_reproducible_and_each_picture_has_its_own() -> None:
-    same = faces(1).expand(16, -1, -1, -1)
-    first, again = (augmented(same, AugmentConfig(), generator(5)) for _ in range(2))
-    assert first.dtype == torch.uint8 and first.shape == same.shape
-    assert torch.equal(first, again)
-    assert not torch.equal(first, augmented(same, AugmentConfig(), generator(6)))
-    assert all(not torch.equal(first[0], other) for other in first[1:])
-
-
-def test_augmented_without_alterations_is_the_identity() -> None:
-    nothing = AugmentConfig(**{field.name: 0 for field in dataclasses.fields(AugmentConfig)})
-    images = faces(4)
-    assert torch.equal(augmented(images, nothing, generator()), images)
-
-
-@pytest.mark.parametrize(
-    ("alteration", "changed"),
-    [({"flip": 1.0}, lambda x: x.flip(3)), ({"grey": 1.0}, lambda x: x.float().mean(1, keepdim=True).expand_as(x))],
-)
-def test_augmented_flips_and_greys(alteration: dict[str, float], changed: object) -> None:
-    nothing = {field.name: 0 for field in dataclasses.fields(AugmentConfig)}
-    images = faces(3)
-    made = augmented(images, AugmentConfig(**(nothing | alteration)), generator())
-    torch.testing.assert_close(made.float(), changed(images).float(), atol=1.0, rtol=0)  # type: ignore[operator]
-
-
-def test_augmented_takes_small_and_empty_batches_and_names_bad_ones() -> None:
-    assert augmented(faces(2, 16), AugmentConfig(blur=1.0, patch=1.0), generator()).shape == (2, 3, 16, 16)
-    assert augmented(faces(1)[:0], AugmentConfig(), generator()).shape == (0, 3, 112, 112)
-    with pytest.raises(TypeError, match=r"images: expected uint8, got torch\.float32"):
-        augmented(faces(1).float(), AugmentConfig(), generator())
-    with pytest.raises(ValueError, match=r"images: expected \[N, 3, H, W\], got \[3, 112, 112\]"):
-        augmented(faces(1)[0], AugmentConfig(), generator())
+# --- mixtures
 
 
 def test_mixtures_lie_between_both_faces_and_some_faces_stay_as_they_are() -> None:
@@ -118,63 +81,11 @@ def test_mixtures_lie_between_both_faces_and_some_faces_stay_as_they_are() -> No
     assert made.min() > 38 and made.max() < 82
 
 
-def test_bent_moves_pixels_a_little_and_not_all_pictures() -> None:
+def test_warping_moves_pixels_a_little_and_not_all_pictures() -> None:
     rows = torch.arange(112.0).view(1, 1, 112, 1).expand(64, 3, 112, 112)
     moved = (warped(rows, generator()) - rows)[:, 0, 20:-20, 20:-20].abs().amax((1, 2))
     assert 0.2 < (moved < 1e-3).float().mean() < 0.6
     assert moved.max() < 14
-
-
-# --- Muon
-
-
-@pytest.mark.parametrize("shape", [(16, 40), (40, 16), (3, 8, 8)])
-def test_orthogonalised_keeps_directions_and_levels_singular_values(shape: tuple[int, ...]) -> None:
-    matrix = torch.randn(*shape, dtype=torch.float64, generator=generator())
-    made = orthogonalised(matrix)
-    values = torch.linalg.svdvals(made)
-    assert values.min() > 0.3 and values.max() < 1.3
-    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    inner = u.mT @ made @ v.mT
-    off = inner - torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))
-    assert off.abs().max() < 1e-9
-    assert not orthogonalised(torch.zeros(4, 4)).any()
-
-
-def test_the_rest_is_adamw_as_torch_has_it() -> None:
-    torch.manual_seed(1)
-    ours, theirs = nn.Linear(5, 3), nn.Linear(5, 3)
-    theirs.load_state_dict(ours.state_dict())
-    optimisers = (
-        MuonAdamW(ours.parameters(), 0.01, betas=(0.9, 0.99), weight_decay=0.1),
-        torch.optim.AdamW(theirs.parameters(), 0.01, betas=(0.9, 0.99), weight_decay=0.1),
-    )
-    x, y = torch.randn(20, 5), torch.randn(20, 3)
-    for _ in range(10):
-        for net, optimiser in zip((ours, theirs), optimisers, strict=True):
-            optimiser.zero_grad()
-            (net(x) - y).square().mean().backward()
-            optimiser.step()
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_muon_learns_and_refuses_vectors() -> None:
-    torch.manual_seed(2)
-    conv = nn.Conv2d(4, 6, 3, bias=False)
-    optimiser = MuonAdamW([{"params": [conv.weight], "muon": True}], 0.02)
-    x = torch.randn(8, 4, 10, 10)
-    wanted = nn.Conv2d(4, 6, 3, bias=False)(x).detach()
-    losses = []
-    for _ in range(60):
-        optimiser.zero_grad()
-        loss = (conv(x) - wanted).square().mean()
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.1 * losses[0]
-    with pytest.raises(ValueError, match="expected matrices or kernels in a group with muon=True, got a vector"):
-        MuonAdamW([{"params": [nn.Parameter(torch.zeros(3))], "muon": True}])
 
 
 # --- the bank

@@ -1,4 +1,4 @@
-"""recipes/train_all_pairs.py: its losses, its training and its command, on generated faces and on real ones."""
+"""recipes/train_all_pairs.py: its training and its command, on generated faces and on real ones."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import xcos_ext
 from recipes import train_all_pairs as example
-from xcos_ext import backbones, reference
+from xcos_ext import backbones
 from xcos_ext.faces import PersonFolder
 from xcos_ext.model import XCosAttention, XCosHead
 from xcos_ext.training import losses
@@ -100,76 +99,6 @@ def test_the_teacher_pulls_scores_towards_its_cosine() -> None:
         example.train(prepared(faces), faces._replace(embeddings=None), batches, None, steps=1, teacher=1.0)
 
 
-@pytest.mark.parametrize("name", [*LOSSES, "teacher"])
-def test_gradients_are_those_through_the_reference(name: str) -> None:
-    faces = generated(people=4, pictures=2, channels=6)
-    torch.manual_seed(1)
-    head = XCosHead(6, 5, attention=XCosAttention(5, symmetric=False))
-    example.fix_statistics(head, faces.grids, 0)
-    head.double()
-    grids = faces.grids.double()
-
-    def gradients(scores_of: Any) -> list[Tensor]:
-        head.zero_grad()
-        templates = head.templates(head.features(grids), role="both")
-        scores = scores_of(templates, templates)
-        if name == "teacher":
-            loss = losses.teacher_loss(scores, faces.embeddings.double())
-        else:
-            loss = losses.make_loss(name)(scores, faces.people)
-        loss.backward()
-        return [p.grad.clone() for p in head.parameters() if p.grad is not None]
-
-    ours, plain = gradients(xcos_ext.xcos_matrix), gradients(reference.xcos_matrix)
-    assert len(ours) == len(plain) == len(list(head.parameters()))
-    for a, b in zip(ours, plain, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-    assert any(a.abs().max() > 1e-3 for a in ours)
-
-
-def test_losses_by_hand() -> None:
-    people = torch.tensor([0, 0, 1, 1])
-    scores = torch.tensor([[9.0, 0.8, 0.1, 0.5], [0.7, 9.0, 0.2, 0.0], [0.3, 0.1, 9.0, 0.6], [0.2, 0.4, 0.9, 9.0]])
-    # The diagonal, 9, must not count anywhere.
-    rows = [(0.8, 0.1, 0.5), (0.7, 0.2, 0.0), (0.6, 0.3, 0.1), (0.9, 0.2, 0.4)]
-    by_hand = np.mean([np.log(sum(np.exp(x / 0.5) for x in row)) - row[0] / 0.5 for row in rows])
-    assert float(losses.infonce(scores, people, 0.5)) == pytest.approx(by_hand, rel=1e-6)
-    assert float(losses.triplet(scores, people, 0.4)) == pytest.approx(np.mean([0.1, 0.0, 0.1, 0.0]), abs=1e-6)
-    genuine = np.mean([max(0, 1 - 0.25 - row[0]) ** 2 for row in rows])
-    impostor = np.mean([max(0, x - 0.25) ** 2 for row in rows for x in row[1:]])
-    assert float(losses.contrastive(scores, people, 0.25)) == pytest.approx(genuine + impostor, rel=1e-6)
-    with pytest.raises(ValueError, match="loss: expected 'infonce', 'contrastive' or 'triplet', got 'hinge'"):
-        losses.make_loss("hinge")
-
-
-def test_statistics_are_fixed_and_those_of_the_faces() -> None:
-    faces = generated()
-    head = prepared(faces)
-    norm = head.conv1x1[1]
-    with torch.no_grad():
-        plain = head.conv1x1[0](faces.grids.float())
-    assert not any(module.training for module in head.modules())
-    assert norm.momentum == pytest.approx(0.1)
-    deviation = plain.std((0, 2, 3))
-    torch.testing.assert_close(norm.running_mean / deviation, plain.mean((0, 2, 3)) / deviation, atol=0.05, rtol=0)
-    torch.testing.assert_close(norm.running_var.sqrt() / deviation, torch.ones(8), atol=0.05, rtol=0)
-
-
-def test_batches_hold_different_pictures_of_different_people() -> None:
-    people = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3, 3, 3])
-    batches = example.Batches(people, 2, 2, 0)
-    for _ in range(20):
-        chosen = batches.draw()
-        assert len(set(chosen.tolist())) == 4
-        own = people[chosen].view(2, 2)
-        assert (own[:, 0] == own[:, 1]).all() and own[0, 0] != own[1, 0]
-        assert 1 not in own
-    with pytest.raises(ValueError, match=r"expected at least 4 people with 2 pictures or more to train on, got 3"):
-        example.Batches(people, 4, 2, 0)
-    with pytest.raises(ValueError, match=r"at least 2 people with 2 pictures each, got 4 with 1"):
-        example.Batches(people, 4, 1, 0)
-
-
 def test_no_person_is_on_both_sides() -> None:
     chosen = [(f"{person}/1", f"{person}/2") for person in range(40)]
     first, second = example.hold_out(chosen, 0.25)
@@ -185,11 +114,11 @@ def test_three_ways_give_one_result_and_the_formula_says_what_pairs_keep() -> No
     count, cells = 32, 49
     features = head.features(faces.grids[:count].float()).detach().requires_grad_()
     kept, scores = {}, {}
-    for way, compute in example.WAYS.items():
-        scores[way] = compute(head, features).detach()
-        kept[way] = example.saved_bytes(lambda compute=compute: compute(head, features))
-    for way in example.WAYS:
-        torch.testing.assert_close(scores[way], scores["xcos_matrix"], rtol=0, atol=2e-6)
+    for name, compute in example.IMPLEMENTATIONS.items():
+        scores[name] = compute(head, features).detach()
+        kept[name] = example.saved_bytes(lambda compute=compute: compute(head, features))
+    for name in example.IMPLEMENTATIONS:
+        torch.testing.assert_close(scores[name], scores["xcos_matrix"], rtol=0, atol=2e-6)
     needed = count * count * example.pair_bytes(head, cells)
     assert needed <= kept["eager, embedded once"] <= 1.05 * needed
     assert kept["eager, every pair"] > needed

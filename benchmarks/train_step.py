@@ -17,21 +17,22 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-import train_all_pairs as example
 from harness import RESULTS, Case, describe, measure, write
 from torch import Tensor
 
+from recipes import train_all_pairs as example
 from xcos_ext import reference
 from xcos_ext.backbones import create
 from xcos_ext.model import XCosAttention, XCosHead
-from xcos_ext.training import BatchIndex, head_task
-from xcos_ext.training.cache import Maps
-from xcos_ext.training.data import Pictures
-from xcos_ext.training.head_config import LossConfig, ModelConfig
-from xcos_ext.training.head_task import HeadTask, Sources
+from xcos_ext.training import BatchIndex
+from xcos_ext.training.data import Maps, Pictures
+from xcos_ext.training.tasks import head as head_task
+from xcos_ext.training.tasks.config import LossConfig, ModelConfig
+from xcos_ext.training.tasks.head import HeadTask
+from xcos_ext.training.tasks.sources import Sources
 
 FACES, EACH = 1024, 2
 

@@ -25,7 +25,7 @@ from xcos_ext.gallery.enroll import find_pictures, read_faces
 from xcos_ext.io.errors import XCosError
 from xcos_ext.io.shipped import default_weights
 from xcos_ext.model import XCosModel, load_model
-from xcos_ext.training.distributed import processes
+from xcos_ext.training.parallel import processes
 
 
 def read_probes(paths: list[str], model: XCosModel) -> tuple[list[str], torch.Tensor]:

@@ -1,7 +1,8 @@
-"""Pictures for training: odd ones, splits by people, pairs and batches, cached maps."""
+"""Pictures for training: odd ones, splits by people, pairs and batches, cached maps, alterations."""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import zipfile
 from pathlib import Path
@@ -13,17 +14,17 @@ from torch import Tensor
 
 from xcos_ext import backbones
 from xcos_ext.io.errors import PictureError, XCosError
-from xcos_ext.training.cache import cached_maps, normalised
+from xcos_ext.training.augment import AugmentConfig, augmented
 from xcos_ext.training.data import (
-    IdentityBatches,
-    PairBatches,
     Pictures,
-    hardest_impostors,
+    cached_maps,
+    normalised,
     people_of_folds,
     people_of_list,
     people_of_share,
     read_pictures,
 )
+from xcos_ext.training.sampling import IdentityBatches, PairBatches, hardest_impostors
 
 image = pytest.importorskip("PIL.Image")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -243,7 +244,7 @@ class TestCache:
 
         with pytest.raises(KeyboardInterrupt):
             cached_maps(recogniser, generated(), tmp_path, progress=stop)
-        assert not list(tmp_path.iterdir())
+        assert [file.name for file in tmp_path.iterdir()] == [".lock"]
 
     def test_bad_input(self, recogniser: backbones.Recogniser, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
@@ -259,3 +260,48 @@ class TestCache:
         images = generated().images
         expected = network.preprocessing(images.permute(0, 2, 3, 1).numpy())
         torch.testing.assert_close(normalised(network, images), expected)
+
+
+# --- alterations
+
+
+def smooth_faces(count: int, size: int = 112) -> Tensor:
+    """Smooth coloured pictures, uint8 [count, 3, size, size]."""
+    low = torch.rand(count, 3, 6, 6, generator=generator(1))
+    smooth = torch.nn.functional.interpolate(low, size=(size, size), mode="bicubic")
+    return (smooth.clamp(0, 1) * 255).to(torch.uint8)
+
+
+def test_augmented_is_reproducible_and_each_picture_has_its_own() -> None:
+    same = smooth_faces(1).expand(16, -1, -1, -1)
+    first, again = (augmented(same, AugmentConfig(), generator(5)) for _ in range(2))
+    assert first.dtype == torch.uint8 and first.shape == same.shape
+    assert torch.equal(first, again)
+    assert not torch.equal(first, augmented(same, AugmentConfig(), generator(6)))
+    assert all(not torch.equal(first[0], other) for other in first[1:])
+
+
+def test_augmented_without_alterations_is_the_identity() -> None:
+    nothing = AugmentConfig(**{field.name: 0 for field in dataclasses.fields(AugmentConfig)})
+    images = smooth_faces(4)
+    assert torch.equal(augmented(images, nothing, generator()), images)
+
+
+@pytest.mark.parametrize(
+    ("alteration", "changed"),
+    [({"flip": 1.0}, lambda x: x.flip(3)), ({"grey": 1.0}, lambda x: x.float().mean(1, keepdim=True).expand_as(x))],
+)
+def test_augmented_flips_and_greys(alteration: dict[str, float], changed: object) -> None:
+    nothing = {field.name: 0 for field in dataclasses.fields(AugmentConfig)}
+    images = smooth_faces(3)
+    made = augmented(images, AugmentConfig(**(nothing | alteration)), generator())
+    torch.testing.assert_close(made.float(), changed(images).float(), atol=1.0, rtol=0)  # type: ignore[operator]
+
+
+def test_augmented_takes_small_and_empty_batches_and_names_bad_ones() -> None:
+    assert augmented(smooth_faces(2, 16), AugmentConfig(blur=1.0, patch=1.0), generator()).shape == (2, 3, 16, 16)
+    assert augmented(smooth_faces(1)[:0], AugmentConfig(), generator()).shape == (0, 3, 112, 112)
+    with pytest.raises(TypeError, match=r"images: expected uint8, got torch\.float32"):
+        augmented(smooth_faces(1).float(), AugmentConfig(), generator())
+    with pytest.raises(ValueError, match=r"images: expected \[N, 3, H, W\], got \[3, 112, 112\]"):
+        augmented(smooth_faces(1)[0], AugmentConfig(), generator())

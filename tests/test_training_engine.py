@@ -23,10 +23,11 @@ from training_toy import Toy, settings, state
 from xcos_ext.io.atomic import OutputError
 from xcos_ext.io.errors import ModelError, XCosError
 from xcos_ext.training import BatchIndex, TrainConfig, train
-from xcos_ext.training.ema import EMA
-from xcos_ext.training.prefetch import prefetch
-from xcos_ext.training.schedule import warmup_cosine
+from xcos_ext.training.engine import warmup_cosine
+from xcos_ext.training.optimiser import MuonAdamW, orthogonalised
+from xcos_ext.training.parallel import prefetch
 from xcos_ext.training.settings import ConfigError
+from xcos_ext.training.state import averaged_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOY = str(REPOSITORY / "tests" / "training_toy.py")
@@ -133,7 +134,7 @@ class TestFullDisk:
     def test_training_goes_on_after_a_checkpoint_failed(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        from xcos_ext.training.checkpoint import Checkpoint
+        from xcos_ext.training.state import Checkpoint
 
         save, calls = Checkpoint.save, []
 
@@ -330,19 +331,18 @@ def test_warmup_and_cosine() -> None:
 
 def test_the_average_by_hand() -> None:
     module = nn.BatchNorm1d(1)
-    average = EMA(module, 0.5)
+    average = averaged_model(module, 0.5)
     value = 0.0
     for n in range(4):
         with torch.no_grad():
             module.running_mean.fill_(n + 1.0)
             module.num_batches_tracked.fill_(n + 7)
-        average.update(module)
-        decay = min(0.5, (1 + n) / (10 + n))
+        average.update_parameters(module)
+        decay = min(0.5, (1 + n) / (10 + n)) if n else 0.0  # the first weights are the first average
         value = decay * value + (1 - decay) * (n + 1.0)
-    assert float(average.state["running_mean"]) == pytest.approx(value)
-    assert int(average.state["num_batches_tracked"]) == 10
-    with average.in_place_of(module):
-        assert float(module.running_mean) == pytest.approx(value)
+    state = average.module.state_dict()
+    assert float(state["running_mean"]) == pytest.approx(value)
+    assert int(state["num_batches_tracked"]) == 10
     assert float(module.running_mean) == 4.0
 
 
@@ -361,3 +361,67 @@ def test_prefetching_keeps_order_and_stays_near() -> None:
 
 def test_settings_may_all_be_set() -> None:
     assert {field.name for field in dataclasses.fields(TrainConfig)} >= set(TrainConfig.FREE)
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16), (3, 8, 8)])
+def test_orthogonalised_keeps_directions_and_levels_singular_values(shape: tuple[int, ...]) -> None:
+    matrix = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    made = orthogonalised(matrix)
+    values = torch.linalg.svdvals(made)
+    assert values.min() > 0.3 and values.max() < 1.3
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    inner = u.mT @ made @ v.mT
+    off = inner - torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))
+    assert off.abs().max() < 1e-9
+    assert not orthogonalised(torch.zeros(4, 4)).any()
+
+
+def test_the_rest_is_adamw_as_torch_has_it() -> None:
+    torch.manual_seed(1)
+    ours, theirs = nn.Linear(5, 3), nn.Linear(5, 3)
+    theirs.load_state_dict(ours.state_dict())
+    optimisers = (
+        MuonAdamW(ours.parameters(), 0.01, betas=(0.9, 0.99), weight_decay=0.1),
+        torch.optim.AdamW(theirs.parameters(), 0.01, betas=(0.9, 0.99), weight_decay=0.1),
+    )
+    x, y = torch.randn(20, 5), torch.randn(20, 3)
+    for _ in range(10):
+        for net, optimiser in zip((ours, theirs), optimisers, strict=True):
+            optimiser.zero_grad()
+            (net(x) - y).square().mean().backward()
+            optimiser.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_muon_learns_and_refuses_vectors() -> None:
+    torch.manual_seed(2)
+    conv = nn.Conv2d(4, 6, 3, bias=False)
+    optimiser = MuonAdamW([{"params": [conv.weight], "muon": True}], 0.02)
+    x = torch.randn(8, 4, 10, 10)
+    wanted = nn.Conv2d(4, 6, 3, bias=False)(x).detach()
+    losses = []
+    for _ in range(60):
+        optimiser.zero_grad()
+        loss = (conv(x) - wanted).square().mean()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+    with pytest.raises(ValueError, match="expected matrices or kernels in a group with muon=True, got a vector"):
+        MuonAdamW([{"params": [nn.Parameter(torch.zeros(3))], "muon": True}])
+
+
+def test_muon_is_torchs_but_for_its_bfloat16() -> None:
+    ours, theirs = (nn.Parameter(torch.randn(12, 30, generator=torch.Generator().manual_seed(1))) for _ in "ab")
+    start = ours.detach().clone()
+    optimisers = (
+        MuonAdamW([{"params": [ours], "muon": True}], 0.02, momentum=0.9, weight_decay=0.1),
+        torch.optim.Muon([theirs], 0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
+    )
+    for step in range(3):
+        gradient = torch.randn(12, 30, generator=torch.Generator().manual_seed(10 + step))
+        for parameter, optimiser in zip((ours, theirs), optimisers, strict=True):
+            parameter.grad = gradient.clone()
+            optimiser.step()
+    assert float((ours - theirs).detach().norm() / (ours.detach() - start).norm()) < 0.02

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from template_samples import head
 from torch import Tensor
 
-from xcos_ext.model import ArcFaceHead, CosFaceHead, XCosHead
-from xcos_ext.training.losses import all_pairs, cosine_loss, infonce, pair_scores, sample_classes, teacher_loss, triplet
+import xcos_ext
+from xcos_ext import reference
+from xcos_ext.model import ArcFaceHead, CosFaceHead, XCosAttention, XCosHead
+from xcos_ext.training.losses import (
+    all_pairs,
+    contrastive,
+    cosine_loss,
+    infonce,
+    make_loss,
+    pair_scores,
+    sample_classes,
+    teacher_loss,
+    triplet,
+)
+from xcos_ext.training.tasks.sources import fix_statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 F64 = torch.float64
@@ -102,6 +116,60 @@ def test_faces_without_another_of_their_person_count_as_impostors_only() -> None
         lifted = scores.clone()
         lifted[:4, 4] += 5.0
         assert float(loss(lifted, people, 0.3)) > float(value)
+
+
+@pytest.mark.parametrize("name", ["infonce", "contrastive", "triplet", "teacher"])
+def test_gradients_are_those_through_the_reference(name: str) -> None:
+    torch.manual_seed(1)
+    net = XCosHead(6, 5, attention=XCosAttention(5, symmetric=False))
+    grids, people = torch.randn(8, 6, 7, 7), torch.arange(4).repeat_interleave(2)
+    teacher = torch.nn.functional.normalize(torch.randn(8, 5, dtype=F64))
+    fix_statistics(net, grids, 0)
+    net.double()
+    grids = grids.double()
+
+    def gradients(scores_of: Any) -> list[Tensor]:
+        net.zero_grad()
+        templates = net.templates(net.features(grids), role="both")
+        scores = scores_of(templates, templates)
+        loss = teacher_loss(scores, teacher) if name == "teacher" else make_loss(name)(scores, people)
+        loss.backward()
+        return [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+    ours, plain = gradients(xcos_ext.xcos_matrix), gradients(reference.xcos_matrix)
+    assert len(ours) == len(plain) == len(list(net.parameters()))
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert any(a.abs().max() > 1e-3 for a in ours)
+
+
+def test_losses_by_hand() -> None:
+    people = torch.tensor([0, 0, 1, 1])
+    scores = torch.tensor([[9.0, 0.8, 0.1, 0.5], [0.7, 9.0, 0.2, 0.0], [0.3, 0.1, 9.0, 0.6], [0.2, 0.4, 0.9, 9.0]])
+    # The diagonal, 9, must not count anywhere.
+    rows = [(0.8, 0.1, 0.5), (0.7, 0.2, 0.0), (0.6, 0.3, 0.1), (0.9, 0.2, 0.4)]
+    by_hand = np.mean([np.log(sum(np.exp(x / 0.5) for x in row)) - row[0] / 0.5 for row in rows])
+    assert float(infonce(scores, people, 0.5)) == pytest.approx(by_hand, rel=1e-6)
+    assert float(triplet(scores, people, 0.4)) == pytest.approx(np.mean([0.1, 0.0, 0.1, 0.0]), abs=1e-6)
+    genuine = np.mean([max(0, 1 - 0.25 - row[0]) ** 2 for row in rows])
+    impostor = np.mean([max(0, x - 0.25) ** 2 for row in rows for x in row[1:]])
+    assert float(contrastive(scores, people, 0.25)) == pytest.approx(genuine + impostor, rel=1e-6)
+    with pytest.raises(ValueError, match="loss: expected 'infonce', 'contrastive' or 'triplet', got 'hinge'"):
+        make_loss("hinge")
+
+
+def test_statistics_are_fixed_and_those_of_the_faces() -> None:
+    grids = (torch.randn(600, 24, 7, 7) + torch.randn(24, 1, 1)).half()
+    net = XCosHead(24, 8, attention=XCosAttention(8, symmetric=False))
+    fix_statistics(net, grids, 0)
+    norm = net.conv1x1[1]
+    with torch.no_grad():
+        plain = net.conv1x1[0](grids.float())
+    assert not any(module.training for module in net.modules())
+    assert norm.momentum == pytest.approx(0.1)
+    deviation = plain.std((0, 2, 3))
+    torch.testing.assert_close(norm.running_mean / deviation, plain.mean((0, 2, 3)) / deviation, atol=0.05, rtol=0)
+    torch.testing.assert_close(norm.running_var.sqrt() / deviation, torch.ones(8), atol=0.05, rtol=0)
 
 
 class TestPartialSoftmax:

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
-from xcos_ext.training.settings import ConfigError, build, number, override, read_toml
+from xcos_ext.training.settings import NONE, SETTINGS, ConfigError, build, override, read_toml
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=SETTINGS)
 class Inner:
-    rate: float = number(0.5, above=0, maximum=1)
+    rate: float = Field(default=0.5, gt=0, le=1)
     kind: Literal["mse", "l1"] = "mse"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=SETTINGS)
 class Outer:
-    steps: int = number(minimum=1)
+    steps: int = Field(ge=1)
     name: str = "x"
     flag: bool = False
-    limit: float | None = number(None, above=0)
+    limit: Annotated[float | None, Field(gt=0), NONE] = None
     folds: tuple[int, ...] = ()
     inner: Inner = Inner()
 
@@ -36,21 +37,21 @@ def test_values_become_objects() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "steps: expected a whole number >= 1, got nothing"),
-        ({"steps": 0}, "steps: expected a whole number >= 1, got 0"),
-        ({"steps": 1.5}, "steps: expected a whole number >= 1, got 1.5"),
-        ({"steps": True}, "steps: expected a whole number >= 1, got True"),
+        ({}, "steps: expected a value, got nothing"),
+        ({"steps": 0}, "steps: expected greater than or equal to 1, got 0"),
+        ({"steps": 1.5}, "steps: expected a valid integer, got 1.5"),
+        ({"steps": True}, "steps: expected a valid integer, got True"),
         ({"steps": 1, "stepz": 2}, r"stepz: no such setting; did you mean steps\?"),
-        ({"steps": 1, "flag": 1}, "flag: expected true or false, got 1"),
-        ({"steps": 1, "name": 3}, "name: expected a text, got 3"),
-        ({"steps": 1, "limit": -1}, "limit: expected a number or none > 0, got -1"),
-        ({"steps": 1, "folds": [1, "a"]}, "folds: expected a whole number, got 'a'"),
-        ({"steps": 1, "folds": 3}, "folds: expected a list, each a whole number, got 3"),
-        ({"steps": 1, "inner": {"rate": 0}}, "inner.rate: expected a number > 0 and <= 1, got 0"),
-        ({"steps": 1, "inner": {"rate": float("nan")}}, "inner.rate: expected a number > 0 and <= 1, got nan"),
+        ({"steps": 1, "flag": 1}, "flag: expected a valid boolean, got 1"),
+        ({"steps": 1, "name": 3}, "name: expected a valid string, got 3"),
+        ({"steps": 1, "limit": -1}, "limit: expected greater than 0, got -1"),
+        ({"steps": 1, "folds": [1, "a"]}, "folds: expected a valid integer, got 'a'"),
+        ({"steps": 1, "folds": 3}, "folds: expected a valid array, got 3"),
+        ({"steps": 1, "inner": {"rate": 0}}, "inner.rate: expected greater than 0, got 0"),
+        ({"steps": 1, "inner": {"rate": float("nan")}}, "inner.rate: expected a finite number, got nan"),
         ({"steps": 1, "inner": {"kind": "l2"}}, "inner.kind: expected 'mse' or 'l1', got 'l2'"),
         ({"steps": 1, "inner": {"rates": 1}}, r"inner.rates: no such setting; did you mean inner.rate\?"),
-        ({"steps": 1, "inner": 3}, "inner: expected a table, got 3"),
+        ({"steps": 1, "inner": 3}, "inner: expected an object, got 3"),
     ],
 )
 def test_mistakes(values: dict[str, Any], message: str) -> None:

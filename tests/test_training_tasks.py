@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from xcos_ext import backbones
 from xcos_ext.io.errors import XCosError
 from xcos_ext.model import plug
 from xcos_ext.training import BatchIndex, TrainConfig, train
-from xcos_ext.training.cache import Maps, normalised
-from xcos_ext.training.data import Pictures
-from xcos_ext.training.experiment import load_experiment
-from xcos_ext.training.head_config import BodyConfig, DataConfig, LossConfig, ModelConfig
-from xcos_ext.training.head_task import HeadTask, Sources, held_out_people
-from xcos_ext.training.model_task import ModelTask
+from xcos_ext.training.data import Maps, Pictures, normalised
 from xcos_ext.training.settings import ConfigError
+from xcos_ext.training.tasks import create_task, load_experiment
+from xcos_ext.training.tasks.config import BodyConfig, DataConfig, LossConfig, ModelConfig
+from xcos_ext.training.tasks.head import HeadTask
+from xcos_ext.training.tasks.model import ModelTask
+from xcos_ext.training.tasks.sources import Sources, held_out_people
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PEOPLE, EACH = 24, 3
@@ -221,7 +222,9 @@ class TestHead:
 
 class TestModel:
     def model(self, **loss: Any) -> ModelTask:
-        return ModelTask(task({"cosine": 10.0} | loss), BodyConfig(rate_scale=0.1))
+        return ModelTask(
+            SOURCES, MODEL, LossConfig(**{"cosine": 10.0} | loss), HELD_OUT, body=BodyConfig(rate_scale=0.1)
+        )
 
     def test_the_body_learns_and_the_teacher_does_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
         made = self.model(identity=0.1, margin_scale=8.0)
@@ -244,7 +247,7 @@ class TestModel:
     def test_the_output_block_stays(self) -> None:
         made = self.model()
         made.module.body.output_prefixes = ("output.",)  # a SplitRecogniser does not say which keys are its block's
-        again = ModelTask(made.start, made.body_config)
+        again = ModelTask(SOURCES, MODEL, made.config, HELD_OUT, body=made.body_config)
         assert all(p.requires_grad for p in again.module.body.body.parameters())
 
     def test_the_target_is_the_teachers_word_on_the_pictures_as_they_are(self) -> None:
@@ -277,7 +280,8 @@ class TestModel:
 
     def test_it_starts_where_the_head_stands(self) -> None:
         made = self.model()
-        expected = made.start.evaluate(made.start.module)
+        start = task({"cosine": 10.0})
+        expected = start.evaluate(start.module)
         assert made.evaluate(made.module)["auc"] == pytest.approx(expected["auc"], abs=1e-3)
 
 
@@ -368,9 +372,12 @@ def test_the_command_trains_a_body(files: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--set", "train.stepz=3"], "train.stepz: no such setting; did you mean train.steps?"),
-        (["--set", "loss.cosine=-1"], "loss.cosine: expected a number >= 0, got -1"),
+        (["--set", "loss.cosine=-1"], "loss.cosine: expected greater than or equal to 0, got -1"),
         (["--set", "model.start=middle"], "model.start: expected 'closed-form' or 'random', got 'middle'"),
-        (["--set", "task=hed"], "task: expected one of decode, distill, head, model, got 'hed'; did you mean head?"),
+        (
+            ["--set", "task=hed"],
+            "task: expected one of head, model, or a module as package.module, got 'hed'; did you mean head?",
+        ),
         (["--set", "data.pictures=nowhere"], "nowhere: no such folder"),
         (["--set", "model.recogniser=nowhere.pt"], "nowhere.pt: no such file"),
         (["--set", "train.batch=7", "--set", "train.accumulate=2"], "train.batch: expected a multiple of 2"),
@@ -387,18 +394,46 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_experiments_that_come_with_the_package_can_be_read() -> None:
-    folder = Path(__file__).resolve().parent.parent / "configs"
-    for file in sorted(folder.glob("*.toml")):
-        assert load_experiment(file).train.steps > 0
+def test_recipes_can_be_read() -> None:
+    files = sorted((Path(__file__).resolve().parent.parent / "recipes").glob("*.toml"))
+    assert len(files) == 6 and all(load_experiment(file).train.steps > 0 for file in files)
+
+
+def test_a_task_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "task.py").write_text(
+        """
+from pydantic.dataclasses import dataclass
+from xcos_ext.training import TrainConfig
+
+@dataclass(frozen=True)
+class Experiment:
+    task: str
+    train: TrainConfig
+
+def create(experiment, progress):
+    return experiment.task
+"""
+    )
+    (tmp_path / "own" / "empty.py").touch()
+    file = tmp_path / "x.toml"
+    file.write_text('task = "own.task"\n[train]\nsteps = 1\nbatch = 1\n')
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(ConfigError, match=r"x.toml: task: there is no module own.task in .*; run the command from the"):
+        load_experiment(file)
+    monkeypatch.chdir(tmp_path)
+    assert create_task(load_experiment(file)) == "own.task"  # type: ignore[comparison-overlap]
+    with pytest.raises(ConfigError, match=r"task: there is no module own.other in"):
+        load_experiment(file, ["task=own.other"])
+    with pytest.raises(ConfigError, match=r"task: expected a module with Experiment and create, got own.empty"):
+        load_experiment(file, ["task=own.empty"])
 
 
 @pytest.mark.real_data
 def test_real_faces_from_the_closed_form(shared_data: Path, tmp_path: Path) -> None:
     """A short run on few people: scores of people held out come nearer to the recogniser's cosine."""
     from xcos_ext.model import load_recogniser
-    from xcos_ext.training.cache import cached_maps
-    from xcos_ext.training.data import people_of_share, read_pictures
+    from xcos_ext.training.data import cached_maps, people_of_share, read_pictures
 
     recogniser = load_recogniser(shared_data / "mobilefacenet_arcface.pt").requires_grad_(False)
     pictures = read_pictures(shared_data / "lfw112.zip", chosen=lambda name: name.startswith(("A", "B")))

@@ -233,7 +233,8 @@ def demo(pictures: tuple[str, ...], model: str | None, device: str, out: str | N
 def train(**options: Any) -> int:
     """Train a head or a model as a TOML file says; with torchrun, on several processes.
 
-    The folder gets a log (CSV), checkpoints that resume to the bit, and the model. Files for a start are in configs/.
+    The folder gets a log (CSV), checkpoints that resume to the bit, and the model. Files for a start are in recipes/ of
+    a checkout.
     """
     from .train import Request, run
 

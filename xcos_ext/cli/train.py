@@ -53,7 +53,7 @@ def run(request: Request) -> int:
     Raises:
         XCosError: anything wrong with the settings, the data, the folder or the training.
     """
-    from xcos_ext.training.experiment import create_task, load_experiment
+    from xcos_ext.training.tasks import create_task, load_experiment
 
     experiment = load_experiment(request.config, request.assignments)
     import torch

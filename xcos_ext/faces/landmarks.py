@@ -1,6 +1,6 @@
 """Five landmarks and a verdict for every rough box: the network of :mod:`.landmark_network` on pictures.
 
-The weights that come with the package were distilled from YuNet by ``examples/train_landmarks.py``; docs/faces.md
+The weights that come with the package were distilled from YuNet by ``recipes/train_landmarks.py``; docs/faces.md
 explains and measures.
 """
 
@@ -48,7 +48,7 @@ class LandmarkReader:
     mirror image. Not thread-safe.
 
     Args:
-        weights: a file of ``examples/train_landmarks.py``; None for the one that comes with the package.
+        weights: a file of ``recipes/train_landmarks.py``; None for the one that comes with the package.
 
     Raises:
         ModelError: the file is missing, damaged, or of another network.

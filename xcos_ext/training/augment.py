@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from .settings import number
+from .settings import SETTINGS
 
 __all__ = ["AugmentConfig", "augmented"]
 
@@ -17,7 +18,7 @@ _BLUR_SIZES = (28, 80)  # a blurred picture was this small for a moment
 _PATCH_SIZES = (0.1, 0.45)  # sides of a patch, shares of the picture's
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=SETTINGS)
 class AugmentConfig:
     """How far pictures are altered; every picture draws its own alteration.
 
@@ -35,20 +36,20 @@ class AugmentConfig:
         patch: share with a rectangle of one colour or of noise over part of the face.
     """
 
-    flip: float = number(0.5, minimum=0, maximum=1)
-    rotate: float = number(7.0, minimum=0, maximum=180)
-    scale: float = number(0.08, minimum=0, below=1)
-    stretch: float = number(0.05, minimum=0, below=1)
-    shift: float = number(0.035, minimum=0, below=1)
-    brightness: float = number(0.3, minimum=0)
-    contrast: float = number(0.4, minimum=0)
-    saturation: float = number(0.4, minimum=0)
-    gamma: float = number(0.3, minimum=0)
-    tint: float = number(0.12, minimum=0)
-    grey: float = number(0.1, minimum=0, maximum=1)
-    blur: float = number(0.2, minimum=0, maximum=1)
-    noise: float = number(3.0, minimum=0)
-    patch: float = number(0.15, minimum=0, maximum=1)
+    flip: float = Field(default=0.5, ge=0, le=1)
+    rotate: float = Field(default=7.0, ge=0, le=180)
+    scale: float = Field(default=0.08, ge=0, lt=1)
+    stretch: float = Field(default=0.05, ge=0, lt=1)
+    shift: float = Field(default=0.035, ge=0, lt=1)
+    brightness: float = Field(default=0.3, ge=0)
+    contrast: float = Field(default=0.4, ge=0)
+    saturation: float = Field(default=0.4, ge=0)
+    gamma: float = Field(default=0.3, ge=0)
+    tint: float = Field(default=0.12, ge=0)
+    grey: float = Field(default=0.1, ge=0, le=1)
+    blur: float = Field(default=0.2, ge=0, le=1)
+    noise: float = Field(default=3.0, ge=0)
+    patch: float = Field(default=0.15, ge=0, le=1)
 
 
 class _Draws:

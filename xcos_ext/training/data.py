@@ -1,4 +1,4 @@
-"""Pictures for training: looked through once, kept as one array, split by people, drawn in pairs or by person."""
+"""Data for training: pictures looked through once and split by people; a frozen network's maps of them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor
 
+from xcos_ext.backbones import Recogniser
 from xcos_ext.evaluation.datasets import Pair, read_pairs
 from xcos_ext.faces import PersonFolder
 from xcos_ext.io.errors import PictureError, XCosError
-
-from .settings import ConfigError
+from xcos_ext.io.fingerprint import fingerprint_weights
 
 __all__ = [
-    "IdentityBatches",
-    "PairBatches",
+    "Maps",
     "Pictures",
-    "hardest_impostors",
+    "cached_maps",
+    "file_lock",
+    "normalised",
+    "pairs_of_file",
     "people_of_folds",
     "people_of_list",
     "people_of_share",
@@ -220,157 +223,110 @@ def people_of_list(path: str | os.PathLike[str]) -> set[str]:
     return {line.strip() for line in lines if line.strip()}
 
 
-# --- drawing
+# --- maps of a frozen network, computed once and kept on disk
 
 
-def _members(people: Tensor, indices: Tensor) -> list[Tensor]:
-    """The chosen pictures of each of their people, by person."""
-    ordered = indices[people[indices].argsort(stable=True)]
-    return list(ordered.split(people[ordered].unique_consecutive(return_counts=True)[1].tolist()))
+def file_lock(folder: Path) -> FileLock:
+    """A lock of a folder between processes and threads: what one of them computes, the others then find."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / ".lock")
 
 
-def _integers(count: int, below: Tensor | int, generator: torch.Generator) -> Tensor:
-    """Uniform int64 [count] below a bound, or below each of ``count`` bounds."""
-    uniform = torch.rand(count, dtype=torch.float64, generator=generator)
-    bound = torch.as_tensor(below)
-    return (uniform * bound).long().clamp_max(bound - 1)
-
-
-class Pairs(NamedTuple):
-    """Attributes: pictures of both sides int64 [n], and whether both are of one person, bool [n]."""
-
-    first: Tensor
-    second: Tensor
-    genuine: Tensor
-
-
-class PairBatches:
-    """Pairs of pictures, half of them genuine.
-
-    Genuine pairs: a person with two pictures or more, all such people alike, and two different pictures. Impostor
-    pairs: two people, all people alike, and a picture of each; or, for a share of them, a picture and one of the most
-    similar pictures of other people.
-
-    Args:
-        people: int64 [N], whose each picture is.
-        indices: the pictures to draw from.
-        hardest: int64 [len(indices), k] from :func:`hardest_impostors`, or None.
-        hard_share: share of the impostor pairs drawn from ``hardest``.
-
-    Raises:
-        XCosError: fewer than two people, or nobody with two pictures.
+@dataclass
+class Maps:
+    """Attributes:
+    grids: fp16 [V, N, C, H, W], memory-mapped; V views of each picture: as it is and, where asked for, flipped.
+    embeddings: fp32 [V, N, D] at unit length, or None for a network without an output block.
     """
 
-    def __init__(self, people: Tensor, indices: Tensor, hardest: Tensor | None = None, hard_share: float = 0.5) -> None:
-        self.members = _members(people, indices)
-        self.several = [own for own in self.members if len(own) > 1]
-        if len(self.members) < 2 or not self.several:
-            raise XCosError(
-                f"data: expected at least two people, one of them with two pictures, got {len(self.members)} people, "
-                f"{len(self.several)} with two pictures"
-            )
-        self.indices, self.hardest, self.hard_share = indices, hardest, hard_share
-
-    def draw(self, generator: torch.Generator, count: int) -> Pairs:
-        """``count`` pairs: genuine and impostor in turns."""
-        genuine = (count + 1) // 2
-        first = torch.empty(count, dtype=torch.int64)
-        second = torch.empty(count, dtype=torch.int64)
-        chosen = _integers(genuine, len(self.several), generator)
-        own = [self.several[int(i)] for i in chosen]
-        sizes = torch.tensor([len(pictures) for pictures in own])
-        a = _integers(genuine, sizes, generator)
-        b = (a + 1 + _integers(genuine, sizes - 1, generator)) % sizes
-        first[0::2] = torch.stack([pictures[i] for pictures, i in zip(own, a, strict=True)])
-        second[0::2] = torch.stack([pictures[i] for pictures, i in zip(own, b, strict=True)])
-        impostors = count - genuine
-        if impostors:
-            first[1::2], second[1::2] = self._impostors(generator, impostors)
-        return Pairs(first, second, torch.arange(count) % 2 == 0)
-
-    def _impostors(self, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
-        people = len(self.members)
-        a = _integers(count, people, generator)
-        b = (a + 1 + _integers(count, people - 1, generator)) % people
-        sides = []
-        for side in (a, b):
-            own = [self.members[int(i)] for i in side]
-            picks = _integers(count, torch.tensor([len(pictures) for pictures in own]), generator)
-            sides.append(torch.stack([pictures[i] for pictures, i in zip(own, picks, strict=True)]))
-        if self.hardest is not None:
-            hard = torch.rand(count, generator=generator) < self.hard_share
-            row = _integers(count, len(self.indices), generator)
-            column = _integers(count, self.hardest.shape[1], generator)
-            sides[0] = torch.where(hard, self.indices[row], sides[0])
-            sides[1] = torch.where(hard, self.hardest[row, column], sides[1])
-        return sides[0], sides[1]
+    grids: Tensor
+    embeddings: Tensor | None
 
 
-class IdentityBatches:
-    """P people with K different pictures each, for losses over all pairs; optionally single faces of other people.
-
-    Args:
-        people: int64 [N], whose each picture is.
-        indices: the pictures to draw from.
-        count: P.
-        pictures: K.
-        others: further faces, of people with fewer than K pictures: impostors only.
-
-    Raises:
-        ConfigError: fewer than P people have K pictures, P or K is below 2, or too few others.
-    """
-
-    def __init__(self, people: Tensor, indices: Tensor, count: int, pictures: int, others: int = 0) -> None:
-        if count < 2 or pictures < 2:
-            raise ConfigError(f"batches: expected at least 2 people with 2 pictures each, got {count} with {pictures}")
-        members = _members(people, indices)
-        self.members = [own for own in members if len(own) >= pictures]
-        self.rest = [own for own in members if len(own) < pictures]
-        self.count, self.pictures, self.others = count, pictures, others
-        if len(self.members) < count:
-            raise ConfigError(
-                f"batches: expected at least {count} people with {pictures} pictures or more to train on, "
-                f"got {len(self.members)}"
-            )
-        if len(self.rest) < others:
-            raise ConfigError(f"batches: expected {others} people with fewer pictures, got {len(self.rest)}")
-
-    def __len__(self) -> int:
-        """Faces in a batch."""
-        return self.count * self.pictures + self.others
-
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """Indices of pictures [P * K + others], a person's own side by side."""
-        people = torch.randperm(len(self.members), generator=generator)[: self.count]
-        chosen = [self.members[int(person)] for person in people]
-        drawn = [own[torch.randperm(len(own), generator=generator)[: self.pictures]] for own in chosen]
-        for person in torch.randperm(len(self.rest), generator=generator)[: self.others] if self.others else ():
-            own = self.rest[int(person)]
-            drawn.append(own[_integers(1, len(own), generator)])
-        return torch.cat(drawn)
+def normalised(recogniser: Recogniser, images: Tensor) -> Tensor:
+    """uint8 RGB [N, 3, H, W] -> what the network expects, fp32, on the images' device."""
+    mean, std = (
+        torch.tensor(values, device=images.device).view(1, 3, 1, 1)
+        for values in (recogniser.preprocessing.mean, recogniser.preprocessing.std)
+    )
+    return (images.float() / 255 - mean) / std
 
 
 @torch.no_grad()
-def hardest_impostors(embeddings: Tensor, people: Tensor, indices: Tensor, k: int) -> Tensor:
-    """For each chosen picture the ``k`` most similar chosen pictures of other people.
+def cached_maps(
+    recogniser: Recogniser,
+    pictures: Pictures,
+    folder: Path,
+    *,
+    flipped: bool = False,
+    device: torch.device | str = "cpu",
+    batch_size: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> Maps:
+    """The maps and embeddings of all pictures: read from ``folder`` if they are there, else computed and written.
+
+    Files are named by the fingerprints of the network's weights and of the pictures, so they are never another's;
+    an interrupted computation leaves no file of that name. Of several processes one computes, the others wait.
 
     Args:
-        embeddings: [N, D] at unit length, e.g. the teacher's.
-        people: int64 [N].
-        indices: the chosen pictures, n of them.
-        k: at most the number of pictures of other people.
+        recogniser: the frozen network, in evaluation mode.
+        pictures: of the size that it expects.
+        folder: of the files: 50 kB a picture and view for 512 x 7 x 7.
+        flipped: also the mirrored pictures.
+        device: where to compute.
+        batch_size: pictures per forward pass.
+        progress: called with pictures done and pictures in all.
 
-    Returns:
-        Picture indices, int64 [n, k], most similar first.
+    Raises:
+        XCosError: the folder cannot be written.
     """
-    own, whose = embeddings[indices], people[indices]
-    k = min(k, len(indices) - int(torch.bincount(whose).max()))
-    if k < 1:
-        raise XCosError("data: expected pictures of at least two people to find hard impostors among")
-    found = []
-    for start in range(0, len(indices), 1024):
-        part = slice(start, start + 1024)
-        cosines = own[part] @ own.T
-        cosines.masked_fill_(whose[part, None] == whose[None], -torch.inf)
-        found.append(indices[cosines.topk(k, 1).indices])
-    return torch.cat(found)
+    if recogniser.training:
+        raise ValueError("recogniser: expected evaluation mode, got training mode")
+    views = 2 if flipped else 1
+    stem = f"{fingerprint_weights(recogniser)}-{pictures.fingerprint}-{views}"
+    files = folder / f"{stem}.maps.npy", folder / f"{stem}.embeddings.npy"
+    try:
+        with file_lock(folder):
+            if not files[0].is_file():
+                _compute(recogniser, pictures, files, views, torch.device(device), batch_size, progress)
+    except OSError as error:
+        raise XCosError(f"{folder}: maps cannot be written: {error.strerror or error}") from error
+    grids = torch.from_numpy(np.load(files[0], mmap_mode="c"))  # copy-on-write: torch wants writable memory
+    embeddings = torch.from_numpy(np.load(files[1])) if files[1].is_file() else None
+    return Maps(grids, embeddings)
+
+
+def _compute(
+    recogniser: Recogniser,
+    pictures: Pictures,
+    files: tuple[Path, Path],
+    views: int,
+    device: torch.device,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    count, total = len(pictures), views * len(pictures)
+    temporaries = [file.with_name(f".{file.name}.{os.getpid()}.tmp") for file in files]
+    recogniser.to(device)
+    embeddings = []
+    try:
+        shape = (views, count, *recogniser.grid_shape)
+        grids = np.lib.format.open_memmap(temporaries[0], mode="w+", dtype=np.float16, shape=shape)
+        for view in range(views):
+            for start in range(0, count, batch_size):
+                images = pictures.images[start : start + batch_size].to(device)
+                grid = recogniser.grid(normalised(recogniser, images.flip(3) if view else images))
+                grids[view, start : start + len(grid)] = grid.half().cpu().numpy()
+                if recogniser.embedding_size is not None:
+                    embeddings.append(F.normalize(recogniser.embed(grid).float()).cpu())
+                if progress is not None:
+                    progress(view * count + start + len(grid), total)
+        grids.flush()
+        if embeddings:
+            with temporaries[1].open("wb") as stream:
+                np.save(stream, torch.cat(embeddings).view(views, count, -1).numpy())
+            os.replace(temporaries[1], files[1])
+        os.replace(temporaries[0], files[0])  # last: it says that the others are there
+    finally:
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)

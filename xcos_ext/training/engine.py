@@ -16,19 +16,14 @@ from torch import Tensor, nn
 from xcos_ext.io.atomic import OutputError
 from xcos_ext.io.errors import XCosError
 
-from .checkpoint import Checkpoint, load_optimiser, optimiser_tensors
-from .config import TrainConfig
-from .distributed import Processes, mean_over_processes, processes
-from .ema import EMA
-from .logs import CSVLog, Progress, tensorboard_writer
-from .muon import MuonAdamW
-from .prefetch import prefetch
-from .schedule import warmup_cosine
-from .seeds import BatchIndex, derived_seed
-from .settings import ConfigError
-from .task import Task
+from .logs import CSVLog, Means, Progress, tensorboard_writer
+from .optimiser import create_optimiser
+from .parallel import Processes, mean_over_processes, prefetch, processes
+from .settings import ConfigError, TrainConfig
+from .state import Checkpoint, averaged_model, load_optimiser, optimiser_tensors
+from .task import BatchIndex, Task, derived_seed
 
-__all__ = ["CHECKPOINT", "TrainResult", "train"]
+__all__ = ["CHECKPOINT", "TrainResult", "train", "warmup_cosine"]
 
 #: Names of the files in a training's folder.
 CHECKPOINT, LOG, EVALUATIONS = "checkpoint.safetensors", "log.csv", "evaluations.csv"
@@ -100,6 +95,23 @@ def train(
             return _Run(task, config, folder, device, group, resume, show and group.first, on_step).run()
 
 
+def warmup_cosine(step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
+    """Factor of the learning rate: a linear rise over ``warmup`` steps, then half a cosine down to ``final``.
+
+    (Loshchilov and Hutter, SGDR, arXiv 1608.03983, one period.)
+
+    Args:
+        step: from 0 to ``steps`` - 1.
+        steps: of the whole training.
+        warmup: steps of the rise; the first has factor 1 / ``warmup``.
+        final: factor that the cosine ends at.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
 def _device(config: TrainConfig) -> torch.device:
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
@@ -143,36 +155,6 @@ def _finite(loss: float, step: int) -> float:
     return loss
 
 
-class _Means:
-    """Running sums of named values since the last row of the log, on the device: reading them would wait for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.sums: dict[str, Tensor] = {}
-        self.count = 0
-
-    def add(self, values: Mapping[str, float | Tensor]) -> None:
-        for name, value in values.items():
-            tensor = torch.as_tensor(value, dtype=torch.float64, device=self.device).detach()
-            self.sums[name] = self.sums[name] + tensor if name in self.sums else tensor
-
-    def read(self) -> dict[str, float]:
-        """Means over steps and processes; starts anew."""
-        names = list(self.sums)
-        stacked = mean_over_processes(torch.stack([self.sums[name] for name in names]) / max(1, self.count))
-        self.sums, self.count = {}, 0
-        return dict(zip(names, stacked.tolist(), strict=True))
-
-    def plain(self) -> dict[str, Any]:
-        return {"count": self.count, "sums": {name: value.item() for name, value in self.sums.items()}}
-
-    def restore(self, plain: Mapping[str, Any]) -> None:
-        self.count = int(plain["count"])
-        self.sums = {
-            name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in plain["sums"].items()
-        }
-
-
 class _Run:
     """One call of :func:`train`."""
 
@@ -193,10 +175,10 @@ class _Run:
         self.started = time.monotonic()
         self.module = task.module.to(device)
         self.must_match = {"train": config.fixed(), "task": dict(task.describe()), "processes": group.world}
-        self.optimiser = self._optimiser()
+        self.optimiser = create_optimiser(task, self.module, config)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-        self.ema = EMA(self.module, config.ema) if config.ema > 0 else None
-        self.means = _Means(device)
+        self.ema = averaged_model(self.module, config.ema) if config.ema > 0 else None
+        self.means = Means(device)
         self.step = 0
         self.loss = math.nan
         self.metrics: Mapping[str, float] = {}
@@ -212,29 +194,6 @@ class _Run:
         self.forward: Callable[[Any], tuple[Tensor, Mapping[str, float | Tensor]]] = self._wrapped()
 
     # --- setting up
-
-    def _optimiser(self) -> torch.optim.Optimizer:
-        config = self.config
-        groups = []
-        for group in self.task.parameter_groups():
-            group = dict(group)
-            group["lr"] = group["base_rate"] = config.rate * float(group.pop("rate_scale", 1.0))
-            groups.append(group)
-        known = {id(parameter) for parameter in self.module.parameters()}
-        strangers = sum(id(p) not in known for group in groups for p in group["params"])
-        if strangers:
-            raise ValueError(f"parameter_groups: expected parameters of the task's module, got {strangers} others")
-        if config.optimiser == "sgd":
-            return torch.optim.SGD(groups, lr=config.rate, momentum=config.momentum, weight_decay=config.weight_decay)
-        if config.optimiser == "muon":
-            return MuonAdamW(
-                groups,
-                config.rate,
-                momentum=config.momentum,
-                betas=(0.9, config.beta2),
-                weight_decay=config.weight_decay,
-            )
-        return torch.optim.AdamW(groups, lr=config.rate, betas=(0.9, config.beta2), weight_decay=config.weight_decay)
 
     def _wrapped(self) -> Callable[[Any], tuple[Tensor, Mapping[str, float | Tensor]]]:
         loss = _Loss(self.task)
@@ -265,9 +224,8 @@ class _Run:
         load_optimiser(self.module, self.optimiser, checkpoint.optimiser)
         values = checkpoint.values
         if self.ema is not None:
-            for name, tensor in checkpoint.ema.items():
-                self.ema.state[name].copy_(tensor)
-            self.ema.updates = int(values["ema_updates"])
+            self.ema.module.load_state_dict(checkpoint.ema)
+            self.ema.n_averaged.fill_(int(values["ema_updates"]))
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(values["scaler"])
         self.means.restore(values["means"])
@@ -282,13 +240,13 @@ class _Run:
             self.step,
             self.must_match,
             {
-                "ema_updates": 0 if self.ema is None else self.ema.updates,
+                "ema_updates": 0 if self.ema is None else int(self.ema.n_averaged),
                 "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
                 "means": self.means.plain(),
                 "loss": self.loss if math.isfinite(self.loss) else None,
             },
             dict(self.module.state_dict()),
-            {} if self.ema is None else dict(self.ema.state),
+            {} if self.ema is None else dict(self.ema.module.state_dict()),
             optimiser_tensors(self.module, self.optimiser),
         )
         try:
@@ -363,9 +321,9 @@ class _Run:
             index, batch = next(batches)
             torch.manual_seed(derived_seed(index.seed, index.step, index.part, 1 << 20))
             last = micro == config.accumulate - 1
-            alone = contextlib.nullcontext() if last or self.group.world == 1 else self.forward.no_sync()  # type: ignore[attr-defined]
+            unshared = contextlib.nullcontext() if last or self.group.world == 1 else self.forward.no_sync()  # type: ignore[attr-defined]
             dtype = _DTYPES.get(config.amp)
-            with alone:
+            with unshared:
                 with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
                     loss, parts = self.forward(_to(batch, self.device))
                 self.scaler.scale(loss / config.accumulate).backward()
@@ -383,7 +341,7 @@ class _Run:
         self.scaler.step(self.optimiser)
         self.scaler.update()
         if self.ema is not None:
-            self.ema.update(self.module)
+            self.ema.update_parameters(self.module)
         self.means.add({"loss": total})
         self.means.count += 1
 
@@ -405,20 +363,21 @@ class _Run:
     # --- looking at the weights
 
     @contextlib.contextmanager
-    def _averaged(self) -> Iterator[nn.Module]:
+    def _judged(self) -> Iterator[nn.Module]:
         """The module with the weights to judge, its modes restored behind."""
-        modes = {name: module.training for name, module in self.module.named_modules()}
-        with self.ema.in_place_of(self.module) if self.ema is not None else contextlib.nullcontext(), torch.no_grad():
-            try:
-                yield self.module
-            finally:
-                for name, module in self.module.named_modules():
-                    module.training = modes[name]
+        judged = self.module if self.ema is None else self.ema.module
+        modes = {name: module.training for name, module in judged.named_modules()}
+        try:
+            with torch.no_grad():
+                yield judged
+        finally:
+            for name, module in judged.named_modules():
+                module.training = modes[name]
 
     def _evaluate(self) -> None:
         if not self.group.first:
             return
-        with self._averaged() as module:
+        with self._judged() as module:
             self.metrics = dict(self.task.evaluate(module))
         if not self.metrics:
             return
@@ -435,5 +394,5 @@ class _Run:
         self._evaluate()
         if self.out is None or not self.group.first:
             return []
-        with self._averaged() as module:
+        with self._judged() as module:
             return self.task.export(module, self.out)

@@ -11,10 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from xcos_ext.io.atomic import write_atomically
 from xcos_ext.io.errors import XCosError
 
-__all__ = ["CSVLog", "Progress", "tensorboard_writer"]
+from .parallel import mean_over_processes
+
+__all__ = ["CSVLog", "Means", "Progress", "tensorboard_writer"]
 
 _SECONDS_BETWEEN_LINES = 30.0
 
@@ -53,6 +58,36 @@ class CSVLog:
                 csv.DictWriter(stream, self._columns).writeheader()
             writer = csv.DictWriter(stream, self._columns, extrasaction="ignore")
             writer.writerow({name: repr(value) if isinstance(value, float) else value for name, value in row.items()})
+
+
+class Means:
+    """Running sums of named values since the last row of the log, on the device: reading them would wait for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, values: Mapping[str, float | Tensor]) -> None:
+        for name, value in values.items():
+            tensor = torch.as_tensor(value, dtype=torch.float64, device=self.device).detach()
+            self.sums[name] = self.sums[name] + tensor if name in self.sums else tensor
+
+    def read(self) -> dict[str, float]:
+        """Means over steps and processes; starts anew."""
+        names = list(self.sums)
+        stacked = mean_over_processes(torch.stack([self.sums[name] for name in names]) / max(1, self.count))
+        self.sums, self.count = {}, 0
+        return dict(zip(names, stacked.tolist(), strict=True))
+
+    def plain(self) -> dict[str, Any]:
+        return {"count": self.count, "sums": {name: value.item() for name, value in self.sums.items()}}
+
+    def restore(self, plain: Mapping[str, Any]) -> None:
+        self.count = int(plain["count"])
+        self.sums = {
+            name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in plain["sums"].items()
+        }
 
 
 def tensorboard_writer(folder: Path, step: int) -> Any:

@@ -1,16 +1,17 @@
-"""Settings: typed frozen dataclasses read from TOML, every mistake named by its key."""
+"""Settings: typed frozen dataclasses read from TOML, every mistake named by its key; those of the engine."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import json
 import sys
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from xcos_ext.io.errors import XCosError
 
@@ -19,18 +20,18 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["ConfigError", "build", "number", "override", "read_toml"]
+__all__ = ["NONE", "SETTINGS", "ConfigError", "TrainConfig", "build", "override", "read_toml"]
 
 Settings = TypeVar("Settings")
+
+#: How classes of settings are made: ``@dataclass(frozen=True, config=SETTINGS)`` of pydantic.
+SETTINGS = ConfigDict(extra="forbid", allow_inf_nan=False)
+#: In an optional field's type, last: TOML has no null, so the text "none" stands for it.
+NONE = BeforeValidator(lambda value: None if value == "none" else value)
 
 
 class ConfigError(XCosError, ValueError):
     """A setting that cannot be used; the message names its key, what was expected and what came."""
-
-
-def number(default: Any = dataclasses.MISSING, **limits: float) -> Any:
-    """A numeric field with limits: ``minimum``, ``maximum`` (both allowed), ``above``, ``below`` (both excluded)."""
-    return dataclasses.field(default=default, metadata=limits)
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -78,86 +79,105 @@ def build(kind: type[Settings], values: Mapping[str, Any], where: str = "") -> S
     """A settings object from a table; nested dataclasses are tables in it.
 
     Args:
-        kind: a dataclass whose fields are bool, int, float, str, Literal of strings, tuples of one of these, optional
-            ones, or dataclasses.
+        kind: a pydantic dataclass with :data:`SETTINGS`.
         values: the table.
         where: the table's name, for messages.
 
     Raises:
         ConfigError: an unknown key (with the nearest known one), a missing one, or a value of a wrong type or size.
     """
-    hints = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    prefix = f"{where}." if where else ""
-    for key in values:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, 1, 0.0)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else ""
-            raise ConfigError(f"{prefix}{key}: no such setting{hint}")
-    arguments: dict[str, Any] = {}
-    for name, field in fields.items():
-        if name in values:
-            arguments[name] = _value(hints[name], values[name], prefix + name, field.metadata)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{prefix}{name}: expected {_wanted(hints[name], field.metadata)}, got nothing")
-    return kind(**arguments)
+    try:
+        # As JSON, which has the types that TOML has: a list is a tuple, but 1.5, true and "1" are no whole numbers.
+        return TypeAdapter(kind).validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as error:
+        found = error.errors()[0]
+        keys = [part for part in found["loc"] if isinstance(part, str)]
+        raise ConfigError(_mistake(kind, [where, *keys] if where else keys, keys, found)) from error
 
 
-def _value(hint: Any, value: Any, key: str, limits: Mapping[str, float]) -> Any:
-    options = _options(hint)
-    if type(None) in options and value in (None, "none"):
-        return None
-    for option in options:
-        if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
-            return build(typing.cast("type[Any]", option), value, key)
-        if typing.get_origin(option) is tuple and isinstance(value, list):
-            return tuple(_value(typing.get_args(option)[0], item, key, limits) for item in value)
-        if _fits(option, value):
-            result = float(value) if option is float else value
-            if not _within(result, limits):
-                break
-            return result
-    raise ConfigError(f"{key}: expected {_wanted(hint, limits)}, got {value!r}")
+def _mistake(kind: Any, shown: Sequence[str], keys: Sequence[str], found: Any) -> str:
+    """One of pydantic's errors in a line that starts with the setting's key."""
+    key = ".".join(shown)
+    if found["type"] == "unexpected_keyword_argument":
+        for name in keys[:-1]:
+            kind = kind.__pydantic_fields__[name].annotation
+        near = difflib.get_close_matches(keys[-1], kind.__pydantic_fields__, 1, 0.0)
+        return f"{key}: no such setting; did you mean {'.'.join([*shown[:-1], near[0]])}?"
+    if found["type"] == "missing":
+        return f"{key}: expected a value, got nothing"
+    return f"{key}: {found['msg'].replace('Input should be', 'expected')}, got {found['input']!r}"
 
 
-def _options(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+@dataclass(frozen=True, config=SETTINGS)
+class TrainConfig:
+    """How to train, whatever the task: the table ``[train]`` of an experiment's file.
 
+    Attributes:
+        steps: optimiser steps.
+        batch: samples of one optimiser step, over all processes and micro-steps.
+        accumulate: micro-steps per optimiser step and process, for batches that do not fit in memory.
+        optimiser: ``"adamw"`` (betas 0.9 and ``beta2``), ``"sgd"`` (with ``momentum``), or ``"muon"`` (with
+            ``momentum``, for the kernels that a task names; AdamW for the rest).
+        rate: highest learning rate.
+        weight_decay: decoupled for adamw, L2 for sgd.
+        momentum: of sgd and muon.
+        beta2: of adamw, muon's too.
+        warmup: steps over which the rate rises.
+        final_rate: share of ``rate`` that the cosine ends at.
+        clip: largest norm of the gradient, or none.
+        ema: decay of the averaged weights that are evaluated and exported; 0: the last weights are.
+        amp: autocast type: ``"off"``, ``"bf16"``, or ``"fp16"`` with scaled gradients (CUDA only).
+        seed: of batches and of everything random in a step.
+        device: ``"auto"`` (CUDA where there is one), ``"cpu"`` or ``"cuda"``.
+        workers: threads that prepare batches ahead; 0: prepared when needed. No effect on results.
+        log_every: steps between two rows of the log.
+        evaluate_every: steps between evaluations; 0: at the end only.
+        checkpoint_every: steps between checkpoints; 0: none by steps.
+        checkpoint_minutes: minutes between checkpoints; 0: none by time. One is written at the end in any case.
+        tensorboard: also write events for TensorBoard.
+    """
 
-def _fits(option: Any, value: Any) -> bool:
-    if typing.get_origin(option) is typing.Literal:
-        return value in typing.get_args(option)
-    if option is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if option is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return option in (bool, str) and isinstance(value, option)
+    steps: int = Field(ge=1)
+    batch: int = Field(ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    optimiser: Literal["adamw", "muon", "sgd"] = "adamw"
+    rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    warmup: int = Field(default=0, ge=0)
+    final_rate: float = Field(default=0.0, ge=0, le=1)
+    clip: Annotated[float | None, Field(gt=0), NONE] = None
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    seed: int = Field(default=0, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: int = Field(default=2, ge=0)
+    log_every: int = Field(default=10, ge=1)
+    evaluate_every: int = Field(default=0, ge=0)
+    checkpoint_every: int = Field(default=0, ge=0)
+    checkpoint_minutes: float = Field(default=10.0, ge=0)
+    tensorboard: bool = False
 
-
-def _within(value: Any, limits: Mapping[str, float]) -> bool:
-    if isinstance(value, (bool, str)):
-        return True
-    return (
-        limits.get("minimum", -math.inf) <= value <= limits.get("maximum", math.inf)
-        and value > limits.get("above", -math.inf)
-        and value < limits.get("below", math.inf)
+    #: Settings that may differ when a training is resumed: they do not change what is computed.
+    FREE: ClassVar[tuple[str, ...]] = (
+        *("device", "workers", "log_every", "evaluate_every", "checkpoint_every", "checkpoint_minutes", "tensorboard"),
     )
 
+    def fixed(self) -> dict[str, object]:
+        """The settings that a resumed training must share."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in self.FREE}
 
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "none"}
+    def part_size(self, world: int) -> int:
+        """Samples of one micro-step of one process.
 
-
-def _wanted(hint: Any, limits: Mapping[str, float]) -> str:
-    words = []
-    for option in _options(hint):
-        if typing.get_origin(option) is typing.Literal:
-            words.append(" or ".join(map(repr, typing.get_args(option))))
-        elif typing.get_origin(option) is tuple:
-            words.append(f"a list, each {_wanted(typing.get_args(option)[0], limits)}")
-        elif option in _NAMES:
-            words.append(_NAMES[option])
-        else:
-            words.append("a table")
-    bounds = {"minimum": ">=", "above": ">", "maximum": "<=", "below": "<"}
-    rules = [f"{sign} {limits[name]:g}" for name, sign in bounds.items() if name in limits]
-    return " or ".join(words) + (f" {' and '.join(rules)}" if rules else "")
+        Raises:
+            ConfigError: the batch cannot be split evenly.
+        """
+        parts = self.accumulate * world
+        if self.batch % parts:
+            raise ConfigError(
+                f"train.batch: expected a multiple of {parts} ({world} processes x {self.accumulate} micro-steps), "
+                f"got {self.batch}"
+            )
+        return self.batch // parts

@@ -151,7 +151,7 @@ class ReconstructionExplainer:
             if file is None:
                 raise ValueError(
                     f"model: expected one that a shipped decoder belongs to, got {model.name} ({fingerprint}); train "
-                    "one for it with examples/train_decoder.py"
+                    "one for it with recipes/train_decoder.py"
                 )
             decoder = load_decoder(file)
         elif decoder.fingerprint != fingerprint:

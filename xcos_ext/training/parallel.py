@@ -1,0 +1,90 @@
+"""Threads that prepare batches ahead of the step that needs them, and processes started by ``torchrun``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Processes", "mean_over_processes", "prefetch", "processes"]
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+def prefetch(make: Callable[[Item], Made], items: Iterable[Item], workers: int) -> Iterator[Made]:
+    """``make`` of each item, in order, computed by threads up to two items a thread ahead.
+
+    Decoding pictures and torch's operators release the interpreter's lock, so threads are enough, and nothing is
+    copied between processes. ``make`` must depend on its item alone; then the results do not depend on ``workers``.
+
+    Args:
+        make: called once per item.
+        items: read as far as needed.
+        workers: threads; 0 computes each item when it is asked for.
+
+    Raises:
+        Exception: whatever ``make`` raised, at its item's place.
+    """
+    if workers == 0:
+        yield from map(make, items)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="batch")
+    waiting: deque[Future[Made]] = deque()
+    source = iter(items)
+    try:
+        for item in source:
+            waiting.append(pool.submit(make, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class Processes(NamedTuple):
+    """Attributes: rank of this process, number of them, and its index on its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def processes(device: torch.device) -> Iterator[Processes]:
+    """Joins the group that ``torchrun`` describes in the environment (NCCL for CUDA, gloo else); alone without it."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if dist.is_available() and dist.is_initialized():
+        yield Processes(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+    elif world == 1:
+        yield Processes()
+    else:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            yield Processes(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+            # Nobody hangs up while another still reads what was last said; with the work done, who is gone may be.
+            with contextlib.suppress(RuntimeError):
+                dist.barrier()
+        finally:
+            dist.destroy_process_group()
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of a tensor over all processes; itself where there is one."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values

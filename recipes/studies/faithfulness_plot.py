@@ -1,6 +1,6 @@
 """Draws docs/images/faithfulness.png from the files of faithfulness.py.
 
-python benchmarks/faithfulness_plot.py
+python recipes/studies/faithfulness_plot.py
 """
 
 from __future__ import annotations

@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
 import faithfulness_table as tables
 from matplotlib.figure import Figure
 
 from xcos_ext.explain import save_figure
 
-TARGET = Path(__file__).resolve().parent.parent / "docs" / "images" / "faithfulness.png"
+TARGET = Path(__file__).resolve().parents[2] / "docs" / "images" / "faithfulness.png"
 # Okabe and Ito's colours, which stay apart under colour blindness; controls are grey.
 COLOURS = {
     "xcos": "#0072b2",

@@ -1,10 +1,10 @@
 """Verification and identification figures, and the protocols that produce them."""
 
-from .bootstrap import Interval, Resampling, bootstrap
+from .bootstrap import Estimator, Resampling, bootstrap
 from .calibration import all_pair_scores, calibrate, fmr_curve
+from .figures import Estimate, Interval
 from .identification import (
     Candidates,
-    Estimate,
     IdentificationPoint,
     IdentificationReport,
     average_identification,
@@ -37,6 +37,7 @@ __all__ = [
     "Candidates",
     "ErrorCurves",
     "Estimate",
+    "Estimator",
     "Evaluation",
     "IdentificationPoint",
     "IdentificationReport",

@@ -15,8 +15,9 @@ from xcos_ext.faces.detector import Detector
 from xcos_ext.io.errors import PictureError
 from xcos_ext.model import XCosModel
 
-from .bootstrap import Interval, Resampling, bootstrap
+from .bootstrap import Resampling, bootstrap
 from .datasets import PairList
+from .figures import Interval, plain
 from .scoring import ATTENTIONS, Scores, Track, crops, extractor, score_pairs, scorers_of
 from .verification import VerificationReport, verification
 
@@ -69,11 +70,10 @@ class Variant:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; without the scores."""
-        data = self.report.as_dict() | {
-            "intervals": {name: list(interval) for name, interval in self.intervals.items()},
-            "teacher_correlation": self.correlation,
-        }
-        return data if self.attention is None else data | {"attention": self.attention.tolist()}
+        more = {"intervals": self.intervals, "teacher_correlation": self.correlation}
+        if self.attention is not None:
+            more["attention"] = self.attention
+        return self.report.as_dict() | plain(more)
 
 
 @dataclass(frozen=True)

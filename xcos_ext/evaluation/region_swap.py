@@ -24,8 +24,8 @@ from xcos_ext.io.fingerprint import fingerprint_weights
 from xcos_ext.model import XCosModel, find_statistics, load_recogniser, plug
 
 from .datasets import LFW
+from .faithfulness.curves import areas
 from .faithfulness.regions import paste, region_cells, region_mask
-from .faithfulness.statistics import areas
 
 __all__ = ["MAPS", "REGIONS", "region_swap"]
 

@@ -14,13 +14,15 @@ independent, so the confidence bounds here are optimistic where few people make 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from xcos_ext.io.optional import need
+
+from .figures import plain
 
 __all__ = [
     "EER",
@@ -337,11 +339,7 @@ class VerificationReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        data = asdict(self)
-        if self.accuracy is not None:
-            std = self.accuracy.std
-            data["accuracy"] = self.accuracy._asdict() | {"std": std if np.isfinite(std) else None}
-        return data
+        return dict(plain(self))
 
 
 def verification(

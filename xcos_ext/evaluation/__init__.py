@@ -11,7 +11,7 @@ from .identification import (
     identification,
     ranked_persons,
 )
-from .protocol import Evaluation, Variant, corr_attention, cross_validated, evaluate
+from .protocol import Evaluation, Variant, corr_attention, evaluate
 from .roc import roc_figure
 from .scoring import ATTENTIONS, Scores, score_model, score_pairs
 from .verification import (
@@ -55,7 +55,6 @@ __all__ = [
     "bootstrap",
     "calibrate",
     "corr_attention",
-    "cross_validated",
     "eer",
     "error_curves",
     "evaluate",

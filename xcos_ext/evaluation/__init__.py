@@ -13,7 +13,7 @@ from .identification import (
 )
 from .protocol import Evaluation, Variant, corr_attention, evaluate
 from .roc import roc_figure
-from .scoring import ATTENTIONS, Scores, score_model, score_pairs
+from .scoring import ATTENTIONS, Scores, score_pairs
 from .verification import (
     EER,
     ErrorCurves,
@@ -66,7 +66,6 @@ __all__ = [
     "operating_point",
     "ranked_persons",
     "roc_figure",
-    "score_model",
     "score_pairs",
     "verification",
 ]

@@ -33,7 +33,7 @@ def check_resampling(replicates: int, confidence: float) -> None:
 def percentile_interval(draws: ArrayLike, confidence: float) -> Interval:
     """The middle of the replicates [R]; those that are NaN are left out."""
     tail = 100 * (1 - confidence) / 2
-    return Interval(*np.nanpercentile(draws, (tail, 100 - tail)).tolist())
+    return Interval(*np.nanpercentile(np.asarray(draws, np.float64), (tail, 100 - tail)).tolist())
 
 
 class Resampling:

@@ -254,8 +254,8 @@ class CSVPairs(PairList):
         path: the CSV file.
 
     Raises:
-        FileNotFoundError: a path is missing.
-        ValueError: a line that does not fit (the message names file and line), or pictures that are not there.
+        FileNotFoundError: no such root.
+        ValueError: no such file, a line that does not fit (the message names both), or pictures that are not there.
     """
 
     format = "csv"

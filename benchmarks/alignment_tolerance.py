@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from alignment_table import tables
 from harness import machine
 from numpy.typing import NDArray
+from tables import alignment_rules
 from torch import Tensor
 from torch.nn import functional
 
@@ -285,7 +285,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for name, first in wrong.items():
             found = on(scores(model, norm, first[position], second, rules), everything)
             results[label][name] = {"pairs": len(pairs), "rules": found}
-        print(tables({"results": {label: results[label]}}), flush=True)
+        print("\n".join(alignment_rules({"results": {label: results[label]}})), flush=True)
     return {
         "machine": machine(),
         "folds": [int(fold) + 1 for fold in own_folds],
@@ -312,7 +312,7 @@ def main() -> int:
     parser.add_argument("--table", type=Path, help="print the tables of such a file and end")
     options = parser.parse_args()
     if options.table is not None:
-        print(tables(json.loads(options.table.read_text())))
+        print("\n".join(alignment_rules(json.loads(options.table.read_text()))))
         return 0
     if options.pictures is None or options.pairs is None:
         parser.error("expected --pictures and --pairs")

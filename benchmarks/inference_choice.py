@@ -6,7 +6,7 @@
 Models are files, names of models that the package ships, or architectures (with random weights). Every way scores the
 same pairs, whole: body, 1x1 block, score and maps. They take turns within one run; reported are median and quartiles
 of the time, of the times faster than the eager model and than onnxruntime, the largest difference of a score, and which
-way is chosen. The tables of docs/inference.md are made of the results (inference_table.py).
+way is chosen. The tables of docs/inference.md are made of the results (tables.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from harness import machine
-from inference_table import case_table
+from tables import inference_case
 from torch import Tensor, nn
 
 from xcos_ext import backbones
@@ -174,7 +174,7 @@ def main() -> int:
             case |= {"machine": machine(), "seconds_of_timing": options.seconds}
             kept = [old for old in results["cases"] if (old["model"], old["pairs"]) != (case["model"], case["pairs"])]
             results = {"cases": [*kept, case]}
-            print(case_table(case), flush=True)
+            print("\n".join(inference_case(case)), flush=True)
             if options.json is not None:
                 text = f"{json.dumps(results, indent=1)}\n".encode()
                 write_atomically(options.json, lambda file, text=text: file.write(text))  # type: ignore[misc]

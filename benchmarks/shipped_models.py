@@ -23,8 +23,7 @@ from harness import machine
 
 from xcos_ext.evaluation import evaluate
 from xcos_ext.evaluation.datasets import LFW
-from xcos_ext.evaluation.faithfulness import REGIONS, region_mask
-from xcos_ext.evaluation.faithfulness.statistics import areas
+from xcos_ext.evaluation.faithfulness import REGIONS, areas, region_mask
 from xcos_ext.io.atomic import write_atomically
 from xcos_ext.io.shipped import SHIPPED
 from xcos_ext.model import XCosModel, load_model

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from recipes.common import say, write_json
-from xcos_ext.evaluation import cross_validated
+from xcos_ext.evaluation import evaluate
 from xcos_ext.evaluation.datasets import LFW, PairList, read_pairs
 from xcos_ext.io.errors import XCosError
 from xcos_ext.model import XCosModel, load_model
@@ -88,8 +88,8 @@ def cross_validate(
     made = Parts(experiment, sources, parts)
     plain = None if sources.recogniser.embedding_size is None else sources.recogniser
     attentions = ATTENTIONS if plain is not None else tuple(name for name in ATTENTIONS if name != "corr")
-    trained = cross_validated(made.trained(models), attentions=attentions, teacher=plain, fmrs=FMRS)
-    start = cross_validated(made.starts, teacher=plain, fmrs=FMRS)
+    trained = evaluate(made.trained(models), attentions=attentions, teacher=plain, fmrs=FMRS)
+    start = evaluate(made.starts, teacher=plain, fmrs=FMRS)
     rows = {"trained": trained.variants["own"], "start": start.variants["own"]}
     rows |= {f"trained, {name}": v for name, v in trained.variants.items() if name not in ("own", "teacher")}
     if plain is not None:

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from xcos_ext.evaluation.datasets import LFW
+from xcos_ext.evaluation.faithfulness.curves import areas
 from xcos_ext.evaluation.faithfulness.regions import paste, region_cells, region_mask
-from xcos_ext.evaluation.faithfulness.statistics import areas
 from xcos_ext.explain.explainers import CentreMap
 from xcos_ext.explain.explainers.interface import XCosPairs
 from xcos_ext.io.fingerprint import fingerprint_weights

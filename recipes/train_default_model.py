@@ -28,7 +28,7 @@ import torch
 
 from recipes.common import say, write_json
 from recipes.distill import Experiment
-from xcos_ext.evaluation import cross_validated, error_curves, roc_figure
+from xcos_ext.evaluation import error_curves, evaluate, roc_figure
 from xcos_ext.evaluation.datasets import LFW, read_pairs
 from xcos_ext.explain import save_figure
 from xcos_ext.io.errors import XCosError
@@ -81,7 +81,7 @@ def measure(
     models = [load_model(file) for file in files]
     lists = [LFW(data.pictures, data.pairs, folds=[fold - 1 for fold in folds]) for folds in parts]
     teacher = load_recogniser(experiment.student.teacher)
-    result = cross_validated(zip(models, lists, strict=True), attentions=ATTENTIONS, teacher=teacher, fmrs=FMRS)
+    result = evaluate(zip(models, lists, strict=True), attentions=ATTENTIONS, teacher=teacher, fmrs=FMRS)
     single = {}
     ends = np.cumsum([len(lfw) for lfw in lists])[:-1]
     for folds, model, lfw, scores in zip(

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from safetensors import safe_open
 
 from xcos_ext.cli.app import xcos
-from xcos_ext.evaluation import evaluate, score_model
+from xcos_ext.evaluation import evaluate
 from xcos_ext.evaluation.datasets import LFW
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.shipped import DATA, SHIPPED, default_weights, weights_file
@@ -92,8 +92,6 @@ def test_it_tells_people_apart_whom_it_has_never_seen(model: XCosModel, shared_d
     assert model.threshold is not None
     right = (result.variants["own"].scores >= model.threshold) == lfw.genuine
     assert right.mean() >= 0.965  # 0.9700
-    scores = score_model(model, LFW(shared_data / "lfw112.zip", shared_data / "pairs.txt", folds=UNSEEN[:1]))
-    np.testing.assert_allclose(scores, result.variants["own"].scores[: len(scores)], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

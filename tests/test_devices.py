@@ -198,7 +198,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 def inside(data: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Path]:
     """The data's folder, entered; what commands write there is deleted."""
     monkeypatch.chdir(data)
-    monkeypatch.setattr("xcos_ext.evaluation.faithfulness.runner._TIMED", 3)
+    monkeypatch.setattr("xcos_ext.evaluation.faithfulness.measure._TIMED", 3)
     yield data
     import shutil
 

@@ -15,6 +15,7 @@ from torch import nn
 from xcos_ext import backbones
 from xcos_ext.cli.app import xcos
 from xcos_ext.cli.faithfulness import parse_folds
+from xcos_ext.evaluation.faithfulness import measure
 from xcos_ext.io.errors import XCosError
 from xcos_ext.model import XCosModel, plug
 
@@ -63,7 +64,7 @@ def network(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small network in place of those in files, which are read and checked elsewhere."""
     monkeypatch.setattr("xcos_ext.cli.faithfulness.load", lambda path: small_model())
     monkeypatch.setattr("xcos_ext.model.load_recogniser", lambda path: small_recogniser())
-    monkeypatch.setattr("xcos_ext.evaluation.faithfulness.runner._TIMED", 3)
+    monkeypatch.setattr("xcos_ext.evaluation.faithfulness.measure._TIMED", 3)
 
 
 def run(root: Path, *arguments: str | Path) -> Result:
@@ -169,7 +170,7 @@ def test_an_interruption_leaves_what_was_done(root: Path, tmp_path: Path, monkey
     def interrupted(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("xcos_ext.evaluation.faithfulness.runner.patch_replacement", interrupted)
+    monkeypatch.setitem(measure._FUNCTIONS, "patch", interrupted)
     options = ("--protocol", "locality", "--protocol", "patch", "--explainer", "xcos", "--out", tmp_path / "part.json")
     result = run(root, *FEW, *options)
     assert result.exit_code == 130

@@ -22,6 +22,7 @@ from xcos_ext.evaluation.faithfulness import (
     Faces,
     Faithfulness,
     Settings,
+    Study,
     TooFewError,
     deletion_identification,
     deletion_verification,
@@ -33,8 +34,8 @@ from xcos_ext.evaluation.faithfulness import (
     region_swap,
 )
 from xcos_ext.evaluation.faithfulness.faces import Drawn, mean_face_of, normalised
-from xcos_ext.evaluation.faithfulness.models import mate_scorer, remembering
-from xcos_ext.evaluation.faithfulness.ranking import LEVELS
+from xcos_ext.evaluation.faithfulness.maps import LEVELS
+from xcos_ext.evaluation.faithfulness.study import mate_scorer, remembering
 from xcos_ext.explain.explainers import CentreMap, EmbeddingCosine, RandomMap, Saliency, XCosPairs
 from xcos_ext.explain.fills import filled
 from xcos_ext.io.errors import XCosError
@@ -100,6 +101,10 @@ class Toy:
         raise NotImplementedError
 
 
+def study(faces: Faces, model: Any, **settings: Any) -> Study:
+    return Study(model, faces, Settings(**settings))
+
+
 class Map:
     """Distance of colours, cell by cell: in mosaics exactly where two people are different."""
 
@@ -143,7 +148,7 @@ def local_model(faces: Faces, spread: float = 0.0) -> XCosPairs:
 
 def test_swap_of_an_oracle_its_opposite_and_constants(faces: Faces) -> None:
     explainers = [Map(), Map(-1, "opposite"), CentreMap(), Fixed(torch.zeros(7, 7))]
-    result = region_swap(Toy(), explainers, faces, pairs=6, replicates=50)
+    result = region_swap(study(faces, Toy(), count=6, replicates=50), explainers)
     assert {draw.direction: draw.pairs for draw in result.draws} == {
         "impostor-into-genuine": 6,
         "genuine-into-impostor": 6,
@@ -151,7 +156,8 @@ def test_swap_of_an_oracle_its_opposite_and_constants(faces: Faces) -> None:
     for direction in ("impostor-into-genuine", "genuine-into-impostor"):
         for region in (*REGIONS, "mean"):
             oracle, opposite, centre, fixed = (
-                result.find(name, direction, region) for name in ("oracle", "opposite", "centre", "fixed")
+                result.find(name, direction=direction, region=region)
+                for name in ("oracle", "opposite", "centre", "fixed")
             )
             assert oracle.absolute.value > 0.97 and oracle.difference.value > 0.97
             assert opposite.absolute.value == pytest.approx(1 - oracle.absolute.value)
@@ -163,11 +169,11 @@ def test_swap_of_an_oracle_its_opposite_and_constants(faces: Faces) -> None:
                 assert other.behind.value == pytest.approx(oracle.absolute.value - other.absolute.value)
             # The centre map is told apart from a pair's own by two of the three readings.
             assert centre.difference.value == centre.centred.value == 0.5
-        assert result.find("centre", direction, "nose").absolute.value > 0.95
-        assert result.find("centre", direction, "forehead").absolute.value < 0.4
+        assert result.find("centre", direction=direction, region="nose").absolute.value > 0.95
+        assert result.find("centre", direction=direction, region="forehead").absolute.value < 0.4
         # Of one person, mosaics differ by noise alone: the control is near chance.
         for reading in ("absolute", "difference", "centred"):
-            control = getattr(result.find("oracle", direction, paste="same-person"), reading)
+            control = getattr(result.find("oracle", direction=direction, paste="same-person"), reading)
             assert 0.3 < control.value < 0.7
     assert result.unit == "people"
     interval = result.find("oracle").absolute.interval
@@ -180,9 +186,19 @@ def test_swap_is_the_same_again_and_whatever_the_batch(faces: Faces, root: Path)
     def run(batch_size: int, seed: int = 0) -> dict[str, Any]:
         fresh = Faces(LFW(root / "crops", root / "pairs.txt"))
         return region_swap(
-            Toy(), [Map(), CentreMap()], fresh, pairs=5, regions=("nose",), sizes=("small", "large"), seed=seed,
-            batch_size=batch_size, replicates=30, pixels=True,
-        ).as_dict()  # fmt: skip
+            study(
+                fresh,
+                Toy(),
+                count=5,
+                regions=("nose",),
+                sizes=("small", "large"),
+                seed=seed,
+                batch_size=batch_size,
+                replicates=30,
+                pixels=True,
+            ),
+            [Map(), CentreMap()],
+        ).as_dict()
 
     first = run(16)
     assert run(16) == first and run(16, seed=1) != first
@@ -194,7 +210,8 @@ def test_swap_is_the_same_again_and_whatever_the_batch(faces: Faces, root: Path)
 @pytest.mark.parametrize(("blend", "matched"), [("soft", False), ("hard", True), ("soft", True)])
 def test_swap_without_seams(faces: Faces, blend: Any, matched: bool) -> None:
     result = region_swap(
-        Toy(), [Map()], faces, pairs=4, regions=("both eyes",), blend=blend, match_colour=matched, replicates=0
+        study(faces, Toy(), count=4, regions=("both eyes",), blend=blend, match_colour=matched, replicates=0),
+        [Map()],
     )
     row = result.find("oracle")
     # A cell of a mosaic has one colour; where it is matched, nothing of the person is left.
@@ -209,7 +226,7 @@ def test_swap_over_pixels(faces: Faces) -> None:
             distance = (a - b).abs().mean(1)
             return Saliency(-distance, distance)
 
-    result = region_swap(Toy(), [Pixels()], faces, pairs=4, regions=("mouth",), pixels=True, replicates=0)
+    result = region_swap(study(faces, Toy(), count=4, regions=("mouth",), pixels=True, replicates=0), [Pixels()])
     pixels = result.find("oracle").pixels
     assert pixels is not None and min(estimate.value for estimate in pixels) > 0.99
     assert result.as_dict()["rows"][0]["pixels"].keys() == {"absolute", "difference"}
@@ -218,11 +235,11 @@ def test_swap_over_pixels(faces: Faces) -> None:
 def test_donors_are_never_trivial(faces: Faces) -> None:
     from xcos_ext.evaluation.faithfulness.swap import _draw
 
-    genuine, _ = _draw(faces, "impostor-into-genuine", 8, 0)
+    genuine, _ = _draw(study(faces, Toy(), count=8), "impostor-into-genuine")
     for pair in genuine:
         assert pair.donor is not None and faces.person(pair.donor) != faces.person(pair.a)
         assert pair.own not in (None, pair.a, pair.b) and faces.person(pair.own) == faces.person(pair.a)
-    impostor, passed = _draw(faces, "genuine-into-impostor", 8, 0)
+    impostor, passed = _draw(study(faces, Toy(), count=8), "genuine-into-impostor")
     assert passed == 0
     for pair in impostor:
         assert pair.donor not in (None, pair.b) and faces.person(pair.donor) == faces.person(pair.b)
@@ -238,15 +255,15 @@ def test_people_with_one_picture_are_passed_over(root: Path, tmp_path: Path) -> 
     (tmp_path / "list.csv").write_text("\n".join(lines))
     faces = Faces(CSVPairs(root / "crops", tmp_path / "list.csv"))
     assert faces.of("P0") == ("P0/P0_0001.png", "P0/P0_0002.png") and faces.of("P5") == ("P5/P5_0001.png",)
-    result = region_swap(Toy(), [Map()], faces, pairs=2, regions=("nose",), replicates=0)
+    result = region_swap(study(faces, Toy(), count=2, regions=("nose",), replicates=0), [Map()])
     into_genuine, into_impostor = result.draws
     # Nobody of a genuine pair has a third picture, so there is no control.
     assert (into_genuine.pairs, into_genuine.controls) == (2, 0)
     assert into_impostor.pairs == 2 and {row.paste for row in result.rows} == {"swap"}
     with pytest.raises(TooFewError, match=r"count: expected 1..2, the genuine pairs that there are, got 3"):
-        region_swap(Toy(), [Map()], faces, pairs=3)
+        region_swap(study(faces, Toy(), count=3), [Map()])
     drawn, passed = faces.draw(
-        False, 4, np.random.default_rng(0), lambda p: faces.with_relative(p, np.random.default_rng(0))
+        False, 4, np.random.default_rng(0), lambda p: faces.with_donor(p, False, np.random.default_rng(0))
     )
     # P0 is only in A's place and so changes it; the pair of P5 and P6 has no relative at all.
     assert len(drawn) == 3 and passed == 1
@@ -294,11 +311,11 @@ def test_deletion_is_a_slow_loops(faces: Faces, fill: str) -> None:
     model = Toy()
     found, genuine, _ = faces.draw_both(2, 0)
     pairs = [(pair.a, pair.b, bool(same)) for pair, same in zip(found, genuine, strict=True)]
-    result = deletion_verification(model, [Smooth()], faces, pairs=2, fills=(fill,), replicates=30, batch_size=3)
+    result = deletion_verification(study(faces, model, count=2, fills=(fill,), replicates=30, batch_size=3), [Smooth()])
     assert result.threshold is not None and result.clean == 1.0 and result.pairs == 4
     expected = slow_deletion(model, Smooth(), faces, pairs, fill, result.threshold)
     for (kind, mode), curve in expected.items():
-        row = result.find("oracle", kind, mode, fill)
+        row = result.find("oracle", kind=kind, mode=mode, fill=fill)
         assert row.curve.values == pytest.approx(curve)
         assert row.curve.area.value == pytest.approx(100 * np.trapezoid(curve, LEVELS))
     json.dumps(result.as_dict(), allow_nan=False)
@@ -307,7 +324,7 @@ def test_deletion_is_a_slow_loops(faces: Faces, fill: str) -> None:
 def test_deletion_rewards_the_cell_that_counts(faces: Faces) -> None:
     model = Toy((24,))  # looks at the middle cell alone
     explainers = [Fixed(one_cell(24), "right"), Fixed(-one_cell(24).float(), "wrong"), RandomMap(), CentreMap()]
-    result = deletion_verification(model, explainers, faces, pairs=4, replicates=0)
+    result = deletion_verification(study(faces, model, count=4, replicates=0), explainers)
     right, wrong = (result.find(name).curve for name in ("right", "wrong"))
     # The cell's pixels, made larger bilinearly, are 8 % of all: they are among the first tenth, or among the last.
     assert right.values[0] == wrong.values[0] == 1.0
@@ -321,7 +338,7 @@ def test_deletion_rewards_the_cell_that_counts(faces: Faces) -> None:
 
 def test_identification_is_a_slow_loops(faces: Faces) -> None:
     model = Toy(tuple(range(10, 30)))
-    result = deletion_identification(model, [Smooth()], faces, probes=4, replicates=0, batch_size=3)
+    result = deletion_identification(study(faces, model, count=4, replicates=0, batch_size=3), [Smooth()])
     assert (result.pairs, result.gallery, result.top, result.clean) == (4, 8, 1, 1.0)
     # The same draw, by hand.
     rng = np.random.default_rng(0)
@@ -344,12 +361,12 @@ def test_identification_is_a_slow_loops(faces: Faces) -> None:
             score = model.score(model.features(changed.view(1, 3, 112, 112)).expand_as(enrolled), enrolled)
             right += int(score.argmax()) == number
         assert result.find("oracle").curve.values[level_index] == right / 4
-    several = deletion_identification(model, [Smooth(), RandomMap()], faces, probes=4, top=3, replicates=0)
+    several = deletion_identification(study(faces, model, count=4, top=3, replicates=0), [Smooth(), RandomMap()])
     assert several.top == 3
     with pytest.raises(ValueError, match=r"top: expected 1..8, the gallery's size, got 9"):
-        deletion_identification(model, [Smooth()], faces, probes=4, top=9)
+        deletion_identification(study(faces, model, count=4, top=9), [Smooth()])
     with pytest.raises(TooFewError, match=r"count: expected 1..8, the people with two pictures, got 9"):
-        deletion_identification(model, [Smooth()], faces, probes=9)
+        deletion_identification(study(faces, model, count=9), [Smooth()])
 
 
 @pytest.mark.parametrize("kind", ["cells", "cosine", "toy"])
@@ -368,12 +385,12 @@ def test_a_gallery_is_scored_as_pairs_are(faces: Faces, kind: str) -> None:
 
 
 def test_local_cells_are_local(faces: Faces) -> None:
-    result = locality(local_model(faces), faces, pairs=3, fills=("zero", "mean-face"), replicates=30)
+    result = locality(study(faces, local_model(faces), count=3, fills=("zero", "mean-face"), replicates=30), [])
     assert result.chance == pytest.approx(1 / 49) and result.chance_neighbourhood == pytest.approx(361 / 49**2)
     for row in result.rows:
         assert row.own.value > 0.999 and row.neighbourhood.value > 0.999 and row.unmoved < 0.1
         assert np.array(row.cells).shape == (7, 7)
-    shared = locality(local_model(faces, spread=1.0), faces, pairs=3, replicates=0).rows[0]
+    shared = locality(study(faces, local_model(faces, spread=1.0), count=3, replicates=0), []).rows[0]
     assert shared.own.value < 0.7 and shared.own.value < shared.neighbourhood.value < 1
     json.dumps(result.as_dict(), allow_nan=False)
 
@@ -392,13 +409,13 @@ def test_locality_is_a_slow_loops(faces: Faces) -> None:
                     dark[:, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16] = -1
                     moved = (model.model(dark, b).similarity[0] - clean).abs()
                     shares.append((moved[row, column] / moved.sum()).item())
-    result = locality(model, faces, pairs=1, replicates=0, batch_size=10)
+    result = locality(study(faces, model, count=1, replicates=0, batch_size=10), [])
     assert result.rows[0].own.value == pytest.approx(np.mean(shares), rel=1e-4)
 
 
 def test_locality_needs_cells(faces: Faces) -> None:
     with pytest.raises(ValueError, match=r"model: locality is about an xCos model's cells, and toy has none"):
-        locality(Toy(), faces, pairs=2)
+        locality(study(faces, Toy(), count=2), [])
 
 
 # Patch replacement
@@ -407,14 +424,16 @@ def test_locality_needs_cells(faces: Faces) -> None:
 def test_patches_that_decide_turn_the_verdict(faces: Faces) -> None:
     model = Toy((10,))
     last = Fixed(-one_cell(10).float(), "last")
-    result = patch_replacement(model, [Fixed(one_cell(10), "first"), last, RandomMap()], faces, pairs=6, replicates=30)
+    result = patch_replacement(
+        study(faces, model, count=6, replicates=30), [Fixed(one_cell(10), "first"), last, RandomMap()]
+    )
     assert result.right == 12 and result.steps[:3] == (0, 1, 2) and result.cells == 49
     for kind in ("genuine", "impostor", "all"):
-        first, late = (result.find(name, kind).flips for name in ("first", "last"))
+        first, late = (result.find(name, pairs=kind).flips for name in ("first", "last"))
         assert first.values[0] == 0 and set(first.values[1:]) == {1.0}  # one cell is enough
         assert set(late.values[:-1]) == {0.0} and late.values[-1] == 1.0  # and nothing else does it
-        assert late.area.value < result.find("random", kind).flips.area.value < first.area.value
-        change = result.find("first", kind).change.values
+        assert late.area.value < result.find("random", pairs=kind).flips.area.value < first.area.value
+        change = result.find("first", pairs=kind).change.values
         assert change[0] == 0 and change[1] > 0 and change[-1] == pytest.approx(change[1])
     json.dumps(result.as_dict(), allow_nan=False)
 
@@ -461,7 +480,7 @@ def test_lists_that_do_not_say_who_is_who(root: Path) -> None:
 
     faces = Faces(Anonymous(LFW(root / "crops", root / "pairs.txt")))
     with pytest.raises(TooFewError, match="pairs: region swap needs to know who is on a picture"):
-        region_swap(Toy(), [Map()], faces, pairs=2)
+        region_swap(study(faces, Toy(), count=2), [Map()])
     result = faithfulness(Toy(), faces, [Map()], settings=Settings(count=2, replicates=30))
     assert set(result.skipped) == {"region-swap", "identification", "patch", "locality"}
     assert result.deletion is not None and result.deletion.unit == "pairs" and result.complete
@@ -487,7 +506,7 @@ def test_remembered_features_are_the_models(faces: Faces) -> None:
 
 
 def test_everything_at_once(faces: Faces, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xcos_ext.evaluation.faithfulness.runner._TIMED", 3)
+    monkeypatch.setattr("xcos_ext.evaluation.faithfulness.measure._TIMED", 3)
     model = local_model(faces)
     titles: list[str] = []
     ticks: dict[str, tuple[int, int]] = {}
@@ -570,9 +589,9 @@ def test_maps_that_are_none(faces: Faces) -> None:
             return Saliency(made, made) if self.sign > 0 else Saliency(made[0], made[0])
 
     with pytest.raises(ValueError, match="oracle: similar: a map has values that are NaN or infinite"):
-        region_swap(Toy(), [Broken()], faces, pairs=2)
+        region_swap(study(faces, Toy(), count=2), [Broken()])
     with pytest.raises(ValueError, match=r"oracle: similar: expected \[2, h, w\], got \[7, 7\]"):
-        region_swap(Toy(), [Broken(-1)], faces, pairs=2)
+        region_swap(study(faces, Toy(), count=2), [Broken(-1)])
 
 
 def test_drawn_pairs_are_tuples() -> None:
@@ -585,7 +604,7 @@ def test_real_faces(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     faces = Faces(LFW(shared_data / "lfw112.zip", shared_data / "pairs.txt", folds=[6, 7]))
     model: XCosModel = load_model()
-    monkeypatch.setattr("xcos_ext.evaluation.faithfulness.runner._TIMED", 3)
+    monkeypatch.setattr("xcos_ext.evaluation.faithfulness.measure._TIMED", 3)
     settings = Settings(count=6, regions=("mouth",), directions=("impostor-into-genuine",), replicates=0)
     result = faithfulness(
         XCosPairs(model), faces, ["xcos", "xcos-similarity"], protocols=["region-swap"], settings=settings

@@ -149,8 +149,7 @@ def test_resolutions() -> None:
     # Between two middles the values change evenly; beyond the outermost ones they stay.
     row = pixels[0, 7]
     assert row[0] == row[7] and torch.allclose(row[8:24].diff(), row[9] - row[8], atol=1e-5)
-    assert to_pixels(cells, (112, 112), "nearest")[0, ::16, ::16].equal(cells[0])
-    assert torch.allclose(to_cells(to_pixels(cells, (112, 112), "nearest"), (7, 7)), cells)
+    assert torch.allclose(to_cells(cells.repeat_interleave(16, 1).repeat_interleave(16, 2), (7, 7)), cells)
     drawn = torch.rand(2, 112, 112)
     assert torch.allclose(to_cells(drawn, (7, 7)), drawn.view(2, 7, 16, 7, 16).mean((2, 4)))
     assert to_cells(cells, (7, 7)) is cells and to_pixels(drawn, (112, 112)) is drawn

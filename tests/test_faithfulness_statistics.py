@@ -7,10 +7,10 @@ import pytest
 import torch
 from sklearn import metrics
 
-from xcos_ext.evaluation.bootstrap import Resampling
-from xcos_ext.evaluation.faithfulness import Estimator, areas, standardised
-from xcos_ext.evaluation.faithfulness.ranking import LEVELS, kept_pixels, ranks
-from xcos_ext.evaluation.faithfulness.statistics import curve_areas, mean_curve
+from xcos_ext.evaluation.bootstrap import Estimator, Resampling
+from xcos_ext.evaluation.faithfulness.curves import areas, curve_areas, mean_curve, standardised
+from xcos_ext.evaluation.faithfulness.maps import LEVELS, kept_pixels, ranks
+from xcos_ext.evaluation.figures import plain
 from xcos_ext.explain.fills import blurred, filled
 
 RNG = np.random.default_rng(5)
@@ -123,7 +123,7 @@ def test_mean_curve_leaves_out_rows_without_values() -> None:
     values = np.array([[0.0, 1.0], [np.nan, np.nan], [1.0, 1.0]])
     curve = mean_curve((0, 1), values, Estimator(3, replicates=0))
     assert curve.values == (0.5, 1.0) and curve.area.value == pytest.approx(75)
-    assert curve.as_dict() == {"levels": [0, 1], "values": [0.5, 1.0], "area": {"value": 75.0, "interval": None}}
+    assert plain(curve) == {"levels": [0, 1], "values": [0.5, 1.0], "area": {"value": 75.0, "interval": None}}
 
 
 def test_fills() -> None:

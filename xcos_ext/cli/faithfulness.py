@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from xcos_ext.evaluation.datasets import PairList
     from xcos_ext.evaluation.faithfulness import Deletion, Faithfulness, Locality, Patch, RegionSwap, Settings
-    from xcos_ext.evaluation.identification import Estimate
+    from xcos_ext.evaluation.figures import Estimate
     from xcos_ext.explain.explainers import PairModel
 
 __all__ = ["FaithfulnessRequest", "parse_folds", "run_faithfulness"]
@@ -207,9 +207,9 @@ def _models(model_path: str | None, teacher_path: str | None, device: torch.devi
 
 
 def _settings(settings: Settings) -> dict[str, Any]:
-    from dataclasses import asdict
+    from xcos_ext.evaluation.figures import plain
 
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
+    return dict(plain(settings))
 
 
 def _described(pairs: PairList, request: FaithfulnessRequest, folds: Sequence[int] | None) -> dict[str, Any]:
@@ -299,7 +299,7 @@ def _deletion_table(found: Deletion) -> Table:
         table.add_row(f"[italic]fill: {fill}[/italic]")
         for name in dict.fromkeys(row.explainer for row in found.rows):
             areas = [
-                found.find(name, kind, mode, fill).curve.area
+                found.find(name, kind=kind, mode=mode, fill=fill).curve.area
                 for kind in ("similar", "dissimilar")
                 for mode in ("deletion", "insertion")
             ]
@@ -327,7 +327,7 @@ def _patch_table(found: Patch) -> Table:
         ["explainer", *kinds],
     )
     for name in dict.fromkeys(row.explainer for row in found.rows):
-        table.add_row(name, *(_cell(found.find(name, kind).flips.area, 1) for kind in kinds))
+        table.add_row(name, *(_cell(found.find(name, pairs=kind).flips.area, 1) for kind in kinds))
     return table
 
 

@@ -1,19 +1,19 @@
 """Verification and identification figures, and the protocols that produce them."""
 
-from .bootstrap import Interval, Resampling, bootstrap
+from .bootstrap import Estimator, Resampling, bootstrap
 from .calibration import all_pair_scores, calibrate, fmr_curve
+from .figures import Estimate, Interval
 from .identification import (
     Candidates,
-    Estimate,
     IdentificationPoint,
     IdentificationReport,
     average_identification,
     identification,
     ranked_persons,
 )
-from .protocol import Evaluation, Variant, corr_attention, cross_validated, evaluate
+from .protocol import Evaluation, Variant, corr_attention, evaluate
 from .roc import roc_figure
-from .scoring import ATTENTIONS, Scores, score_model, score_pairs
+from .scoring import ATTENTIONS, Scores, score_pairs
 from .verification import (
     EER,
     ErrorCurves,
@@ -37,6 +37,7 @@ __all__ = [
     "Candidates",
     "ErrorCurves",
     "Estimate",
+    "Estimator",
     "Evaluation",
     "IdentificationPoint",
     "IdentificationReport",
@@ -54,7 +55,6 @@ __all__ = [
     "bootstrap",
     "calibrate",
     "corr_attention",
-    "cross_validated",
     "eer",
     "error_curves",
     "evaluate",
@@ -66,7 +66,6 @@ __all__ = [
     "operating_point",
     "ranked_persons",
     "roc_figure",
-    "score_model",
     "score_pairs",
     "verification",
 ]

@@ -1,28 +1,39 @@
-"""Confidence intervals of verification figures by resampling people or, where they are unknown, pairs."""
+"""Confidence intervals by resampling people or, where they are unknown, pairs: of verification figures, of means."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from xcos_ext.io.optional import need
 
+from .figures import Estimate, Interval
 from .verification import ErrorCurves, crossing, error_curves
 
-__all__ = ["Interval", "Resampling", "bootstrap"]
+__all__ = ["Estimator", "Resampling", "accept_rate", "bootstrap", "check_resampling", "percentile_interval"]
 
 Floats = NDArray[np.float64]
 _REPLICATES_AT_ONCE = 64
 
 
-class Interval(NamedTuple):
-    """Attributes: low and high, both ends of a percentile interval."""
+def check_resampling(replicates: int, confidence: float) -> None:
+    """Check what a bootstrap is asked for.
 
-    low: float
-    high: float
+    Raises:
+        ValueError: fewer than 20 replicates, other than 0 for none, or a confidence outside (0, 1).
+    """
+    if replicates and replicates < 20:
+        raise ValueError(f"replicates: expected 0 or at least 20, got {replicates}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: expected a number in (0, 1), got {confidence}")
+
+
+def percentile_interval(draws: ArrayLike, confidence: float) -> Interval:
+    """The middle of the replicates [R]; those that are NaN are left out."""
+    tail = 100 * (1 - confidence) / 2
+    return Interval(*np.nanpercentile(np.asarray(draws, np.float64), (tail, 100 - tail)).tolist())
 
 
 class Resampling:
@@ -54,6 +65,12 @@ class Resampling:
             return drawn
         first, second = self._ids
         return np.where(first == second, drawn[:, first], drawn[:, first] * drawn[:, second])
+
+    def blocks(self, replicates: int, seed: int) -> Iterator[NDArray[np.int64]]:
+        """The weights of many replicates, some at a time."""
+        rng = np.random.default_rng(seed)
+        for start in range(0, replicates, _REPLICATES_AT_ONCE):
+            yield self.draw(rng, min(_REPLICATES_AT_ONCE, replicates - start))
 
 
 class _Fold:
@@ -126,8 +143,7 @@ def bootstrap(
     """
     if replicates < 20:
         raise ValueError(f"replicates: expected at least 20, got {replicates}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: expected a number in (0, 1), got {confidence}")
+    check_resampling(replicates, confidence)
     values, labels = np.asarray(scores, np.float64), np.asarray(genuine, bool)
     prepared: list[_Fold] = []
     if folds is not None:
@@ -135,12 +151,10 @@ def bootstrap(
         rows = np.broadcast_to(np.asarray(scores if fold_scores is None else fold_scores), (names.size, values.size))
         prepared = [_Fold(row, labels, np.asarray(folds) == name) for name, row in zip(names, rows, strict=True)]
     area = need("sklearn.metrics", "evaluation").auc
-    rng = np.random.default_rng(seed)
     found: dict[str, list[float]] = {name: [] for name in ("auc", "eer", *(f"tar@{rate:g}" for rate in fmrs))}
     if prepared:
         found["accuracy"] = []
-    for start in range(0, replicates, _REPLICATES_AT_ONCE):
-        weights = resampling.draw(rng, min(_REPLICATES_AT_ONCE, replicates - start))
+    for weights in resampling.blocks(replicates, seed):
         kinds = (weights[:, labels].sum(1) > 0) & (weights[:, ~labels].sum(1) > 0)
         weights = weights[kinds]  # a replicate of one kind has no figures
         if prepared and len(weights):
@@ -154,5 +168,59 @@ def bootstrap(
                 found[f"tar@{rate:g}"].append(accept_rate(curves, rate))
     if len(found["auc"]) < 0.9 * replicates:
         raise ValueError(f"scores: {values.size} pairs are too few to be resampled")
-    tail = 100 * (1 - confidence) / 2
-    return {name: Interval(*np.percentile(drawn, (tail, 100 - tail)).tolist()) for name, drawn in found.items()}
+    return {name: percentile_interval(drawn, confidence) for name, drawn in found.items()}
+
+
+class Estimator:
+    """Means over pairs with percentile intervals from a bootstrap over people, or pairs where people are unknown.
+
+    The same draws serve all figures. Whatever was chosen on all pairs (thresholds, what a cell is usually like) stays
+    as it is in a replicate.
+
+    Args:
+        people: int [N], [N]: the two people of every pair; None: unknown.
+        pairs: N.
+        replicates: 0 for no intervals; else at least 20.
+        seed: of the draws.
+        confidence: of the intervals, in (0, 1).
+
+    Raises:
+        ValueError: fewer than 20 replicates, or a confidence outside (0, 1).
+    """
+
+    def __init__(
+        self,
+        pairs: int,
+        people: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
+        *,
+        replicates: int = 1000,
+        seed: int = 0,
+        confidence: float = 0.95,
+    ) -> None:
+        check_resampling(replicates, confidence)
+        self.pairs, self.replicates, self.confidence = pairs, replicates, confidence
+        resampling = Resampling(pairs, people)
+        self.unit = resampling.unit
+        drawn = [weights.astype(np.float64) for weights in resampling.blocks(replicates, seed)]
+        self._weights: Floats = np.concatenate(drawn) if drawn else np.empty((0, pairs))
+
+    def mean(self, values: ArrayLike) -> Estimate:
+        """The mean [N] -> value and interval; pairs of which it is not known (NaN) are left out.
+
+        Raises:
+            ValueError: another length, or nothing known.
+        """
+        numbers = np.asarray(values, np.float64)
+        if numbers.shape != (self.pairs,):
+            raise ValueError(f"values: expected [{self.pairs}], one a pair, got {list(numbers.shape)}")
+        known = ~np.isnan(numbers)
+        if not known.any():
+            raise ValueError("values: no pair has one")
+        value = float(numbers[known].mean())
+        weights = self._weights[:, known]
+        total = weights.sum(1)
+        drawn = total > 0
+        if not self.replicates or known.sum() < 2 or drawn.sum() < 0.9 * self.replicates:
+            return Estimate(value, None)  # too few people to be resampled
+        means = (weights @ numbers[known])[drawn] / total[drawn]
+        return Estimate(value, percentile_interval(means, self.confidence))

@@ -17,18 +17,18 @@ enrolled.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .bootstrap import Interval, Resampling, accept_rate
+from .bootstrap import Resampling, accept_rate, check_resampling, percentile_interval
+from .figures import Estimate, Interval, plain
 from .verification import allowed_matches, error_curves, fmr_threshold, fmr_upper_bound
 
 __all__ = [
     "Candidates",
-    "Estimate",
     "IdentificationPoint",
     "IdentificationReport",
     "average_identification",
@@ -38,7 +38,6 @@ __all__ = [
 
 Floats = NDArray[np.float64]
 _RANKS = (1, 5, 10, 20)  # given by default, as far as the lists reach
-_REPLICATES_AT_ONCE = 64
 _SHOWN = 3  # names in a message
 
 
@@ -116,13 +115,6 @@ class IdentificationPoint:
     resolved: bool
 
 
-class Estimate(NamedTuple):
-    """Attributes: value of a figure, and its interval, or None without replicates."""
-
-    value: float
-    interval: Interval | None
-
-
 @dataclass(frozen=True)
 class IdentificationReport:
     """All figures of one set of candidate lists.
@@ -164,16 +156,9 @@ class IdentificationReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; without the replicates. A threshold of -inf becomes None."""
-        data = asdict(self)
+        data = plain(replace(self, draws={}))
         del data["draws"]
-        data["cmc"] = list(self.cmc)
-        data["rates"] = {str(rank): rate for rank, rate in self.rates.items()}
-        data["operating_points"] = [
-            point | {"threshold": point["threshold"] if np.isfinite(point["threshold"]) else None}
-            for point in data["operating_points"]
-        ]
-        data["intervals"] = {name: list(interval) for name, interval in self.intervals.items()}
-        return data
+        return dict(data)
 
 
 class _Probes(NamedTuple):
@@ -295,10 +280,7 @@ def identification(
             raise ValueError(f"fpirs: expected rates in (0, 1), got {rate}")
     if not np.isfinite(np.asarray(thresholds, dtype=np.float64)).all():
         raise ValueError(f"thresholds: expected finite numbers, got {list(thresholds)}")
-    if replicates and replicates < 20:
-        raise ValueError(f"replicates: expected 0 or at least 20, got {replicates}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: expected a number in (0, 1), got {confidence}")
+    check_resampling(replicates, confidence)
     mated = probes.mated
     counts = np.bincount(probes.mate_rank[mated], minlength=k + 2)[1 : k + 1]
     cmc = tuple((counts.cumsum() / mated.sum()).tolist()) if mated.any() else ()
@@ -317,7 +299,7 @@ def identification(
         rates={wanted: cmc[wanted - 1] for wanted in ranks} if cmc else {},
         operating_points=tuple(_requested(mate, best, lowest, rate) for rate in fpirs) if best.size else (),
         at_thresholds=tuple(_given(mate, best, lowest, threshold) for threshold in thresholds) if best.size else (),
-        intervals={name: _interval(values, confidence) for name, values in draws.items()},
+        intervals={name: percentile_interval(values, confidence) for name, values in draws.items()},
         draws=draws,
     )
 
@@ -384,25 +366,19 @@ def _replicates(
         figures += [f"tpir@{rate:g}" for rate in fpirs]
     found = np.full((replicates, len(figures)), np.nan)
     resampling = Resampling(mated.size, (probes.people, probes.people))
-    rng = np.random.default_rng(seed)
-    for start in range(0, replicates, _REPLICATES_AT_ONCE):
-        weights = resampling.draw(rng, min(_REPLICATES_AT_ONCE, replicates - start))
-        usable = np.all([weights[:, kind].sum(1) > 0 for kind in kinds], axis=0)
-        for i in np.flatnonzero(usable):
-            own = weights[i, mated]
-            row = (own @ hits / own.sum()).tolist()
-            if len(kinds) == 2:
-                curves = error_curves(scores, genuine, np.concatenate((own, weights[i, ~mated])))
-                row += [accept_rate(curves, rate) for rate in fpirs]
-            found[start + i] = row
+    drawn = (weights for block in resampling.blocks(replicates, seed) for weights in block)
+    for row, weights in zip(found, drawn, strict=True):
+        if not all(weights[kind].any() for kind in kinds):
+            continue
+        own = weights[mated]
+        rates = (own @ hits / own.sum()).tolist()
+        if len(kinds) == 2:
+            curves = error_curves(scores, genuine, np.concatenate((own, weights[~mated])))
+            rates += [accept_rate(curves, rate) for rate in fpirs]
+        row[:] = rates
     if np.isnan(found).all(1).mean() > 0.1:
         raise ValueError(f"persons: {resampling.units} people on probes are too few to be resampled")
     return dict(zip(figures, found.T, strict=True))
-
-
-def _interval(values: Floats, confidence: float) -> Interval:
-    tail = 100 * (1 - confidence) / 2
-    return Interval(*np.nanpercentile(values, (tail, 100 - tail)).tolist())
 
 
 def average_identification(
@@ -432,8 +408,7 @@ def average_identification(
     others = [] if minus is None else list(minus)
     if not reports or (minus is not None and len(others) != len(reports)):
         raise ValueError(f"reports, minus: expected one or more, as many of both, got {len(reports)} and {len(others)}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: expected a number in (0, 1), got {confidence}")
+    check_resampling(0, confidence)
     everything = [*reports, *others]
     result = {}
     for name in reports[0].figures:
@@ -447,5 +422,5 @@ def average_identification(
         if others:
             value -= float(np.mean([report.figures[name] for report in others]))
             drawn = drawn - np.mean([report.draws.get(name, ()) for report in others], axis=0)
-        result[name] = Estimate(value, _interval(drawn, confidence) if drawn.size else None)
+        result[name] = Estimate(value, percentile_interval(drawn, confidence) if drawn.size else None)
     return result

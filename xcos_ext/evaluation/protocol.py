@@ -15,12 +15,13 @@ from xcos_ext.faces.detector import Detector
 from xcos_ext.io.errors import PictureError
 from xcos_ext.model import XCosModel
 
-from .bootstrap import Interval, Resampling, bootstrap
+from .bootstrap import Resampling, bootstrap
 from .datasets import PairList
+from .figures import Interval, plain
 from .scoring import ATTENTIONS, Scores, Track, crops, extractor, score_pairs, scorers_of
 from .verification import VerificationReport, verification
 
-__all__ = ["Evaluation", "Variant", "corr_attention", "cross_validated", "evaluate"]
+__all__ = ["Evaluation", "Variant", "corr_attention", "evaluate"]
 
 
 def corr_attention(similarity: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -69,11 +70,10 @@ class Variant:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; without the scores."""
-        data = self.report.as_dict() | {
-            "intervals": {name: list(interval) for name, interval in self.intervals.items()},
-            "teacher_correlation": self.correlation,
-        }
-        return data if self.attention is None else data | {"attention": self.attention.tolist()}
+        more = {"intervals": self.intervals, "teacher_correlation": self.correlation}
+        if self.attention is not None:
+            more["attention"] = self.attention
+        return self.report.as_dict() | plain(more)
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ def _rejected(values: NDArray[np.float64], failed: NDArray[np.bool_]) -> NDArray
 
 
 def evaluate(
-    model: XCosModel,
-    pairs: PairList,
+    model: XCosModel | Iterable[tuple[XCosModel, PairList]],
+    pairs: PairList | None = None,
     *,
     attentions: Sequence[str] = ("own",),
     teacher: Recogniser | None = None,
@@ -119,9 +119,14 @@ def evaluate(
 ) -> Evaluation:
     """Score a list of pairs in several forms and compute every figure.
 
+    Cross-validation: several models, each with the pairs whose people it has never seen. Figures are then of all pairs
+    together: what is reported is the training, not one model. ``corr`` is estimated on the other folds' pairs,
+    whichever model scored them.
+
     Args:
-        model: any model, in evaluation mode.
-        pairs: the list.
+        model: any model, in evaluation mode; or models with their pairs, of which one is looked at at a time, so they
+            may be loaded on the way. A fold is with one model only.
+        pairs: the list; None where the models come with theirs.
         attentions: keys of :data:`ATTENTIONS`.
         teacher: a recogniser whose plain cosine is a row of its own and is correlated with; in evaluation mode.
         detector: finds and aligns the faces; None: the pictures are aligned crops.
@@ -132,53 +137,22 @@ def evaluate(
         batch_size: pictures per forward pass.
         track: as in :func:`score_pairs`.
 
+    Returns:
+        :class:`Evaluation`, pairs in the order of the list, or of the lists.
+
     Raises:
         PictureError: so many pictures could not be enrolled that no genuine or no impostor pair is left.
-        ValueError: an unknown attention, ``corr`` without a target or with a single fold, or scores that are not
-            finite.
+        ValueError: an unknown attention, ``corr`` without a target or with a single fold, scores that are not finite,
+            no models, or a fold with two of them.
     """
-    _check_folds(attentions, pairs.folds)  # before the work, not after it
-    return cross_validated(
-        [(model, pairs)],
-        attentions=attentions,
-        teacher=teacher,
-        detector=detector,
-        flip=flip,
-        fmrs=fmrs,
-        replicates=replicates,
-        batch_size=batch_size,
-        track=track,
-    )
-
-
-def cross_validated(
-    parts: Iterable[tuple[XCosModel, PairList]],
-    *,
-    attentions: Sequence[str] = ("own",),
-    teacher: Recogniser | None = None,
-    detector: Detector | None = None,
-    flip: bool = False,
-    fmrs: Sequence[float] = (1e-1, 1e-2, 1e-3),
-    replicates: int = 1000,
-    batch_size: int = 32,
-    track: Track | None = None,
-) -> Evaluation:
-    """As :func:`evaluate`, each part of the pairs scored by a model of its own, which has never seen its people.
-
-    Figures are of all pairs together: what is reported is the training, not one model. ``corr`` is estimated on the
-    other folds' pairs, whichever model scored them.
-
-    Args:
-        parts: models and their pairs; one at a time is looked at, so they may be loaded on the way. A fold is in one
-            part only.
-        attentions, teacher, detector, flip, fmrs, replicates, batch_size, track: as there.
-
-    Returns:
-        :class:`Evaluation`, pairs in the order of the parts.
-
-    Raises:
-        PictureError, ValueError: as there, and no parts, or a fold in two of them.
-    """
+    parts: Iterable[tuple[XCosModel, PairList]]
+    if isinstance(model, XCosModel):
+        if pairs is None:
+            raise ValueError("pairs: expected a list for the model, got none")
+        _check_folds(attentions, pairs.folds)  # before the work, not after it
+        parts = [(model, pairs)]
+    else:
+        parts = model
     attentions = tuple(dict.fromkeys(attentions))
     unknown = [name for name in attentions if name not in ATTENTIONS]
     if unknown or not attentions:
@@ -187,25 +161,25 @@ def cross_validated(
     found: list[Scores] = []
     target: str | None = None
     grid: tuple[int, int] = (0, 0)
-    for model, pairs in parts:
-        shared = [fold for other in lists for fold in np.intersect1d(other.folds, pairs.folds)]
+    for scorer, part in parts:
+        shared = [fold for other in lists for fold in np.intersect1d(other.folds, part.folds)]
         if shared:
             raise ValueError(f"parts: expected every fold in one part, got fold {shared[0]} in several")
         recogniser, target = teacher, None if teacher is None else "teacher"
         if "corr" in attentions:
-            own = model.backbone
+            own = scorer.backbone
             if recogniser is None and isinstance(own, Recogniser) and own.embedding_size is not None:
                 recogniser, target = own, "embedding"
             if recogniser is None:
                 raise ValueError("corr: the model has no embedding of its own to correlate with; give a teacher")
-        lists.append(pairs)
-        grid = _grid(model)
+        lists.append(part)
+        grid = _grid(scorer)
         found.append(
             score_pairs(
-                pairs,
-                extractor(model, recogniser, flip),
-                scorers_of(model, attentions, recogniser is not None),
-                read=crops(pairs, detector, model.preprocessing.size),
+                part,
+                extractor(scorer, recogniser, flip),
+                scorers_of(scorer, attentions, recogniser is not None),
+                read=crops(part, detector, scorer.preprocessing.size),
                 batch_size=batch_size,
                 track=track,
             )

@@ -22,7 +22,7 @@ from xcos_ext.ops import grid_cosine, xcos_score
 
 from .datasets import PairList
 
-__all__ = ["ATTENTIONS", "Score", "Scores", "Track", "crops", "extractor", "score_model", "score_pairs", "scorers_of"]
+__all__ = ["ATTENTIONS", "Score", "Scores", "Track", "crops", "extractor", "score_pairs", "scorers_of"]
 
 #: Ways to weigh the cells -> what they are.
 ATTENTIONS: Mapping[str, str] = {
@@ -133,44 +133,6 @@ def crops(pairs: PairList, detector: Detector | None, size: tuple[int, int]) -> 
     return read
 
 
-def _own_score(model: XCosModel) -> Score:
-    def score(a: Tensor, b: Tensor) -> Tensor:
-        return model.score(a, b)
-
-    return score
-
-
-def score_model(
-    model: XCosModel, pairs: PairList, *, batch_size: int = 32, track: Track | None = None
-) -> NDArray[np.float64]:
-    """Scores of all pairs of a list of aligned crops.
-
-    Args:
-        model: any model, in evaluation mode.
-        pairs: the list, with crops of the size that the model expects.
-        batch_size: pictures per forward pass.
-        track: as in :func:`score_pairs`.
-
-    Returns:
-        [N], in the order of the list.
-
-    Raises:
-        PictureError: a picture cannot be used.
-    """
-    device = next(model.parameters()).device
-    scored = score_pairs(
-        pairs,
-        lambda pictures: {"features": model.features(model.preprocessing(pictures).to(device))},
-        {"own": ("features", _own_score(model))},
-        read=crops(pairs, None, model.preprocessing.size),
-        batch_size=batch_size,
-        track=track,
-    )
-    if scored.failures:
-        raise PictureError(next(iter(scored.failures.values())))
-    return scored.values["own"]
-
-
 def extractor(model: XCosModel, recogniser: Recogniser | None, flip: bool) -> Extract:
     """Grid features and, with a recogniser, its embedding."""
     device = next(model.parameters()).device
@@ -208,21 +170,14 @@ def extractor(model: XCosModel, recogniser: Recogniser | None, flip: bool) -> Ex
 
 def scorers_of(model: XCosModel, attentions: Sequence[str], embedding: bool) -> dict[str, tuple[str, Score]]:
     """For :func:`score_pairs`: attentions, ``corr`` as S of every cell, and the embedding's cosine as ``teacher``."""
-    own = _own_score(model)
-
-    def uniform(a: Tensor, b: Tensor) -> Tensor:
-        return xcos_score(a, b)
-
-    def norm(a: Tensor, b: Tensor) -> Tensor:
-        return xcos_score(a, b, "norm")
-
-    def symmetric(a: Tensor, b: Tensor) -> Tensor:
-        return (own(a, b) + own(b, a)) / 2  # S is the same in both orders, so this is the mean of both W
-
-    def cells(a: Tensor, b: Tensor) -> Tensor:
-        return grid_cosine(a, b).flatten(1)
-
-    known = {"own": own, "uniform": uniform, "norm": norm, "symmetric": symmetric, "corr": cells}
+    known: dict[str, Score] = {
+        "own": lambda a, b: model.score(a, b),
+        "uniform": lambda a, b: xcos_score(a, b),
+        "norm": lambda a, b: xcos_score(a, b, "norm"),
+        # S is the same in both orders, so this is the mean of both W.
+        "symmetric": lambda a, b: (model.score(a, b) + model.score(b, a)) / 2,
+        "corr": lambda a, b: grid_cosine(a, b).flatten(1),
+    }
     scorers = {name: ("features", known[name]) for name in attentions}
     if embedding:
         scorers["teacher"] = "embedding", F.cosine_similarity

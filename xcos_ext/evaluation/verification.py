@@ -14,13 +14,15 @@ independent, so the confidence bounds here are optimistic where few people make 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from xcos_ext.io.optional import need
+
+from .figures import plain
 
 __all__ = [
     "EER",
@@ -132,24 +134,19 @@ def crossing(curves: ErrorCurves) -> EER:
     return EER(float(rate), float(threshold))
 
 
-def best_threshold(scores: ArrayLike, genuine: ArrayLike, candidates: ArrayLike | None = None) -> float:
+def best_threshold(scores: ArrayLike, genuine: ArrayLike) -> float:
     """The threshold with the highest accuracy; of several equally good ones the median.
+
+    It is chosen from the midpoints between neighbouring distinct scores, which lose no accuracy.
 
     Args:
         scores: [N], finite.
         genuine: [N], booleans or 0/1; both kinds must occur.
-        candidates: thresholds to choose from, e.g. ``np.arange(-1, 1, 0.005)`` as in much published code; by
-            default the midpoints between neighbouring distinct scores, which lose no accuracy.
     """
     values, labels = _split(scores, genuine)
-    if candidates is None:
-        distinct = np.unique(values)
-        ends = np.nextafter(distinct[[0, -1]], [-np.inf, np.inf])
-        options = np.concatenate((ends[:1], (distinct[:-1] + distinct[1:]) / 2, ends[1:]))
-    else:
-        options = np.unique(np.asarray(candidates, dtype=np.float64))
-        if options.size == 0 or not np.isfinite(options).all():
-            raise ValueError("candidates: expected at least one finite threshold and no others")
+    distinct = np.unique(values)
+    ends = np.nextafter(distinct[[0, -1]], [-np.inf, np.inf])
+    options = np.concatenate((ends[:1], (distinct[:-1] + distinct[1:]) / 2, ends[1:]))
     impostors, genuines = np.sort(values[~labels]), np.sort(values[labels])
     right = genuines.size - np.searchsorted(genuines, options, "left") + np.searchsorted(impostors, options, "left")
     winners = options[right == right.max()]
@@ -172,9 +169,7 @@ class KFoldAccuracy(NamedTuple):
     thresholds: tuple[float, ...]
 
 
-def kfold_accuracy(
-    scores: ArrayLike, genuine: ArrayLike, folds: ArrayLike, candidates: ArrayLike | None = None
-) -> KFoldAccuracy:
+def kfold_accuracy(scores: ArrayLike, genuine: ArrayLike, folds: ArrayLike) -> KFoldAccuracy:
     """Accuracy on each fold with the threshold that is best on all other folds (LFW's View 2 protocol).
 
     Args:
@@ -182,7 +177,6 @@ def kfold_accuracy(
             tested, for scores with parts estimated on the other folds.
         genuine: [N], booleans or 0/1.
         folds: [N], integers; at least two different ones.
-        candidates: as in :func:`best_threshold`.
 
     Raises:
         ValueError: shapes differ, fewer than two folds, or training folds without one of the kinds.
@@ -201,7 +195,7 @@ def kfold_accuracy(
     for name, row in zip(names, rows, strict=True):
         values, labels = _split(row, genuine)
         test = fold == name
-        threshold = best_threshold(values[~test], labels[~test], candidates)
+        threshold = best_threshold(values[~test], labels[~test])
         thresholds.append(threshold)
         accuracies.append(float(((values[test] >= threshold) == labels[test]).mean()))
     return KFoldAccuracy(
@@ -337,11 +331,7 @@ class VerificationReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        data = asdict(self)
-        if self.accuracy is not None:
-            std = self.accuracy.std
-            data["accuracy"] = self.accuracy._asdict() | {"std": std if np.isfinite(std) else None}
-        return data
+        return dict(plain(self))
 
 
 def verification(
@@ -351,7 +341,6 @@ def verification(
     *,
     fold_scores: ArrayLike | None = None,
     fmrs: Sequence[float] = (1e-1, 1e-2, 1e-3),
-    candidates: ArrayLike | None = None,
 ) -> VerificationReport:
     """Every figure of this module at once.
 
@@ -361,7 +350,6 @@ def verification(
         folds: [N] integers for the k-fold accuracy, or None to leave it out.
         fold_scores: [K, N] for the k-fold accuracy, as in :func:`kfold_accuracy`; by default ``scores``.
         fmrs: false match rates for the operating points.
-        candidates: as in :func:`best_threshold`.
 
     Raises:
         ValueError: as in the single functions.
@@ -376,6 +364,6 @@ def verification(
         eer_threshold=equal.threshold,
         accuracy=None
         if folds is None
-        else kfold_accuracy(values if fold_scores is None else fold_scores, labels, folds, candidates),
+        else kfold_accuracy(values if fold_scores is None else fold_scores, labels, folds),
         operating_points=tuple(operating_point(values, labels, rate) for rate in fmrs),
     )

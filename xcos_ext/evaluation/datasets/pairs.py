@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +14,14 @@ __all__ = ["PairList", "made_folds"]
 class PairList:
     """Pairs of pictures to be compared.
 
-    Readers are subclasses that hand over what their file says and define :meth:`read`.
+    Readers are subclasses that hand over what their file says.
 
     Args:
         named: the pairs as keys of pictures.
         genuine: whether each pair shows one person.
         folds: fold of each pair, or None for :func:`made_folds`.
         person: gives the person of a key; None where the list does not say who is who.
+        pictures: gives the pictures by their keys; None for readers with a :meth:`read` of their own.
 
     Attributes:
         keys: keys of the pictures that the pairs name, each once, sorted.
@@ -41,7 +43,10 @@ class PairList:
         genuine: Sequence[bool],
         folds: Sequence[int] | NDArray[np.int64] | None = None,
         person: Callable[[str], str] | None = None,
+        *,
+        pictures: Any = None,
     ) -> None:
+        self.pictures = pictures
         self.keys = tuple(sorted({key for pair in named for key in pair}))
         index = {key: i for i, key in enumerate(self.keys)}
         self.first = np.array([index[a] for a, _ in named], dtype=np.int64)
@@ -61,7 +66,8 @@ class PairList:
         Raises:
             PictureError: the picture cannot be decoded.
         """
-        raise NotImplementedError
+        picture: NDArray[np.uint8] = self.pictures.read(key)
+        return picture
 
 
 def made_folds(genuine: NDArray[np.bool_], count: int = 10) -> NDArray[np.int64]:

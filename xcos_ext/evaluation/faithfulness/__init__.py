@@ -2,16 +2,17 @@
 
 from xcos_ext.explain.fills import FILLS
 
+from .curves import Curve, areas, standardised
 from .deletion import Deletion, DeletionRow, deletion_identification, deletion_verification
 from .faces import Drawn, Faces, TooFewError, fold_numbers
 from .locality import Locality, LocalityRow, locality
+from .maps import to_cells, to_pixels
+from .measure import CONTROLS, PROTOCOLS, Faithfulness, Timing, default_explainers, faithfulness
 from .patch import Patch, PatchRow, patch_replacement
 from .plots import faithfulness_figure
 from .regions import REGIONS, SIZES, Pasted, paste, region_mask
-from .resolution import to_cells, to_pixels
-from .runner import CONTROLS, PROTOCOLS, Faithfulness, Settings, Timing, default_explainers, faithfulness
-from .statistics import Curve, Estimator, areas, standardised
-from .swap import DIRECTIONS, PASTES, RegionSwap, SwapDraw, SwapRow, region_swap
+from .study import DIRECTIONS, Settings, Study
+from .swap import PASTES, RegionSwap, SwapDraw, SwapRow, region_swap
 
 __all__ = [
     "CONTROLS",
@@ -25,7 +26,6 @@ __all__ = [
     "Deletion",
     "DeletionRow",
     "Drawn",
-    "Estimator",
     "Faces",
     "Faithfulness",
     "Locality",
@@ -35,6 +35,7 @@ __all__ = [
     "PatchRow",
     "RegionSwap",
     "Settings",
+    "Study",
     "SwapDraw",
     "SwapRow",
     "Timing",

@@ -162,13 +162,6 @@ class Faces:
             found.append(crop)
         return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2)
 
-    def sides(
-        self, pairs: Sequence[Drawn], preprocessing: Preprocessing, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Pictures A and pictures B of pairs as a network wants them, each [N, 3, H, W]."""
-        first, second = (self.stacked(keys) for keys in ([p.a for p in pairs], [p.b for p in pairs]))
-        return normalised(preprocessing, first, device), normalised(preprocessing, second, device)
-
     def another(self, person: str, rng: np.random.Generator, avoid: Sequence[str]) -> str | None:
         """A usable picture of a person other than some; None: there is none."""
         keys = [key for key in self._pictures[person] if key not in avoid]
@@ -183,11 +176,15 @@ class Faces:
                 return found
         return None
 
-    def with_relative(self, pair: Drawn, rng: np.random.Generator) -> Drawn | None:
-        """An impostor pair with another picture of B's person as donor.
+    def with_donor(self, pair: Drawn, genuine: bool, rng: np.random.Generator) -> Drawn | None:
+        """A pair with a picture whose regions would turn its verdict; None where there is none.
 
-        Where only A's person has one, A and B change places; where neither has, None.
+        Of a genuine pair the donor is a stranger; of an impostor pair another picture of B's person (A and B change
+        places where only A's person has one).
         """
+        if genuine:
+            donor = self.stranger((self.person(pair.a),), rng)
+            return None if donor is None else pair._replace(donor=donor)
         for a, b in ((pair.a, pair.b), (pair.b, pair.a)):
             donor = self.another(self.person(b), rng, (b,))
             if donor is not None:

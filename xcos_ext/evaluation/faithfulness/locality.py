@@ -7,27 +7,21 @@ property of the model, not of an explainer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from xcos_ext.evaluation.identification import Estimate
-from xcos_ext.explain.explainers.interface import PairModel, XCosPairs
-from xcos_ext.explain.fills import filled
+from xcos_ext.evaluation.figures import Estimate
+from xcos_ext.explain.explainers.interface import Explainer, XCosPairs
 
-from .faces import Faces, mean_face_of
-from .models import device_of, grid_of
 from .regions import pixel_mask
-from .statistics import Estimator, plain
+from .study import Results, Study
 
 __all__ = ["Locality", "LocalityRow", "locality"]
-
-Tick = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -48,105 +42,62 @@ class LocalityRow:
     cells: tuple[tuple[float, ...], ...]
     unmoved: float
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return {
-            "fill": self.fill,
-            "own": plain(self.own),
-            "neighbourhood": plain(self.neighbourhood),
-            "cells": [[None if np.isnan(value) else value for value in row] for row in self.cells],
-            "unmoved": self.unmoved,
-        }
-
 
 @dataclass(frozen=True)
-class Locality:
-    """All rows, and what to compare them with.
+class Locality(Results[LocalityRow]):
+    """A row for each fill, and what to compare them with.
 
     Attributes:
-        rows: one per fill.
         pairs: measured.
         chance: ``own`` of a model whose cells all answer alike: 1 / cells.
         chance_neighbourhood: its ``neighbourhood``.
         passed_over: pairs left out for want of a picture.
-        unit: what the intervals' bootstrap draws.
     """
 
-    rows: tuple[LocalityRow, ...]
     pairs: int
     chance: float
     chance_neighbourhood: float
     passed_over: int
-    unit: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        names = ("pairs", "chance", "chance_neighbourhood", "passed_over", "unit")
-        return {name: getattr(self, name) for name in names} | {"rows": [row.as_dict() for row in self.rows]}
 
 
 @torch.no_grad()
-def locality(
-    model: PairModel,
-    faces: Faces,
-    *,
-    pairs: int = 60,
-    fills: Sequence[str] = ("zero",),
-    seed: int = 0,
-    replicates: int = 1000,
-    batch_size: int = 32,
-    tick: Tick | None = None,
-) -> Locality:
+def locality(study: Study, explainers: Sequence[Explainer]) -> Locality:
     """Locality of a model's cells.
 
     Args:
-        model: with cells.
-        faces: the pictures.
-        pairs: of each kind, genuine and impostor.
-        fills: keys of ``FILLS``.
-        seed: of the draw.
-        replicates: for the intervals; 0 for none.
-        batch_size: pictures at once.
-        tick: called with (occlusions done, occlusions in all).
+        study: of a model with cells; of the settings, count, fills, seed, replicates and batch_size are used.
 
     Raises:
         TooFewError: fewer pairs of a kind than asked for.
         ValueError: a model without cells, or an unknown fill.
     """
-    if not isinstance(model, XCosPairs):
-        raise ValueError(f"model: locality is about an xCos model's cells, and {model.name} has none")
-    found, _, passed = faces.draw_both(pairs, seed)
-    device, preprocessing = device_of(model), model.preprocessing
-    rows, columns = grid_of(model)
+    if not isinstance(study.model, XCosPairs):
+        raise ValueError(f"model: locality is about an xCos model's cells, and {study.model.name} has none")
+    score, fills = study.model.model.score, study.settings.fills
+    found, _, passed = study.faces.draw_both(study.count(), study.settings.seed)
+    rows, columns = study.grid
     cells = rows * columns
-    masks = pixel_mask(torch.eye(cells, dtype=torch.bool).view(cells, rows, columns), preprocessing.size).to(device)
+    masks = pixel_mask(torch.eye(cells, dtype=torch.bool).view(cells, rows, columns), study.preprocessing.size)
     window = torch.ones(1, 1, 3, 3)
     near = F.conv2d(torch.eye(cells).view(cells, 1, rows, columns), window, padding=1).view(cells, cells).numpy() > 0
-    mean_face = None
-    if "mean-face" in fills:
-        keys = list(dict.fromkeys(key for pair in found for key in (pair.a, pair.b)))
-        mean_face = mean_face_of(faces, keys, preprocessing, device)
+    fill_in = study.filler([key for pair in found for key in (pair.a, pair.b)])
     own = {fill: np.full((len(found), cells), np.nan) for fill in fills}
     around = {fill: np.full((len(found), cells), np.nan) for fill in fills}
-    done, total = 0, len(found) * cells * len(fills)
+    study.begin(len(found) * cells * len(fills))
     for number, pair in enumerate(found):
-        a, b = faces.sides([pair], preprocessing, device)
-        enrolled = model.features(b)
-        clean = model.model.score(model.features(a), enrolled, return_maps=True).similarity
-        for fill in fills:
-            pixels = filled(fill, a, preprocessing, mean_face)
+        a, b = study.sides([pair])
+        enrolled = study.model.features(b)
+        clean = score(study.model.features(a), enrolled, return_maps=True).similarity
+        for fill, pixels in fill_in(a).items():
             moved = []
-            for start in range(0, cells, batch_size):
-                part = masks[start : start + batch_size].unsqueeze(1)
-                features = model.features(torch.where(part, pixels, a))
-                changed = model.model.score(features, enrolled.expand_as(features), return_maps=True).similarity
+            for part in masks.to(study.device).unsqueeze(1).split(study.settings.batch_size):
+                features = study.model.features(torch.where(part, pixels, a))
+                changed = score(features, enrolled.expand_as(features), return_maps=True).similarity
                 moved.append((changed - clean).abs().flatten(1).double().cpu())
-                done += len(part)
-                if tick is not None:
-                    tick(done, total)
+                study.advance(len(part))
             change = torch.cat(moved).numpy()  # [occluded cell, cell that changed]
             _shares(change, near, own[fill][number], around[fill][number])
-    estimator = Estimator(len(found), faces.ids(found), replicates=replicates, seed=seed)
+    estimator = study.estimator(found)
     made = []
     for fill in fills:
         known = ~np.isnan(own[fill])
@@ -160,7 +111,7 @@ def locality(
                 float(1 - known.mean()),
             )
         )
-    return Locality(tuple(made), len(found), 1 / cells, float(near.mean()), passed, estimator.unit)
+    return Locality(tuple(made), estimator.unit, len(found), 1 / cells, float(near.mean()), passed)
 
 
 def _shares(

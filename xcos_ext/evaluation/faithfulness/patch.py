@@ -2,35 +2,31 @@
 
 Of a genuine pair, the first cells of the similar map are replaced in A by an impostor's; of an impostor pair, the first
 cells of the dissimilar map by those of another photograph of B's person (A and B change places where only A's person
-has one). A map that names the cells that decide turns
-verdicts with few of them. Counted are pairs whose verdict was right to begin with.
+has one). A map that names the cells that decide turns verdicts with few of them. Counted are pairs whose verdict was
+right to begin with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from xcos_ext.evaluation.verification import eer
-from xcos_ext.explain.explainers.interface import Explainer, PairModel
+from xcos_ext.explain.explainers.interface import Explainer
 
-from .faces import Drawn, Faces, normalised
-from .models import device_of, explained, grid_of, remembering
-from .ranking import ranks
-from .regions import Blend, paste
-from .resolution import to_cells
-from .statistics import Curve, Estimator, mean_curve
+from .curves import Curve, mean_curve
+from .maps import explained, ranks, to_cells
+from .regions import paste
+from .study import Results, Study
 
 __all__ = ["STEPS", "Patch", "PatchRow", "patch_replacement"]
 
 #: Cells replaced, of 49; other grids take the same shares.
 STEPS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 49)
-
-Tick = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -50,28 +46,20 @@ class PatchRow:
     flips: Curve
     change: Curve
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        data = {"explainer": self.explainer, "pairs": self.pairs}
-        return data | {"flips": self.flips.as_dict(), "change": self.change.as_dict()}
-
 
 @dataclass(frozen=True)
-class Patch:
-    """All rows.
+class Patch(Results[PatchRow]):
+    """All figures: per explainer a row of genuine, of impostor and of all pairs.
 
     Attributes:
-        rows: per explainer: genuine, impostor, all.
         steps: numbers of cells replaced.
         cells: of the grid.
         threshold: of the equal error rate on the untouched pairs.
         genuine, impostor: pairs drawn.
         right: of them, those whose verdict was right.
         passed_over: pairs left out for want of a picture or a donor.
-        unit: what the intervals' bootstrap draws.
     """
 
-    rows: tuple[PatchRow, ...]
     steps: tuple[int, ...]
     cells: int
     threshold: float
@@ -79,107 +67,56 @@ class Patch:
     impostor: int
     right: int
     passed_over: int
-    unit: str
 
-    def find(self, explainer: str, pairs: str = "all") -> PatchRow:
-        """One row.
-
-        Raises:
-            KeyError: there is none.
-        """
-        for row in self.rows:
-            if (row.explainer, row.pairs) == (explainer, pairs):
-                return row
-        raise KeyError((explainer, pairs))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        names = ("cells", "threshold", "genuine", "impostor", "right", "passed_over", "unit")
-        data = {name: getattr(self, name) for name in names} | {"steps": list(self.steps)}
-        return data | {"rows": [row.as_dict() for row in self.rows]}
+    usual: ClassVar = {"pairs": "all"}
 
 
 @torch.no_grad()
-def patch_replacement(
-    model: PairModel,
-    explainers: Sequence[Explainer],
-    faces: Faces,
-    *,
-    pairs: int = 60,
-    blend: Blend = "hard",
-    match_colour: bool = False,
-    seed: int = 0,
-    replicates: int = 1000,
-    batch_size: int = 32,
-    tick: Tick | None = None,
-) -> Patch:
+def patch_replacement(study: Study, explainers: Sequence[Explainer]) -> Patch:
     """Replace the cells that a map names first, and count the verdicts that turn.
 
     Args:
-        model: whose decisions are explained.
-        explainers: with the controls.
-        faces: with people.
-        pairs: of each kind, genuine and impostor.
-        blend, match_colour: see :func:`~.regions.paste`.
-        seed: of the draw, and of the order of equal values.
-        replicates: for the intervals; 0 for none. The threshold stays fixed in them.
-        batch_size: pairs at once.
-        tick: called with (pictures scored, pictures in all).
+        study: of the settings, count, blend, match_colour, seed, replicates and batch_size are used.
 
     Raises:
         TooFewError: fewer pairs of a kind than asked for, none that has donors, or people unknown.
         ValueError: no verdict was right, or a map that is not finite.
     """
-    faces.need_people("patch replacement")
-    rng = np.random.default_rng(seed)
-
-    def impostor(pair: Drawn) -> Drawn | None:
-        donor = faces.stranger((faces.person(pair.a),), rng)
-        return None if donor is None else pair._replace(donor=donor)
-
-    first, passed = faces.draw(True, pairs, rng, impostor)
-    second, also = faces.draw(False, pairs, rng, lambda pair: faces.with_relative(pair, rng))
+    study.faces.need_people("patch replacement")
+    asked, rng = study.settings, np.random.default_rng(study.settings.seed)
+    drawn = [
+        study.faces.draw(same, study.count(), rng, lambda pair, same=same: study.faces.with_donor(pair, same, rng))  # type: ignore[misc]
+        for same in (True, False)
+    ]
+    (first, passed), (second, also) = drawn
     found = [*first, *second]
     genuine = np.arange(len(found)) < len(first)
-    # A batch is of one kind: one map is asked in it.
-    blocks = [
-        slice(start, min(start + batch_size, stop))
-        for begin, stop in ((0, len(first)), (len(first), len(found)))
-        for start in range(begin, stop, batch_size)
-    ]
-    grid, device, preprocessing = grid_of(model), device_of(model), model.preprocessing
+    grid = study.grid
     cells = grid[0] * grid[1]
     steps = tuple(dict.fromkeys(round(step * cells / STEPS[-1]) for step in STEPS))
-    model = remembering(model)
     scores = np.empty(len(found))
     after = {explainer.name: np.empty((len(found), len(steps))) for explainer in explainers}
-    generator = torch.Generator().manual_seed(seed)
-    done, total = 0, len(found) * len(explainers) * (len(steps) - 1)
-    for block in blocks:
+    study.begin(len(found) * len(explainers) * (len(steps) - 1))
+    for block in study.blocks(len(first), len(second)):
         part = found[block]
-        pictures, others, donors = (
-            faces.stacked(keys) for keys in ([p.a for p in part], [p.b for p in part], [p.donor or p.a for p in part])
-        )
-        a, b = (normalised(preprocessing, p, device) for p in (pictures, others))
-        enrolled = model.features(b)
-        scores[block] = model.score(model.features(a), enrolled).double().cpu().numpy()
+        pictures, donors = (study.faces.stacked(keys) for keys in ([p.a for p in part], [p.donor or p.a for p in part]))
+        a, b = study.normalised(pictures), study.pictures([p.b for p in part])
+        enrolled = study.model.features(b)
+        scores[block] = study.scores(a, enrolled)
         for explainer in explainers:
-            maps = explained(explainer, model, a, b)[0 if genuine[block.start] else 1]
-            places = ranks(to_cells(maps, grid), generator).view(-1, *grid).cpu()
-            values = after[explainer.name]
-            values[block, 0] = scores[block]
+            maps = explained(explainer, study.model, a, b)[0 if genuine[block.start] else 1]
+            places = ranks(to_cells(maps, grid), study.generator).view(-1, *grid).cpu()
+            values = after[explainer.name][block]
+            values[:, 0] = scores[block]
             for column, step in list(enumerate(steps))[1:]:
-                changed = paste(pictures, donors, places < step, blend=blend, match_colour=match_colour).images
-                features = model.features(normalised(preprocessing, changed, device))
-                values[block, column] = model.score(features, enrolled).double().cpu().numpy()
-                done += len(part)
-                if tick is not None:
-                    tick(done, total)
+                made = paste(pictures, donors, places < step, blend=asked.blend, match_colour=asked.match_colour)
+                values[:, column] = study.scores(study.normalised(made.images), enrolled)
+                study.advance(len(part))
     threshold = eer(scores, genuine).threshold
     right = (scores >= threshold) == genuine
     if not right.any():
         raise ValueError("pairs: no verdict on the untouched pairs is right, so none can be turned")
-    estimator = Estimator(len(found), faces.ids(found), replicates=replicates, seed=seed)
+    estimator = study.estimator(found)
     towards = np.where(genuine, -1.0, 1.0)[:, None]
     levels = [step / cells for step in steps]
     rows = []
@@ -192,5 +129,13 @@ def patch_replacement(
                 both = [mean_curve(levels, np.where(used, v, np.nan), estimator) for v in (flips, change)]
                 rows.append(PatchRow(name, kind, both[0], both[1]))
     return Patch(
-        tuple(rows), steps, cells, threshold, len(first), len(second), int(right.sum()), passed + also, estimator.unit
+        tuple(rows),
+        estimator.unit,
+        steps=steps,
+        cells=cells,
+        threshold=threshold,
+        genuine=len(first),
+        impostor=len(second),
+        right=int(right.sum()),
+        passed_over=passed + also,
     )

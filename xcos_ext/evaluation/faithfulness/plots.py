@@ -10,8 +10,8 @@ import numpy as np
 from xcos_ext.io.optional import need
 
 from .deletion import MODES, Deletion
+from .measure import CONTROLS, Faithfulness
 from .patch import Patch
-from .runner import CONTROLS, Faithfulness
 from .swap import RegionSwap
 
 if TYPE_CHECKING:
@@ -113,7 +113,9 @@ def _draw_swap(part: Any, found: RegionSwap, looks: dict[str, dict[str, Any]]) -
         direction, reading = directions[column // len(readings)], readings[column % len(readings)]
         names = [name for name in looks if any(row.explainer == name for row in found.rows)]
         for place, name in enumerate(names):
-            values = [getattr(found.find(name, direction, region, size), reading) for region in regions]
+            values = [
+                getattr(found.find(name, direction=direction, region=region, size=size), reading) for region in regions
+            ]
             shift = 0.7 * ((place + 0.5) / len(names) - 0.5)
             look = looks[name] | {"linestyle": "", "markersize": 4}
             y = np.arange(len(regions)) + shift

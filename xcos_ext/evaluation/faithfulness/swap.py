@@ -18,31 +18,26 @@ there is owed to the paste, not to the person.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xcos_ext.evaluation.identification import Estimate
-from xcos_ext.explain.explainers.interface import Explainer, PairModel
+from xcos_ext.evaluation.bootstrap import Estimator
+from xcos_ext.evaluation.figures import Estimate
+from xcos_ext.explain.explainers.interface import Explainer
 
-from .faces import Drawn, Faces, normalised
-from .models import device_of, explained, grid_of, remembering
-from .regions import REGIONS, Blend, paste, region_mask
-from .resolution import to_cells, to_pixels
-from .statistics import Estimator, areas, plain, standardised
+from .curves import areas, standardised
+from .faces import Drawn
+from .maps import explained, to_cells, to_pixels
+from .regions import paste, region_mask
+from .study import DIRECTIONS, Results, Settings, Study
 
-__all__ = ["DIRECTIONS", "PASTES", "RegionSwap", "SwapDraw", "SwapRow", "region_swap"]
-
-#: Direction -> what is done and asked.
-DIRECTIONS = {
-    "impostor-into-genuine": "an impostor's region in a genuine pair; the dissimilar map is asked",
-    "genuine-into-impostor": "a region of B's person in an impostor pair; the similar map is asked",
-}
+__all__ = ["PASTES", "OverPixels", "RegionSwap", "SwapDraw", "SwapRow", "region_swap"]
 
 #: Paste -> whose region it is.
 PASTES = {
@@ -50,7 +45,12 @@ PASTES = {
     "same-person": "control: of another photograph of A's own person",
 }
 
-Tick = Callable[[int, int], None]
+
+class OverPixels(NamedTuple):
+    """Attributes: absolute and difference, mean AUC over the pixels."""
+
+    absolute: Estimate
+    difference: Estimate
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,7 @@ class SwapRow:
     difference: Estimate
     centred: Estimate
     behind: Estimate | None = None
-    pixels: tuple[Estimate, Estimate] | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        data = {name: getattr(self, name) for name in ("explainer", "direction", "paste", "region", "size")}
-        data |= {name: plain(getattr(self, name)) for name in ("absolute", "difference", "centred")}
-        data["behind"] = None if self.behind is None else plain(self.behind)
-        if self.pixels is not None:
-            data["pixels"] = {"absolute": plain(self.pixels[0]), "difference": plain(self.pixels[1])}
-        return data
+    pixels: OverPixels | None = None
 
 
 @dataclass(frozen=True)
@@ -108,199 +99,149 @@ class SwapDraw:
 
 
 @dataclass(frozen=True)
-class RegionSwap:
-    """All rows.
+class RegionSwap(Results[SwapRow]):
+    """A row per explainer, direction, paste, size and region; ``"mean"`` last of the regions.
 
     Attributes:
-        rows: per explainer, direction, paste, size and region; ``"mean"`` last of the regions.
         draws: the pairs of each direction.
         blend, match_colour: how regions were pasted.
-        unit: what the intervals' bootstrap draws: people or pairs.
     """
 
-    rows: tuple[SwapRow, ...]
     draws: tuple[SwapDraw, ...]
     blend: str
     match_colour: bool
-    unit: str
 
-    def find(
-        self,
-        explainer: str,
-        direction: str = "impostor-into-genuine",
-        region: str = "mean",
-        size: str = "medium",
-        paste: str = "swap",
-    ) -> SwapRow:
-        """One row.
-
-        Raises:
-            KeyError: there is none.
-        """
-        wanted = (explainer, direction, paste, region, size)
-        for row in self.rows:
-            if (row.explainer, row.direction, row.paste, row.region, row.size) == wanted:
-                return row
-        raise KeyError(wanted)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
-        return {
-            "blend": self.blend,
-            "match_colour": self.match_colour,
-            "unit": self.unit,
-            "draws": [asdict(draw) for draw in self.draws],
-            "rows": [row.as_dict() for row in self.rows],
-        }
+    usual: ClassVar = {"direction": "impostor-into-genuine", "region": "mean", "size": "medium", "paste": "swap"}
 
 
-_Key = tuple[str, str, str]  # paste, size, region
+class _Key(NamedTuple):
+    paste: str
+    size: str
+    region: str
 
 
+@dataclass
 class _Asked:
-    """The maps of one explainer: cells of all pairs, and areas over pixels."""
+    """The maps [pairs, cells] of one explainer, of the unchanged pairs and of each change; areas over pixels [pairs, 2]
+    if they are asked for. NaN where there was no change."""
 
-    def __init__(self, count: int, cells: int, keys: Sequence[_Key], pixels: bool) -> None:
-        self.clean = np.full((count, cells), np.nan)
-        self.changed = {key: np.full((count, cells), np.nan) for key in keys}
-        self.pixels = {key: np.full((count, 2), np.nan) for key in keys} if pixels else {}
+    clean: NDArray[np.float64]
+    changed: dict[_Key, NDArray[np.float64]] = field(default_factory=dict)
+    pixels: dict[_Key, NDArray[np.float64]] = field(default_factory=dict)
 
 
 @torch.no_grad()
-def region_swap(
-    model: PairModel,
-    explainers: Sequence[Explainer],
-    faces: Faces,
-    *,
-    pairs: int = 60,
-    directions: Sequence[str] = tuple(DIRECTIONS),
-    regions: Sequence[str] = tuple(REGIONS),
-    sizes: Sequence[str] = ("medium",),
-    blend: Blend = "hard",
-    match_colour: bool = False,
-    pixels: bool = False,
-    seed: int = 0,
-    replicates: int = 1000,
-    batch_size: int = 16,
-    tick: Tick | None = None,
-) -> RegionSwap:
+def region_swap(study: Study, explainers: Sequence[Explainer]) -> RegionSwap:
     """Ask every explainer where a region was swapped.
 
     A pair has one donor for all regions. Memory holds a batch of pictures and the cell maps of all pairs.
 
     Args:
-        model: whose decisions are explained.
-        explainers: with the controls that are to be beside them.
-        faces: with people.
-        pairs: changed pairs of each direction.
-        directions: keys of :data:`DIRECTIONS`.
-        regions: keys of ``REGIONS``.
-        sizes: of the regions.
-        blend, match_colour: see :func:`~.regions.paste`.
-        pixels: also give areas over pixels; cell maps are made larger bilinearly for it.
-        seed: of the draw.
-        replicates: for the intervals, over people; 0 for none.
-        batch_size: pairs at once.
-        tick: called with (maps made, maps in all).
+        study: of the settings, all but fills, gallery and top are used.
 
     Raises:
         TooFewError: fewer pairs of a kind than asked for, none that has donors, or people unknown.
         ValueError: an unknown direction, region or size, or a map that is not finite.
     """
-    faces.need_people("region swap")
-    for name in directions:
+    study.faces.need_people("region swap")
+    asked = study.settings
+    for name in asked.directions:
         if name not in DIRECTIONS:
             raise ValueError(f"directions: expected some of {', '.join(DIRECTIONS)}, got {name!r}")
-    grid, size = grid_of(model), model.preprocessing.size
-    masks = {(which, region): region_mask(region, which, grid) for which in sizes for region in regions}
-    keys = [(kind, *key) for kind in PASTES for key in masks]
-    drawn = {name: _draw(faces, name, pairs, seed) for name in directions}
-    total = sum(len(found) for found, _ in drawn.values()) * (1 + len(keys)) * len(explainers)
-    done = 0
-    model = remembering(model)
-    device = device_of(model)
+    grid = study.grid
+    masks = {
+        _Key(kind, size, region): region_mask(region, size, grid)
+        for kind in PASTES
+        for size in asked.sizes
+        for region in asked.regions
+    }
+    drawn = {name: _draw(study, name) for name in asked.directions}
+    study.begin(sum(len(found) for found, _ in drawn.values()) * (1 + len(masks)) * len(explainers))
     rows: list[SwapRow] = []
     draws: list[SwapDraw] = []
-    unit = "people"
     for direction, (found, passed) in drawn.items():
-        which = 1 if direction == "impostor-into-genuine" else 0  # of the maps (similar, dissimilar)
-        asked = [_Asked(len(found), grid[0] * grid[1], keys, pixels) for _ in explainers]
-        for start in range(0, len(found), batch_size):
-            part = found[start : start + batch_size]
-            block = slice(start, start + len(part))
-            first = faces.stacked([pair.a for pair in part])
-            donors = {
-                "swap": faces.stacked([pair.donor or pair.a for pair in part]),
-                "same-person": faces.stacked([pair.own or pair.a for pair in part]),
-            }
-            has_own = np.array([pair.own is not None for pair in part])
-            a, b = (normalised(model.preprocessing, p, device) for p in (first, faces.stacked([p.b for p in part])))
-            before: list[Tensor] = []
-            for explainer, kept in zip(explainers, asked, strict=True):
-                before.append(explained(explainer, model, a, b)[which])
-                kept.clean[block] = _cells(before[-1], grid)
-                done += len(part)
-                if tick is not None:
-                    tick(done, total)
-            for kind, *key in keys:
-                # The control is made only where there is a picture for it.
-                used = np.ones(len(part), bool) if kind == "swap" else has_own
-                done += int((~used).sum()) * len(explainers)
-                if not used.any():
-                    continue
-                chosen = torch.from_numpy(used)
-                mask = masks[key[0], key[1]]
-                made = paste(first[chosen], donors[kind][chosen], mask, blend=blend, match_colour=match_colour)
-                changed = normalised(model.preprocessing, made.images, device)
-                for explainer, kept, clean in zip(explainers, asked, before, strict=True):
-                    maps = explained(explainer, model, changed, b[chosen])[which]
-                    cells = np.full((len(part), grid[0] * grid[1]), np.nan)
-                    cells[used] = _cells(maps, grid)
-                    kept.changed[kind, key[0], key[1]][block] = cells
-                    if pixels:
-                        truth = made.pixels[0].flatten().numpy()
-                        two = [_flat(to_pixels(m, size)) for m in (maps, maps - clean[chosen])]
-                        areas_of = np.full((len(part), 2), np.nan)
-                        areas_of[used] = np.stack([areas(m, truth) for m in two], 1)
-                        kept.pixels[kind, key[0], key[1]][block] = areas_of
-                    done += int(used.sum())
-                    if tick is not None:
-                        tick(done, total)
-        estimator = Estimator(len(found), faces.ids(found), replicates=replicates, seed=seed)
-        unit = estimator.unit
+        kept = _ask(study, explainers, found, 1 if direction == "impostor-into-genuine" else 0, masks)
+        estimator = study.estimator(found)
         controls = sum(pair.own is not None for pair in found)
         draws.append(SwapDraw(direction, len(found), controls, passed))
-        truths = {key: mask.flatten().numpy() for key, mask in masks.items()}
         first_of: dict[_Key, NDArray[np.float64]] = {}
-        for explainer, kept in zip(explainers, asked, strict=True):
+        for explainer, maps in zip(explainers, kept, strict=True):
             for kind in PASTES if controls else ["swap"]:
-                rows += _rows(explainer.name, direction, kind, kept, truths, sizes, regions, estimator, first_of)
-    return RegionSwap(tuple(rows), tuple(draws), blend, match_colour, unit)
+                rows += _rows(explainer.name, direction, kind, maps, masks, asked, estimator, first_of)
+    unit = estimator.unit if drawn else "people"
+    return RegionSwap(tuple(rows), unit, tuple(draws), asked.blend, asked.match_colour)
 
 
-def _draw(faces: Faces, direction: str, count: int, seed: int) -> tuple[list[Drawn], int]:
-    rng = np.random.default_rng(seed)
+def _draw(study: Study, direction: str) -> tuple[list[Drawn], int]:
+    faces, rng = study.faces, np.random.default_rng(study.settings.seed)
+    genuine = direction == "impostor-into-genuine"
 
     def complete(pair: Drawn) -> Drawn | None:
-        if direction == "genuine-into-impostor":
-            found = faces.with_relative(pair, rng)
-            return None if found is None else found._replace(own=faces.another(faces.person(found.a), rng, (found.a,)))
-        person = faces.person(pair.a)
-        donor = faces.stranger((person,), rng)
-        if donor is None:
+        found = faces.with_donor(pair, genuine, rng)
+        if found is None:
             return None
-        # B itself as a donor, in either role, would make pixels equal.
-        return pair._replace(donor=donor, own=faces.another(person, rng, (pair.a, pair.b)))
+        # B itself as a donor would make pixels equal.
+        return found._replace(own=faces.another(faces.person(found.a), rng, (found.a, found.b)))
 
-    return faces.draw(direction == "impostor-into-genuine", count, rng, complete)
+    return faces.draw(genuine, study.count(), rng, complete)
+
+
+def _ask(
+    study: Study, explainers: Sequence[Explainer], found: Sequence[Drawn], which: int, masks: Mapping[_Key, Tensor]
+) -> list[_Asked]:
+    """The maps of each explainer over all pairs; ``which`` of (similar, dissimilar)."""
+    faces, settings, grid = study.faces, study.settings, study.grid
+    cells = grid[0] * grid[1]
+    asked = [
+        _Asked(
+            np.full((len(found), cells), np.nan),
+            {key: np.full((len(found), cells), np.nan) for key in masks},
+            {key: np.full((len(found), 2), np.nan) for key in masks} if settings.pixels else {},
+        )
+        for _ in explainers
+    ]
+    for block in study.blocks(len(found)):
+        part = found[block]
+        first = faces.stacked([pair.a for pair in part])
+        donors = {
+            "swap": faces.stacked([pair.donor or pair.a for pair in part]),
+            "same-person": faces.stacked([pair.own or pair.a for pair in part]),
+        }
+        # The control is made only where there is a picture for it.
+        usable = {"swap": np.ones(len(part), bool), "same-person": np.array([pair.own is not None for pair in part])}
+        a, b = study.normalised(first), study.pictures([pair.b for pair in part])
+        before: list[Tensor] = []
+        for explainer, kept in zip(explainers, asked, strict=True):
+            before.append(explained(explainer, study.model, a, b)[which])
+            kept.clean[block] = _flat(to_cells(before[-1], grid))
+            study.advance(len(part))
+        for key, mask in masks.items():
+            used = usable[key.paste]
+            if not used.any():
+                study.advance(len(part) * len(explainers))
+                continue
+            chosen, rows = torch.from_numpy(used), block.start + np.flatnonzero(used)
+            made = paste(
+                first[chosen],
+                donors[key.paste][chosen],
+                mask,
+                blend=settings.blend,
+                match_colour=settings.match_colour,
+            )
+            changed, others = study.normalised(made.images), b[chosen]
+            for explainer, kept, clean in zip(explainers, asked, before, strict=True):
+                maps = explained(explainer, study.model, changed, others)[which]
+                kept.changed[key][rows] = _flat(to_cells(maps, grid))
+                if settings.pixels:
+                    truth = made.pixels[0].flatten().numpy()
+                    two = [_flat(to_pixels(m, study.preprocessing.size)) for m in (maps, maps - clean[chosen])]
+                    kept.pixels[key][rows] = np.stack([areas(m, truth) for m in two], 1)
+                study.advance(len(part))
+    return asked
 
 
 def _flat(maps: Tensor) -> NDArray[np.float64]:
     return maps.flatten(1).double().cpu().numpy()
-
-
-def _cells(maps: Tensor, grid: tuple[int, int]) -> NDArray[np.float64]:
-    return _flat(to_cells(maps, grid))
 
 
 def _rows(
@@ -308,34 +249,35 @@ def _rows(
     direction: str,
     kind: str,
     kept: _Asked,
-    truths: dict[tuple[str, str], NDArray[np.bool_]],
-    sizes: Sequence[str],
-    regions: Sequence[str],
+    masks: Mapping[_Key, Tensor],
+    settings: Settings,
     estimator: Estimator,
     first_of: dict[_Key, NDArray[np.float64]],
 ) -> list[SwapRow]:
     """The rows of one explainer, each size's mean over its regions behind them; ``first_of`` holds the absolute AUC of
     every pair by the first explainer that comes here."""
     made = []
-    for size in sizes:
+    for size in settings.sizes:
         by_region: list[list[NDArray[np.float64]]] = []
-        for region in regions:
-            maps, truth = kept.changed[kind, size, region], truths[size, region]
+        for region in settings.regions:
+            key = _Key(kind, size, region)
+            maps, truth = kept.changed[key], masks[key].flatten().numpy()
             known = ~np.isnan(maps[:, 0])
-            readings = [maps, maps - kept.clean, standardised(maps, kept.clean)]
             figures = []
-            for reading in readings:
+            for reading in (maps, maps - kept.clean, standardised(maps, kept.clean)):
                 values = np.full(len(maps), np.nan)
                 values[known] = areas(reading[known], truth)
                 figures.append(values)
             if kept.pixels:
-                figures += list(kept.pixels[kind, size, region].T)
+                figures += list(kept.pixels[key].T)
             by_region.append(figures)
         means = [np.mean([figures[i] for figures in by_region], axis=0) for i in range(len(by_region[0]))]
-        for region, figures in zip((*regions, "mean"), (*by_region, means), strict=True):
+        for region, figures in zip((*settings.regions, "mean"), (*by_region, means), strict=True):
             absolute, difference, centred, *over_pixels = map(estimator.mean, figures)
-            pair = (over_pixels[0], over_pixels[1]) if over_pixels else None
-            first = first_of.setdefault((kind, size, region), figures[0])
+            pixels = OverPixels(*over_pixels) if over_pixels else None
+            first = first_of.setdefault(_Key(kind, size, region), figures[0])
             behind = None if first is figures[0] else estimator.mean(first - figures[0])
-            made.append(SwapRow(explainer, direction, kind, region, size, absolute, difference, centred, behind, pair))
+            made.append(
+                SwapRow(explainer, direction, kind, region, size, absolute, difference, centred, behind, pixels)
+            )
     return made

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from xcos_ext.evaluation.figures import plain
 from xcos_ext.evaluation.verification import eer
 from xcos_ext.explain.explainers import available, create
 from xcos_ext.explain.explainers.interface import EmbeddingCosine, Explainer, PairModel
@@ -22,12 +23,12 @@ from xcos_ext.io.optional import MissingPackageError
 from .deletion import Deletion, deletion_identification, deletion_verification
 from .faces import Faces
 from .locality import Locality, locality
-from .models import device_of, explained
+from .maps import explained
 from .patch import Patch, patch_replacement
-from .regions import REGIONS, Blend
-from .swap import DIRECTIONS, RegionSwap, region_swap
+from .study import Results, Settings, Study, Tick, device_of
+from .swap import RegionSwap, region_swap
 
-__all__ = ["CONTROLS", "PROTOCOLS", "Faithfulness", "Settings", "Timing", "default_explainers", "faithfulness"]
+__all__ = ["CONTROLS", "PROTOCOLS", "Faithfulness", "Timing", "default_explainers", "faithfulness"]
 
 #: Protocol -> what it measures.
 PROTOCOLS: Mapping[str, str] = {
@@ -38,46 +39,21 @@ PROTOCOLS: Mapping[str, str] = {
     "patch": "do the cells that a map names turn the verdict?",
 }
 
+_FUNCTIONS: dict[str, Callable[..., Results[Any]]] = {
+    "region-swap": region_swap,
+    "deletion": deletion_verification,
+    "identification": deletion_identification,
+    "locality": locality,
+    "patch": patch_replacement,
+}
+
 #: Explainers that are always measured too.
 CONTROLS = ("random", "centre")
 
 _CHEAP = ("xcos", "xcos-similarity", "xcos-attention", "gradcam", "xssab")
-_COUNT = 60
 _TIMED, _TIMED_SECONDS = 20, 5.0
 
-Tick = Callable[[int, int], None]
 Stage = Callable[[str], AbstractContextManager[Tick]]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the protocols share.
-
-    Attributes:
-        count: pairs of each kind; probes of identification. None: 60, or as many as there are.
-        regions, sizes, directions, blend, match_colour, pixels: of region swaps; blend and match_colour of patch
-            replacement too.
-        fills: of deletion, identification and locality.
-        gallery: people enrolled for identification, at most.
-        top: gallery entries that a probe is explained against.
-        seed: of everything that is drawn.
-        replicates: of the bootstrap; 0 for no intervals.
-        batch_size: pairs at once.
-    """
-
-    count: int | None = None
-    regions: tuple[str, ...] = tuple(REGIONS)
-    sizes: tuple[str, ...] = ("medium",)
-    directions: tuple[str, ...] = tuple(DIRECTIONS)
-    blend: Blend = "hard"
-    match_colour: bool = False
-    pixels: bool = False
-    fills: tuple[str, ...] = ("zero",)
-    gallery: int = 1000
-    top: int = 1
-    seed: int = 0
-    replicates: int = 1000
-    batch_size: int = 32
 
 
 @dataclass(frozen=True)
@@ -127,21 +103,14 @@ class Faithfulness:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        results = {name: getattr(self, _field(name)) for name in PROTOCOLS}
-        return {
-            "model": self.model,
-            "threshold": self.threshold,
-            "threshold_from_pairs": self.threshold_from_pairs,
-            "device": self.device,
-            "complete": self.complete,
-            "explainers": list(self.explainers),
-            "skipped": dict(self.skipped),
-            "failed_pictures": [{"picture": key, "reason": why} for key, why in self.failures.items()],
-            "seconds_a_pair": {
-                name: {"median": t.median, "quartiles": [t.low, t.high], "pairs": t.pairs}
-                for name, t in self.timings.items()
-            },
-        } | {_field(name): None if found is None else found.as_dict() for name, found in results.items()}
+        data: dict[str, Any] = plain(self)
+        timings = {
+            name: {"median": t.median, "quartiles": [t.low, t.high], "pairs": t.pairs}
+            for name, t in self.timings.items()
+        }
+        failed = [{"picture": key, "reason": why} for key, why in self.failures.items()]
+        del data["timings"], data["failures"]
+        return data | {"seconds_a_pair": timings, "failed_pictures": failed}
 
 
 def _field(protocol: str) -> str:
@@ -161,16 +130,6 @@ def _name(explainer: str | Explainer) -> str:
 
 def _made(explainer: str | Explainer) -> Explainer:
     return create(explainer) if isinstance(explainer, str) else explainer
-
-
-def _count(protocol: str, faces: Faces) -> int:
-    """Pairs or probes where no number is asked for."""
-    if protocol == "identification":
-        there = sum(len(faces.of(person)) > 1 for person in faces.people)
-    else:
-        genuine = faces.pairs.genuine[faces.chosen]
-        there = int(min(genuine.sum(), (~genuine).sum()))
-    return max(1, min(_COUNT, there))
 
 
 @contextlib.contextmanager
@@ -227,13 +186,14 @@ def faithfulness(
     with stage("timing") as tick:
         result, own = _timed(model, faces, asked, result, explainers is not None, settings.seed, tick)
     result = replace(result, explainers=(*map(_name, own), *CONTROLS))
-    share = {"seed": settings.seed, "replicates": settings.replicates, "batch_size": settings.batch_size}
+    study = Study(model, faces, settings)
     for name in wanted:
         # Made anew: what is random in a protocol does not depend on what was run before it.
         every = [*map(_made, own), *(create(c, seed=settings.seed) if c == "random" else create(c) for c in CONTROLS)]
         try:
             with stage(name) as tick:
-                found = _measured(name, model, every, faces, settings, share, tick)
+                study.tick = tick
+                found = _FUNCTIONS[name](study, every)
         except ValueError as error:
             # A protocol that nobody named may not suit the model or the list.
             if protocols is not None or not str(error).startswith(("model:", "pairs:")):
@@ -251,44 +211,10 @@ def faithfulness(
 def _with_threshold(model: PairModel, faces: Faces, settings: Settings) -> EmbeddingCosine:
     """A plain cosine with the equal error rate's threshold on the pairs: recognisers carry none."""
     assert isinstance(model, EmbeddingCosine)
-    count = _count("deletion", faces) if settings.count is None else settings.count
-    drawn, genuine, _ = faces.draw_both(count, settings.seed)
-    device = device_of(model)
-    scores: list[float] = []
-    for start in range(0, len(drawn), settings.batch_size):
-        part = drawn[start : start + settings.batch_size]
-        a, b = (model.features(images) for images in faces.sides(part, model.preprocessing, device))
-        scores += model.score(a, b).tolist()
-    return EmbeddingCosine(model.recogniser, threshold=eer(scores, genuine).threshold, name=model.name)
-
-
-def _measured(
-    name: str,
-    model: PairModel,
-    explainers: Sequence[Explainer],
-    faces: Faces,
-    settings: Settings,
-    share: dict[str, int],
-    tick: Tick,
-) -> RegionSwap | Deletion | Locality | Patch:
-    s = settings
-    count = _count(name, faces) if s.count is None else s.count
-    if name == "region-swap":
-        return region_swap(
-            model, explainers, faces, pairs=count, directions=s.directions, regions=s.regions, sizes=s.sizes,
-            blend=s.blend, match_colour=s.match_colour, pixels=s.pixels, tick=tick, **share,
-        )  # fmt: skip
-    if name == "deletion":
-        return deletion_verification(model, explainers, faces, pairs=count, fills=s.fills, tick=tick, **share)
-    if name == "identification":
-        return deletion_identification(
-            model, explainers, faces, probes=count, gallery=s.gallery, top=s.top, fills=s.fills, tick=tick, **share
-        )
-    if name == "locality":
-        return locality(model, faces, pairs=count, fills=s.fills, tick=tick, **share)
-    return patch_replacement(
-        model, explainers, faces, pairs=count, blend=s.blend, match_colour=s.match_colour, tick=tick, **share
-    )
+    study = Study(model, faces, settings)
+    drawn, genuine, _ = faces.draw_both(study.count(), settings.seed)
+    threshold = eer(study.pair_scores(drawn), genuine).threshold
+    return EmbeddingCosine(model.recogniser, threshold=threshold, name=model.name)
 
 
 def _timed(
@@ -303,7 +229,7 @@ def _timed(
     """Seconds a pair of each explainer, and those that can explain the model."""
     drawn, _, _ = faces.draw_both(1, seed)
     device = device_of(model)
-    a, b = faces.sides(drawn, model.preprocessing, device)
+    a, b = Study(model, faces).sides(drawn)
     able: list[str | Explainer] = []
     skipped, timings = dict(result.skipped), dict(result.timings)
     for number, item in enumerate([*asked, *CONTROLS]):

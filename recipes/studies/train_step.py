@@ -1,6 +1,6 @@
 """A training step of a head on cached maps, end to end: ours beside the eager composition of the same losses.
 
-    python benchmarks/train_step.py --threads 1 --out benchmarks/results/training/train_step.json
+    python recipes/studies/train_step.py --threads 1 --out benchmarks/results/training/train_step.json
 
 A step is all of it: drawing a batch, reading its fp16 maps, the head, L_cos and infonce over all pairs (or L_cos over
 drawn pairs), backward, AdamW. Contenders differ in how scores are computed; they take turns in one process. Then the
@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import torch
 from harness import RESULTS, Case, describe, measure, write

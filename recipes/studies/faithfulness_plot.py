@@ -1,6 +1,6 @@
 """Draws docs/images/faithfulness.png from the files of faithfulness.py.
 
-python benchmarks/faithfulness_plot.py
+python recipes/studies/faithfulness_plot.py
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import faithfulness_table as tables
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import tables
 from matplotlib.figure import Figure
 
 from xcos_ext.explain import save_figure
 
-TARGET = Path(__file__).resolve().parent.parent / "docs" / "images" / "faithfulness.png"
+TARGET = Path(__file__).resolve().parents[2] / "docs" / "images" / "faithfulness.png"
 # Okabe and Ito's colours, which stay apart under colour blindness; controls are grey.
 COLOURS = {
     "xcos": "#0072b2",
@@ -36,7 +38,7 @@ def curves(part: dict[str, Any], mode: str) -> dict[str, tuple[list[float], list
 
 def main() -> int:
     """Returns the exit status."""
-    data = tables._load("compact")
+    data = tables.load("faithfulness/compact.json")
     if data is None:
         print("faithfulness_plot: there is no benchmarks/results/faithfulness/compact.json", file=sys.stderr)
         return 2
@@ -53,11 +55,11 @@ def main() -> int:
         axes.set_xlabel("pixels replaced by black, %" if mode == "deletion" else "pixels kept, %")
         axes.set_ylabel("accuracy, %")
     left.legend(fontsize=8, frameon=False)
-    shown = [name for name in tables.MODELS if tables._load(name)]
+    shown = [name for name in tables.EXPLAINED if tables.load(f"faithfulness/{name}.json")]
     maps = ("xcos", "xcos-similarity", "occlusion", "corrrise", "xssab", "gradcam", "centre")
     width = 0.8 / len(maps)
     for place, model in enumerate(shown):
-        found = tables._swaps(tables._load(model) or {})
+        found = tables.region_swaps(tables.load(f"faithfulness/{model}.json") or {})
         for number, name in enumerate(maps):
             if name not in found:
                 continue
@@ -70,7 +72,7 @@ def main() -> int:
     right.axhline(0.95, color="#222222", lw=0.8, ls=(0, (2, 2)))
     right.text(len(shown) - 0.55, 0.955, "aim", fontsize=8, va="bottom")
     right.set_ylim(0.4, 1)
-    right.set_xticks(range(len(shown)), [tables.MODELS[name].split(",")[0] for name in shown])
+    right.set_xticks(range(len(shown)), [tables.EXPLAINED[name].split(",")[0] for name in shown])
     right.set_title("region swap, AUC over cells, absolute (95 % intervals)", loc="left", fontsize=10)
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)

@@ -1,6 +1,6 @@
 """Time per pair of every explainer, networks included, beside the score alone.
 
-    python benchmarks/explainers_time.py --recogniser net.pt --lfw lfw112.zip --pairs pairs.txt --count 10 \\
+    python recipes/studies/explainers_time.py --recogniser net.pt --lfw lfw112.zip --pairs pairs.txt --count 10 \\
         --threads 1 --json benchmarks/results/explainers/time.json
 
 Explained are the xCos score of a model (the shipped one, or ``--model``) and, with ``--recogniser``, the plain cosine
@@ -19,6 +19,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import torch
 from harness import duration, machine, spread

@@ -1,6 +1,6 @@
 """Pictures per second of a model's body: as it is, made ready for inference, and in onnxruntime.
 
-    python benchmarks/embed_pictures.py [WEIGHTS ...] --threads 2 --json benchmarks/results/models/embed.json
+    python recipes/studies/embed_pictures.py [WEIGHTS ...] --threads 2 --json benchmarks/results/models/embed.json
 
 Without WEIGHTS the shipped model is measured. Contenders take turns within one run; what is reported is the median and
 the quartiles of pictures per second, and of each contender's ratio to onnxruntime on the same network, batch and number

@@ -3,12 +3,10 @@
 from .alignment import ARCFACE_TEMPLATE, align_face, apply_transform, similarity_transform, template_for, warp
 from .cascade import CascadeDetector
 from .detector import Detector, Face
-from .factory import create_detector
 from .folders import PersonFolder, PictureTree
 from .landmarks import LandmarkReader
-from .pictures import MAX_PIXELS, display_name, read_picture
-from .reader import AlignedFace, extract_face, read_face
-from .selection import POLICIES, choose_face
+from .pictures import MAX_PIXELS, decode_picture, display_name, read_picture
+from .reader import POLICIES, AlignedFace, choose_face, create_detector, extract_face, read_face
 from .yunet import YuNetDetector
 
 __all__ = [
@@ -27,6 +25,7 @@ __all__ = [
     "apply_transform",
     "choose_face",
     "create_detector",
+    "decode_picture",
     "display_name",
     "extract_face",
     "read_face",

@@ -12,7 +12,7 @@ import numpy as np
 
 from xcos_ext.deploy.onnx_model import OnnxModel
 from xcos_ext.devices import module_device
-from xcos_ext.io.text import percent, printable, signed
+from xcos_ext.io.text import percent, printable, short_name, signed
 
 from .decision import contribution as contribution_of
 from .decision import one_pair
@@ -365,14 +365,14 @@ class Explanation:
             title: of the page; by default the names of the pictures.
 
         Raises:
-            MissingPackageError: Pillow, which encodes the pictures, is not installed.
+            MissingPackageError: Jinja, or Pillow, which encodes the pictures, is not installed.
         """
-        from .html import explanation_page
+        from .page import explanation_page
 
         return explanation_page(self, title=title)
 
     def _repr_html_(self) -> str:
-        from .html import notebook_frame
+        from .page import notebook_frame
 
         return notebook_frame(self)
 
@@ -389,11 +389,6 @@ def _rate(rate: FMRAtScore | None, curve: FMRCurve | None) -> dict[str, Any] | N
         "impostor_pairs": curve.pairs,
         "people": curve.people,
     }
-
-
-def short_name(name: str) -> str:
-    """The last part of a path, printable."""
-    return printable(name).rstrip("/").rpartition("/")[2] or printable(name)
 
 
 def attention_kind(model: XCosModel | OnnxModel) -> str:

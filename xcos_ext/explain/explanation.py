@@ -344,7 +344,7 @@ class Explanation:
         Raises:
             MissingPackageError: matplotlib is not installed.
         """
-        from .figure import verification_figure
+        from .decision_figure import verification_figure
 
         both = self.a.rgb is not None and self.b.rgb is not None
         fmr = self.fmr

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AGAINST",
+    "DASHES",
     "FAINT",
     "FIGURE_SUFFIXES",
     "FOR",
@@ -52,8 +53,9 @@ YLGN = ("#ffffe5", "#f7fcb9", "#d9f0a3", "#addd8e", "#78c679", "#41ab5d", "#2384
 FOR, AGAINST = RDBU[-2], RDBU[1]
 #: Text, less important text, and lines behind curves.
 INK, FAINT, GRID = "#222222", "#6b6b6b", "#dddddd"
-#: Curves that are compared.
+#: Colours and styles of curves that are compared.
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
 #: What :func:`save_figure` writes.
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 

@@ -1,6 +1,7 @@
 """Explainers of a pair's score behind one interface: ``explainer(model, a, b) -> (similar, dissimilar)``."""
 
 from .cells import CellMap
+from .comparison import explainers_figure
 from .controls import CentreMap, RandomMap
 from .corrrise import CorrRISE
 from .fggb import FGGB
@@ -27,4 +28,5 @@ __all__ = [
     "as_pair_model",
     "available",
     "create",
+    "explainers_figure",
 ]

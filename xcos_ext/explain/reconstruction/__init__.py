@@ -1,7 +1,7 @@
 """Faces drawn from what a model kept of them, and what its decision is about, seen in such drawings."""
 
+from .drawings import reconstruction_figure
 from .explainer import Evidence, ReconstructionExplainer, evidence
-from .figure import reconstruction_figure
 from .files import load_decoder, save_decoder, shipped_decoders
 from .network import FeatureDecoder
 from .sets import fingerprint_of, reconstruct, without

@@ -12,8 +12,8 @@ from xcos_ext.explain.plotting import AGAINST, FAINT, FOR, INK, bare_axes, colou
 from xcos_ext.io.optional import need
 from xcos_ext.io.text import shorten
 
+from .decoder import reconstruct
 from .explainer import ReconstructionExplainer
-from .sets import reconstruct
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

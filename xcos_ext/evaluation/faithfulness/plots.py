@@ -66,7 +66,7 @@ def faithfulness_figure(result: Faithfulness, *, fill: str | None = None) -> Fig
     heights = [max(3.3, 0.75 * len(result.explainers)) if kind == "swap" else 3.3 for kind, _ in rows]
     figure = new_figure(13.0, 0.9 + sum(heights), layout="constrained")
     looks = _looks(result.explainers)
-    parts = np.atleast_1d(figure.subfigures(len(rows), 1, height_ratios=heights))
+    parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
     for part, (kind, found) in zip(parts, rows, strict=True):
         if kind == "swap":
             _draw_swap(part, found, looks)

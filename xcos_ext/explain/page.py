@@ -36,29 +36,27 @@ def render(kind: str, **values: Any) -> Iterator[str]:
         MissingPackageError: Jinja is not installed.
         ValueError: data for the program that are not finite.
     """
-    markup = need("markupsafe", "a page").Markup
-    style = markup(f"{_file('base.css')}\n{_file(f'{kind}.css')}")
     page = _templates().get_template(f"{kind}.html")
-    pieces: Iterator[str] = page.generate(style=style, program=markup(_file(f"{kind}.js")), **values)
+    style = f"{_file('base.css')}\n{_file(f'{kind}.css')}"
+    pieces: Iterator[str] = page.generate(style=style, program=_file(f"{kind}.js"), **values)
     return pieces
 
 
 @cache
 def _templates() -> Any:
     jinja2 = need("jinja2", "a page")
-    markup = need("markupsafe", "a page").Markup
     made = jinja2.Environment(
         loader=jinja2.FunctionLoader(_file),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-        finalize=lambda value: printable(value) if type(value) is str else value,
+        finalize=lambda value: printable(value) if type(value) is str and not value.isprintable() else value,
     )
     made.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    hashed = {"hash": lambda content: markup(_hash(content))}
-    shown = {"number": number, "signed": signed, "percent": percent, "short_name": short_name, "ink": ink}
-    made.filters |= hashed | shown | {"picture_uri": picture_uri}
+    made.filters |= {
+        function.__name__: function for function in (number, signed, percent, short_name, ink, picture_uri, sha256)
+    }
     return made
 
 
@@ -67,7 +65,8 @@ def _file(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8").strip()
 
 
-def _hash(content: str) -> str:
+def sha256(content: str) -> str:
+    """What a policy names a style or a program by."""
     return f"sha256-{base64.b64encode(hashlib.sha256(content.encode('utf-8')).digest()).decode('ascii')}"
 
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from xcos_ext import backbones
 from xcos_ext.deploy.trials import Spread, choose, speedups, time_in_turns
 from xcos_ext.deploy.ways import DEFAULT_WAYS, DTYPE_NAMES, Way, build
-from xcos_ext.faces.folders import decode
+from xcos_ext.faces import decode_picture
 from xcos_ext.io.atomic import write_atomically
 from xcos_ext.io.shipped import SHIPPED
 from xcos_ext.model import XCosHead, XCosModel, load_model
@@ -66,7 +66,7 @@ def pairs(model: XCosModel, batch: int, faces: Path | None, device: torch.device
     else:
         with zipfile.ZipFile(faces) as archive:
             names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))
-            images = model.preprocessing([decode(archive.read(name), name) for name in names[: 2 * batch]])
+            images = model.preprocessing([decode_picture(archive.read(name), name) for name in names[: 2 * batch]])
     return images[:batch].to(device), images[batch:].to(device)
 
 

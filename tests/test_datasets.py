@@ -112,7 +112,7 @@ def test_bad_picture(tmp_path: Path) -> None:
     (tmp_path / "Ann" / "2.jpg").write_bytes(b"hello")
     pictures = PersonFolder(tmp_path)
     for key in pictures.keys:
-        with pytest.raises(PictureError, match=f"{key}: cannot be decoded"):
+        with pytest.raises(PictureError, match=f"{key}: not a picture"):
             pictures.read(key)
     with pytest.raises(KeyError):
         pictures.read("Ann/3.png")

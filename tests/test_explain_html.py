@@ -19,8 +19,8 @@ from browser import Browser, open_browser, require
 from explained import crop, toy
 
 from xcos_ext.explain import Explanation, explain
-from xcos_ext.explain.colours import RDBU, YLGN, Scale, ink
-from xcos_ext.explain.html import data_block, text
+from xcos_ext.explain.page import _templates
+from xcos_ext.explain.plotting import RDBU, YLGN, Scale, ink
 from xcos_ext.explain.regions import PARTS
 from xcos_ext.faces import ARCFACE_TEMPLATE
 
@@ -173,16 +173,18 @@ def test_names_are_only_text(name: str) -> None:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_data_blocks_end_where_they_should(name: str) -> None:
-    block = data_block({name.encode("utf-8", "replace").decode(): [name]}, "data")
-    inside = block.removeprefix('<script type="application/json" class="data">').removesuffix("</script>\n")
+    name = name.encode("utf-8", "replace").decode()
+    block = _templates().from_string("{{ data|tojson }}")
+    inside = block.render(data={name: [name]})
     assert "<" not in inside and "&" not in inside
-    assert json.loads(inside)[name.encode("utf-8", "replace").decode()] == [name]
+    assert json.loads(inside)[name] == [name]
     with pytest.raises(ValueError):
-        data_block([float("nan")], "data")
+        block.render(data=[float("nan")])
 
 
 def test_text() -> None:
-    assert text("a<b>&\"'\u202e") == "a&lt;b&gt;&amp;&quot;&#x27;\\u202e"
+    page = _templates().from_string("<p title='{{ name }}'>{{ name }}</p>").render(name="a<b>&\"'\u202e")
+    assert page == "<p title='{0}'>{0}</p>".format("a&lt;b&gt;&amp;&#34;&#39;\\u202e")
 
 
 def test_notebook_frame() -> None:
@@ -208,7 +210,10 @@ def test_colours_are_the_figures() -> None:
 
 def test_parts_of_pages_come_with_the_package() -> None:
     folder = resources.files("xcos_ext.explain")
-    for name in ("frame.html", "base.css", "page.css", "page.js", "report.css", "report.js"):
+    for name in (
+        *("base.html", "page.html", "report.html", "notes.html"),
+        *("base.css", "page.css", "page.js", "report.css", "report.js"),
+    ):
         assert folder.joinpath(name).is_file()
     pyproject = Path(__file__).resolve().parent.parent / "pyproject.toml"
     if pyproject.is_file():

@@ -24,8 +24,9 @@ from PIL import Image
 
 from xcos_ext.cli.app import xcos
 from xcos_ext.explain import explain
+from xcos_ext.explain.pairs_file import PairsFile, PairsFileError, ReportPair, pictures_below
+from xcos_ext.explain.pairs_report import write_report
 from xcos_ext.explain.regions import PARTS, cell_parts
-from xcos_ext.explain.report import PairsFile, PairsFileError, ReportPair, pictures_below, write_report
 from xcos_ext.io.atomic import OutputError
 from xcos_ext.io.errors import PictureError
 from xcos_ext.io.text import signed
@@ -318,12 +319,12 @@ def test_memory_does_not_grow_with_the_pairs(tmp_path: Path) -> None:
 
 
 def test_features_lie_on_the_disk() -> None:
-    from xcos_ext.explain.report import _Spool
+    from xcos_ext.explain.pairs_report import _Spool
 
     spool = _Spool("/tmp")
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((10, 3, 2, 2)).astype(np.float32)
-    assert spool.append(rows[:6]) == 0 and spool.append(rows[6:]) == 6
+    assert spool.append(rows[:6]) == range(6) and spool.append(rows[6:]) == range(6, 10)
     np.testing.assert_array_equal(spool.take([9, 0, 6, 0]), rows[[9, 0, 6, 0]])
     spool.close()
 
@@ -426,12 +427,12 @@ def test_command_in_trouble(folder: Path, tmp_path: Path) -> None:
 
 
 def test_command_interrupted(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from xcos_ext.explain import report
+    from xcos_ext.explain import pairs_report
 
     def interrupted(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report._Report, "add_pairs", interrupted)
+    monkeypatch.setattr(pairs_report._Report, "add_pairs", interrupted)
     result = run("report", folder / "list.csv", "--html", tmp_path / "r.html", "--aligned")
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "")
     assert os.listdir(tmp_path) == []

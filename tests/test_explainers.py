@@ -31,9 +31,7 @@ from xcos_ext.explain.explainers import (
     available,
     create,
 )
-from xcos_ext.explain.explainers.corrrise import average_ranks, patch_masks
-from xcos_ext.explain.explainers.masking import fill_pictures
-from xcos_ext.explain.explainers.occlusion import cell_squares
+from xcos_ext.explain.explainers.masking import average_ranks, cell_squares, fill_pictures, patch_masks
 from xcos_ext.io.optional import MissingPackageError
 from xcos_ext.model import XCosAttention, XCosHead, XCosModel, load_model
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from xcos_ext.explain import save_figure
-from xcos_ext.explain.explainers import Saliency
-from xcos_ext.explain.explainers.figure import explainers_figure
+from xcos_ext.explain.explainers import Saliency, explainers_figure
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")

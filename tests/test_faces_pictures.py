@@ -9,6 +9,7 @@ import socket
 import struct
 import sys
 import time
+import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xcos_ext.faces import display_name, read_picture
+from xcos_ext.faces import PictureTree, decode_picture, display_name, read_picture
 from xcos_ext.io.errors import PictureError
 
 
@@ -88,6 +89,24 @@ def test_exif_rotation(tmp_path: Path, orientation: int) -> None:
     exif[0x0112] = orientation
     path = save(tmp_path / "a.png", np.ascontiguousarray(undo(upright)), exif=exif)
     assert (read_picture(path) == upright).all()
+    assert (decode_picture(path.read_bytes(), "a") == upright).all()
+    assert (PictureTree(tmp_path).read("a.png") == upright).all()
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_folders_and_archives_have_the_same_limits(tmp_path: Path, zipped: bool) -> None:
+    (tmp_path / "p").mkdir()
+    save(tmp_path / "p" / "a.png", colours())
+    (tmp_path / "p" / "empty.png").touch()
+    if zipped:
+        with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
+            for name in ("a.png", "empty.png"):
+                archive.write(tmp_path / "p" / name, name)
+    tree = PictureTree(tmp_path / ("p.zip" if zipped else "p"))
+    with pytest.raises(PictureError, match=r"a\.png: too large: 40 x 24 pixels, at most 100"):
+        tree.read("a.png", max_pixels=100)
+    with pytest.raises(PictureError, match=r"empty\.png: expected a picture, got an empty file"):
+        tree.read("empty.png")
 
 
 def test_damaged_exif_is_ignored(tmp_path: Path) -> None:

@@ -255,8 +255,8 @@ def test_a_reconstruction_is_the_decoders_picture_clamped() -> None:
         ({"channels": torch.tensor([0.5])}, ValueError, "channels: expected numbers"),
         ({"channels": torch.ones(4, dtype=torch.bool)}, ValueError, r"channels: expected bool \[3\]"),
         ({"cells": torch.ones(2, 4)}, TypeError, "cells: expected a bool mask"),
-        ({"cells": torch.ones(4, 2, dtype=torch.bool)}, ValueError, r"cells: expected \[2, 4\]"),
-        ({"entries": torch.ones(2, 4, dtype=torch.bool)}, ValueError, r"entries: expected \[3, 2, 4\]"),
+        ({"cells": torch.ones(4, 2, dtype=torch.bool)}, ValueError, r"cells: expected bool \[2, 4\]"),
+        ({"entries": torch.ones(2, 4, dtype=torch.bool)}, ValueError, r"entries: expected bool \[3, 2, 4\]"),
         ({"cells": torch.ones(3, 2, 4, dtype=torch.bool)}, ValueError, "sets: expected one for all faces or 2, got 3"),
     ],
 )

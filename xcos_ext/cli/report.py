@@ -40,7 +40,8 @@ def run(request: Request) -> int:
     quiet_opencv()
     from functools import partial
 
-    from xcos_ext.explain.report import PairsFile, pictures_below, write_report
+    from xcos_ext.explain.pairs_file import PairsFile, pictures_below
+    from xcos_ext.explain.pairs_report import write_report
     from xcos_ext.faces import create_detector, display_name
     from xcos_ext.io.atomic import check_output
     from xcos_ext.io.optional import need

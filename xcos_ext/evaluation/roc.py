@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from xcos_ext.io.optional import need
+from xcos_ext.explain.plotting import DASHES, FAINT, GRID, LINES, new_figure
 
 from .verification import ErrorCurves
 
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = ["roc_figure"]
 
-# Okabe and Ito's colours stay apart under every common colour vision deficiency.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-_STYLES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
 _RELIABLE = 30  # false matches
 
 
@@ -38,8 +35,7 @@ def roc_figure(curves: Mapping[str, ErrorCurves], impostors: int, *, title: str 
     Raises:
         MissingPackageError: matplotlib is not installed.
     """
-    figure = need("matplotlib.figure", "drawing").Figure(figsize=(7.2, 5.0), layout="constrained", facecolor="white")
-    need("matplotlib.backends.backend_agg", "drawing").FigureCanvasAgg(figure)
+    figure = new_figure(7.2, 5.0, layout="constrained")
     axes = figure.add_subplot()
     smallest = 1 / impostors
     lowest = 1.0
@@ -49,7 +45,7 @@ def roc_figure(curves: Mapping[str, ErrorCurves], impostors: int, *, title: str 
         start = max(int(np.searchsorted(fmr, smallest * (1 + 1e-9), "right")) - 1, 0)
         visible, accepted = np.maximum(fmr[start:], smallest), tar[start:]
         lowest = min(lowest, float(accepted[0]))
-        colour, style = _COLOURS[i % len(_COLOURS)], _STYLES[i % len(_STYLES)]
+        colour, style = LINES[i % len(LINES)], DASHES[i % len(DASHES)]
         axes.step(visible, accepted, where="post", label=label, color=colour, linestyle=style, linewidth=1.8)
     axes.set_xscale("log")
     axes.set_xlim(smallest, 1)
@@ -57,11 +53,11 @@ def roc_figure(curves: Mapping[str, ErrorCurves], impostors: int, *, title: str 
     axes.axvspan(smallest, min(1.0, _RELIABLE / impostors), color="#eeeeee", zorder=0, linewidth=0)
     axes.text(
         smallest * 1.06, 0.02, f"fewer than {_RELIABLE} false matches",
-        transform=axes.get_xaxis_transform(), fontsize=8, color="#6b6b6b",
+        transform=axes.get_xaxis_transform(), fontsize=8, color=FAINT,
     )  # fmt: skip
     axes.set_xlabel("false match rate")
     axes.set_ylabel("true accept rate")
-    axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
+    axes.grid(True, which="major", color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -4,8 +4,9 @@
 """
 
 from .decision import contribution
+from .decision_figure import verification_figure
 from .explanation import Explanation, Face, ModelCard, explain
-from .figure import FIGURE_SUFFIXES, check_figure_path, save_figure, verification_figure
+from .plotting import FIGURE_SUFFIXES, check_figure_path, save_figure
 from .regions import Region
 
 __all__ = [

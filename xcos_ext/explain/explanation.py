@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from xcos_ext.deploy.onnx_model import OnnxModel
 from xcos_ext.devices import module_device
-from xcos_ext.io.text import percent, printable, signed
+from xcos_ext.io.text import percent, printable, short_name, signed
 
 from .decision import contribution as contribution_of
 from .decision import one_pair
@@ -161,24 +161,15 @@ class Explanation:
                 raise ValueError(
                     f"contribution: expected a sum of score - threshold = {score - threshold!r}, got {margin!r}"
                 )
-        for name, value in (
-            ("similarity", similarity),
-            ("attention", attention),
-            ("score", score),
-            ("contribution", parts),
-        ):
-            if isinstance(value, np.ndarray):
-                value.setflags(write=False)
-            object.__setattr__(self, name, value)
+        for values in (similarity, attention, parts):
+            if values is not None:
+                values.setflags(write=False)
+        adds = attention * similarity if parts is None else parts
         cells = (int(similarity.shape[0]), int(similarity.shape[1]))
-        regions = summarise(
-            similarity,
-            attention,
-            self.weighted if parts is None else parts,
-            self.parts_of(cells),
-            decided=parts is not None,
-        )
-        object.__setattr__(self, "regions", regions)
+        regions = summarise(similarity, attention, adds, self.parts_of(cells), decided=parts is not None)
+        computed = {"similarity": similarity, "attention": attention, "score": score, "contribution": parts}
+        for name, value in (computed | {"regions": regions}).items():
+            object.__setattr__(self, name, value)  # the dataclass is frozen
 
     def parts_of(self, cells: tuple[int, int]) -> np.ndarray:
         """The part of the face that every cell lies on: int64 indices into :data:`~xcos_ext.explain.regions.PARTS`."""
@@ -344,7 +335,7 @@ class Explanation:
         Raises:
             MissingPackageError: matplotlib is not installed.
         """
-        from .figure import verification_figure
+        from .decision_figure import verification_figure
 
         both = self.a.rgb is not None and self.b.rgb is not None
         fmr = self.fmr
@@ -365,14 +356,14 @@ class Explanation:
             title: of the page; by default the names of the pictures.
 
         Raises:
-            MissingPackageError: Pillow, which encodes the pictures, is not installed.
+            MissingPackageError: Jinja, or Pillow, which encodes the pictures, is not installed.
         """
-        from .html import explanation_page
+        from .page import explanation_page
 
         return explanation_page(self, title=title)
 
     def _repr_html_(self) -> str:
-        from .html import notebook_frame
+        from .page import notebook_frame
 
         return notebook_frame(self)
 
@@ -389,11 +380,6 @@ def _rate(rate: FMRAtScore | None, curve: FMRCurve | None) -> dict[str, Any] | N
         "impostor_pairs": curve.pairs,
         "people": curve.people,
     }
-
-
-def short_name(name: str) -> str:
-    """The last part of a path, printable."""
-    return printable(name).rstrip("/").rpartition("/")[2] or printable(name)
 
 
 def attention_kind(model: XCosModel | OnnxModel) -> str:
@@ -483,52 +469,42 @@ def explain(
         None if p is None else checked_landmarks(p, size, f"landmarks_{which}")
         for which, p in (("a", landmarks_a), ("b", landmarks_b))
     ]
-    found = _compared(model, a, b)
+    maps, same_features = _compared(model, a, b)
     return Explanation(
-        similarity=found.similarity,
-        attention=found.attention,
-        model_score=found.score,
+        **maps,
         threshold=threshold,
         a=Face(a, names[0], points[0], details[0]),
         b=Face(b, names[1], points[1], details[1]),
         model=ModelCard(model.name, file, model.fingerprint(), attention_kind(model)),
         curve=model.fmr_curve,
         given=given,
-        identical="pictures" if np.array_equal(a, b) else "features" if found.same_features else None,
-        exchanged=found.exchanged if math.isfinite(found.exchanged) else None,
-        eps=found.eps,
+        identical="pictures" if np.array_equal(a, b) else "features" if same_features else None,
     )
 
 
-class _Compared(NamedTuple):
-    """What a model says of one pair, in fp64."""
-
-    score: float
-    exchanged: float
-    similarity: np.ndarray
-    attention: np.ndarray
-    same_features: bool
-    eps: float
-
-
-def _compared(model: XCosModel | OnnxModel, a: np.ndarray, b: np.ndarray) -> _Compared:
+def _compared(model: XCosModel | OnnxModel, a: np.ndarray, b: np.ndarray) -> tuple[dict[str, Any], bool]:
+    """What a model says of one pair, by the names of :class:`Explanation`, and whether it keeps the same of both."""
     if isinstance(model, OnnxModel):
         maps, exchanged = model.compare(a, b)
-        similarity, attention = (np.float64(values[0]) for values in (maps.similarity, maps.attention))
-        # A graph does not give the features themselves.
-        return _Compared(float(maps.score[0]), exchanged, similarity, attention, False, float(np.finfo(np.float32).eps))
-    import torch
+        score, eps = float(maps.score[0]), np.finfo(np.float32).eps
+        similarity, attention = maps.similarity[0], maps.attention[0]
+        same_features = False  # a graph does not give the features themselves
+    else:
+        import torch
 
-    features = features_of_faces(model, [a, b])
-    with torch.no_grad():
-        # (A, B) and (B, A) in one call: for a model whose attention depends on the order.
-        result = model.score(features, features.flip(0), return_maps=True)
-    score, exchanged = result.score.double().tolist()
-    return _Compared(
-        score,
-        exchanged,
-        result.similarity[0].double().cpu().numpy(),
-        result.attention[0].double().cpu().numpy(),
-        bool(torch.equal(features[0], features[1])),
-        float(torch.finfo(result.score.dtype).eps),
-    )
+        features = features_of_faces(model, [a, b])
+        with torch.no_grad():
+            # (A, B) and (B, A) in one call: for a model whose attention depends on the order.
+            result = model.score(features, features.flip(0), return_maps=True)
+        score, exchanged = result.score.double().tolist()
+        eps = torch.finfo(result.score.dtype).eps
+        similarity, attention = (part[0].double().cpu().numpy() for part in result[1:])
+        same_features = torch.equal(features[0], features[1])
+    values = {
+        "model_score": score,
+        "exchanged": exchanged if math.isfinite(exchanged) else None,
+        "similarity": similarity,
+        "attention": attention,
+        "eps": float(eps),
+    }
+    return values, same_features

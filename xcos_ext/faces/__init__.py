@@ -5,12 +5,10 @@ from xcos_ext.io.text import display_name
 from .alignment import ARCFACE_TEMPLATE, align_face, apply_transform, similarity_transform, template_for, warp
 from .cascade import CascadeDetector
 from .detector import Detector, Face
-from .factory import create_detector
 from .folders import PersonFolder, PictureTree
 from .landmarks import LandmarkReader
-from .pictures import MAX_PIXELS, read_picture
-from .reader import AlignedFace, extract_face, read_face
-from .selection import POLICIES, choose_face
+from .pictures import MAX_PIXELS, decode_picture, read_picture
+from .reader import POLICIES, AlignedFace, choose_face, create_detector, extract_face, read_face
 from .yunet import YuNetDetector
 
 __all__ = [
@@ -29,6 +27,7 @@ __all__ = [
     "apply_transform",
     "choose_face",
     "create_detector",
+    "decode_picture",
     "display_name",
     "extract_face",
     "read_face",

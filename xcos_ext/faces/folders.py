@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import os
 import threading
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,33 +13,11 @@ import numpy as np
 
 from xcos_ext.io.errors import PictureError
 
-__all__ = ["PersonFolder", "PictureTree", "decode"]
+from .pictures import MAX_PIXELS, decode_picture, read_picture
+
+__all__ = ["PersonFolder", "PictureTree"]
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"})
-
-
-def decode(data: bytes, name: str) -> np.ndarray:
-    """Decode one picture.
-
-    Args:
-        data: the file's content.
-        name: of the picture, for messages.
-
-    Returns:
-        uint8 RGB [height, width, 3].
-
-    Raises:
-        PictureError: the picture cannot be decoded.
-    """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("reading pictures needs Pillow: pip install 'xcos_ext[cli]'") from error
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            return np.array(picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise PictureError(f"{name}: cannot be decoded ({error})") from error
 
 
 class PictureTree:
@@ -94,28 +72,31 @@ class PictureTree:
         name = "/".join(part for part in parts if part != ".")
         return next((candidate for candidate in (name, self._top + name) if candidate in self._known), None)
 
-    def read(self, name: str, label: str | None = None) -> np.ndarray:
-        """Decode one picture.
+    def read(self, name: str, label: str | None = None, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+        """Decode one picture, as :func:`~xcos_ext.faces.read_picture` does.
 
         Args:
             name: one of ``names``.
             label: what to call it in messages; by default its name.
+            max_pixels: larger pictures are refused from the header alone.
 
         Returns:
             uint8 RGB [height, width, 3].
 
         Raises:
             KeyError: no such name.
-            PictureError: the picture cannot be read or decoded.
+            PictureError: the picture cannot be used.
         """
         if name not in self._known:
             raise KeyError(name)
         label = f"{self.path}: {label or name}"
+        if not self._zipped:
+            return read_picture(self.path / name, max_pixels=max_pixels, name=label)
         try:
             data = self._bytes(name)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise PictureError(f"{label}: cannot be decoded ({error})") from error
-        return decode(data, label)
+        except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+            raise PictureError(f"{label}: cannot be read from the archive ({error})") from error
+        return decode_picture(data, label, max_pixels=max_pixels)
 
     def _bytes(self, name: str) -> bytes:
         if not self._zipped:
@@ -205,7 +186,7 @@ class PersonFolder:
 
         Raises:
             KeyError: no such key.
-            PictureError: the picture cannot be decoded.
+            PictureError: the picture cannot be used.
         """
         return self._tree.read(self._names[key], key)
 

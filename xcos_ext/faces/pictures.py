@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import stat
@@ -15,7 +16,7 @@ from xcos_ext.io.errors import PictureError
 from xcos_ext.io.optional import need
 from xcos_ext.io.text import display_name, first_line
 
-__all__ = ["MAX_PIXELS", "read_picture"]
+__all__ = ["MAX_PIXELS", "decode_picture", "read_picture"]
 
 StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
@@ -30,7 +31,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "MPO", "PPM", "JPEG2000
 _BACKGROUND = (128, 128, 128)
 
 
-def read_picture(path: StrPath, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_picture(path: StrPath, *, max_pixels: int = MAX_PIXELS, name: str | None = None) -> np.ndarray:
     """Read a picture file.
 
     EXIF rotation is applied; grey, palette and CMYK pictures become RGB; transparency is composited on
@@ -41,20 +42,49 @@ def read_picture(path: StrPath, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Args:
         path: the file; names that are not UTF-8 are fine.
         max_pixels: larger pictures are refused from the header alone.
+        name: what to call it in messages; None: its path.
 
     Returns:
-        uint8 RGB [height, width, 3], contiguous.
+        uint8 RGB [height, width, 3], contiguous and writable.
 
     Raises:
         PictureError: missing, not a regular file, not readable, empty, not a picture, damaged, truncated, or
-            too large. The message starts with the file's name.
+            too large. The message starts with the name.
         ValueError: ``max_pixels`` is not positive.
     """
-    if max_pixels < 1:
-        raise ValueError(f"max_pixels: expected a positive number of pixels, got {max_pixels}")
-    name = display_name(path)
+    _check_limit(max_pixels)
+    name = display_name(path) if name is None else name
     with _open_regular(path, name) as file:
         return _decode(file, name, max_pixels)
+
+
+def decode_picture(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decode the content of a picture file, e.g. out of an archive, as :func:`read_picture` does.
+
+    Args:
+        data: the content.
+        name: of the picture, for messages.
+        max_pixels: larger pictures are refused from the header alone.
+
+    Returns:
+        uint8 RGB [height, width, 3], contiguous and writable.
+
+    Raises:
+        PictureError, ValueError: as :func:`read_picture`.
+    """
+    _check_limit(max_pixels)
+    if not data:
+        raise _empty(name)
+    return _decode(io.BytesIO(data), name, max_pixels)
+
+
+def _check_limit(max_pixels: int) -> None:
+    if max_pixels < 1:
+        raise ValueError(f"max_pixels: expected a positive number of pixels, got {max_pixels}")
+
+
+def _empty(name: str) -> PictureError:
+    return PictureError(f"{name}: expected a picture, got an empty file")
 
 
 def _open_regular(path: StrPath, name: str) -> BinaryIO:
@@ -69,7 +99,7 @@ def _open_regular(path: StrPath, name: str) -> BinaryIO:
             if stat.S_ISREG(mode):
                 if status.st_size == 0:
                     file.close()
-                    raise PictureError(f"{name}: expected a picture, got an empty file")
+                    raise _empty(name)
                 return file
             file.close()
     except FileNotFoundError as error:
@@ -151,7 +181,7 @@ def _to_rgb(picture: Any, name: str) -> np.ndarray:
         picture = picture.convert("RGBA")
         background = image_module.new("RGBA", picture.size, (*_BACKGROUND, 255))
         picture = image_module.alpha_composite(background, picture)
-    return np.ascontiguousarray(np.asarray(picture.convert("RGB"), dtype=np.uint8))
+    return np.array(picture.convert("RGB"), dtype=np.uint8)
 
 
 def _deep_to_8_bit(samples: np.ndarray, mode: str, name: str) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""From a picture file to one aligned face."""
+"""From a picture to one aligned face: which detector, which of several faces, and the crop."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +12,15 @@ from xcos_ext.io.errors import PictureError
 from xcos_ext.io.text import display_name
 
 from .alignment import align_face
+from .cascade import CascadeDetector
 from .detector import Detector, Face
 from .pictures import MAX_PIXELS, read_picture
-from .selection import choose_face
+from .yunet import YuNetDetector
 
-__all__ = ["AlignedFace", "extract_face", "read_face"]
+__all__ = ["POLICIES", "AlignedFace", "choose_face", "create_detector", "extract_face", "read_face"]
+
+#: ``prominent``: large and near the middle; ``largest``; ``centre``: nearest to the middle; ``only``: refuse to choose.
+POLICIES = ("prominent", "largest", "centre", "only")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,3 +102,60 @@ def extract_face(
     if face.landmarks is None:
         raise PictureError(f"{name}: the detector gives no landmarks, so the face cannot be aligned")
     return AlignedFace(align_face(rgb, face.landmarks, size), name, face, len(faces))
+
+
+def create_detector(spec: str | os.PathLike[str] = "cascade") -> Detector:
+    """The detector for a setting as a user writes it.
+
+    Args:
+        spec: ``"cascade"`` for :class:`CascadeDetector`, or the path of a YuNet network (``.onnx``) for
+            :class:`YuNetDetector`.
+
+    Raises:
+        ModelError: the file cannot be used as a YuNet detector.
+        ValueError: neither of the two.
+    """
+    if spec == "cascade":
+        return CascadeDetector()
+    if str(spec).lower().endswith(".onnx"):
+        return YuNetDetector(spec)
+    raise ValueError(f"detector: expected 'cascade' or the path of a YuNet .onnx file, got {str(spec)!r}")
+
+
+def choose_face(
+    faces: Sequence[Face], shape: tuple[int, int], policy: str = "prominent", *, name: str = "picture"
+) -> Face:
+    """Pick one face.
+
+    Args:
+        faces: what a detector found, at least one.
+        shape: (height, width) of the picture.
+        policy: one of :data:`POLICIES`. ``prominent`` takes the greatest area * exp(-(d / r)^2 / 2) * score,
+            d being the distance of the box from the picture's middle and r a quarter of its diagonal.
+        name: of the picture, for the message.
+
+    Raises:
+        PictureError: several faces under the policy ``only``.
+        ValueError: another policy, or no faces.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
+    if not faces:
+        raise ValueError("faces: expected at least one face, got none")
+    if policy == "only" and len(faces) > 1:
+        raise PictureError(
+            f"{name}: expected one face, found {len(faces)}; crop the picture, or choose with "
+            "--face largest or --face centre"
+        )
+    boxes = np.array([face.box for face in faces], np.float64)
+    area = boxes[:, 2] * boxes[:, 3]
+    middle = np.array([shape[1], shape[0]]) / 2
+    distance = np.linalg.norm(boxes[:, :2] + boxes[:, 2:] / 2 - middle, axis=1)
+    if policy == "centre":
+        merit = -distance
+    elif policy == "prominent":
+        radius = np.hypot(*shape) / 4
+        merit = area * np.exp(-((distance / radius) ** 2) / 2) * [face.score for face in faces]
+    else:
+        merit = area
+    return faces[int(merit.argmax())]

@@ -11,9 +11,12 @@ __all__ = [
     "duration",
     "few",
     "first_line",
+    "number",
     "percent",
     "printable",
     "rate",
+    "short_name",
+    "shorten",
     "signed",
     "span",
 ]
@@ -51,10 +54,25 @@ def few(names: Iterable[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
+def short_name(name: str) -> str:
+    """The last part of a path, printable."""
+    return printable(name).rstrip("/").rpartition("/")[2] or printable(name)
+
+
+def shorten(name: str, most: int = 30) -> str:
+    """A name of at most ``most`` characters: what is too much is left out in its middle."""
+    return name if len(name) <= most else name[: most // 2 - 1] + "\u2026" + name[-most // 2 :]
+
+
 def signed(value: float, digits: int = 3) -> str:
     """A number with its sign, a minus that is a minus, and no negative zero."""
     text = f"{value:+.{digits}f}"
     return (text[1:] if float(text) == 0 else text).replace("-", "\u2212")
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number with a minus that is a minus, and no negative zero."""
+    return signed(value, digits).lstrip("+")
 
 
 def percent(share: float) -> str:

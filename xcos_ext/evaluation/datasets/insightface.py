@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xcos_ext.faces.folders import decode
+from xcos_ext.faces import decode_picture
 
 from .pairs import PairList
 
@@ -198,4 +198,4 @@ class InsightfaceBin(PairList):
 
     def read(self, key: str) -> NDArray[np.uint8]:
         """As :meth:`PairList.read`."""
-        return decode(self._pictures[int(key)], f"{self.path}: picture {int(key)}")
+        return decode_picture(self._pictures[int(key)], f"{self.path}: picture {int(key)}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xcos_ext.explain.plotting import DASHES, GRID, LINES, new_figure
 from xcos_ext.io.optional import need
 
 from .deletion import MODES, Deletion
@@ -20,10 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["faithfulness_figure"]
 
-# Okabe and Ito's colours stay apart under every common colour vision deficiency; line styles and markers tell more
-# explainers apart than there are colours. Controls are grey.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-_STYLES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
+# Line styles and markers tell more explainers apart than there are colours; controls are grey.
 _MARKERS = "os^vDPX*"
 _CONTROL_COLOUR = "#8c8c8c"
 
@@ -33,8 +31,8 @@ def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     made: dict[str, dict[str, Any]] = {}
     for i, name in enumerate(name for name in names if name not in CONTROLS):
         made[name] = {
-            "color": _COLOURS[i % len(_COLOURS)],
-            "linestyle": _STYLES[(i // len(_COLOURS)) % len(_STYLES)],
+            "color": LINES[i % len(LINES)],
+            "linestyle": DASHES[(i // len(LINES)) % len(DASHES)],
             "marker": _MARKERS[i % len(_MARKERS)],
         }
     for style, marker, name in zip(((0, (1, 1.5)), (0, (5, 2))), ("x", "+"), CONTROLS, strict=True):
@@ -66,12 +64,9 @@ def faithfulness_figure(result: Faithfulness, *, fill: str | None = None) -> Fig
         raise ValueError("result: expected a region swap, deletion, identification or patch replacement, got none")
     # Region swaps have a line for each explainer in each region.
     heights = [max(3.3, 0.75 * len(result.explainers)) if kind == "swap" else 3.3 for kind, _ in rows]
-    figure = need("matplotlib.figure", "drawing").Figure(
-        figsize=(13.0, 0.9 + sum(heights)), layout="constrained", facecolor="white"
-    )
-    need("matplotlib.backends.backend_agg", "drawing").FigureCanvasAgg(figure)
+    figure = new_figure(13.0, 0.9 + sum(heights), layout="constrained")
     looks = _looks(result.explainers)
-    parts = np.atleast_1d(figure.subfigures(len(rows), 1, height_ratios=heights))
+    parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
     for part, (kind, found) in zip(parts, rows, strict=True):
         if kind == "swap":
             _draw_swap(part, found, looks)
@@ -97,7 +92,7 @@ def _tidy(axes: Axes, title: str, x: str, y: str) -> None:
     if place is not None and place.is_first_col():
         axes.set_ylabel(y, fontsize=9)
     axes.tick_params(labelsize=8)
-    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.grid(True, color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

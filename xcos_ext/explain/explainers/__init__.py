@@ -1,14 +1,11 @@
 """Explainers of a pair's score behind one interface: ``explainer(model, a, b) -> (similar, dissimilar)``."""
 
-from .cells import CellMap
-from .controls import CentreMap, RandomMap
-from .corrrise import CorrRISE
-from .fggb import FGGB
-from .gradcam import GradCAM
+from .comparison import explainers_figure
+from .gradients import FGGB, XSSAB, GradCAM
 from .interface import EmbeddingCosine, Explainer, PairModel, Saliency, XCosPairs, as_pair_model
-from .occlusion import Occlusion
+from .masking import CorrRISE, Occlusion
 from .registry import available, create
-from .xssab import XSSAB
+from .simple import CellMap, CentreMap, RandomMap
 
 __all__ = [
     "FGGB",
@@ -27,4 +24,5 @@ __all__ = [
     "as_pair_model",
     "available",
     "create",
+    "explainers_figure",
 ]

@@ -6,14 +6,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from .cells import CellMap
-from .controls import CentreMap, RandomMap
-from .corrrise import CorrRISE
-from .fggb import FGGB
-from .gradcam import GradCAM
+from .gradients import FGGB, XSSAB, GradCAM
 from .interface import Explainer
-from .occlusion import Occlusion
-from .xssab import XSSAB
+from .masking import CorrRISE, Occlusion
+from .simple import CellMap, CentreMap, RandomMap
 
 __all__ = ["available", "create"]
 

@@ -15,8 +15,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from xcos_ext.explain.explainers.checks import (
-    at_once,
+from xcos_ext.explain.explainers.base import (
+    BatchedExplainer,
     check_count,
     check_pairs,
     check_threshold,
@@ -26,9 +26,7 @@ from xcos_ext.explain.explainers.checks import (
 from xcos_ext.explain.explainers.interface import PairModel, Saliency, XCosPairs
 from xcos_ext.explain.fills import blurred
 
-from .files import load_decoder, shipped_decoders
-from .network import FeatureDecoder
-from .sets import decoded, fingerprint_of
+from .decoder import FeatureDecoder, decoded, fingerprint_of, load_decoder, shipped_decoders
 
 __all__ = ["Evidence", "ReconstructionExplainer", "evidence"]
 
@@ -85,7 +83,7 @@ class _Piece(NamedTuple):
     sides: Tensor
 
 
-class ReconstructionExplainer:
+class ReconstructionExplainer(BatchedExplainer):
     """Maps of the change of A's reconstruction when what speaks for, or against, the same person is put out.
 
     Entries of A's feature are put out unit by unit: replaced by the data-set mean, and the picture drawn again. The map
@@ -127,9 +125,9 @@ class ReconstructionExplainer:
             raise ValueError(f"blur: expected a finite number >= 0, got {blur}")
         if decoder is not None and not isinstance(decoder, nn.Module):
             decoder = load_decoder(decoder)
+        super().__init__(batch_size)
         self.units, self.blur, self.threshold = units, blur, check_threshold(threshold)
         self.groups = None if groups is None else check_count("groups", groups)
-        self.batch_size = None if batch_size is None else check_count("batch_size", batch_size)
         if decoder is not None:
             self._units(decoder)
         self._given = decoder
@@ -176,8 +174,8 @@ class ReconstructionExplainer:
             Two masks, bool [N, *shape]. With cells as units a cell is in a set as a whole.
         """
         decoder = self.decoder_for(model)
-        told = evidence(model, features_a, features_b, self.threshold)
-        excess = told.excess.unflatten(1, decoder.shape)
+        found = evidence(model, features_a, features_b, self.threshold)
+        excess = found.excess.unflatten(1, decoder.shape)
         if self._units(decoder) == "cells":
             excess = excess.sum(1, keepdim=True).expand_as(excess)
         return excess > 0, excess < 0
@@ -193,14 +191,14 @@ class ReconstructionExplainer:
         """
         check_pairs(model, a, b)
         decoder = self.decoder_for(model).to(a.device)
-        size = at_once(self.batch_size, a.device)
+        size = self._at_once(a.device)
         features_a, features_b = features_of(model, a, size), features_of(model, b, size)
         decoder.check(features_a)
         units = self._units(decoder)
-        told = evidence(model, features_a, features_b, self.threshold)
+        found = evidence(model, features_a, features_b, self.threshold)
         whole = decoded(decoder, features_a, size)
         maps = whole.new_zeros(2, *whole.shape[:1], *whole.shape[2:])
-        pieces = (self._cells if units == "cells" else self._channels)(told, decoder, size)
+        pieces = (self._cells if units == "cells" else self._channels)(found, decoder, size)
         mean = decoder.mean.to(features_a)
         for pairs, removed, weights, sides in pieces:  # some drawings at a time: memory is bounded
             drawn = decoded(decoder, torch.where(removed, mean, features_a[pairs]), size)
@@ -212,21 +210,21 @@ class ReconstructionExplainer:
 
     # --- units, a few drawings at a time
 
-    def _cells(self, told: Evidence, decoder: FeatureDecoder, size: int) -> Iterator[_Piece]:
+    def _cells(self, found: Evidence, decoder: FeatureDecoder, size: int) -> Iterator[_Piece]:
         channels, height, width = decoder.shape
-        excess = told.excess.unflatten(1, decoder.shape).sum(1).flatten(1)  # W (S - t)
+        excess = found.excess.unflatten(1, decoder.shape).sum(1).flatten(1)  # W (S - t)
         pairs, cells = torch.nonzero(excess != 0, as_tuple=True)
         one = torch.eye(height * width, dtype=torch.bool, device=excess.device).view(-1, 1, height, width)
         for p, c in zip(pairs.split(size), cells.split(size), strict=True):
             values = excess[p, c]
             yield _Piece(p, one[c].expand(-1, channels, -1, -1), values.abs(), (values < 0).long())
 
-    def _channels(self, told: Evidence, decoder: FeatureDecoder, size: int) -> Iterator[_Piece]:
-        entries = told.excess.shape[1]
+    def _channels(self, found: Evidence, decoder: FeatureDecoder, size: int) -> Iterator[_Piece]:
+        entries = found.excess.shape[1]
         count = entries if self.groups is None else min(self.groups, entries)
-        for side, members in enumerate((told.similar, told.dissimilar)):
+        for side, members in enumerate((found.similar, found.dissimilar)):
             sizes = members.sum(1, keepdim=True)
-            weight = told.excess.abs() * members
+            weight = found.excess.abs() * members
             ranks = weight.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # members first, heaviest first
             # Group of each member: ranks cut into `count` parts of equal size, or single ones where there are fewer.
             parts = sizes.clamp_max(count)

@@ -8,19 +8,19 @@ import numpy as np
 import torch
 
 from xcos_ext.explain.explainers.interface import PairModel
+from xcos_ext.explain.plotting import AGAINST, FAINT, FOR, INK, bare_axes, colour_map, new_figure
 from xcos_ext.io.optional import need
+from xcos_ext.io.text import shorten
 
+from .decoder import reconstruct
 from .explainer import ReconstructionExplainer
-from .sets import reconstruct
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["reconstruction_figure"]
 
-# The ends of ColorBrewer's red-blue, which stay apart under colour blindness; blue speaks for the same person.
-_FOR, _AGAINST = "#2166ac", "#b2182b"
-_INK, _FAINT = "#222222", "#6b6b6b"
+_PALE = "#f4f4f4"
 _TITLES = (
     "picture",
     "what the network kept",
@@ -56,15 +56,13 @@ def reconstruction_figure(
         note: a small line at the bottom.
 
     Returns:
-        A figure on the Agg canvas; nothing is registered with pyplot.
+        A figure on the Agg canvas; write it with :func:`xcos_ext.explain.save_figure`.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
         ValueError: faces of another size, no threshold, or a model that the decoder does not belong to.
     """
-    figure_module = need("matplotlib.figure", "drawing")
     colors = need("matplotlib.colors", "drawing")
-    cm = need("matplotlib.cm", "drawing")
     images = model.preprocessing([face_a, face_b])
     decoder = explainer.decoder_for(model)
     images = images.to(decoder.mean.device)
@@ -82,52 +80,38 @@ def reconstruction_figure(
     assert threshold is not None  # the explainer refuses models without
     most = max(float(max(part.max() for part in maps)), 1e-12)
 
-    figure = figure_module.Figure(figsize=(11.6, 5.0), layout=None, facecolor="white")
-    need("matplotlib.backends.backend_agg", "drawing").FigureCanvasAgg(figure)
+    figure = new_figure(11.6, 5.0)
     side, gap, left, low = 0.147, 0.0085, 0.036, 0.085
     tall = side * 11.6 / 5.0
     for row, (name, face) in enumerate(zip(names, (face_a, face_b), strict=True)):
         bottom = low + (1 - row) * (tall + 0.022)
-        figure.text(0.012, bottom + tall / 2, _short(name), rotation=90, ha="center", va="center", fontsize=11,
-                    color=_INK, parse_math=False)  # fmt: skip
+        figure.text(0.012, bottom + tall / 2, shorten(name, 28), rotation=90, ha="center", va="center", fontsize=11,
+                    color=INK, parse_math=False)  # fmt: skip
         pictures: list[Any] = [face, *(d[row].permute(1, 2, 0).cpu().numpy() for d in drawings)]
         for column, title in enumerate(_TITLES):
-            axes = figure.add_axes((left + column * (side + gap) + 0.006 * (column > 3), bottom, side, tall))
-            axes.set_xticks([]), axes.set_yticks([])
-            for spine in axes.spines.values():
-                spine.set_visible(False)
+            axes = bare_axes(figure, left + column * (side + gap) + 0.006 * (column > 3), bottom, side, tall)
             if column < 4:
                 axes.imshow(pictures[column])
             else:
-                _draw_map(axes, face, maps[column - 4][row] / most, (_FOR, _AGAINST)[column - 4], colors)
+                _draw_map(axes, face, maps[column - 4][row] / most, (FOR, AGAINST)[column - 4], colors)
             if row == 0:
-                colour = {4: _FOR, 5: _AGAINST}.get(column, _INK)
+                colour = {4: FOR, 5: AGAINST}.get(column, INK)
                 axes.set_title(title, fontsize=10.5, color=colour, pad=5)
-    for place, colour in ((4, _FOR), (5, _AGAINST)):
-        box = figure.add_axes((left + place * (side + gap) + 0.006, 0.052, side, 0.018))
-        scale = cm.ScalarMappable(colors.Normalize(0, 1), _ramp(colour, colors))
-        bar = figure.colorbar(scale, cax=box, orientation="horizontal", ticks=[])
-        bar.outline.set_visible(False)
+    for place, colour in ((4, FOR), (5, AGAINST)):
         x = left + place * (side + gap) + 0.006
-        figure.text(x, 0.014, "0", fontsize=8, color=_FAINT)
-        figure.text(x + side, 0.014, "most of the four maps", fontsize=8, color=_FAINT, ha="right")
+        box = bare_axes(figure, x, 0.052, side, 0.018)
+        box.imshow(np.linspace(0, 1, 256)[None], cmap=colour_map((_PALE, colour)), aspect="auto")
+        figure.text(x, 0.014, "0", fontsize=8, color=FAINT)
+        figure.text(x + side, 0.014, "most of the four maps", fontsize=8, color=FAINT, ha="right")
     same = score >= threshold
     figure.text(left, 0.93, "same person" if same else "different people", fontsize=16, fontweight="bold",
-                color=_FOR if same else _AGAINST)  # fmt: skip
+                color=FOR if same else AGAINST)  # fmt: skip
     sign = "\u2265" if same else "<"
     summary = f"score {score:.3f} {sign} threshold {threshold:.3f}"
-    figure.text(left + 6 * side + 5 * gap + 0.006, 0.935, summary, fontsize=12.5, color=_INK, ha="right")
+    figure.text(left + 6 * side + 5 * gap + 0.006, 0.935, summary, fontsize=12.5, color=INK, ha="right")
     if note:
-        figure.text(left, 0.014, note, fontsize=8, color=_FAINT, parse_math=False)
+        figure.text(left, 0.014, note, fontsize=8, color=FAINT, parse_math=False)
     return figure
-
-
-def _short(name: str, length: int = 28) -> str:
-    return name if len(name) <= length else f"{name[: length - 1]}\u2026"
-
-
-def _ramp(colour: str, colors: Any) -> Any:
-    return colors.LinearSegmentedColormap.from_list("ramp", ["#f4f4f4", colour])
 
 
 def _draw_map(axes: Any, face: np.ndarray, values: np.ndarray, colour: str, colors: Any) -> None:

@@ -8,195 +8,38 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import csv
 import os
-import stat
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from xcos_ext.devices import module_device
 from xcos_ext.io.atomic import check_output, write_atomically
-from xcos_ext.io.errors import PictureError, XCosError
 from xcos_ext.io.optional import need
 from xcos_ext.io.text import printable
 
-from .colours import RDBU, YLGN
 from .explanation import ModelCard, attention_kind, checked_threshold, features_of_faces
-from .html import Page, data_block, how_to_read, picture_uri, text
+from .page import picture_uri, render
+from .pairs_file import ReportPair
+from .plotting import RDBU, YLGN
 from .regions import PARTS, cell_parts
 
 if TYPE_CHECKING:
     from xcos_ext.faces import Detector
     from xcos_ext.model import XCosModel
 
-__all__ = ["PairsFile", "PairsFileError", "ReportPair", "ReportSummary", "pictures_below", "write_report"]
+__all__ = ["ReportSummary", "write_report"]
 
 _PAIRS = 128  # scored at a time
 _THUMBNAIL = 112  # pixels of the longer side
 _QUALITY = 72  # of the JPEGs
 _FULL = 65535  # a map's number in two bytes
-_GENUINE = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": None}
-
-
-class PairsFileError(XCosError, ValueError):
-    """A list of pairs that cannot be used; the message names the file and the line."""
-
-
-@dataclass(frozen=True)
-class ReportPair:
-    """One line of the list.
-
-    Attributes:
-        a, b: pictures, as the list names them.
-        genuine: whether both show one person; None: not said.
-        labels: values of the list's other columns.
-        line: of the list, from 1 for its header; 0: no list.
-    """
-
-    a: str
-    b: str
-    genuine: bool | None = None
-    labels: tuple[str, ...] = ()
-    line: int = 0
-
-
-class PairsFile:
-    """Pairs from a CSV file with a header: columns ``a``, ``b``, optionally ``genuine`` (or ``same``), and any others.
-
-    ``genuine`` is 1 or 0 (also true, yes, false, no), or empty where it is not known. The other columns are shown on
-    the page. The file is read through once to check it, and again whenever it is iterated; it is never held in memory.
-
-    Args:
-        path: the file, UTF-8.
-
-    Attributes:
-        label_names: the other columns.
-
-    Raises:
-        PairsFileError: not such a file; the message names the line.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
-        self._name = printable(self.path)
-        self.label_names: tuple[str, ...] = ()
-        self._count = 0
-        for _ in self:
-            self._count += 1
-        if not self._count:
-            raise PairsFileError(f"{self._name}: no pairs in it")
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[ReportPair]:
-        name = self._name
-        line = 0
-        try:
-            if not stat.S_ISREG(os.stat(self.path).st_mode):
-                raise PairsFileError(f"{name}: expected a CSV file, got something that is not a regular file")
-            with open(self.path, encoding="utf-8-sig", newline="") as stream:
-                rows = csv.reader(stream, strict=True)
-                try:
-                    header = [column.strip() for column in next(rows, [])]
-                    line = rows.line_num
-                    places = self._places(header, max(line, 1))
-                    for row in rows:
-                        line = rows.line_num
-                        if row:
-                            yield self._pair(row, header, places, line)
-                except csv.Error as error:
-                    raise PairsFileError(f"{name}, line {rows.line_num}: not CSV ({error})") from error
-        except UnicodeDecodeError as error:
-            raise PairsFileError(f"{name}, after line {line}: expected text in UTF-8 ({error.reason})") from error
-        except (OSError, ValueError) as error:
-            if isinstance(error, PairsFileError):
-                raise
-            raise PairsFileError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-
-    def _places(self, header: list[str], line: int) -> tuple[int, int, int | None]:
-        lower = [column.lower() for column in header]
-        doubled = sorted({column for column in lower if column and lower.count(column) > 1})
-        if "a" not in lower or "b" not in lower or doubled:
-            got = ", ".join(repr(column) for column in header) or "nothing"
-            raise PairsFileError(
-                f"{self._name}, line {line}: expected a header with the columns a and b, each column once, got {got}"
-            )
-        kind = next((lower.index(column) for column in ("genuine", "same") if column in lower), None)
-        places = (lower.index("a"), lower.index("b"), kind)
-        self.label_names = tuple(column for i, column in enumerate(header) if i not in places)
-        return places
-
-    def _pair(self, row: list[str], header: list[str], places: tuple[int, int, int | None], line: int) -> ReportPair:
-        where = f"{self._name}, line {line}"
-        if len(row) != len(header):
-            raise PairsFileError(f"{where}: expected {len(header)} columns as in the header, got {len(row)}")
-        a, b = row[places[0]].strip(), row[places[1]].strip()
-        if not a or not b:
-            raise PairsFileError(f"{where}: expected two pictures, got {a!r} and {b!r}")
-        genuine = None
-        if places[2] is not None:
-            said = row[places[2]].strip().lower()
-            if said not in _GENUINE:
-                raise PairsFileError(f"{where}: {header[places[2]]}: expected 1, 0 or nothing, got {said!r}")
-            genuine = _GENUINE[said]
-        labels = tuple(value for i, value in enumerate(row) if i not in places)
-        return ReportPair(a, b, genuine, labels, line)
-
-
-def pictures_below(root: str | os.PathLike[str], *, max_pixels: int | None = None) -> Callable[[str], np.ndarray]:
-    """A reader of pictures by their path below a folder, or in a zip archive.
-
-    Args:
-        root: the folder or archive. Where it holds one folder and nothing else, paths may start in that.
-        max_pixels: larger files are refused; by default :data:`xcos_ext.faces.MAX_PIXELS`.
-
-    Returns:
-        A function from a path to uint8 RGB [H, W, 3]; it raises PictureError, and may be called from threads.
-
-    Raises:
-        PictureError: no such folder or archive.
-    """
-    from xcos_ext.faces import MAX_PIXELS, display_name, read_picture
-
-    folder = Path(root)
-    name = printable(str(root))
-    if folder.is_dir():
-        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-        inner = folder / entries[0].name if len(entries) == 1 and entries[0].is_dir() else folder
-
-        def from_folder(path: str) -> np.ndarray:
-            place = folder / path
-            if inner is not folder and not os.path.lexists(place):
-                place = inner / path
-            try:
-                return read_picture(place, max_pixels=max_pixels or MAX_PIXELS)
-            except PictureError as error:  # a page that goes elsewhere need not tell where the pictures lay here
-                raise PictureError(str(error).replace(display_name(place), printable(path), 1)) from error
-
-        return from_folder
-    from xcos_ext.faces import PictureTree
-
-    try:
-        tree = PictureTree(folder)
-    except (OSError, ValueError) as error:
-        raise PictureError(f"{name}: expected a folder or a zip archive with the pictures") from error
-
-    def from_archive(path: str) -> np.ndarray:
-        key = tree.find(path)
-        if key is None:
-            raise PictureError(f"{path}: not in {name}")
-        return tree.read(key)
-
-    return from_archive
 
 
 @dataclass
@@ -250,12 +93,12 @@ class _Spool:
         self._shape: tuple[int, ...] = ()
         self._rows = 0
 
-    def append(self, rows: np.ndarray) -> int:
-        """Add rows [N, ...] of fp32; gives the place of the first."""
+    def append(self, rows: np.ndarray) -> range:
+        """Add rows [N, ...] of fp32; gives their places."""
         self._shape = rows.shape[1:]
         self._file.write(np.ascontiguousarray(rows, np.float32).tobytes())
         self._rows += len(rows)
-        return self._rows - len(rows)
+        return range(self._rows - len(rows), self._rows)
 
     def take(self, places: Sequence[int]) -> np.ndarray:
         """Rows by their places [N, ...]."""
@@ -283,10 +126,11 @@ def _thumbnail(rgb: np.ndarray) -> str:
 class _Report:
     """The state of a report that is being written."""
 
-    def __init__(self, model: XCosModel, threshold: float | None, folder: str, batch: int) -> None:
+    def __init__(self, model: XCosModel, threshold: float | None, folder: str) -> None:
         self.model = model
         self.summary = ReportSummary(threshold=threshold)
-        self.batch = batch
+        grid = features_of_faces(model, [np.zeros((*model.preprocessing.size, 3), np.uint8)])
+        self.cells = (int(grid.shape[-2]), int(grid.shape[-1]))
         self.spool = _Spool(folder)
         self.places: dict[str, int] = {}  # picture -> number on the page, in the order of first use
         self.rows: list[int] = []  # number -> row of the spool; -1: no face
@@ -294,46 +138,34 @@ class _Report:
 
     # --- pictures
 
-    def add_pictures(self, read: list[tuple[str, np.ndarray | None, int, str | None]]) -> str:
+    def add_pictures(self, read: list[tuple[str, np.ndarray | None, int, str | None]]) -> Iterator[dict[str, Any]]:
         """Features and thumbnails of the next pictures; their blocks of the page."""
         faces = [rgb for _, rgb, _, _ in read if rgb is not None]
         failure = None
-        starts: list[int] = []
+        rows: Iterator[int] = iter(())
         if faces:
             try:
-                features = features_of_faces(self.model, faces).float().cpu().numpy()
-                first = self.spool.append(features)
-                starts = list(range(first, first + len(faces)))
+                rows = iter(self.spool.append(features_of_faces(self.model, faces).float().cpu().numpy()))
             except MemoryError:
                 raise
             except RuntimeError as error:  # a network that fails on these pictures
                 failure = f"the model failed: {printable(str(error))}"
-        following = iter(starts)
-        names: list[str] = []
+        first = len(self.rows)
         reasons: dict[int, str] = {}
-        jpegs: list[str] = []
-        first_number = len(self.rows)
-        for name, rgb, found, why in read:
-            number = len(self.rows)
+        for number, (_, _, found, why) in enumerate(read, first):
             why = why or failure
-            names.append(printable(name))
-            jpegs.append("" if rgb is None else _thumbnail(rgb))
-            if why is None:
-                self.rows.append(next(following))
-            else:
-                self.rows.append(-1)
+            self.rows.append(next(rows) if why is None else -1)
+            if why is not None:
                 self.why[number] = reasons[number] = printable(why)
-                self.summary.without_face += 1
             self.summary.several_faces += found > 1
         self.summary.pictures += len(read)
-        return (
-            data_block({"names": names, "why": reasons}, "names")
-            + f'<script type="text/plain" class="jpegs" data-first="{first_number}">{chr(10).join(jpegs)}</script>\n'
-        )
+        self.summary.without_face += len(reasons)
+        yield {"kind": "names", "data": {"names": [printable(name) for name, *_ in read], "why": reasons}}
+        yield {"first": first, "jpegs": ["" if rgb is None else _thumbnail(rgb) for _, rgb, _, _ in read]}
 
     # --- pairs
 
-    def add_pairs(self, pairs: list[ReportPair]) -> str:
+    def add_pairs(self, pairs: list[ReportPair]) -> dict[str, Any]:
         """Scores and maps of some pairs; their block of the page."""
         numbers = [(self.places[pair.a], self.places[pair.b]) for pair in pairs]
         why: dict[int, str] = {}
@@ -367,21 +199,19 @@ class _Report:
         self.summary.identical += len(identical)
         good = [place for place in range(len(usable)) if place not in problems]
         packed[[usable[place] for place in good]] = maps[good]
-        return data_block(
-            {
-                "a": [a for a, _ in numbers],
-                "b": [b for _, b in numbers],
-                "line": [pair.line for pair in pairs],
-                "genuine": [None if pair.genuine is None else int(pair.genuine) for pair in pairs],
-                "labels": [[printable(label) for label in pair.labels] for pair in pairs],
-                "score": shown,
-                "fmr": rates,
-                "why": why,
-                "identical": identical,
-                "maps": base64.b64encode(packed.tobytes()).decode("ascii"),
-            },
-            "pairs",
-        )
+        data = {
+            "a": [a for a, _ in numbers],
+            "b": [b for _, b in numbers],
+            "line": [pair.line for pair in pairs],
+            "genuine": [None if pair.genuine is None else int(pair.genuine) for pair in pairs],
+            "labels": [[printable(label) for label in pair.labels] for pair in pairs],
+            "score": shown,
+            "fmr": rates,
+            "why": why,
+            "identical": identical,
+            "maps": base64.b64encode(packed.tobytes()).decode("ascii"),
+        }
+        return {"kind": "pairs", "data": data}
 
     def _score(self, rows: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray, list[int], dict[int, str]]:
         """Scores fp64 [N], maps uint16 [N, 2, cells], places of equal features, and by place why there is no score."""
@@ -427,16 +257,6 @@ class _Report:
             summary.different += not same
             summary.false_matches += same and genuine is False
             summary.false_non_matches += not same and genuine is True
-
-    @property
-    def cells(self) -> tuple[int, int]:
-        return self._cells
-
-    def measure_cells(self) -> None:
-        """Rows and columns of the model's grid."""
-        height, width = self.model.preprocessing.size
-        shape = features_of_faces(self.model, [np.zeros((height, width, 3), np.uint8)]).shape
-        self._cells = (int(shape[-2]), int(shape[-1]))
 
 
 def write_report(
@@ -492,7 +312,7 @@ def write_report(
     threshold, given = checked_threshold(model, threshold)
     if detector is not None:
         detector()  # fails here rather than in a thread; and OpenCV cannot be imported by several threads at once
-    report = _Report(model, threshold, os.path.dirname(target), batch_size)
+    report = _Report(model, threshold, os.path.dirname(target))
     try:
         total = 0
         for pair in pairs:
@@ -501,30 +321,36 @@ def write_report(
                 report.places.setdefault(name, len(report.places))
         if not total:
             raise ValueError("pairs: expected at least one, got none")
-        report.measure_cells()
-        card = ModelCard(model.name, file, model.fingerprint(), attention_kind(model))
-        settings = _settings(report, card, given, label_names)
 
-        def write(stream: BinaryIO) -> None:
-            page = Page("report", title)
-
-            def put(content: str) -> None:
-                stream.write(content.encode("utf-8"))
-
-            put(page.head + _content(title, threshold is not None) + data_block(settings, "settings"))
+        def made() -> Generator[dict[str, Any], None, None]:
             with contextlib.closing(_faces(report, read, detector, policy, threads)) as faces:
                 source = iter(pairs)
                 done = 0
                 while chunk := list(islice(source, _PAIRS)):
                     wanted = 1 + max(report.places[name] for pair in chunk for name in (pair.a, pair.b))
                     while len(report.rows) < wanted:
-                        put(report.add_pictures(list(islice(faces, min(batch_size, wanted - len(report.rows))))))
-                    put(report.add_pairs(chunk))
+                        yield from report.add_pictures(list(islice(faces, min(batch_size, wanted - len(report.rows)))))
+                    yield report.add_pairs(chunk)
                     done += len(chunk)
                     if progress is not None:
                         progress(done, total)
             report.summary.seconds = time.monotonic() - started
-            put(data_block(report.summary.as_dict(), "summary") + page.foot)
+
+        blocks = made()
+        page = render(
+            "report",
+            title=title,
+            decided=threshold is not None,
+            settings=_settings(report, ModelCard(model.name, file, model.fingerprint(), attention_kind(model)))
+            | {"given": given, "labels": [printable(name) for name in label_names]},
+            blocks=blocks,
+            summary=report.summary,
+        )
+
+        def write(stream: BinaryIO) -> None:
+            with contextlib.closing(blocks):  # its threads end with it, also where the disk is full
+                for piece in page:
+                    stream.write(piece.encode("utf-8"))
             report.summary.bytes = stream.tell()
 
         write_atomically(target, write)
@@ -549,39 +375,18 @@ def _faces(
         yield picture.id, rgb, found, why
 
 
-def _settings(report: _Report, card: ModelCard, given: bool, label_names: Sequence[str]) -> Mapping[str, Any]:
+def _settings(report: _Report, card: ModelCard) -> dict[str, Any]:
     from xcos_ext import __version__
 
     curve = report.model.fmr_curve
     return {
-        "cells": list(report.cells),
+        "cells": report.cells,
         "parts": cell_parts(report.cells, report.model.preprocessing.size).ravel().tolist(),
-        "part_names": list(PARTS),
+        "part_names": PARTS,
         "threshold": report.summary.threshold,
-        "given": given,
-        "rdbu": list(RDBU),
-        "ylgn": list(YLGN),
-        "labels": [printable(name) for name in label_names],
+        "rdbu": RDBU,
+        "ylgn": YLGN,
         "model": card.as_dict() | {"attention": card.attention_in_words},
         "calibration": None if curve is None else {"pairs": curve.pairs, "people": curve.people},
         "version": __version__,
     }
-
-
-def _content(title: str, decided: bool) -> str:
-    return f"""<main>
-<header><h1>{text(title)}</h1>
-<p id="counts" role="status">Reading the page&hellip;</p>
-<p id="about"></p>
-<noscript><p><b>This page needs its script to show the pairs.</b> It is part of the file; nothing is loaded from
-anywhere.</p></noscript></header>
-<section id="controls" hidden aria-label="Choose and sort"></section>
-<p id="found" role="status" aria-live="polite"></p>
-<nav class="pager" hidden aria-label="Pages"></nav>
-<div id="pairs"></div>
-<nav class="pager" hidden aria-label="Pages, again"></nav>
-<section class="notes"><h2>What these maps can say, and what they cannot</h2>
-{how_to_read(decided)}
-</section>
-</main>
-"""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xcos_ext.explain.colours import RDBU
+from xcos_ext.explain.plotting import FAINT, INK, RDBU, bare_axes, check_face, colour_map, new_figure
 from xcos_ext.io.optional import need
 
 from .interface import Saliency
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["explainers_figure"]
 
 _ROWS = ("similar", "dissimilar")
-_INK, _FAINT = "#222222", "#6b6b6b"
 _SHOWN = 50  # per cent: the half of the face that a map ranks lower stays without colour
 
 
@@ -55,34 +54,23 @@ def explainers_figure(
         ValueError: other shapes or types, no maps, or values that are not finite.
     """
     for name, face in (("face_a", face_a), ("face_b", face_b)):
-        if face.dtype != np.uint8 or face.ndim != 3 or face.shape[2] != 3 or face.size == 0:
-            raise ValueError(f"{name}: expected uint8 [H, W, 3], got {face.dtype} {list(face.shape)}")
+        check_face(name, face)
     if not maps:
         raise ValueError("maps: expected at least one explainer's, got none")
     ranks = {
         label: [_ranks(label, kind, made) for kind, made in zip(_ROWS, both, strict=True)]
         for label, both in maps.items()
     }
-    figure_module = need("matplotlib.figure", "drawing")
-    canvas = need("matplotlib.backends.backend_agg", "drawing")
-    colors = need("matplotlib.colors", "drawing")
-    cm = need("matplotlib.cm", "drawing")
     panel, gap, right, bottom = 1.5, 0.1, 0.15, 0.75
     top = 0.58 if heading else 0.24
     width = max((len(ranks) + 1) * (panel + gap) + gap + right, 4.9)
     height = 2 * (panel + gap) + top + bottom
-    figure = figure_module.Figure(figsize=(width, height), facecolor="white")
-    canvas.FigureCanvasAgg(figure)
+    figure = new_figure(width, height)
 
     def place(row: int, column: int) -> Axes:
         left = gap + column * (panel + gap)
         low = bottom + (1 - row) * (panel + gap)
-        axes = figure.add_axes((left / width, low / height, panel / width, panel / height))
-        axes.set_xticks([])
-        axes.set_yticks([])
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        return axes
+        return bare_axes(figure, left / width, low / height, panel / width, panel / height)
 
     size = face_a.shape[:2]
     grey = face_a @ np.array([0.299, 0.587, 0.114])
@@ -92,10 +80,11 @@ def explainers_figure(
         axes = place(row, 0)
         axes.imshow(face)
         axes.text(0.03, 0.03, names[row][:24], transform=axes.transAxes, fontsize=8, color="white", parse_math=False,
-                  bbox={"facecolor": _INK, "edgecolor": "none", "pad": 1.5, "alpha": 0.7})  # fmt: skip
-    norm = colors.Normalize(_SHOWN, 100)
+                  bbox={"facecolor": INK, "edgecolor": "none", "pad": 1.5, "alpha": 0.7})  # fmt: skip
+    norm = need("matplotlib.colors", "drawing").Normalize(_SHOWN, 100)
+    mappable = need("matplotlib.cm", "drawing").ScalarMappable
     for row, kind in enumerate(_ROWS):
-        colours = colors.LinearSegmentedColormap.from_list(kind, palettes[row])
+        colours = colour_map(palettes[row])
         for column, (label, both) in enumerate(ranks.items(), 1):
             axes = place(row, column)
             axes.imshow(0.35 * grey + 0.65 * 255, cmap="gray", vmin=0, vmax=255)
@@ -104,22 +93,21 @@ def explainers_figure(
             painted[..., 3] = 0.85 * np.sqrt(strength)  # so that the face shows where little is marked
             axes.imshow(painted, extent=(-0.5, size[1] - 0.5, size[0] - 0.5, -0.5), interpolation="nearest")
             if row == 0:
-                axes.set_title(label, fontsize=9.5, color=_INK, parse_math=False)
+                axes.set_title(label, fontsize=9.5, color=INK, parse_math=False)
         legend = figure.add_axes(((gap + 0.1 + row * 2.35) / width, 0.42 / height, 1.9 / width, 0.11 / height))
-        bar = figure.colorbar(cm.ScalarMappable(norm, colours), cax=legend, orientation="horizontal")
+        bar = figure.colorbar(mappable(norm, colours), cax=legend, orientation="horizontal")
         bar.outline.set_visible(False)
         bar.set_ticks([_SHOWN, 75, 100])
         bar.set_ticklabels(["half", "75 %", "all"])
-        legend.tick_params(labelsize=7, length=2, color=_FAINT, labelcolor=_INK)
-        words = "similar" if row == 0 else "dissimilar"
-        legend.set_title(f"{words}: ranked above this share of A", fontsize=7, color=_INK, loc="left", pad=2)
+        legend.tick_params(labelsize=7, length=2, color=FAINT, labelcolor=INK)
+        legend.set_title(f"{kind}: ranked above this share of A", fontsize=7, color=INK, loc="left", pad=2)
     for row, kind in enumerate(_ROWS):
         middle = (bottom + (1 - row) * (panel + gap) + panel / 2) / height
-        figure.text(1 - 0.06 / width, middle, kind, fontsize=8, color=_FAINT, rotation=270, ha="right", va="center")
+        figure.text(1 - 0.06 / width, middle, kind, fontsize=8, color=FAINT, rotation=270, ha="right", va="center")
     if heading:
-        figure.text(gap / width, 1 - 0.24 / height, heading, fontsize=11, color=_INK, parse_math=False)
+        figure.text(gap / width, 1 - 0.24 / height, heading, fontsize=11, color=INK, parse_math=False)
     if note:
-        figure.text(gap / width, 0.05 / height, note, fontsize=7, color=_FAINT, parse_math=False)
+        figure.text(gap / width, 0.05 / height, note, fontsize=7, color=FAINT, parse_math=False)
     return figure
 
 

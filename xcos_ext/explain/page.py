@@ -1,0 +1,204 @@
+"""Decisions as HTML pages that need nothing else: no network, no other file, no server.
+
+Jinja escapes everything that comes from outside (names, metadata), and a policy in the page forbids what slips through:
+only the style and the program with the stated hashes run, only data URIs are shown, nothing is fetched or sent.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from collections.abc import Iterator
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+from xcos_ext.io.optional import need
+from xcos_ext.io.text import number, percent, printable, short_name, signed
+
+from .plotting import RDBU, YLGN, Scale, ink
+from .regions import PARTS
+
+__all__ = ["explanation_page", "notebook_frame", "picture_uri", "render"]
+
+
+def render(kind: str, **values: Any) -> Iterator[str]:
+    """A page, piece by piece.
+
+    Args:
+        kind: ``"page"`` or ``"report"``: which template, style and program.
+        **values: what the template shows; text is escaped, and invisible characters are shown as escapes.
+
+    Raises:
+        MissingPackageError: Jinja is not installed.
+        ValueError: data for the program that are not finite.
+    """
+    page = _templates().get_template(f"{kind}.html")
+    style = f"{_file('base.css')}\n{_file(f'{kind}.css')}"
+    pieces: Iterator[str] = page.generate(style=style, program=_file(f"{kind}.js"), **values)
+    return pieces
+
+
+@cache
+def _templates() -> Any:
+    jinja2 = need("jinja2", "a page")
+    made = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_file),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: printable(value) if type(value) is str and not value.isprintable() else value,
+    )
+    made.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    made.filters |= {
+        function.__name__: function for function in (number, signed, percent, short_name, ink, picture_uri, sha256)
+    }
+    return made
+
+
+@cache
+def _file(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8").strip()
+
+
+def sha256(content: str) -> str:
+    """What a policy names a style or a program by."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(content.encode('utf-8')).digest()).decode('ascii')}"
+
+
+def picture_uri(rgb: np.ndarray, kind: str = "PNG", **how: Any) -> str:
+    """A picture, uint8 RGB [height, width, 3], as a data URI.
+
+    Raises:
+        MissingPackageError: Pillow is not installed.
+    """
+    image = need("PIL.Image", "encoding pictures for a page")
+    stream = io.BytesIO()
+    image.fromarray(rgb).save(stream, kind, **how)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
+
+
+def explanation_page(explanation: Any, *, title: str | None = None) -> str:
+    """A decision as one HTML page.
+
+    Args:
+        explanation: an :class:`~xcos_ext.explain.Explanation` (its file knows this one).
+        title: see :meth:`Explanation.to_html <xcos_ext.explain.Explanation.to_html>`.
+    """
+    similarity, attention = explanation.similarity, explanation.attention
+    decided = explanation.threshold is not None
+    middle = explanation.threshold if decided else 0.0
+    span = max(1 - middle, 0.05)
+    third = explanation.contribution if decided else explanation.weighted
+    most = 100 * max(float(np.abs(third).max()), 1e-9)
+    names = " and ".join(short_name(face.name) for face in (explanation.a, explanation.b))
+    return "".join(
+        render(
+            "page",
+            title=title or f"{names}: {explanation.verdict}",
+            heading=title,
+            e=explanation,
+            decided=decided,
+            rows=similarity.shape[0],
+            columns=similarity.shape[1],
+            similarity=Scale(RDBU, middle - span, middle + span),
+            similarity_text=lambda value: number(value, 2),
+            attention=Scale(YLGN, min(0.0, 100 * float(attention.min())), max(100 * float(attention.max()), 1e-7)),
+            attention_text=lambda value: number(value, 1),
+            per_cent=(100 * attention).tolist(),
+            contribution=Scale(RDBU, -most, most),
+            contribution_text=lambda value: signed(value, 1),
+            hundredfold=(100 * third).tolist(),
+            largest=max((abs(region.contribution) for region in explanation.regions), default=0.0) or 1.0,
+            budget=_budget(explanation),
+            names=list(PARTS),
+            facts=_facts(explanation),
+            data={
+                "s": similarity.tolist(),
+                "w": attention.tolist(),
+                "c": third.tolist(),
+                "parts": explanation.parts_of(similarity.shape).tolist(),
+                "names": list(PARTS),
+                "decided": decided,
+                "margin": explanation.margin,
+            },
+        )
+    )
+
+
+def _budget(explanation: Any) -> dict[str, Any]:
+    """Bars from the threshold (or from zero), part by part, to the score; in units of the drawing, 300 wide."""
+    start = explanation.threshold or 0.0
+    bars = [("threshold", 0.0, start, number(start))] if explanation.threshold is not None else []
+    at = start
+    for region in explanation.regions:
+        bars.append((region.name, at, at + region.contribution, signed(region.contribution)))
+        at += region.contribution
+    bars.append(("score", 0.0, explanation.score, number(explanation.score)))
+    ends = [end for _, *both, _ in bars for end in both]
+    low, high = min(ends), max(ends)
+
+    def place(value: float) -> float:
+        return 92 + (value - low) / max(high - low, 1e-6) * 150
+
+    return {
+        "start": place(start),
+        "bars": [
+            {
+                "label": label,
+                "kind": "given" if label in ("threshold", "score") else "for" if end >= begin else "against",
+                "x": place(min(begin, end)),
+                "width": max(abs(place(end) - place(begin)), 0.8),
+                "value": value,
+            }
+            for label, begin, end, value in bars
+        ],
+    }
+
+
+def _facts(explanation: Any) -> list[tuple[str, str]]:
+    """What was compared: names and values."""
+    from xcos_ext import __version__
+
+    model = explanation.model
+    facts = [("model", model.name)]
+    if model.file is not None:
+        facts.append(("file", model.file))
+    facts += [("fingerprint", model.fingerprint), ("attention", model.attention_in_words)]
+    for letter, face in (("A", explanation.a), ("B", explanation.b)):
+        facts.append((f"picture {letter}", face.name))
+        facts += [
+            (f"{letter}: {str(key).replace('_', ' ')}", _plain(value))
+            for key, value in face.details.items()
+            if key != "picture"
+        ]
+        if face.landmarks is not None:
+            points = ", ".join(f"({x:.0f}, {y:.0f})" for x, y in face.landmarks)
+            facts.append((f"{letter}: points in the crop", points))
+    return [*facts, ("made with", f"xcos_ext {__version__}")]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(f"({_plain(v)})" if isinstance(v, list | tuple) else _plain(v) for v in value)
+    return str(value)
+
+
+def notebook_frame(explanation: Any, *, height: int = 920) -> str:
+    """The page in a frame of its own for a notebook: its style and names stay inside, and its program cannot reach out.
+
+    Args:
+        explanation: what to show.
+        height: of the frame in pixels.
+    """
+    frame = need("markupsafe", "a page").Markup(
+        '<iframe srcdoc="{}" sandbox="allow-scripts" width="100%" height="{}" loading="lazy" title="{}" '
+        'frameborder="0"></iframe>'
+    )
+    return str(frame.format(explanation_page(explanation), height, printable(repr(explanation))))

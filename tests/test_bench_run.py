@@ -20,8 +20,8 @@ from explained import toy
 from xcos_ext.bench import RUNTIMES, STAGES, Key, Settings, Subject, default_picture, read_report, run
 from xcos_ext.bench.cases import DEVICES, DTYPES, plan
 from xcos_ext.bench.runtimes import Ready, Unavailable, make_ready
-from xcos_ext.cli.app import bench as command
 from xcos_ext.cli.app import xcos
+from xcos_ext.cli.bench import run as command
 from xcos_ext.ops import XCosScore
 
 pytestmark = pytest.mark.usefixtures("one_thread")

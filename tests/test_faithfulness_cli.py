@@ -61,7 +61,7 @@ def small_model(threshold: float | None = 0.3) -> XCosModel:
 @pytest.fixture
 def network(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small network in place of those in files, which are read and checked elsewhere."""
-    monkeypatch.setattr("xcos_ext.cli.faithfulness.load", lambda path: small_model())
+    monkeypatch.setattr("xcos_ext.cli.faithfulness.load", lambda path, device: small_model())
     monkeypatch.setattr("xcos_ext.model.load_recogniser", lambda path: small_recogniser())
     monkeypatch.setattr("xcos_ext.evaluation.faithfulness.runner._TIMED", 3)
 
@@ -214,7 +214,7 @@ def test_trouble(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     trouble("'--device': expected cpu, cuda, cuda:N or auto, got 'toaster'", "--device", "toaster", *FEW)
     trouble("no such file or folder", "--pairs", tmp_path / "none")
     trouble("'magic'", "--protocol", "magic")
-    monkeypatch.setattr("xcos_ext.cli.faithfulness.load", lambda path: small_model(None))
+    monkeypatch.setattr("xcos_ext.cli.faithfulness.load", lambda path, device: small_model(None))
     trouble("xcos cannot explain this model: model: expected a decision threshold", *FEW, "--explainer", "xcos")
 
 

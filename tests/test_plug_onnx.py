@@ -126,7 +126,7 @@ def test_weights_may_become_a_graph_too(people: Path, tmp_path: Path) -> None:
 
 
 def test_preprocessing_is_told(folder: Path, people: Path, tmp_path: Path) -> None:
-    from xcos_ext.cli.plug_onnx import preprocessing_of
+    from xcos_ext.cli.plug import preprocessing_of
     from xcos_ext.deploy import OnnxModel
 
     plain = residual(folder / "plain.onnx")  # does not say which pixels it is for

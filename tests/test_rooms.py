@@ -61,3 +61,11 @@ def test_rooms_know_only_rooms_below_them() -> None:
         if _room(path) in ROOMS and _room(target) in ROOMS and ROOMS.index(_room(target)) > ROOMS.index(_room(path))
     ]
     assert not upward, "\n".join(sorted(upward))
+
+
+def test_no_files_of_the_command_line_know_each_other() -> None:
+    arrows = {path: targets for path, targets in _arrows().items() if _room(path) == "cli"}
+    while leaves := [path for path, targets in arrows.items() if not targets & arrows.keys()]:
+        for path in leaves:
+            del arrows[path]
+    assert not arrows, "\n".join(sorted(path.name for path in arrows))

@@ -49,7 +49,7 @@ _STDOUT = "-"
 @click.option(
     "--device",
     "devices",
-    type=options.DeviceName(),
+    type=options.device_name,
     multiple=True,
     default=("auto",),
     show_default=True,
@@ -94,7 +94,7 @@ _STDOUT = "-"
     "--json",
     "json_file",
     metavar="FILE|-",
-    type=options.OutputFile(".json", dash=True),
+    type=options.written(".json", dash=True),
     help="Write all figures and samples; - prints them instead of tables.",
 )
 @options.quiet

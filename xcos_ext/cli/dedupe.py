@@ -20,9 +20,9 @@ _NAMED = 20  # groups shown on the terminal; all are in the JSON
 @options.model
 @options.device
 @click.option(
-    "--threshold", type=options.FiniteNumber(), metavar="T", help="Pairs that score T or more; by default the model's."
+    "--threshold", type=options.finite, metavar="T", help="Pairs that score T or more; by default the model's."
 )
-@click.option("--out", metavar="CSV", type=options.OutputFile(".csv"), help="Write the pairs.")
+@click.option("--out", metavar="CSV", type=options.written(".csv"), help="Write the pairs.")
 @options.quiet
 @options.as_json
 def run(

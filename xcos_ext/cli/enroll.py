@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -43,16 +43,14 @@ def run(
     model: str | None,
     detector: str,
     aligned: bool,
-    policy: str,
     device: str,
     person: str | None,
     labels: str | None,
     dtype: str,
-    batch: int,
     replace: bool,
-    threads: int,
     quiet: bool,
     as_json: bool,
+    **how: Any,
 ) -> int:
     """Enrol photographs in GALLERY: files, folders (all below them) and zip archives.
 
@@ -86,11 +84,9 @@ def run(
             loaded,
             pictures,
             None if aligned else lambda: create_detector(detector),
-            policy=policy,
-            batch=batch,
-            threads=threads,
             on_duplicate="replace" if replace else "skip",
             progress=tick,
+            **how,
         )
         size = len(opened)
     if as_json:
@@ -115,7 +111,7 @@ def run(
             )
         note_some([f"skipped {why}" for why in result.skipped.values()], "pictures skipped")
         if result.several:
-            note(f"{len(result.several):,} pictures with several faces: took the {policy} one (see --face)")
+            note(f"{len(result.several):,} pictures with several faces: took the {how['policy']} one (see --face)")
     if not result.enrolled and not result.present:
         if not result.skipped:
             raise XCosError("nothing to enrol")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.option(
     "--html",
     metavar="FILE",
-    type=options.OutputFile(".html", ".htm"),
+    type=options.written(".html", ".htm"),
     help="Write a page: hover a cell to see what it did.",
 )
 @options.figure("--figure", "the decision")

@@ -29,9 +29,7 @@ _MIB = 1 << 20
     default="pair",
     help="Two pictures to score and maps; a picture to its template; two templates to score and maps.",
 )
-@click.option(
-    "--out", required=True, metavar="FILE", type=options.OutputFile(".onnx"), help="The graph to write: .onnx."
-)
+@click.option("--out", required=True, metavar="FILE", type=options.written(".onnx"), help="The graph to write: .onnx.")
 @options.choice(
     "--dtype",
     values=["float32", "float16"],

@@ -79,7 +79,7 @@ if TYPE_CHECKING:
 @click.option(
     "--out",
     metavar="FILE",
-    type=options.OutputFile(".json"),
+    type=options.written(".json"),
     help="Write all figures as JSON, anew after every protocol: .json.",
 )
 @options.quiet

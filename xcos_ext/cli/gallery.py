@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import click
+from rich.filesize import decimal
 
 from xcos_ext.io.errors import GalleryError
 
@@ -11,13 +12,6 @@ from .console import TROUBLE, bar, note, print_json, print_rows
 from .inputs import open_gallery
 
 _NAMED = 20  # rows shown on the terminal; all are in the JSON
-
-
-def _size(count: float) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count:.0f} bytes"
 
 
 @click.command("info")
@@ -36,7 +30,7 @@ def info(gallery: str, as_json: bool) -> int:
         [
             ("faces", f"{data['faces']:,} of {data['persons']:,} persons"),
             ("version", f"{data['version']}, {data['fragments']} fragments, {removed:,} removed faces"),
-            ("on disk", f"{_size(data['bytes'])}{each}; packed tiles {_size(data['tiles_bytes'])}"),
+            ("on disk", f"{decimal(data['bytes'])}{each}; packed tiles {decimal(data['tiles_bytes'])}"),
             ("template", f"{data['grid'][0]}x{data['grid'][1]}, {data['channels']} channels, {data['dtype']}"),
             ("head", str(data["head"])),
             ("model", f"{data['model_name'] or 'not recorded'} {data['model'] or ''}".strip()),
@@ -99,7 +93,7 @@ def compact(gallery: str, timeout: float, as_json: bool) -> int:
     if as_json:
         print_json({**report, "faces": faces})
     else:
-        click.echo(f"{faces:,} faces, {_size(report['bytes_before'])} before, {_size(report['bytes_after'])} now")
+        click.echo(f"{faces:,} faces, {decimal(report['bytes_before'])} before, {decimal(report['bytes_after'])} now")
     return 0
 
 

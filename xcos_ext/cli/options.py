@@ -11,40 +11,30 @@ import click
 Decorator = Callable[[Any], Any]
 
 
-class DeviceName(click.ParamType):
+def device_name(value: str) -> str:
     """The name of a device, which need not be there."""
+    from xcos_ext.devices import check_device_name
+    from xcos_ext.io.errors import DeviceError
 
-    name = "device"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Refuse a name that stands for no device."""
-        from xcos_ext.devices import check_device_name
-        from xcos_ext.io.errors import DeviceError
-
-        try:
-            check_device_name(value)
-        except DeviceError as error:
-            self.fail(str(error).removeprefix("device: "), param, ctx)
-        return str(value)
+    try:
+        check_device_name(value)
+    except DeviceError as error:
+        raise click.BadParameter(str(error).removeprefix("device: ")) from error
+    return value
 
 
-class FiniteNumber(click.ParamType):
+def finite(value: str) -> float:
     """A number that is neither infinite nor NaN."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Text to a number."""
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            self.fail(f"expected a number, got {value!r}", param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"expected a finite number, got {value}", param, ctx)
-        return number
+    try:
+        number = float(value)
+    except ValueError as error:
+        raise click.BadParameter(f"expected a number, got {value!r}") from error
+    if not math.isfinite(number):
+        raise click.BadParameter(f"expected a finite number, got {value}")
+    return number
 
 
-class OutputFile(click.ParamType):
+def written(*suffixes: str, drawn: bool = False, dash: bool = False) -> Callable[[str], str]:
     """A file to write, checked before anything is read or computed for it.
 
     Args:
@@ -53,21 +43,20 @@ class OutputFile(click.ParamType):
         dash: whether ``-`` may stand for stdout.
     """
 
-    name = "file"
-
-    def __init__(self, *suffixes: str, drawn: bool = False, dash: bool = False) -> None:
-        self.suffixes, self.drawn, self.dash = suffixes, drawn, dash
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Check the file; an OutputError says what is wrong."""
-        from xcos_ext.io.atomic import check_output
+    def check(value: str) -> str:
+        from xcos_ext.io.atomic import OutputError, check_output
         from xcos_ext.io.optional import need
 
-        if not (self.dash and value == "-"):
-            check_output(value, self.suffixes)
-        if self.drawn:
+        try:
+            if not (dash and value == "-"):
+                check_output(value, suffixes)
+        except OutputError as error:
+            raise click.ClickException(str(error)) from error
+        if drawn:
             need("matplotlib", "drawing")
-        return str(value)
+        return value
+
+    return check
 
 
 DEVICES = "cpu|cuda|cuda:N|auto"
@@ -103,7 +92,7 @@ def number(
 
 def figure(name: str, what: str) -> Decorator:
     """An option for a file that is drawn."""
-    kind = OutputFile(".png", ".pdf", ".svg", drawn=True)
+    kind = written(".png", ".pdf", ".svg", drawn=True)
     return click.option(name, metavar="FILE", type=kind, help=f"Draw {what}: .png, .pdf or .svg.")
 
 
@@ -127,7 +116,7 @@ aligned = click.option(
 )
 device = click.option(
     "--device",
-    type=DeviceName(),
+    type=device_name,
     default="auto",
     show_default=True,
     metavar=DEVICES,
@@ -136,7 +125,7 @@ device = click.option(
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 quiet = click.option("--quiet", "-q", is_flag=True, help="No progress bar, no summary.")
 threshold = click.option(
-    "--threshold", type=FiniteNumber(), metavar="T", help="The same person if score >= T; by default the model's."
+    "--threshold", type=finite, metavar="T", help="The same person if score >= T; by default the model's."
 )
 max_pixels = number("--max-pixels", help="Refuse larger pictures. [default: 100 million]")
 threads = number("--threads", default=2, help="Threads that read.")

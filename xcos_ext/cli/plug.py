@@ -40,7 +40,7 @@ _PIXEL = 255  # what a pixel is divided by unless --scale says otherwise
 @click.option("--out", metavar="FILE", type=click.Path(), help="The model to write: .safetensors or .onnx (a graph).")
 @options.number("--project", metavar="K", help="Keep K principal axes per cell, e.g. 32.")
 @click.option(
-    "--threshold", type=options.FiniteNumber(), metavar="T", help="The decision threshold; by default from the faces."
+    "--threshold", type=options.finite, metavar="T", help="The decision threshold; by default from the faces."
 )
 @options.number("--limit", default=1000, least=2, help="Use at most N people.")
 @click.option("--list", "list_maps", is_flag=True, help="ONNX: show where the graph may be split; needs no faces.")
@@ -53,7 +53,7 @@ _PIXEL = 255  # what a pixel is divided by unless --scale says otherwise
 )
 @click.option("--std", metavar="S[,S,S]", help="ONNX: see --mean.")
 @click.option(
-    "--scale", type=options.FiniteNumber(), metavar="F", help="ONNX: see --mean; 1 for pixels 0..255.  [default: 1/255]"
+    "--scale", type=options.finite, metavar="F", help="ONNX: see --mean; 1 for pixels 0..255.  [default: 1/255]"
 )
 @options.device
 @options.as_json

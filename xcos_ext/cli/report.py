@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import click
 
@@ -13,9 +14,7 @@ from .inputs import check_model_path, described, load
 
 @click.command("report")
 @click.argument("pairs", type=click.Path(), metavar="PAIRS.csv")
-@click.option(
-    "--html", required=True, metavar="FILE", type=options.OutputFile(".html", ".htm"), help="The page to write."
-)
+@click.option("--html", required=True, metavar="FILE", type=options.written(".html", ".htm"), help="The page to write.")
 @click.option(
     "--root",
     metavar="DIR|ZIP",
@@ -37,13 +36,11 @@ def run(
     model: str | None,
     detector: str,
     aligned: bool,
-    policy: str,
     device: str,
-    threshold: float | None,
     max_pixels: int | None,
-    threads: int,
     quiet: bool,
     as_json: bool,
+    **how: Any,
 ) -> int:
     """Compare the pairs of a list and write them on one page, to be sorted by score and by cell.
 
@@ -71,13 +68,11 @@ def run(
             listed,
             read,
             detector=make_detector,
-            policy=policy,
-            threshold=threshold,
             title=title or os.path.splitext(os.path.basename(pairs))[0],
             label_names=listed.label_names,
             file=display_name(path),
-            threads=threads,
             progress=tick,
+            **how,
         )
     page = display_name(html)
     if as_json:
@@ -102,7 +97,7 @@ def run(
     if summary.without_face:
         note(f"pictures that could not be used: {summary.without_face:,}; their pairs are on the page with the reason")
     if summary.several_faces:
-        note(f"pictures with several faces: {summary.several_faces:,}; took the {policy} one (see --face)")
+        note(f"pictures with several faces: {summary.several_faces:,}; took the {how['policy']} one (see --face)")
     if summary.identical:
         note(f"pairs of identical pictures: {summary.identical:,}; their scores say nothing about the person")
     if not summary.compared:

@@ -22,7 +22,7 @@ from .inputs import check_model_path, described, load, open_gallery
 @options.threshold
 @click.option(
     "--fpir",
-    type=options.FiniteNumber(),
+    type=options.finite,
     metavar="RATE",
     help="The threshold at which a stranger finds anybody at most at this rate, for a gallery of this size.",
 )

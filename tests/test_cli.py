@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -16,7 +15,8 @@ import click
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
+from commands import run, strict, trouble
 from drawn import background, draw_face, portrait
 from PIL import Image
 
@@ -72,33 +72,6 @@ def photos(folder: Path) -> dict[str, str]:
         save(name, rng.integers(0, 256, (112, 112, 3), dtype=np.uint8))
     save("pixel", np.zeros((1, 1, 3), np.uint8))
     return paths
-
-
-def run(*arguments: str | Path, env: dict[str, str | None] | None = None) -> Result:
-    runner = CliRunner(env={"XCOS_MODEL": None, "XCOS_DEBUG": None, **(env or {})})
-    return runner.invoke(xcos, [str(a) for a in arguments])
-
-
-def trouble(result: Result, *words: str) -> str:
-    """The one line that a failure prints on stderr."""
-    assert result.exit_code == 2, (result.exit_code, result.output)
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("xcos: ")
-    assert "Traceback" not in result.stderr
-    for word in words:
-        assert word in lines[0], lines[0]
-    return lines[0]
-
-
-def strict(text: str) -> Any:
-    """JSON without NaN or infinities."""
-
-    def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
 
 
 # --- verify

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
+from commands import run, strict
 from PIL import Image
 from simulated_gpu import OnGpu, simulated_gpu
-from test_cli import run, strict
 
 import xcos_ext.ops
 from xcos_ext import backbones

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from commands import strict
 from torch import nn
 
 from xcos_ext import backbones
@@ -70,13 +70,6 @@ def run(root: Path, *arguments: str | Path) -> Result:
     runner = CliRunner(env={"XCOS_MODEL": None, "XCOS_DEBUG": None})
     common = ("--pairs", root / "pairs.csv", "--root", root, "--aligned")
     return runner.invoke(xcos, ["evaluate", "faithfulness", *map(str, (*common, *arguments))])
-
-
-def strict(text: str) -> Any:
-    def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
 
 
 def test_tables_curves_and_figures(root: Path, tmp_path: Path) -> None:

@@ -80,16 +80,14 @@ class GuardedGroup(LazyGroup):
         """Run and, as click does, end the process; ``standalone_mode=False`` returns the status instead."""
         _reopen_closed_streams()
         os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # read when OpenCV is imported
-        status = self._guarded(args, prog_name, complete_var, **extra)
+        status = self._guarded(args, prog_name=prog_name, complete_var=complete_var, **extra)
         if not standalone_mode:
             return status
         sys.exit(status)
 
-    def _guarded(
-        self, args: Sequence[str] | None, prog_name: str | None, complete_var: str | None, **extra: Any
-    ) -> int:
+    def _guarded(self, args: Sequence[str] | None, **how: Any) -> int:
         try:
-            result = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            result = super().main(args, standalone_mode=False, **how)
             if sys.stdout is not None:
                 sys.stdout.flush()  # now, while failing still changes the exit status
             return result if isinstance(result, int) else 0
@@ -98,7 +96,7 @@ class GuardedGroup(LazyGroup):
         except SystemExit:  # click ends the process itself, with 1, when the reader of a pipe has gone
             _silence(sys.stdout)
         except click.ClickException as error:
-            path = getattr(getattr(error, "ctx", None), "command_path", None) or prog_name or "xcos"
+            path = getattr(getattr(error, "ctx", None), "command_path", None) or "xcos"
             hint = f" (see {path} --help)" if isinstance(error, click.UsageError) else ""
             note(f"{error.format_message().rstrip('.')}{hint}")
         except BrokenPipeError:  # the reader has gone, and has seen what it wanted

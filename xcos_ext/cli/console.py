@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from xcos_ext.io.errors import XCosError
+from xcos_ext.io.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,8 +25,7 @@ SAME, DIFFERENT, TROUBLE, INTERRUPTED = 0, 1, 2, 130
 
 def one_line(text: str) -> str:
     """Text without line breaks or control characters, so that a message stays one line and a terminal stays sane."""
-    joined = " ".join(text.split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode("ascii") for c in joined)
+    return printable(" ".join(text.split()))
 
 
 def note(message: str) -> None:

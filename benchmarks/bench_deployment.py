@@ -19,9 +19,7 @@ import torch
 from xcos_ext.bench import Key, Settings, Subject
 from xcos_ext.bench.cases import plan
 from xcos_ext.bench.runtimes import make_ready
-from xcos_ext.cli.bench import Request, run
-from xcos_ext.cli.console import TROUBLE, note
-from xcos_ext.io.errors import XCosError
+from xcos_ext.cli.app import xcos
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "bench"
@@ -64,20 +62,12 @@ def main() -> int:
     options = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
     plot = options.plot or (PICTURE if options.device == "cpu" and options.out is None else None)
-    request = Request(
-        devices=(options.device,),
-        batches=BATCHES[options.device],
-        dtypes=DTYPES[options.device],
-        threads=options.threads,
-        seconds=options.seconds,
-        json_file=str(options.out or RESULTS / f"{options.device}.json"),
-        plot=None if plot is None else str(plot),
-    )
-    try:
-        return run(request)
-    except XCosError as error:
-        note(str(error))
-        return TROUBLE
+    arguments = ["bench", "--device", options.device, "--threads", options.threads, "--seconds", options.seconds]
+    arguments += [text for batch in BATCHES[options.device] for text in ("--batch", batch)]
+    arguments += [text for dtype in DTYPES[options.device] for text in ("--dtype", dtype)]
+    arguments += ["--json", options.out or RESULTS / f"{options.device}.json"]
+    arguments += [] if plot is None else ["--plot", plot]
+    return int(xcos.main([*map(str, arguments)], standalone_mode=False))
 
 
 if __name__ == "__main__":

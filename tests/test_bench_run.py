@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from commands import strict
 from explained import toy
 
 from xcos_ext.bench import RUNTIMES, STAGES, Key, Settings, Subject, default_picture, read_report, run
 from xcos_ext.bench.cases import DEVICES, DTYPES, plan
 from xcos_ext.bench.runtimes import Ready, Unavailable, make_ready
-from xcos_ext.cli.app import bench as command
 from xcos_ext.cli.app import xcos
+from xcos_ext.cli.bench import run as command
 from xcos_ext.ops import XCosScore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -395,13 +396,6 @@ def network(monkeypatch: pytest.MonkeyPatch) -> None:
 def invoke(*arguments: str | Path) -> Result:
     runner = CliRunner(env={"XCOS_MODEL": None, "XCOS_DEBUG": None})
     return runner.invoke(xcos, ["bench", *map(str, arguments)])
-
-
-def strict(text: str) -> Any:
-    def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
 
 
 FAST = ("--seconds", "0.02", "--batch", "1", "--runtime", "eager", "--runtime", "for_inference", "--gallery", "50")

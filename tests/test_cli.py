@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -12,10 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
+from commands import run, strict, trouble
 from drawn import background, draw_face, portrait
 from PIL import Image
 
@@ -71,33 +72,6 @@ def photos(folder: Path) -> dict[str, str]:
         save(name, rng.integers(0, 256, (112, 112, 3), dtype=np.uint8))
     save("pixel", np.zeros((1, 1, 3), np.uint8))
     return paths
-
-
-def run(*arguments: str | Path, env: dict[str, str | None] | None = None) -> Result:
-    runner = CliRunner(env={"XCOS_MODEL": None, "XCOS_DEBUG": None, **(env or {})})
-    return runner.invoke(xcos, [str(a) for a in arguments])
-
-
-def trouble(result: Result, *words: str) -> str:
-    """The one line that a failure prints on stderr."""
-    assert result.exit_code == 2, (result.exit_code, result.output)
-    assert result.stdout == ""
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("xcos: ")
-    assert "Traceback" not in result.stderr
-    for word in words:
-        assert word in lines[0], lines[0]
-    return lines[0]
-
-
-def strict(text: str) -> Any:
-    """JSON without NaN or infinities."""
-
-    def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
 
 
 # --- verify
@@ -278,7 +252,7 @@ def test_any_exception_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(as_json: bool) -> int:
         raise RuntimeError("first line\nsecond \x1b[31mline")
 
-    monkeypatch.setattr(info, "run", fail)
+    monkeypatch.setattr(info.run, "callback", fail)
     line = trouble(run("info"), "RuntimeError: first line second")
     assert "\x1b" not in line
     debug = run("info", env={"XCOS_DEBUG": "1"})
@@ -292,7 +266,7 @@ def test_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(as_json: bool) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(info, "run", interrupted)
+    monkeypatch.setattr(info.run, "callback", interrupted)
     result = run("info")
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "")
 
@@ -471,13 +445,16 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     result = process("--help")
     assert time.perf_counter() - start < 1.5
     assert result.returncode == 0
-    assert {"verify", "info", "demo", "plug"} <= set(result.stdout.split())
+    commands = dict(re.findall(r"^  ([a-z]+) {2,}(\S.*)$", result.stdout.partition("Commands:")[2], re.M))
+    assert set(commands) == set(xcos.list_commands(click.Context(xcos)))
+    assert not [text for text in commands.values() if not text.endswith((".", "?")) or text.endswith("...")]
     code = (
-        "import sys, xcos_ext.cli.app; "
+        "import sys; from xcos_ext.cli.app import xcos; xcos(sys.argv[1:], standalone_mode=False); "
         "print([m for m in ('torch', 'cv2', 'numpy', 'PIL', 'matplotlib', 'rich') if m in sys.modules])"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "[]"
+    for arguments in ([], ["verify", "--help"], ["evaluate", "faithfulness", "--help"]):
+        command = [sys.executable, "-c", code, *arguments]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.endswith("\n[]\n")
 
 
 def test_version_and_no_arguments() -> None:
@@ -539,7 +516,7 @@ def test_ctrl_c() -> None:
             "-c",
             # Jobs in the background are started with the signal ignored.
             "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-            "import xcos_ext.cli.info as i, time; i.run = lambda j: time.sleep(60); "
+            "import xcos_ext.cli.info as i, time; i.run.callback = lambda as_json: time.sleep(60); "
             "import sys; sys.argv = ['xcos', 'info']; from xcos_ext.cli import main; "
             "print('ready', flush=True); main()",
         ],

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
+from commands import run, strict
 from PIL import Image
 from simulated_gpu import OnGpu, simulated_gpu
-from test_cli import run, strict
 
 import xcos_ext.ops
 from xcos_ext import backbones
@@ -210,12 +210,14 @@ def command_of(words: str) -> click.Command:
     found: click.Command = xcos
     for word in words.split():
         assert isinstance(found, click.Group)
-        found = found.commands[word]
+        found = found.get_command(click.Context(found), word)
+        assert found is not None
     return found
 
 
 def leaves(group: click.Group, path: str = "") -> Iterator[tuple[str, click.Command]]:
-    for name, command in group.commands.items():
+    for name in group.list_commands(click.Context(group)):
+        command = command_of(path + name)
         if isinstance(command, click.Group):
             yield from leaves(command, f"{path}{name} ")
         else:

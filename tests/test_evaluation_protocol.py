@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from commands import strict
 from drawn import background, portrait
 from PIL import Image
 from torch import Tensor, nn
@@ -345,13 +345,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def run(*arguments: str | Path) -> Result:
     runner = CliRunner(env={"XCOS_MODEL": None, "XCOS_DEBUG": None})
     return runner.invoke(xcos, ["evaluate", *map(str, arguments)])
-
-
-def strict(text: str) -> Any:
-    def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
 
 
 def test_command(root: Path, files: dict[str, Path], tmp_path: Path) -> None:

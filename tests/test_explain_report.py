@@ -18,11 +18,10 @@ import numpy as np
 import pytest
 import torch
 from browser import Browser, open_browser, require
-from click.testing import CliRunner, Result
+from commands import run, trouble
 from explained import CURVE, crop, toy
 from PIL import Image
 
-from xcos_ext.cli.app import xcos
 from xcos_ext.explain import explain
 from xcos_ext.explain.pairs_file import PairsFile, PairsFileError, ReportPair, pictures_below
 from xcos_ext.explain.pairs_report import write_report
@@ -377,18 +376,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.writerows([["a", "b", "genuine", "case"], ["0.png", "1.png", 1, "x"], ["2.png", "3.png", 0, "y"]])
         rows.writerows([["0.png", "none.png", 1, "z"], ["3.png", "3.png", "", ""]])
     return folder
-
-
-def run(*arguments: str | Path) -> Result:
-    return CliRunner(env={"XCOS_MODEL": None, "XCOS_DEBUG": None}).invoke(xcos, [str(a) for a in arguments])
-
-
-def trouble(result: Result, *words: str) -> None:
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    for word in words:
-        assert word in line, line
 
 
 def test_command(folder: Path, tmp_path: Path) -> None:

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from commands import run, trouble
 from explained import CURVE, crop, toy
 from PIL import Image
 
-from xcos_ext.cli.app import xcos
 from xcos_ext.explain import Explanation, Face, ModelCard, explain
 from xcos_ext.explain.regions import PARTS, cell_parts, checked_landmarks
 from xcos_ext.faces import ARCFACE_TEMPLATE
@@ -407,19 +406,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.fmr_thresholds = {}
     save_model(model, folder / "bare.safetensors")
     return folder
-
-
-def run(*arguments: str | Path) -> Result:
-    return CliRunner(env={"XCOS_MODEL": None, "XCOS_DEBUG": None}).invoke(xcos, [str(a) for a in arguments])
-
-
-def trouble(result: Result, *words: str) -> None:
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("xcos: ")
-    for word in words:
-        assert word in line, line
 
 
 def test_command(folder: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from commands import strict
 from torch import nn
 
 from xcos_ext import backbones
@@ -62,7 +62,7 @@ def small_model(threshold: float | None = 0.3) -> XCosModel:
 @pytest.fixture
 def network(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small network in place of those in files, which are read and checked elsewhere."""
-    monkeypatch.setattr("xcos_ext.cli.faithfulness.load", lambda path: small_model())
+    monkeypatch.setattr("xcos_ext.cli.faithfulness.load", lambda path, device: small_model())
     monkeypatch.setattr("xcos_ext.model.load_recogniser", lambda path: small_recogniser())
     monkeypatch.setattr("xcos_ext.evaluation.faithfulness.measure._TIMED", 3)
 
@@ -71,13 +71,6 @@ def run(root: Path, *arguments: str | Path) -> Result:
     runner = CliRunner(env={"XCOS_MODEL": None, "XCOS_DEBUG": None})
     common = ("--pairs", root / "pairs.csv", "--root", root, "--aligned")
     return runner.invoke(xcos, ["evaluate", "faithfulness", *map(str, (*common, *arguments))])
-
-
-def strict(text: str) -> Any:
-    def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is not JSON")
-
-    return json.loads(text, parse_constant=refuse)
 
 
 def test_tables_curves_and_figures(root: Path, tmp_path: Path) -> None:
@@ -215,7 +208,7 @@ def test_trouble(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     trouble("'--device': expected cpu, cuda, cuda:N or auto, got 'toaster'", "--device", "toaster", *FEW)
     trouble("no such file or folder", "--pairs", tmp_path / "none")
     trouble("'magic'", "--protocol", "magic")
-    monkeypatch.setattr("xcos_ext.cli.faithfulness.load", lambda path: small_model(None))
+    monkeypatch.setattr("xcos_ext.cli.faithfulness.load", lambda path, device: small_model(None))
     trouble("xcos cannot explain this model: model: expected a decision threshold", *FEW, "--explainer", "xcos")
 
 

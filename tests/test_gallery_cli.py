@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run, strict, trouble
 from drawn import background, draw_face, portrait
 from PIL import Image
-from test_cli import run, strict, trouble
 
 from xcos_ext.gallery import Gallery
 from xcos_ext.gallery.enroll import find_pictures

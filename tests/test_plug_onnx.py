@@ -9,10 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from commands import run, trouble
 from PIL import Image
-
-from xcos_ext.cli.app import xcos
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -21,18 +19,6 @@ pytest.importorskip("onnxscript")
 from onnx_graphs import CHANNELS, DIM, Net, residual
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def run(*arguments: str | Path) -> Result:
-    return CliRunner(env={"XCOS_MODEL": None, "XCOS_DEBUG": None}).invoke(xcos, [str(a) for a in arguments])
-
-
-def trouble(result: Result, *words: str) -> None:
-    assert result.exit_code == 2 and result.stdout == "", result.output
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("xcos: "), result.stderr
-    for word in words:
-        assert word in lines[0], lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +112,7 @@ def test_weights_may_become_a_graph_too(people: Path, tmp_path: Path) -> None:
 
 
 def test_preprocessing_is_told(folder: Path, people: Path, tmp_path: Path) -> None:
-    from xcos_ext.cli.plug_onnx import preprocessing_of
+    from xcos_ext.cli.plug import preprocessing_of
     from xcos_ext.deploy import OnnxModel
 
     plain = residual(folder / "plain.onnx")  # does not say which pixels it is for

@@ -1,8 +1,7 @@
 """The ``xcos`` command.
 
-Importing this package is cheap: click is imported by :func:`main`, and torch, OpenCV and matplotlib by the
-subcommands
-that use them.
+Importing this package is cheap: click is imported by :func:`main`, a subcommand when it is called, and torch, OpenCV
+and matplotlib by the subcommands that use them.
 """
 
 from __future__ import annotations

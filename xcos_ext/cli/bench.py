@@ -4,134 +4,175 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, BinaryIO
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import click
 
 from xcos_ext.io.errors import DeviceError, XCosError
 
-from .console import bar, note, print_json, quiet_opencv
-from .verify import check_model_path, chosen_device, is_graph, load
+from . import options
+from .console import bar, note, print_json, table_console
+from .inputs import check_model_path, chosen_device, is_graph, load, write_text
 
 if TYPE_CHECKING:
-    from xcos_ext.bench import Comparison, Report, Settings
-
-__all__ = ["Request", "run"]
+    from xcos_ext.bench import Report, Settings
 
 _STDOUT = "-"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """The command line's options; None and () mean the default."""
+@click.command("bench")
+@click.argument("new", required=False, type=click.Path(), metavar="[NEW.json]")
+@options.model
+@options.choice(
+    "--stage",
+    "stages",
+    values=["decode", "detect", "align", "backbone", "projection", "head", "pair", "search"],
+    default=(),
+    help="May be repeated. [default: all]",
+)
+@options.choice(
+    "--runtime",
+    "runtimes",
+    values=["eager", "for_inference", "compiled", "graph", "onnxruntime", "tensorrt"],
+    default=(),
+    help="May be repeated. [default: all]",
+)
+@click.option(
+    "--batch",
+    "batches",
+    type=click.IntRange(1, 65_536),
+    multiple=True,
+    metavar="N",
+    help="Pictures, pairs or probes a call; may be repeated. [default: 1, 4 and 16]",
+)
+@click.option(
+    "--device",
+    "devices",
+    type=options.device_name,
+    multiple=True,
+    default=("auto",),
+    show_default=True,
+    metavar=options.DEVICES,
+    help="May be repeated; auto: CUDA if it works.",
+)
+@options.choice(
+    "--dtype",
+    "dtypes",
+    values=["fp32", "bf16", "fp16"],
+    default=("fp32",),
+    help="Of the backbone and of searched templates; may be repeated.",
+)
+@options.number("--threads", help="Threads of every runtime. [default: torch's]")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.01, 3600),
+    default=0.5,
+    show_default=True,
+    metavar="S",
+    help="To spend on a case, making its runtime ready not counted.",
+)
+@click.option("--cold", is_flag=True, help="Empty the caches before every call.")
+@options.number("--gallery", default=20_000, most=100_000_000, help="Generated faces that search goes through.")
+@click.option("--picture", metavar="FILE", type=click.Path(), help="A photograph of a face, for decode, detect, align.")
+@options.detector
+@click.option(
+    "--compare",
+    "old",
+    metavar="OLD.json",
+    type=click.Path(),
+    help="Say what changed since OLD.json; with NEW.json nothing is measured.",
+)
+@click.option(
+    "--minimum",
+    type=click.FloatRange(0, 1, max_open=True),
+    metavar="X",
+    help="The smallest change that counts. [default: 0.05]",
+)
+@options.figure("--plot", "latency and stages")
+@click.option(
+    "--json",
+    "json_file",
+    metavar="FILE|-",
+    type=options.written(".json", dash=True),
+    help="Write all figures and samples; - prints them instead of tables.",
+)
+@options.quiet
+def run(
+    new: str | None,
+    model: str | None,
+    devices: tuple[str, ...],
+    threads: int | None,
+    picture: str | None,
+    detector: str,
+    old: str | None,
+    minimum: float | None,
+    plot: str | None,
+    json_file: str | None,
+    quiet: bool,
+    **chosen: Any,
+) -> int:
+    """Latency and throughput of a model on this machine, by stage and runtime; or what changed between two runs.
 
-    new: str | None = None
-    model: str | None = None
-    stages: tuple[str, ...] = ()
-    runtimes: tuple[str, ...] = ()
-    batches: tuple[int, ...] = ()
-    devices: tuple[str, ...] = ("auto",)
-    dtypes: tuple[str, ...] = ()
-    threads: int | None = None
-    seconds: float | None = None
-    cold: bool = False
-    gallery: int | None = None
-    picture: str | None = None
-    detector: str = "cascade"
-    old: str | None = None
-    minimum: float | None = None
-    plot: str | None = None
-    json_file: str | None = None
-    quiet: bool = False
-
-
-def run(request: Request) -> int:
-    """Measure, or read what was measured; print, draw, write, compare.
-
-    Returns:
-        0.
-
-    Raises:
-        XCosError: anything wrong with the model, the picture, the files to compare or the output; nothing could be
-            measured.
+    Runtimes that are missing here are listed with the reason. Nothing else should run meanwhile.
     """
     # Cheap checks first: a typing error should not cost a minute of measuring.
-    quiet_opencv()
-    if request.new is not None and request.old is None:
-        raise XCosError(f"{request.new}: a file to compare with is named by --compare OLD.json, which is missing")
-    if request.minimum is not None and request.old is None:
+    if new is not None and old is None:
+        raise XCosError(f"{new}: a file to compare with is named by --compare OLD.json, which is missing")
+    if minimum is not None and old is None:
         raise XCosError("--minimum: expected --compare with it, got none")
-    _check_outputs(request)
-    from xcos_ext.bench import compare, read_report
-
-    old = None if request.old is None else read_report(request.old)
-    new = read_report(request.new) if request.new is not None else _measured(request)
-    comparison = None
-    if old is not None:
-        options = {} if request.minimum is None else {"minimum": request.minimum}
-        comparison = compare(old, new, **options)
-        if comparison.warning:
-            note(comparison.warning)
-    if request.json_file == _STDOUT:
-        print_json(_document(request, new, comparison))
-    else:
-        from .bench_tables import plain_console, print_comparison, print_report
-
-        console = plain_console()
-        if request.new is None:
-            print_report(console, new, quiet=request.quiet)
-        if comparison is not None:
-            print_comparison(console, comparison)
-        if request.json_file is not None:
-            _write(_document(request, new, comparison), request.json_file)
-    if request.plot is not None:
-        _draw(new, request.plot)
-    if not request.quiet and request.json_file != _STDOUT:
-        from xcos_ext.faces import display_name
-
-        for title, path in (("all figures", request.json_file), ("picture", request.plot)):
-            if path is not None:
-                print(f"{title}: {display_name(path)}")
-    return 0
-
-
-def _document(request: Request, new: Report, comparison: Comparison | None) -> dict[str, Any]:
-    """What ``--json`` gets: of two files the comparison, else the report, which stays one that can be read again."""
-    if comparison is None:
-        return new.as_dict()
-    if request.new is not None:
-        return comparison.as_dict()
-    return {**new.as_dict(), "comparison": comparison.as_dict()}
-
-
-def _check_outputs(request: Request) -> None:
     from xcos_ext.io.optional import need
 
     need("rich", "printing tables")
-    if request.json_file not in (None, _STDOUT):
-        from xcos_ext.io.atomic import check_output
-
-        check_output(str(request.json_file), (".json",))
-    if request.plot is not None:
-        from xcos_ext.explain import check_figure_path
-
-        check_figure_path(request.plot)
-        need("matplotlib", "drawing")
-    if request.old is not None:
+    if old is not None:
         need("scipy", "comparing measurements")
+    silent = quiet or json_file == _STDOUT
+    from xcos_ext.bench import compare, read_report
+
+    before = None if old is None else read_report(old)
+    if new is not None:
+        report = read_report(new)
+    else:
+        settings = _settings(chosen)
+        if plot is not None and not {"pair", "backbone"} & set(settings.stages):
+            raise XCosError("--plot: expected --stage pair or backbone among those that are measured, got neither")
+        report = _measured(model, settings, devices, threads, picture, detector, silent)
+    comparison = None
+    if before is not None:
+        comparison = compare(before, report, **({} if minimum is None else {"minimum": minimum}))
+        if comparison.warning:
+            note(comparison.warning)
+    # Of two files the comparison, else the report, which stays one that can be read again.
+    data = report.as_dict() if new is None or comparison is None else comparison.as_dict()
+    if new is None and comparison is not None:
+        data["comparison"] = comparison.as_dict()
+    if json_file == _STDOUT:
+        print_json(data)
+    else:
+        from .bench_tables import print_comparison, print_report
+
+        console = table_console()
+        if new is None:
+            print_report(console, report, quiet=quiet)
+        if comparison is not None:
+            print_comparison(console, comparison)
+        if json_file is not None:
+            write_text(json_file, json.dumps(data, indent=1, allow_nan=False) + "\n")
+    if plot is not None:
+        _draw(report, plot)
+    if not silent:
+        from xcos_ext.faces import display_name
+
+        for title, path in (("all figures", json_file), ("picture", plot)):
+            if path is not None:
+                click.echo(f"{title}: {display_name(path)}")
+    return 0
 
 
-def _settings(request: Request) -> Settings:
+def _settings(chosen: dict[str, Any]) -> Settings:
     from xcos_ext.bench import Settings
 
-    given = {
-        name: value
-        for name in ("stages", "runtimes", "batches", "dtypes", "seconds", "gallery")
-        if (value := getattr(request, name)) not in (None, ())
-    }
-    try:
-        return Settings(**given, cold=request.cold)
-    except ValueError as error:
-        raise XCosError(str(error)) from error
+    return Settings(**{name: value for name, value in chosen.items() if value != ()})
 
 
 def _devices(names: Sequence[str]) -> tuple[tuple[str, ...], int]:
@@ -143,42 +184,43 @@ def _devices(names: Sequence[str]) -> tuple[tuple[str, ...], int]:
     return tuple(device.type for device in devices), gpus[0].index if gpus else -1
 
 
-def _measured(request: Request) -> Report:
+def _measured(
+    model: str | None,
+    settings: Settings,
+    devices: Sequence[str],
+    threads: int | None,
+    picture: str | None,
+    detector: str,
+    quiet: bool,
+) -> Report:
     """Measure on this machine."""
-    settings = _settings(request)
-    path = check_model_path(request.model)
+    path = check_model_path(model)
     if is_graph(path):
         raise XCosError(f"{path}: expected a model in torch, of which graphs are made here, got an ONNX graph")
-    if request.plot is not None and not {"pair", "backbone"} & set(settings.stages):
-        raise XCosError("--plot: expected --stage pair or backbone among those that are measured, got neither")
     from xcos_ext.faces import create_detector, display_name, read_picture
 
-    if request.picture is not None:
-        read_picture(request.picture)
-    if request.detector != "cascade":
-        try:
-            create_detector(request.detector)
-        except ValueError as error:
-            raise XCosError(str(error)) from error
+    if picture is not None:
+        read_picture(picture)
+    if detector != "cascade":
+        create_detector(detector)
     import torch
 
     from xcos_ext.bench import Subject, default_picture, run
 
-    devices, gpu = _devices(request.devices)
-    settings = replace(settings, devices=devices)
+    kinds, gpu = _devices(devices)
+    settings = replace(settings, devices=kinds)
     before = torch.get_num_threads()
-    if request.threads is not None:
-        torch.set_num_threads(request.threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
     try:
         subject = Subject(
             load(path),
-            picture=default_picture() if request.picture is None else request.picture,
-            detector=request.detector,
+            picture=default_picture() if picture is None else picture,
+            detector=detector,
             gallery=settings.gallery,
             seed=settings.seed,
         )
-        silent = request.quiet or request.json_file == _STDOUT
-        with torch.cuda.device(gpu), subject, bar("measuring", "cases", quiet=silent) as tick:
+        with torch.cuda.device(gpu), subject, bar("measuring", "cases", quiet=quiet) as tick:
             report = run(subject, settings, progress=tick)
     finally:
         torch.set_num_threads(before)
@@ -188,17 +230,6 @@ def _measured(request: Request) -> Report:
         reasons = dict.fromkeys(skipped.reason for skipped in report.skipped)
         raise XCosError(f"{display_name(path)}: nothing could be measured: {'; '.join(reasons)}")
     return report
-
-
-def _write(data: dict[str, Any], path: str) -> None:
-    from xcos_ext.io.atomic import write_atomically
-
-    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-
-    def write(file: BinaryIO) -> None:
-        file.write(text.encode())
-
-    write_atomically(path, write)
 
 
 def _draw(report: Report, path: str) -> None:

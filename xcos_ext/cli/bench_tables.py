@@ -14,17 +14,9 @@ if TYPE_CHECKING:
 
     from xcos_ext.bench import Comparison, Key, Report, Share
 
-__all__ = ["plain_console", "print_comparison", "print_report"]
+__all__ = ["print_comparison", "print_report"]
 
 _STYLES = {"slower": "red", "faster": "green", "unclear": "yellow", "same": ""}
-
-
-def plain_console() -> Console:
-    """Where tables are printed."""
-    from rich.console import Console
-
-    # Where nobody looks at a terminal, lines are not cut to its width.
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 170, highlight=False)
 
 
 def _table(title: str, columns: Sequence[str], left: int) -> Table:

@@ -1,22 +1,23 @@
-"""What every subcommand shares: exit statuses, one-line messages, output that may go wrong."""
+"""What commands say: exit statuses, one-line messages, rows, tables and progress on a terminal."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from xcos_ext.io.errors import XCosError
 from xcos_ext.io.text import printable
 
-__all__ = ["TROUBLE", "CommandGroup", "bar", "note", "notes_for_warnings", "print_json", "progress", "quiet_opencv"]
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 #: Exit statuses: 0 success (verify: the same person), 1 only from verify (different people), 2 anything wrong.
 SAME, DIFFERENT, TROUBLE, INTERRUPTED = 0, 1, 2, 130
@@ -33,9 +34,13 @@ def note(message: str) -> None:
         click.echo(f"xcos: {one_line(message)}", err=True)
 
 
-def debugging() -> bool:
-    """Whether XCOS_DEBUG asks for tracebacks."""
-    return os.environ.get("XCOS_DEBUG", "") not in ("", "0")
+def note_some(messages: Collection[str], what: str) -> None:
+    """Say the first few of many messages, and how many more there are."""
+    shown = 5
+    for message in islice(messages, shown):
+        note(message)
+    if len(messages) > shown:
+        note(f"... and {len(messages) - shown:,} more {what} (--json lists them)")
 
 
 def print_json(data: Any) -> None:
@@ -51,6 +56,32 @@ def print_json(data: Any) -> None:
     click.echo(text)
 
 
+def print_rows(rows: Iterable[tuple[str, str]], width: int = 10) -> None:
+    """Print names and values, a line each, the values in a column."""
+    rows = list(rows)
+    width = max(width, *(len(name) for name, _ in rows))
+    for name, value in rows:
+        click.echo(f"{name:<{width}} {value}")
+
+
+def table(title: str, columns: Sequence[str]) -> Table:
+    """A table to be filled; numbers are to the right, the first column is to the left."""
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left")
+    for place, column in enumerate(columns):
+        made.add_column(column, justify="right" if place else "left")
+    return made
+
+
+def table_console() -> Console:
+    """Where tables are printed."""
+    from rich.console import Console
+
+    # Where nobody looks at a terminal, lines are not cut to its width.
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 170, highlight=False)
+
+
 @contextlib.contextmanager
 def notes_for_warnings() -> Iterator[None]:
     """Turn Python warnings into one-line notes."""
@@ -63,36 +94,31 @@ def notes_for_warnings() -> Iterator[None]:
                 note(message)
 
 
-def on_terminal() -> bool:
-    """Whether stderr is a terminal, where progress can be shown."""
-    return sys.stderr is not None and sys.stderr.isatty()
-
-
-def progress(items: Iterable[Any], total: int, title: str, *, quiet: bool = False) -> Iterator[Any]:
-    """The items, with a progress bar on stderr where that is a terminal."""
-    if quiet or not on_terminal():
-        yield from items
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(items, description=title, total=total, console=Console(stderr=True), transient=True)
+def progress(items: Sequence[Any], title: str, *, quiet: bool = False) -> Iterator[Any]:
+    """The items, with a progress bar."""
+    with bar(title, "", quiet=quiet) as tick:
+        for done, item in enumerate(items, 1):
+            yield item
+            tick(done, len(items))
 
 
 @contextlib.contextmanager
-def bar(title: str, unit: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with rate and time left on stderr, where that is a terminal; gives ``tick(done, total)``."""
-    if quiet or not on_terminal():
-        yield lambda done, total: None
+def bar(title: str, unit: str, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
+    """A progress bar with rate and time left on stderr, where that is a terminal.
+
+    Gives ``tick(done, total)``; ``tick(done, total, title)`` has a bar for each title.
+    """
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
+        yield lambda done, total, title=title: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
     from rich.text import Text
 
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:
             speed = task.finished_speed or task.speed
-            return Text("" if speed is None else f"{speed:,.0f} {unit}/s")
+            return Text("" if speed is None or not unit else f"{speed:,.0f} {unit}/s")
 
     columns = (
         TextColumn("{task.description}"),
@@ -101,99 +127,12 @@ def bar(title: str, unit: str, *, quiet: bool = False) -> Iterator[Callable[[int
         Rate(),
         TimeRemainingColumn(),
     )
+    tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task(title, total=1)
-        yield lambda done, total: shown.update(task, completed=done, total=max(total, 1))
 
+        def tick(done: int, total: int, title: str = title) -> None:
+            if title not in tasks:
+                tasks[title] = shown.add_task(title, total=max(total, 1))
+            shown.update(tasks[title], completed=done, total=max(total, 1))
 
-def quiet_opencv() -> None:
-    """Keep OpenCV's own log lines off stderr; must be called before it is imported."""
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-
-
-def _reopen_closed_streams() -> None:
-    """Give closed standard streams a place, or the next file opened would take theirs and receive their output."""
-    for descriptor in (0, 1, 2):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.open(os.devnull, os.O_RDONLY if descriptor == 0 else os.O_WRONLY)
-
-
-def _silence(stream: Any) -> None:
-    """After a failed write: let Python's flush at exit go nowhere instead of failing again."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        devnull = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(devnull, stream.fileno())
-        os.close(devnull)
-
-
-def _describe(error: BaseException) -> str:
-    if isinstance(error, XCosError):
-        return str(error)
-    if isinstance(error, MemoryError):
-        return "not enough memory"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-class CommandGroup(click.Group):
-    """A click group whose failures are one line on stderr and exit status 2; 130 after Ctrl-C."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """As click does, but Ctrl-C prints nothing."""
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise click.exceptions.Exit(INTERRUPTED) from None
-
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        **extra: Any,
-    ) -> Any:
-        """Run and, as click does, end the process; ``standalone_mode=False`` returns the status instead."""
-        _reopen_closed_streams()
-        status = self._guarded(args, prog_name, complete_var, **extra)
-        if not standalone_mode:
-            return status
-        sys.exit(status)
-
-    def _guarded(
-        self, args: Sequence[str] | None, prog_name: str | None, complete_var: str | None, **extra: Any
-    ) -> int:
-        try:
-            result = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
-            if sys.stdout is not None:
-                sys.stdout.flush()  # now, while failing still changes the exit status
-            return result if isinstance(result, int) else 0
-        except (KeyboardInterrupt, click.Abort):
-            return INTERRUPTED
-        except SystemExit:  # click ends the process itself, with 1, when the reader of a pipe has gone
-            _silence(sys.stdout)
-        except click.ClickException as error:
-            path = getattr(getattr(error, "ctx", None), "command_path", None) or prog_name or "xcos"
-            hint = f" (see {path} --help)" if isinstance(error, click.UsageError) else ""
-            note(f"{error.format_message().rstrip('.')}{hint}")
-        except BrokenPipeError:  # the reader has gone, and has seen what it wanted
-            _silence(sys.stdout)
-        except Exception as error:  # the promise is one line, whatever it is
-            if isinstance(error, OSError) and error.errno == errno.EPIPE:
-                _silence(sys.stdout)
-                return TROUBLE
-            if debugging():
-                import traceback
-
-                traceback.print_exc()
-            note(_describe(error))
-            if isinstance(error, OSError):
-                with contextlib.suppress(OSError, ValueError, AttributeError):
-                    sys.stdout.flush()
-                    return TROUBLE
-                _silence(sys.stdout)
-        return TROUBLE
+        yield tick

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,10 @@ import click
 
 from xcos_ext.io.errors import XCosError
 
+from . import options
 from .console import note, print_json
-from .verify import chosen_device
+from .inputs import chosen_device
+from .verify import run as verify
 
 if TYPE_CHECKING:
     import torch
@@ -30,16 +31,22 @@ _TOLERANCE = 2e-5
 _THRESHOLD = 0.25
 
 
-def run(pictures: Sequence[str], model: str | None, device: str, out: str | None, as_json: bool) -> int:
-    """Verify two pictures, or score, differentiate, search, time and draw generated feature maps."""
-    if pictures:
-        from .verify import Request
-        from .verify import run as verify
+@click.command("demo")
+@click.argument("pictures", nargs=-1, type=click.Path(), metavar="[A B]")
+@options.model
+@options.device
+@click.option("--out", metavar="FILE", type=click.Path(), help="The picture to draw. [default: xcos_demo.png]")
+@options.as_json
+@click.pass_context
+def run(
+    ctx: click.Context, pictures: tuple[str, ...], model: str | None, device: str, out: str | None, as_json: bool
+) -> int:
+    """Pair scoring, gradients and a gallery search on generated feature maps, timed beside plain torch.
 
-        request = Request(
-            a=pictures[0], b=pictures[1], model=model, device=device, out=out or _DEFAULT_OUT, as_json=as_json
-        )
-        return verify(request)
+    With two photographs A B and a weights file it verifies them instead.
+    """
+    if len(pictures) not in (0, 2):
+        raise click.UsageError(f"expected two pictures or none, got {len(pictures)}", ctx)
     from xcos_ext.explain import check_figure_path
     from xcos_ext.io.atomic import OutputError
 
@@ -47,10 +54,13 @@ def run(pictures: Sequence[str], model: str | None, device: str, out: str | None
         check_figure_path(out or _DEFAULT_OUT)
         target: str | None = out or _DEFAULT_OUT
     except OutputError as error:
-        if out is not None:
+        if out is not None or pictures:
             raise
         note(f"{error}; no picture is drawn (choose a place with --out)")
         target = None
+    if pictures:
+        a, b = pictures
+        return int(ctx.invoke(verify, a=a, b=b, model=model, device=device, out=target, as_json=as_json))
     data = measure(chosen_device(device))
     if target is not None:
         _draw(target)
@@ -93,6 +103,8 @@ def eager_score(a: Tensor, b: Tensor) -> Tensor:
 
 def _timed(work: Callable[[], Any], device: torch.device) -> dict[str, float]:
     """Milliseconds: median, least and most of several runs (fewer if they are slow) after one to warm up."""
+    import statistics
+
     import torch
 
     def finished() -> None:

@@ -4,69 +4,131 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from xcos_ext.io.errors import GalleryError, XCosError
 
-from .console import TROUBLE, bar, note, print_json, quiet_opencv
-from .verify import FaceOptions, check_model_path, chosen_device, load
+from . import options
+from .console import TROUBLE, bar, note, note_some, print_json
+from .inputs import check_model_path, described, load
 
 if TYPE_CHECKING:
     from xcos_ext.gallery.enroll import Picture
 
-__all__ = ["Request", "run"]
 
-_NAMED = 5  # skipped pictures named on the terminal; all are in the JSON
+@click.command("enroll")
+@options.gallery
+@click.argument("photos", nargs=-1, required=True, type=click.Path(), metavar="PHOTOS...")
+@options.faces
+@click.option("--person", metavar="NAME", help="Who is on all of them; by default the folder each lies in.")
+@click.option(
+    "--labels",
+    metavar="CSV",
+    type=click.Path(),
+    help="Columns picture (path below its folder or archive), person, and any others, which become metadata.",
+)
+@options.choice(
+    "--dtype", values=["float16", "bfloat16", "float32"], default="float16", help="Of the templates, for a new gallery."
+)
+@options.number("--batch", default=256, help="Faces a commit.")
+@click.option("--replace", is_flag=True, help="Enrol pictures again that are in; by default they are skipped.")
+@options.threads
+@options.quiet
+@options.as_json
+def run(
+    gallery: str,
+    photos: tuple[str, ...],
+    model: str | None,
+    detector: str,
+    aligned: bool,
+    device: str,
+    person: str | None,
+    labels: str | None,
+    dtype: str,
+    replace: bool,
+    quiet: bool,
+    as_json: bool,
+    **how: Any,
+) -> int:
+    """Enrol photographs in GALLERY: files, folders (all below them) and zip archives.
+
+    GALLERY is a folder, made if it is not there. Running the command again goes on where it was interrupted.
+    Pictures without a face are listed and left out.
+    """
+    from xcos_ext.faces import create_detector, display_name
+    from xcos_ext.io.optional import need
+
+    need("lance", "a gallery", extra="gallery")
+    path = check_model_path(model)
+    from xcos_ext.gallery.enroll import enroll, find_pictures
+
+    pictures = find_pictures(photos, person=person)
+    if labels is not None:
+        pictures = _labelled(pictures, labels)
+    if not aligned:
+        create_detector(detector)  # a wrong name is said now, not by a thread
+    import torch
+
+    from xcos_ext.gallery import Gallery
+
+    loaded = load(path, device)
+    if Gallery.exists(gallery):
+        opened = Gallery.open(gallery, loaded)
+    else:
+        opened = Gallery.create(gallery, loaded, dtype=getattr(torch, dtype))
+    with opened, bar("enrolling", "faces", quiet=quiet or as_json) as tick:
+        result = enroll(
+            opened,
+            loaded,
+            pictures,
+            None if aligned else lambda: create_detector(detector),
+            on_duplicate="replace" if replace else "skip",
+            progress=tick,
+            **how,
+        )
+        size = len(opened)
+    if as_json:
+        print_json(
+            {
+                "gallery": display_name(gallery),
+                "faces": size,
+                "enrolled": len(result.enrolled),
+                "already_in": result.present,
+                "skipped": result.skipped,
+                "several_faces": result.several,
+                "seconds": result.seconds,
+                "model": described(loaded, path),
+            }
+        )
+    else:
+        if not quiet:
+            rate = len(result.enrolled) / result.seconds if result.seconds > 0 else 0.0
+            click.echo(
+                f"{len(result.enrolled):,} enrolled ({rate:.0f}/s), {result.present:,} already in, "
+                f"{len(result.skipped):,} skipped; {size:,} faces in {display_name(gallery)}"
+            )
+        note_some([f"skipped {why}" for why in result.skipped.values()], "pictures skipped")
+        if result.several:
+            note(f"{len(result.several):,} pictures with several faces: took the {how['policy']} one (see --face)")
+    if not result.enrolled and not result.present:
+        if not result.skipped:
+            raise XCosError("nothing to enrol")
+        return TROUBLE
+    return 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request(FaceOptions):
-    """The command line's options."""
-
-    gallery: str
-    photos: tuple[str, ...]
-    person: str | None = None
-    labels: str | None = None
-    dtype: str = "float16"
-    batch: int = 256
-    replace: bool = False
-    threads: int = 2
-    quiet: bool = False
-    as_json: bool = False
-
-
-def _labels(path: str) -> dict[str, dict[str, str]]:
-    """Rows of a CSV file by their column ``picture``."""
+def _labelled(pictures: list[Picture], labels: str) -> list[Picture]:
+    """Pictures with the persons and metadata of a CSV file; columns but picture and person are metadata."""
     from xcos_ext.faces import display_name
 
-    name = display_name(path)
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames is None or "picture" not in reader.fieldnames:
-                raise GalleryError(
-                    f"{name}: expected CSV with a column 'picture', got {reader.fieldnames or 'nothing'}"
-                )
-            rows = {row["picture"]: row for row in reader}
-    except OSError as error:
-        raise GalleryError(f"{name}: cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise GalleryError(f"{name}: expected CSV in UTF-8 ({error})") from error
-    return rows
-
-
-def _labelled(pictures: list[Picture], rows: Mapping[str, Mapping[str, str]], name: str) -> list[Picture]:
-    """Pictures with the persons and metadata of a CSV file; its other columns are metadata."""
-    unknown = set(rows) - {p.id for p in pictures}
+    name = display_name(labels)
+    rows = _rows(labels, name)
+    unknown = sorted(set(rows) - {p.id for p in pictures})
     if unknown:
-        raise GalleryError(
-            f"{name}: expected pictures that are being enrolled, got {sorted(unknown)[0]!r}"
-            f"{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''}"
-        )
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise GalleryError(f"{name}: expected pictures that are being enrolled, got {unknown[0]!r}{more}")
     result = []
     for picture in pictures:
         row = rows.get(picture.id)
@@ -77,79 +139,17 @@ def _labelled(pictures: list[Picture], rows: Mapping[str, Mapping[str, str]], na
     return result
 
 
-def run(request: Request) -> int:
-    """Find pictures, enrol them, say what came of it.
-
-    Returns:
-        0, or 2 if not one picture is in the gallery afterwards.
-
-    Raises:
-        XCosError: anything wrong with the gallery, the model, the labels or the disk.
-    """
-    quiet_opencv()
-    from xcos_ext.faces import create_detector, display_name
-    from xcos_ext.io.optional import need
-
-    need("lance", "a gallery", extra="gallery")
-    model_path = check_model_path(request.model)
-    from xcos_ext.gallery.enroll import enroll, find_pictures
-
-    pictures = find_pictures(request.photos, person=request.person)
-    if request.labels is not None:
-        pictures = _labelled(pictures, _labels(request.labels), display_name(request.labels))
-    if not request.aligned:
-        create_detector(request.detector)  # a wrong name is said now, not by a thread
-    import torch
-
-    from xcos_ext.gallery import Gallery
-
-    device = chosen_device(request.device)
-    model = load(model_path).to(device)
-    if Gallery.exists(request.gallery):
-        gallery = Gallery.open(request.gallery, model)
-    else:
-        gallery = Gallery.create(request.gallery, model, dtype=getattr(torch, request.dtype))
-    with gallery, bar("enrolling", "faces", quiet=request.quiet or request.as_json) as tick:
-        result = enroll(
-            gallery,
-            model,
-            pictures,
-            None if request.aligned else lambda: create_detector(request.detector),
-            policy=request.policy,
-            batch=request.batch,
-            threads=request.threads,
-            on_duplicate="replace" if request.replace else "skip",
-            progress=tick,
-        )
-        size = len(gallery)
-    rate = len(result.enrolled) / result.seconds if result.seconds > 0 else 0.0
-    if request.as_json:
-        print_json(
-            {
-                "gallery": display_name(request.gallery),
-                "faces": size,
-                "enrolled": len(result.enrolled),
-                "already_in": result.present,
-                "skipped": result.skipped,
-                "several_faces": result.several,
-                "seconds": result.seconds,
-                "model": {"name": model.name, "file": display_name(model_path), "fingerprint": model.fingerprint()},
-            }
-        )
-    else:
-        if not request.quiet:
-            click.echo(
-                f"{len(result.enrolled):,} enrolled ({rate:.0f}/s), {result.present:,} already in, "
-                f"{len(result.skipped):,} skipped; {size:,} faces in {display_name(request.gallery)}"
-            )
-        for why in list(result.skipped.values())[:_NAMED]:
-            note(f"skipped {why}")
-        if len(result.skipped) > _NAMED:
-            note(f"... and {len(result.skipped) - _NAMED:,} more pictures skipped (--json lists them)")
-        if result.several:
-            note(f"{len(result.several):,} pictures with several faces: took the {request.policy} one (see --face)")
-    if not result.enrolled and not result.present:
-        if not result.skipped:
-            raise XCosError("nothing to enrol")
-        return TROUBLE
-    return 0
+def _rows(path: str, name: str) -> dict[str, dict[str, str]]:
+    """Rows of a CSV file by their column ``picture``."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames is None or "picture" not in reader.fieldnames:
+                raise GalleryError(
+                    f"{name}: expected CSV with a column 'picture', got {reader.fieldnames or 'nothing'}"
+                )
+            return {row["picture"]: row for row in reader}
+    except OSError as error:
+        raise GalleryError(f"{name}: cannot be read ({error.strerror})") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise GalleryError(f"{name}: expected CSV in UTF-8 ({error})") from error

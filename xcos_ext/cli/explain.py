@@ -2,79 +2,60 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .console import note, print_json
-from .verify import PairRequest, compare, status
+from . import options
+from .console import note, print_json, print_rows
+from .inputs import write_text
+from .verify import compare, status
 
 if TYPE_CHECKING:
     from xcos_ext.explain import Explanation
 
-__all__ = ["Request", "run"]
 
+@click.command("explain")
+@options.pair
+@click.option(
+    "--html",
+    metavar="FILE",
+    type=options.written(".html", ".htm"),
+    help="Write a page: hover a cell to see what it did.",
+)
+@options.figure("--figure", "the decision")
+@options.as_json
+def run(html: str | None, figure: str | None, as_json: bool, **pair: Any) -> int:
+    """Why does the model say what it says about the faces of A and B?
 
-@dataclass(frozen=True, kw_only=True)
-class Request(PairRequest):
-    """The command line's options."""
-
-    html: str | None = None
-    figure: str | None = None
-
-
-def run(request: Request) -> int:
-    """Compare, explain, write.
-
-    Returns:
-        0 for the same person, 1 for different people, 2 without a verdict (no threshold); what was asked for is
-        written in any case.
-
-    Raises:
-        XCosError: anything wrong with the pictures, the model or the outputs.
+    Exit status as verify's; 2 also where the model has no threshold and so there is no verdict.
     """
-    from xcos_ext.faces import display_name
-    from xcos_ext.io.atomic import check_output, write_atomically
-    from xcos_ext.io.optional import need
-
-    if request.html is not None:
-        check_output(request.html, (".html", ".htm"))
-    if request.figure is not None:
-        from xcos_ext.explain import check_figure_path
-
-        check_figure_path(request.figure)
-        need("matplotlib", "drawing")
-    explanation = compare(request, needs_threshold=False)
-    if request.html is not None:
-        page = explanation.to_html().encode("utf-8")
-
-        def write(file: BinaryIO) -> None:
-            file.write(page)
-
-        write_atomically(request.html, write)
-    if request.figure is not None:
+    explanation = compare(**pair, needs_threshold=False)
+    if html is not None:
+        write_text(html, explanation.to_html())
+    if figure is not None:
         from xcos_ext.explain import save_figure
 
-        save_figure(explanation.figure(), request.figure)
-    if request.as_json:
+        save_figure(explanation.figure(), figure)
+    if as_json:
         print_json(explanation.as_dict())
     else:
-        click.echo(str(explanation))
-        click.echo()
-        for line in table(explanation):
-            click.echo(line)
-        click.echo()
-        click.echo(f"{'model':<10} {explanation.as_dict()['model']['name']}")
-        for kind, path in (("page", request.html), ("picture", request.figure)):
-            if path is not None:
-                click.echo(f"{kind:<10} {display_name(path)}")
+        from xcos_ext.faces import display_name
+
+        click.echo("\n".join((str(explanation), "", *_table(explanation), "")))
+        files = (("page", html), ("picture", figure))
+        print_rows(
+            [
+                ("model", explanation.as_dict()["model"]["name"]),
+                *((kind, display_name(path)) for kind, path in files if path is not None),
+            ]
+        )
     if explanation.same is None:
         note("no verdict: the model knows no decision threshold; give --threshold, or make a model that has one")
     return status(explanation)
 
 
-def table(explanation: Explanation) -> list[str]:
+def _table(explanation: Explanation) -> list[str]:
     """The parts of the face as lines of text."""
     from xcos_ext.io.text import percent, signed
 

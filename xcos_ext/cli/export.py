@@ -1,45 +1,63 @@
-"""``xcos export onnx``: a model as a graph for other runtimes."""
+"""``xcos export``: a model as an ONNX graph, and a graph as a TensorRT engine for this GPU."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .console import note, print_json
-from .verify import check_model_path, is_graph, load
+from xcos_ext.io.errors import ModelError, XCosError
 
-__all__ = ["OnnxRequest", "run_onnx"]
+from . import options
+from .console import bar, note, notes_for_warnings, print_json, print_rows
+from .inputs import check_model_path, is_graph, load
 
+if TYPE_CHECKING:
+    from xcos_ext.deploy.tensorrt.plan import PlanCard
 
-@dataclass(frozen=True, kw_only=True)
-class OnnxRequest:
-    """The command line's options."""
-
-    model: str | None = None
-    kind: str = "pair"
-    out: str
-    dtype: str = "float32"
-    batch: int | None = None
-    opset: int | None = None
-    quiet: bool = False
-    as_json: bool = False
+_MIB = 1 << 20
 
 
-def run_onnx(request: OnnxRequest) -> int:
-    """Write the graph.
+@click.command("onnx")
+@options.model
+@options.choice(
+    "--kind",
+    values=["pair", "template", "score"],
+    default="pair",
+    help="Two pictures to score and maps; a picture to its template; two templates to score and maps.",
+)
+@click.option("--out", required=True, metavar="FILE", type=options.written(".onnx"), help="The graph to write: .onnx.")
+@options.choice(
+    "--dtype",
+    values=["float32", "float16"],
+    default="float32",
+    help="Of the backbone inside; the head, inputs and outputs are float32.",
+)
+@options.number("--batch", help="A fixed batch; by default any.")
+@click.option("--opset", type=int, metavar="N", help="Of the standard operators. [default: 18]")
+@options.quiet
+@options.as_json
+def to_onnx(
+    model: str | None,
+    kind: Any,
+    out: str,
+    dtype: str,
+    batch: int | None,
+    opset: int | None,
+    quiet: bool,
+    as_json: bool,
+) -> int:
+    """An ONNX graph of standard operators, with preprocessing, threshold and calibration in its metadata.
 
-    Raises:
-        XCosError: a model or an output that cannot be used.
+    xcos verify --model FILE.onnx then needs no torch.
     """
     from xcos_ext.faces import display_name
-    from xcos_ext.io.atomic import check_output
-    from xcos_ext.io.errors import ModelError, XCosError
     from xcos_ext.io.optional import need
 
-    check_output(request.out, (".onnx",))
-    path = check_model_path(request.model)
+    path = check_model_path(model)
     if is_graph(path):
         raise ModelError(
             f"{display_name(path)}: it is an ONNX graph already; a recogniser's becomes a model by xcos plug"
@@ -50,34 +68,93 @@ def run_onnx(request: OnnxRequest) -> int:
 
     from xcos_ext.deploy import export_onnx
 
-    model = load(path)
-    try:
-        card = export_onnx(
-            model,
-            request.out,
-            kind=request.kind,  # type: ignore[arg-type]
-            dtype=getattr(torch, request.dtype),
-            dynamic_batch=request.batch is None,
-            batch_size=request.batch or 1,
-            opset=request.opset,
-            progress=None if request.quiet or request.as_json else note,
-        )
-    except ValueError as error:
-        raise error if isinstance(error, XCosError) else XCosError(str(error)) from error
-    size = os.path.getsize(request.out)
-    if request.as_json:
-        data = {"file": display_name(request.out), "bytes": size, "kind": card.kind, "name": card.name}
+    card = export_onnx(
+        load(path),
+        out,
+        kind=kind,
+        dtype=getattr(torch, dtype),
+        dynamic_batch=batch is None,
+        batch_size=batch or 1,
+        opset=opset,
+        progress=None if quiet or as_json else note,
+    )
+    size = os.path.getsize(out)
+    if as_json:
+        data = {"file": display_name(out), "bytes": size, "kind": card.kind, "name": card.name}
         data |= {"fingerprint": card.fingerprint, "threshold": card.threshold, "dtype": card.dtype}
         data |= {"opset": card.opset, "attention": card.attention, "preprocessing": asdict(card.preprocessing)}
-        print_json(data | {"batch": request.batch, "templates": asdict(card.layout) | {"size": card.layout.size}})
+        print_json(data | {"batch": batch, "templates": asdict(card.layout) | {"size": card.layout.size}})
         return 0
-    batch = "any" if request.batch is None else request.batch
-    for name, value in (
-        ("graph", f"{display_name(request.out)} ({size / 1e6:.2f} MB)"),
-        ("kind", card.kind),
-        ("model", f"{card.name} ({card.fingerprint})"),
-        ("threshold", "unknown" if card.threshold is None else f"{card.threshold:.4f}"),
-        ("inside", f"{card.dtype}, opset {card.opset}, batch {batch}"),
-    ):
-        click.echo(f"{name:<10} {value}")
+    print_rows(
+        [
+            ("graph", f"{display_name(out)} ({size / 1e6:.2f} MB)"),
+            ("kind", card.kind),
+            ("model", f"{card.name} ({card.fingerprint})"),
+            ("threshold", "unknown" if card.threshold is None else f"{card.threshold:.4f}"),
+            ("inside", f"{card.dtype}, opset {card.opset}, batch {'any' if batch is None else batch}"),
+        ]
+    )
     return 0
+
+
+@click.command("tensorrt")
+@click.argument("onnx", type=click.Path(), metavar="GRAPH.onnx")
+@click.option("--out", required=True, metavar="FILE", type=click.Path(), help="The engine to write: .plan or .engine.")
+@click.option(
+    "--batch", multiple=True, metavar="MIN:OPT:MAX", help="Batches that the engine runs, e.g. 1:8:64; may be repeated."
+)
+@options.number("--workspace", metavar="MIB", help="Memory that a layer may use, in MiB.")
+@click.option("--timing-cache", metavar="FILE", type=click.Path(), help="Read and write timings, for faster builds.")
+@click.option("--version-compatible", is_flag=True, help="Run on later TensorRT versions of the same major one.")
+@click.option("--refit", is_flag=True, help="Weights can be exchanged later.")
+@click.option("--tf32", is_flag=True, help="Allow TF32 where the graph says float32.")
+@click.option("--device", default="cuda", show_default=True, metavar="cuda[:N]", help="The GPU to build for.")
+@options.quiet
+@options.as_json
+def to_tensorrt(
+    onnx: str, out: str, batch: tuple[str, ...], workspace: int | None, quiet: bool, as_json: bool, **how: Any
+) -> int:
+    """A TensorRT engine of a graph, for this GPU and this TensorRT; beside it a JSON file that says what it fits.
+
+    Types are those of the graph: for half precision export it with --dtype float16.
+    """
+    from xcos_ext.deploy import build_engine
+    from xcos_ext.deploy.tensorrt.profiles import BatchProfile
+
+    begin = time.perf_counter()
+    if workspace is not None:
+        how["workspace"] = workspace * _MIB
+    try:
+        profiles = [BatchProfile.parse(text) for text in batch] or None
+        with notes_for_warnings(), bar("building", "%", quiet=quiet) as tick:
+            card = build_engine(onnx, out, profiles=profiles, progress=tick, **how)
+    except ValueError as error:
+        if isinstance(error, XCosError):
+            raise
+        raise XCosError(str(error).replace("profiles:", "--batch:").replace("device:", "--device:")) from error
+    seconds = time.perf_counter() - begin
+    if as_json:
+        # The sidecar's content, but for the graph's own notes, which may be long.
+        data = {name: value for name, value in card.as_dict().items() if name not in ("format", "metadata")}
+        print_json({"plan": out, "seconds": seconds, **data})
+    elif not quiet:
+        _show(out, seconds, card)
+    return 0
+
+
+def _show(plan: str, seconds: float, card: PlanCard) -> None:
+    batches = ", ".join(str(p) if p.min == p.max else f"{p} (chosen for {p.opt})" for p in card.profiles)
+    chosen = [name for name in ("version_compatible", "refit", "tf32") if getattr(card, name)]
+    print_rows(
+        [
+            ("plan", f"{plan} ({card.plan_bytes / _MIB:.1f} MiB) and {plan}.json"),
+            ("TensorRT", card.tensorrt),
+            ("GPU", f"{card.gpu} (compute capability {card.sm})"),
+            ("batch", batches or str(card.inputs[0].shape[0] if card.inputs[0].shape else 1)),
+            *(("input", str(tensor)) for tensor in card.inputs),
+            *(("output", str(tensor)) for tensor in card.outputs),
+            *([("options", ", ".join(chosen).replace("_", "-"))] if chosen else []),
+            ("time", f"{seconds:.1f} s"),
+        ],
+        width=9,
+    )

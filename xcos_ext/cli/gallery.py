@@ -1,61 +1,55 @@
-"""``xcos gallery`` and ``xcos dedupe``: looking after a gallery."""
+"""``xcos gallery``: looking after a gallery."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any, BinaryIO
-
 import click
+from rich.filesize import decimal
 
 from xcos_ext.io.errors import GalleryError
-from xcos_ext.io.text import byte_size
 
-from .console import TROUBLE, bar, note, print_json
-from .verify import check_model_path, chosen_device, load
-
-__all__ = ["compact", "dedupe", "info", "remove", "verify"]
+from . import options
+from .console import TROUBLE, bar, note, print_json, print_rows
+from .inputs import open_gallery
 
 _NAMED = 20  # rows shown on the terminal; all are in the JSON
 
 
-def _open(path: str, model: Any = None) -> Any:
-    from xcos_ext.io.optional import need
-
-    need("lance", "a gallery", extra="gallery")
-    from xcos_ext.gallery import Gallery
-
-    return Gallery.open(path, model)
-
-
-def info(path: str, as_json: bool) -> int:
-    """Counts, sizes, model."""
-    with _open(path) as gallery:
-        data = gallery.info()
+@click.command("info")
+@options.gallery
+@options.as_json
+def info(gallery: str, as_json: bool) -> int:
+    """Faces, persons, sizes, and the model that it belongs to."""
+    with open_gallery(gallery) as opened:
+        data = opened.info()
     if as_json:
         print_json(data)
         return 0
     each = "" if data["bytes_per_face"] is None else f", {data['bytes_per_face']:.0f} bytes a face"
-    rows = [
-        ("faces", f"{data['faces']:,} of {data['persons']:,} persons"),
-        ("version", f"{data['version']}, {data['fragments']} fragments, {data['removed_but_stored']:,} removed faces"),
-        ("on disk", f"{byte_size(data['bytes'])}{each}; packed tiles {byte_size(data['tiles_bytes'])}"),
-        ("template", f"{data['grid'][0]}x{data['grid'][1]}, {data['channels']} channels, {data['dtype']}"),
-        ("head", str(data["head"])),
-        ("model", f"{data['model_name'] or 'not recorded'} {data['model'] or ''}".strip()),
-        ("threshold", "not known" if data["threshold"] is None else f"{data['threshold']:.4f}"),
-    ]
-    for name, value in rows:
-        click.echo(f"{name:<10} {value}")
-    if data["removed_but_stored"]:
+    removed = data["removed_but_stored"]
+    print_rows(
+        [
+            ("faces", f"{data['faces']:,} of {data['persons']:,} persons"),
+            ("version", f"{data['version']}, {data['fragments']} fragments, {removed:,} removed faces"),
+            ("on disk", f"{decimal(data['bytes'])}{each}; packed tiles {decimal(data['tiles_bytes'])}"),
+            ("template", f"{data['grid'][0]}x{data['grid'][1]}, {data['channels']} channels, {data['dtype']}"),
+            ("head", str(data["head"])),
+            ("model", f"{data['model_name'] or 'not recorded'} {data['model'] or ''}".strip()),
+            ("threshold", "not known" if data["threshold"] is None else f"{data['threshold']:.4f}"),
+        ]
+    )
+    if removed:
         note("removed faces are still on disk until xcos gallery compact")
     return 0
 
 
-def remove(gallery: str, ids: Sequence[str], persons: Sequence[str], ids_from: str | None, as_json: bool) -> int:
-    """Delete faces by id or by person."""
+@click.command("remove")
+@options.gallery
+@click.argument("ids", nargs=-1)
+@click.option("--person", "persons", multiple=True, metavar="NAME", help="All faces of a person; repeatable.")
+@click.option("--ids-from", metavar="FILE", type=click.Path(allow_dash=True), help="Ids, one a line; - is stdin.")
+@options.as_json
+def remove(gallery: str, ids: tuple[str, ...], persons: tuple[str, ...], ids_from: str | None, as_json: bool) -> int:
+    """Remove faces: all that are named, or none if one is not there."""
     chosen = list(ids)
     if ids_from is not None:
         try:
@@ -63,7 +57,7 @@ def remove(gallery: str, ids: Sequence[str], persons: Sequence[str], ids_from: s
                 chosen += [line.rstrip("\n") for line in file if line.rstrip("\n")]
         except (OSError, UnicodeDecodeError) as error:
             raise GalleryError(f"{ids_from}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-    with _open(gallery) as opened:
+    with open_gallery(gallery) as opened:
         for person in persons:
             found = opened.ids_of(person)
             if not found:
@@ -80,24 +74,37 @@ def remove(gallery: str, ids: Sequence[str], persons: Sequence[str], ids_from: s
     return 0
 
 
-def compact(path: str, timeout: float, as_json: bool) -> int:
-    """Rewrite without removed faces and delete old versions."""
-    with _open(path) as gallery:
-        report = gallery.compact(timeout=timeout)
-        faces = len(gallery)
+@click.command("compact")
+@options.gallery
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="To wait for readers of old versions.",
+)
+@options.as_json
+def compact(gallery: str, timeout: float, as_json: bool) -> int:
+    """Delete removed faces from the disk, with all old versions."""
+    with open_gallery(gallery) as opened:
+        report = opened.compact(timeout=timeout)
+        faces = len(opened)
     if as_json:
         print_json({**report, "faces": faces})
     else:
-        click.echo(
-            f"{faces:,} faces, {byte_size(report['bytes_before'])} before, {byte_size(report['bytes_after'])} now"
-        )
+        click.echo(f"{faces:,} faces, {decimal(report['bytes_before'])} before, {decimal(report['bytes_after'])} now")
     return 0
 
 
-def verify(path: str, quiet: bool, as_json: bool) -> int:
-    """Compare everything with its checksums; 2 if something is damaged."""
-    with _open(path) as gallery, bar("verifying", "faces", quiet=quiet or as_json) as tick:
-        report = gallery.verify(progress=tick)
+@click.command("verify")
+@options.gallery
+@options.quiet
+@options.as_json
+def verify(gallery: str, quiet: bool, as_json: bool) -> int:
+    """Compare everything with the checksums it was written with; exit status 2 if something is damaged."""
+    with open_gallery(gallery) as opened, bar("verifying", "faces", quiet=quiet or as_json) as tick:
+        report = opened.verify(progress=tick)
     if as_json:
         print_json(report)
     else:
@@ -111,64 +118,3 @@ def verify(path: str, quiet: bool, as_json: bool) -> int:
             click.echo(f"packed tiles {name} were damaged: deleted, the next search makes them again")
         click.echo(f"{report['faces']:,} faces read: {'all as written' if report['ok'] else 'DAMAGED'}")
     return 0 if report["ok"] else TROUBLE
-
-
-def dedupe(
-    gallery: str,
-    model: str | None,
-    threshold: float | None,
-    out: str | None,
-    quiet: bool,
-    as_json: bool,
-    device: str = "auto",
-) -> int:
-    """Pairs of alike faces of a gallery."""
-    if out is not None:
-        from xcos_ext.io.atomic import check_output
-
-        check_output(out, (".csv",))
-    path = check_model_path(model)
-    place = chosen_device(device)
-    loaded = load(path).to(place)
-    with _open(gallery, loaded) as opened, bar("comparing", "pairs", quiet=quiet or as_json) as tick:
-        result = opened.dedupe(threshold, progress=tick)
-        faces = len(opened)
-    across = [p for p in result.pairs if None not in p.persons and p.persons[0] != p.persons[1]]
-    if out is not None:
-        _write_csv(out, result)
-    if as_json:
-        print_json(
-            {
-                "faces": faces,
-                "compared": result.compared,
-                "threshold": result.threshold,
-                "pairs": [asdict(pair) for pair in result.pairs],
-                "groups": result.groups,
-            }
-        )
-        return 0
-    for group in result.groups[:_NAMED]:
-        click.echo(f"{len(group)} alike: {', '.join(repr(i) for i in group[:6])}{', ...' if len(group) > 6 else ''}")
-    if len(result.groups) > _NAMED:
-        click.echo(f"... and {len(result.groups) - _NAMED:,} more groups (--json or --out lists them)")
-    click.echo(
-        f"{len(result.pairs):,} of {result.compared:,} pairs score {result.threshold:.4f} or more, "
-        f"{len(across):,} of them across persons; {len(result.groups):,} groups"
-    )
-    return 0
-
-
-def _write_csv(path: str, result: Any) -> None:
-    from xcos_ext.io.atomic import write_atomically
-
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["id_a", "id_b", "person_a", "person_b", "score"])
-    for pair in result.pairs:
-        writer.writerow([*pair.ids, *("" if p is None else p for p in pair.persons), repr(pair.score)])
-    data = text.getvalue().encode()
-
-    def write(file: BinaryIO) -> None:
-        file.write(data)
-
-    write_atomically(path, write)

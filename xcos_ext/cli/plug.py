@@ -1,24 +1,24 @@
-"""``xcos plug``: an explainable model from a recogniser and a folder of faces."""
+"""``xcos plug``: an explainable model from a recogniser, which may be an ONNX graph, and a folder of faces."""
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from xcos_ext.io.errors import DeviceError, PictureError, XCosError
 
-from .console import note, notes_for_warnings, print_json, progress
-from .plug_onnx import in_words, list_maps, preprocessing_of, split_of
-from .verify import check_model_path, chosen_device
+from . import options
+from .console import note, one_line, print_json, print_rows, progress
+from .inputs import check_model_path, described, is_graph, load_recogniser
 
 if TYPE_CHECKING:
     from xcos_ext.backbones import Recogniser
+    from xcos_ext.card.preprocessing import Preprocessing
     from xcos_ext.model import XCosModel
-
-__all__ = ["Request", "run"]
 
 _LEAST_PEOPLE = 20
 _DECISION_FMR = 5e-3
@@ -26,143 +26,105 @@ _FMRS = (1e-1, 1e-2, 1e-3)
 _EXPECTED_MATCHES = 30  # impostor pairs times rate, for a threshold at that rate to mean something
 _ALIKE = 0.2  # mean cosine of different people; recognisers that see what they were trained on are near 0
 _COMPARED = 32  # people, for that mean
+_PIXEL = 255  # what a pixel is divided by unless --scale says otherwise
 
 
-@dataclass(frozen=True)
-class Request:
-    """The command line's options."""
+@click.command("plug")
+@click.argument("weights", type=click.Path())
+@click.option(
+    "--faces",
+    metavar="DIR|ZIP",
+    type=click.Path(),
+    help="Aligned crops (112 x 112) of some hundred people: <person>/<picture>, in a folder or zip archive.",
+)
+@click.option("--out", metavar="FILE", type=click.Path(), help="The model to write: .safetensors or .onnx (a graph).")
+@options.number("--project", metavar="K", help="Keep K principal axes per cell, e.g. 32.")
+@click.option(
+    "--threshold", type=options.finite, metavar="T", help="The decision threshold; by default from the faces."
+)
+@options.number("--limit", default=1000, least=2, help="Use at most N people.")
+@click.option("--list", "list_maps", is_flag=True, help="ONNX: show where the graph may be split; needs no faces.")
+@click.option("--tensor", metavar="NAME", help="ONNX: the feature map.  [default: the one that --list marks]")
+@click.option("--output", metavar="NAME", help="ONNX: the embedding.  [default: the graph's only output [N, D]]")
+@click.option(
+    "--mean",
+    metavar="M[,M,M]",
+    help="ONNX: the network gets (RGB * scale - mean) / std.  [default: what the graph asks for, else 0.5]",
+)
+@click.option("--std", metavar="S[,S,S]", help="ONNX: see --mean.")
+@click.option(
+    "--scale", type=options.finite, metavar="F", help="ONNX: see --mean; 1 for pixels 0..255.  [default: 1/255]"
+)
+@options.device
+@options.as_json
+def run(
+    weights: str,
+    faces: str | None,
+    out: str | None,
+    project: int | None,
+    threshold: float | None,
+    limit: int,
+    list_maps: bool,
+    device: str,
+    as_json: bool,
+    **onnx: Any,
+) -> int:
+    """Make an explainable model of a face recogniser, without training.
 
-    weights: str
-    faces: str | None = None
-    out: str | None = None
-    project: int | None = None
-    threshold: float | None = None
-    limit: int = 1000
-    as_json: bool = False
-    list_maps: bool = False
-    tensor: str | None = None
-    output: str | None = None
-    mean: str | None = None
-    std: str | None = None
-    scale: float | None = None
-    device: str = "auto"
-
-    @property
-    def is_onnx(self) -> bool:
-        """Whether the recogniser is an ONNX graph."""
-        return self.weights.lower().endswith(".onnx")
-
-
-def run(request: Request) -> int:
-    """List the recogniser's maps; or compute statistics, plug, calibrate, write.
-
-    Raises:
-        XCosError: anything wrong with the weights, the faces or the output.
-        click.UsageError: options that are missing or do not belong together.
+    WEIGHTS is a recogniser's state dict, or an ONNX graph, which runs on the CPU and whose model is a graph too. One
+    picture of each person gives the mean of every cell; every pair of different people gives the threshold.
     """
     from xcos_ext.io.atomic import check_output
 
-    _check_options(request)
-    if request.list_maps:
-        return list_maps(check_model_path(request.weights), request.output, request.as_json)
-    assert request.faces is not None and request.out is not None
-    check_output(request.out, (".onnx",) if request.is_onnx else (".safetensors", ".onnx"))
-    weights = check_model_path(request.weights)
-    folder, people = _people(request.faces, request.limit)
-    device = chosen_device("cpu" if request.is_onnx else request.device)
+    graph = is_graph(weights)
+    for name, value in {"list": list_maps or None, **onnx}.items():
+        if value is not None and not graph:
+            raise click.UsageError(f"--{name} is for recognisers in ONNX files (.onnx)", click.get_current_context())
+    if graph and device not in ("auto", "cpu"):
+        raise DeviceError(f"--device: expected cpu or auto, for an ONNX graph runs on the CPU here, got {device!r}")
+    if list_maps:
+        return _list_maps(check_model_path(weights), onnx["output"], as_json)
+    if faces is None or out is None:
+        missing = "--faces" if faces is None else "--out"
+        raise click.UsageError(f"Missing option '{missing}'", click.get_current_context())
+    check_output(out, (".onnx",) if graph else (".safetensors", ".onnx"))
+    path = check_model_path(weights)
+    folder, people = _people(faces, limit)
     import torch
 
     from xcos_ext.model import plug
 
-    recogniser = _recogniser(request, weights).to(device)
+    recogniser = _onnx_recogniser(path, **onnx) if graph else load_recogniser(path, device)
     size = recogniser.preprocessing.size
+    named = None
+    if graph:  # called after its file, which its architecture does not tell
+        axes = "" if project is None else f"-{project}"
+        named = f"{os.path.splitext(os.path.basename(weights))[0]}+closed-form{axes}"
     with torch.no_grad():
-        faces = [_aligned(folder, person, size, request.faces) for person in progress(people, len(people), "reading")]
-        try:
-            model = plug(recogniser, faces, project=request.project, threshold=request.threshold, name=_name(request))
-        except ValueError as error:
-            if isinstance(error, XCosError):
-                raise
-            raise XCosError(str(error)) from error
-        if request.is_onnx:
-            _check_alike(recogniser, faces)
+        crops = [_aligned(folder, person, size, faces) for person in progress(people, "reading")]
+        model = plug(recogniser, crops, project=project, threshold=threshold, name=named)
+        if graph:
+            _check_alike(recogniser, crops)
         pairs = len(people) * (len(people) - 1) // 2
-        _calibrate(model, faces, people, request.threshold)
-        _write(model.cpu(), request.out)
-    _report(request, model, len(people), pairs)
+        _calibrate(model, crops, people, threshold, pairs)
+        _write(model.cpu(), out)
+    _report(model, out, len(people), pairs, threshold, as_json)
     return 0
-
-
-def _check_options(request: Request) -> None:
-    context = click.get_current_context(silent=True)
-    if not request.is_onnx:
-        for name in ("tensor", "output", "mean", "std", "scale"):
-            if getattr(request, name) is not None:
-                raise click.UsageError(f"--{name} is for recognisers in ONNX files (.onnx)", context)
-        if request.list_maps:
-            raise click.UsageError("--list is for recognisers in ONNX files (.onnx)", context)
-    elif request.device not in ("auto", "cpu"):
-        raise DeviceError(
-            f"--device: expected cpu or auto, for an ONNX graph runs on the CPU here, got {request.device!r}"
-        )
-    if not request.list_maps:
-        for name in ("faces", "out"):
-            if getattr(request, name) is None:
-                raise click.UsageError(f"Missing option '--{name}'", context)
-
-
-# --- the recogniser
-
-
-def _recogniser(request: Request, weights: str) -> Recogniser:
-    import torch
-
-    if request.is_onnx:
-        from xcos_ext.backbones import OnnxRecogniser
-
-        return OnnxRecogniser(
-            weights,
-            request.tensor,
-            request.output,
-            preprocessing=preprocessing_of(weights, request.mean, request.std, request.scale),
-        )
-    from xcos_ext.model import load_recogniser
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # see verify.load
-    try:
-        with notes_for_warnings():
-            return load_recogniser(weights)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _name(request: Request) -> str | None:
-    """A graph's model is called after its file, which its architecture does not tell."""
-    if not request.is_onnx:
-        return None
-    axes = "" if request.project is None else f"-{request.project}"
-    return f"{os.path.splitext(os.path.basename(request.weights))[0]}+closed-form{axes}"
 
 
 # --- faces
 
 
-def _chosen(people: tuple[str, ...], limit: int) -> list[str]:
-    """At most ``limit`` people, spread evenly over the sorted names."""
-    count = min(limit, len(people))
-    return [people[i * len(people) // count] for i in range(count)]
-
-
 def _people(faces: str, limit: int) -> tuple[Any, list[str]]:
-    """The folder and the people whose pictures are used."""
+    """The folder and the people whose pictures are used: at most ``limit``, spread evenly over the sorted names."""
     from xcos_ext.faces import PersonFolder, display_name
 
     try:
         folder = PersonFolder(faces)
     except (OSError, ValueError) as error:
         raise PictureError(str(error)) from error
-    people = _chosen(folder.people, limit)
+    count = min(limit, len(folder.people))
+    people = [folder.people[i * len(folder.people) // count] for i in range(count)]
     if len(people) < _LEAST_PEOPLE:
         raise PictureError(
             f"{display_name(faces)}: expected pictures of at least {_LEAST_PEOPLE} people (some hundred are "
@@ -195,25 +157,24 @@ def _check_alike(recogniser: Recogniser, faces: list[Any]) -> None:
     if mean > _ALIKE:
         note(
             f"different people have a mean cosine of {mean:.2f}, expected about 0: is the preprocessing right (--mean, "
-            f"--std, --scale)? Now: {in_words(recogniser.preprocessing)}"
+            f"--std, --scale)? Now: {_in_words(recogniser.preprocessing)}"
         )
 
 
 # --- calibration and output
 
 
-def _calibrate(model: XCosModel, faces: list[Any], people: list[str], threshold: float | None) -> None:
+def _calibrate(model: XCosModel, faces: list[Any], people: list[str], threshold: float | None, pairs: int) -> None:
     import torch
 
-    pairs = len(people) * (len(people) - 1) // 2
-    rates = [rate for rate in _FMRS if rate * pairs >= _EXPECTED_MATCHES]
     if _DECISION_FMR * pairs >= _EXPECTED_MATCHES:
         from xcos_ext.evaluation import calibrate
 
         batches = range(0, len(faces), 32)
         features = torch.cat(
-            [model.features_of(faces[first : first + 32]) for first in progress(batches, len(batches), "calibrating")]
+            [model.features_of(faces[first : first + 32]) for first in progress(batches, "calibrating")]
         )
+        rates = [rate for rate in _FMRS if rate * pairs >= _EXPECTED_MATCHES]
         model.set_calibration(calibrate(model, features, people, decision_fmr=_DECISION_FMR, fmrs=rates))
         if threshold is not None:
             model.threshold = threshold
@@ -226,7 +187,7 @@ def _calibrate(model: XCosModel, faces: list[Any], people: list[str], threshold:
 
 def _write(model: XCosModel, out: str) -> None:
     """The model as weights, or as a graph from two pictures to score and maps."""
-    if not out.lower().endswith(".onnx"):
+    if not is_graph(out):
         from xcos_ext.model import save_model
 
         save_model(model, out)
@@ -239,34 +200,144 @@ def _write(model: XCosModel, out: str) -> None:
     export_onnx(model, out, opset=None if opset is None else max(OPSET, opset))
 
 
-def _report(request: Request, model: XCosModel, people: int, pairs: int) -> None:
+def _report(model: XCosModel, out: str, people: int, pairs: int, threshold: float | None, as_json: bool) -> None:
     from xcos_ext.faces import display_name
 
-    assert request.out is not None
-    split = split_of(model)
-    if request.as_json:
+    split = _split_of(model)
+    if as_json:
         print_json(
             {
-                "model": {"name": model.name, "file": display_name(request.out), "fingerprint": model.fingerprint()},
+                "model": described(model, out),
                 "people": people,
                 "impostor_pairs": pairs,
                 "threshold": model.threshold,
-                "decision_fmr": _DECISION_FMR if request.threshold is None and model.threshold is not None else None,
+                "decision_fmr": _DECISION_FMR if threshold is None and model.threshold is not None else None,
                 "fmr_thresholds": {f"{rate:g}": t for rate, t in sorted(model.fmr_thresholds.items())},
                 **({"split": split} if split else {}),
             }
         )
         return
-    rule = (
-        "given"
-        if request.threshold is not None
-        else f"false match rate {_DECISION_FMR:g} over {pairs:,} impostor pairs"
+    rule = f"false match rate {_DECISION_FMR:g} over {pairs:,} impostor pairs" if threshold is None else "given"
+    print_rows(
+        [
+            ("model", f"{display_name(out)} ({model.name})"),
+            *split.items(),
+            ("faces", f"{people} people, one picture each"),
+            ("threshold", "none" if model.threshold is None else f"{model.threshold:.4f} ({rule})"),
+        ]
     )
-    shown = "none" if model.threshold is None else f"{model.threshold:.4f} ({rule})"
-    for name, value in (
-        ("model", f"{display_name(request.out)} ({model.name})"),
-        *split.items(),
-        ("faces", f"{people} people, one picture each"),
-        ("threshold", shown),
-    ):
-        click.echo(f"{name:<10} {value}")
+
+
+# --- recognisers in ONNX files
+
+
+def _onnx_recogniser(
+    weights: str, tensor: str | None, output: str | None, mean: str | None, std: str | None, scale: float | None
+) -> Recogniser:
+    from xcos_ext.backbones import OnnxRecogniser
+
+    return OnnxRecogniser(weights, tensor, output, preprocessing=preprocessing_of(weights, mean, std, scale))
+
+
+def _few(numbers: Sequence[float]) -> str:
+    """Numbers in short, once where all are alike."""
+    shown = [f"{number:.4g}" for number in numbers]
+    return shown[0] if len(set(shown)) == 1 else ", ".join(shown)
+
+
+def _in_words(preprocessing: Preprocessing) -> str:
+    """What pixels of 0 and 255 become."""
+    low = [0 - m / s for m, s in zip(preprocessing.mean, preprocessing.std, strict=True)]
+    high = [(1 - m) / s for m, s in zip(preprocessing.mean, preprocessing.std, strict=True)]
+    return f"RGB {_few(low)} .. {_few(high)}"
+
+
+def preprocessing_of(weights: str, mean: str | None, std: str | None, scale: float | None) -> Preprocessing | None:
+    """``(rgb * scale - mean) / std`` as the options say it; None: as the graph says it.
+
+    Raises:
+        XCosError: numbers that make no preprocessing.
+    """
+    if mean is None and std is None and scale is None:
+        return None
+    from xcos_ext.card.preprocessing import ARCFACE, Preprocessing
+    from xcos_ext.onnx.files import read_onnx
+    from xcos_ext.onnx.graph import Graph
+
+    factor = 1 / _PIXEL if scale is None else scale
+    if not (math.isfinite(factor) and factor > 0):
+        raise XCosError(f"--scale: expected a positive number, got {scale}")
+    unit = factor * _PIXEL
+    # Without --mean and --std, pixels are scaled and nothing else.
+    means = [m / unit for m in _three("--mean", mean, 0.0)]
+    deviations = [s / unit for s in _three("--std", std, 1.0)]
+    size = Graph(read_onnx(weights), weights).size or ARCFACE.size
+    try:
+        return Preprocessing(size, (means[0], means[1], means[2]), (deviations[0], deviations[1], deviations[2]))
+    except ValueError as error:
+        raise XCosError(f"--mean, --std: {error}") from error
+
+
+def _three(option: str, text: str | None, default: float) -> list[float]:
+    try:
+        numbers = [default] if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)):
+        raise XCosError(f"{option}: expected a number or three (R,G,B), got {text!r}")
+    return numbers * (3 // len(numbers))
+
+
+def _list_maps(weights: str, output: str | None, as_json: bool) -> int:
+    """Show where a graph may be split, and what it does to its pictures."""
+    from xcos_ext.backbones import feature_maps
+    from xcos_ext.faces import display_name
+    from xcos_ext.onnx.files import read_onnx
+    from xcos_ext.onnx.graph import Graph
+    from xcos_ext.onnx.pixels import normalisation_of
+
+    maps = feature_maps(weights, output=output)
+    own = normalisation_of(Graph(read_onnx(weights), weights))
+    if as_json:
+        fields = ("name", "shape", "op", "distance", "affine", "chosen")
+        print_json(
+            {
+                "file": display_name(weights),
+                "maps": [{name: getattr(m, name) for name in fields} for m in maps],
+                "normalisation": None if own is None else {"scale": list(own.scale), "shift": list(own.shift)},
+            }
+        )
+        return 0
+    if not maps:
+        raise XCosError(
+            f"{display_name(weights)}: no usable feature map: none of 4x4 to 16x16 cells that the output depends on "
+            "alone"
+        )
+    rows = [("", "tensor", "shape", "made by", "behind it", "closed form")]
+    for m in maps:
+        shape = "x".join(map(str, m.shape))
+        name, op = one_line(m.name), one_line(m.op)  # a file may call them anything
+        rows.append(("*" if m.chosen else "", name, shape, op, str(m.distance), "yes" if m.affine else "no"))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    click.echo("* taken unless --tensor names another; behind it: operators up to the embedding")
+    if own is not None:
+        click.echo(f"the graph normalises its pictures itself: x * {_few(own.scale)} + {_few(own.shift)}")
+    return 0
+
+
+def _split_of(model: XCosModel) -> dict[str, str]:
+    """Of a graph: which tensors were taken, and which pixels it is given."""
+    from xcos_ext.backbones import OnnxRecogniser
+
+    backbone = model.backbone
+    if not isinstance(backbone, OnnxRecogniser):
+        return {}
+    own = backbone.normalisation
+    inside = "" if own is None else f", which the graph normalises (x * {_few(own.scale)} + {_few(own.shift)})"
+    return {
+        "map": f"{one_line(backbone.tensor)} ({'x'.join(map(str, backbone.grid_shape))})",
+        "embedding": f"{one_line(backbone.output)} ({backbone.embedding_size})",
+        "pixels": _in_words(backbone.preprocessing) + inside,
+    }

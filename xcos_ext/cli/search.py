@@ -3,73 +3,86 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import click
 
 from xcos_ext.io.errors import GalleryError, PictureError
 
-from .console import bar, note, print_json, quiet_opencv
-from .verify import FaceOptions, check_model_path, chosen_device, load
-
-__all__ = ["Request", "run"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request(FaceOptions):
-    """The command line's options."""
-
-    gallery: str
-    probes: tuple[str, ...]
-    k: int = 5
-    threshold: float | None = None
-    fpir: float | None = None
-    where: str | None = None
-    attention: str = "own"
-    by_person: bool = False
-    fusion: str | None = None
-    rerank: int | None = None
-    explain: bool = False
-    quiet: bool = False
-    as_json: bool = False
+from . import options
+from .console import bar, note, print_json
+from .inputs import check_model_path, described, load, open_gallery
 
 
-def run(request: Request) -> int:
-    """Embed the probes, search, print.
-
-    Raises:
-        XCosError: anything wrong with the probes, the gallery or the model.
-    """
-    quiet_opencv()
+@click.command("search")
+@options.gallery
+@click.argument("probes", nargs=-1, required=True, type=click.Path(), metavar="PROBES...")
+@options.faces
+@options.number("-k", default=5, most=2048, help="Candidates for each probe.")
+@options.threshold
+@click.option(
+    "--fpir",
+    type=options.finite,
+    metavar="RATE",
+    help="The threshold at which a stranger finds anybody at most at this rate, for a gallery of this size.",
+)
+@click.option("--where", metavar="SQL", help="Only faces that a condition selects: \"person = 'Ann'\".")
+@options.choice("--attention", values=["own", "uniform", "norm"], default="own", help="How the cells are weighed.")
+@click.option("--by-person", is_flag=True, help="Candidates are persons, by the best of their faces.")
+@options.choice("--fuse", "fusion", values=["max", "mean"], help="All PROBES are one person: one score of all.")
+@options.number(
+    "--rerank",
+    most=2048,
+    metavar="R",
+    help="Approximate: re-rank the R best by norm attention; the recall is measured on some of the probes.",
+)
+@click.option("--explain", is_flag=True, help="With --json: the maps of every candidate.")
+@options.quiet
+@options.as_json
+def run(
+    gallery: str,
+    probes: tuple[str, ...],
+    model: str | None,
+    detector: str,
+    aligned: bool,
+    policy: str,
+    device: str,
+    threshold: float | None,
+    fpir: float | None,
+    by_person: bool,
+    fusion: Any,
+    quiet: bool,
+    as_json: bool,
+    **how: Any,
+) -> int:
+    """Who in GALLERY looks like the faces of PROBES? Exact: every enrolled face is scored."""
     from xcos_ext.faces import create_detector, display_name
     from xcos_ext.io.optional import need
 
-    if request.threshold is not None and request.fpir is not None:
+    if threshold is not None and fpir is not None:
         raise GalleryError("--threshold, --fpir: expected one of them, got both")
     need("lance", "a gallery", extra="gallery")
-    model_path = check_model_path(request.model)
-    from xcos_ext.gallery import Gallery, identification_threshold
+    path = check_model_path(model)
+    from xcos_ext.gallery import identification_threshold
     from xcos_ext.gallery.enroll import find_pictures, read_faces
 
-    pictures = find_pictures(request.probes)
-    if not request.aligned:
-        create_detector(request.detector)
+    pictures = find_pictures(probes)
+    if not aligned:
+        create_detector(detector)
     import torch
 
     from xcos_ext.deploy import for_inference
 
-    device = chosen_device(request.device)
-    model = load(model_path).to(device)
-    with Gallery.open(request.gallery, model) as gallery:
-        threshold = gallery.layout.threshold if request.threshold is None else request.threshold
-        if request.fpir is not None:
-            threshold = identification_threshold(gallery.layout.fmr_curve, request.fpir, len(gallery))
-        fast = for_inference(model)
+    loaded = load(path, device)
+    with open_gallery(gallery, loaded) as opened:
+        limit = opened.layout.threshold if threshold is None else threshold
+        if fpir is not None:
+            limit = identification_threshold(opened.layout.fmr_curve, fpir, len(opened))
+        fast = for_inference(loaded)
         names, crops, failures = [], [], {}
-        with bar("reading", "pictures", quiet=request.quiet or request.as_json) as tick:
-            make = None if request.aligned else lambda: create_detector(request.detector)
-            faces = read_faces(pictures, model.preprocessing.size, make, policy=request.policy)
+        with bar("reading", "pictures", quiet=quiet or as_json) as tick:
+            make = None if aligned else lambda: create_detector(detector)
+            faces = read_faces(pictures, loaded.preprocessing.size, make, policy=policy)
             for done, (picture, crop, _, problem) in enumerate(faces, 1):
                 if crop is None:
                     failures[picture.id] = problem or "no face"
@@ -82,40 +95,36 @@ def run(request: Request) -> int:
         if not crops:
             raise PictureError("no probe has a usable face")
         with torch.inference_mode():
-            probes = fast.templates(fast.features_of(crops), "probe", gallery.layout.dtype)
+            templates = fast.templates(fast.features_of(crops), "probe", opened.layout.dtype)
         begin = time.perf_counter()
-        with bar("searching", "faces", quiet=request.quiet or request.as_json) as tick:
-            hits = gallery.search(
-                probes,
-                request.k,
-                attention=request.attention,
-                where=request.where,
-                groups=None if request.fusion is None else ["probe"] * len(names),
-                fusion=request.fusion or "max",  # type: ignore[arg-type]
-                by="person" if request.by_person else "face",
-                rerank=request.rerank,
-                recall_probes=4 if request.rerank is not None else 0,
-                explain=request.explain,
-                threshold=threshold,
+        with bar("searching", "faces", quiet=quiet or as_json) as tick:
+            hits = opened.search(
+                templates,
+                groups=None if fusion is None else ["probe"] * len(names),
+                fusion=fusion or "max",
+                by="person" if by_person else "face",
+                recall_probes=4 if how["rerank"] is not None else 0,
+                threshold=limit,
                 progress=tick,
+                **how,
             )
         seconds = time.perf_counter() - begin
-        searched = len(gallery)
-    titles = names if request.fusion is None else [f"{len(names)} pictures of one person ({request.fusion})"]
-    if request.as_json:
+        searched = len(opened)
+    titles = names if fusion is None else [f"{len(names)} pictures of one person ({fusion})"]
+    if as_json:
         print_json(
             {
-                "gallery": display_name(request.gallery),
+                "gallery": display_name(gallery),
                 "faces": searched,
                 "version": hits.version,
-                "threshold": threshold,
+                "threshold": limit,
                 "exact": hits.exact,
                 "recall": hits.recall,
                 "recall_probes": hits.recall_probes,
                 "seconds": seconds,
-                "probes": [_described(title, hits, row, threshold) for row, title in enumerate(titles)],
+                "probes": [{"probe": title, "hits": _candidates(hits, row, limit)} for row, title in enumerate(titles)],
                 "left_out": failures,
-                "model": {"name": model.name, "file": display_name(model_path), "fingerprint": model.fingerprint()},
+                "model": described(loaded, path),
             }
         )
         return 0
@@ -124,25 +133,23 @@ def run(request: Request) -> int:
         if not hits.ids[row]:
             click.echo("   nobody")
         for rank, hit in enumerate(hits[row], 1):
-            verdict = (
-                "" if threshold is None else ("  over" if hit.score >= threshold else "  below") + " the threshold"
-            )
-            who = f"  {hit.person}" if hit.person is not None else ""
-            click.echo(f"   {rank}  {hit.score:7.4f}  {display_name(hit.id)}{display_name(who)}{verdict}")
-    if not request.quiet:
-        how = "every face scored"
+            verdict = "" if limit is None else f"  {'over' if hit.score >= limit else 'below'} the threshold"
+            who = "" if hit.person is None else f"  {display_name(hit.person)}"
+            click.echo(f"   {rank}  {hit.score:7.4f}  {display_name(hit.id)}{who}{verdict}")
+    if not quiet:
+        manner = "every face scored"
         if not hits.exact:
-            how = f"approximate: {request.rerank} candidates re-ranked"
+            manner = f"approximate: {how['rerank']} candidates re-ranked"
             if hits.recall is not None:
-                how += f", recall {hits.recall:.3f} measured on {hits.recall_probes} of the probes"
-        limit = "no threshold" if threshold is None else f"threshold {threshold:.4f}"
-        if threshold is not None and request.threshold is None and request.fpir is None:
-            limit += ", the model's for one pair: among many faces strangers pass it (--fpir)"
-        note(f"{searched:,} faces in {seconds:.2f} s ({how}); {limit}")
+                manner += f", recall {hits.recall:.3f} measured on {hits.recall_probes} of the probes"
+        shown = "no threshold" if limit is None else f"threshold {limit:.4f}"
+        if limit is not None and threshold is None and fpir is None:
+            shown += ", the model's for one pair: among many faces strangers pass it (--fpir)"
+        note(f"{searched:,} faces in {seconds:.2f} s ({manner}); {shown}")
     return 0
 
 
-def _described(title: str, hits: Any, row: int, threshold: float | None) -> dict[str, Any]:
+def _candidates(hits: Any, row: int, threshold: float | None) -> list[dict[str, Any]]:
     candidates = []
     for rank, hit in enumerate(hits[row]):
         one: dict[str, Any] = {
@@ -154,9 +161,8 @@ def _described(title: str, hits: Any, row: int, threshold: float | None) -> dict
             "metadata": hit.metadata,
         }
         if hits.maps is not None:
-            one["similarity"] = hits.maps.similarity[row, rank].tolist()
-            one["attention"] = hits.maps.attention[row, rank].tolist()
-            contribution = hits.maps.contribution
-            one["contribution"] = None if contribution is None else contribution[row, rank].tolist()
+            for name in ("similarity", "attention", "contribution"):
+                maps = getattr(hits.maps, name)
+                one[name] = None if maps is None else maps[row, rank].tolist()
         candidates.append(one)
-    return {"probe": title, "hits": candidates}
+    return candidates

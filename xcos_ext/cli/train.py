@@ -3,82 +3,52 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import click
 
-from .console import note, on_terminal, print_json
-
-__all__ = ["Request", "run"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """The command line's options."""
-
-    config: str
-    assignments: tuple[str, ...] = ()
-    out: str | None = None
-    resume: bool = False
-    threads: int | None = None
-    as_json: bool = False
+from . import options
+from .console import bar, note, print_json, print_rows
 
 
-def _preparing() -> tuple[Callable[[str, int, int], None], Callable[[], None]]:
-    """What reports progress while data is read, on a terminal, and what ends it."""
-    if not on_terminal():
-        return (lambda what, done, total: None), (lambda: None)
-    from rich.console import Console
-    from rich.progress import Progress
+@click.command("train")
+@click.argument("config", type=click.Path())
+@click.option(
+    "--set", "assignments", multiple=True, metavar="TABLE.KEY=VALUE", help="Change a setting of the file; repeatable."
+)
+@click.option("--out", metavar="DIR", type=click.Path(), help="Folder for the results.  [default: runs/CONFIG's name]")
+@click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint.")
+@options.number("--threads", help="Threads of torch's operators.")
+@options.as_json
+def run(
+    config: str, assignments: tuple[str, ...], out: str | None, resume: bool, threads: int | None, as_json: bool
+) -> int:
+    """Train a head or a model as a TOML file says; with torchrun, on several processes.
 
-    bar = Progress(console=Console(stderr=True), transient=True)
-    tasks: dict[str, Any] = {}
-
-    def progress(what: str, done: int, total: int) -> None:
-        if not tasks:
-            bar.start()
-        if what not in tasks:
-            tasks[what] = bar.add_task(what, total=total)
-        bar.update(tasks[what], completed=done)
-
-    return progress, bar.stop
-
-
-def run(request: Request) -> int:
-    """Train, and say what came of it.
-
-    Raises:
-        XCosError: anything wrong with the settings, the data, the folder or the training.
+    The folder gets a log (CSV), checkpoints that resume to the bit, and the model. Files for a start are in configs/.
     """
     from xcos_ext.training.tasks import create_task, load_experiment
 
-    experiment = load_experiment(request.config, request.assignments)
+    experiment = load_experiment(config, assignments)
     import torch
 
     from xcos_ext.training import train
 
-    if request.threads is not None:
-        torch.set_num_threads(request.threads)
-    out = Path(request.out if request.out is not None else Path("runs") / Path(request.config).stem)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    folder = out if out is not None else os.path.join("runs", os.path.splitext(os.path.basename(config))[0])
     first = os.environ.get("RANK", "0") == "0"
-    progress, finish = _preparing()
-    try:
-        task = create_task(experiment, progress if first else None)
-    finally:
-        finish()
+    with bar("", "", quiet=not first) as tick:
+        task = create_task(experiment, lambda what, done, total: tick(done, total, what))
     report = getattr(task, "report", None)
     for line in report() if first and report is not None else ():
         note(line)
-    result = train(task, experiment.train, out, resume=request.resume, show=first)
+    result = train(task, experiment.train, folder, resume=resume, show=first)
     if not first:
         return 0
-    if request.as_json:
+    if as_json:
         print_json(
             {
-                "out": str(out),
+                "out": folder,
                 "steps": result.steps,
                 "resumed": result.resumed,
                 "loss": result.loss if result.loss == result.loss else None,
@@ -89,12 +59,13 @@ def run(request: Request) -> int:
             }
         )
         return 0
-    rows = [("steps", f"{result.steps}" + (f" ({result.resumed} before)" if result.resumed else ""))]
-    rows.append(("loss", f"{result.loss:.6g}"))
-    rows += [(name, f"{value:.6g}") for name, value in result.metrics.items()]
-    rows.append(("time", f"{result.seconds:.1f} s, {1e3 * result.step_seconds:.1f} ms a step"))
-    rows += [("written", str(file)) for file in result.files]
-    width = max(len(name) for name, _ in rows) + 2
-    for name, value in rows:
-        click.echo(f"{name:<{width}}{value}")
+    print_rows(
+        [
+            ("steps", f"{result.steps}" + (f" ({result.resumed} before)" if result.resumed else "")),
+            ("loss", f"{result.loss:.6g}"),
+            *((name, f"{value:.6g}") for name, value in result.metrics.items()),
+            ("time", f"{result.seconds:.1f} s, {1e3 * result.step_seconds:.1f} ms a step"),
+            *(("written", str(file)) for file in result.files),
+        ]
+    )
     return 0

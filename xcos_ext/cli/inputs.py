@@ -1,0 +1,172 @@
+"""What commands are given: devices, models, galleries, lists of pairs. Each is checked before it is read."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+
+from xcos_ext.io.errors import DeviceError, ModelError, XCosError
+
+from .console import note, notes_for_warnings
+
+if TYPE_CHECKING:
+    import torch
+
+    from xcos_ext.backbones import Recogniser
+    from xcos_ext.deploy import OnnxModel
+    from xcos_ext.evaluation.datasets import PairList
+    from xcos_ext.gallery import Gallery
+    from xcos_ext.model import XCosModel
+
+Network = TypeVar("Network", "XCosModel", "Recogniser")
+
+
+def check_model_path(path: str | None) -> str:
+    """A weights file that is there, before torch is imported for it: one that is named, a shipped model's, the default.
+
+    Raises:
+        ModelError: it is not a readable regular file.
+    """
+    from xcos_ext.faces.pictures import display_name
+    from xcos_ext.io.shipped import weights_file
+
+    path = str(weights_file(path or None))
+    try:
+        regular = stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ModelError(f"{display_name(path)}: the model cannot be read ({reason})") from error
+    if not regular:
+        raise ModelError(f"{display_name(path)}: expected a weights file, got something that is not a regular file")
+    return path
+
+
+def is_graph(path: str) -> bool:
+    """Whether a model's file is called an ONNX graph."""
+    return path.lower().endswith(".onnx")
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device that ``--device`` names, tried; warnings are turned into notes.
+
+    Raises:
+        DeviceError: it cannot be used.
+    """
+    from xcos_ext.devices import choose_device
+
+    try:
+        with notes_for_warnings():
+            return choose_device(name)
+    except DeviceError as error:
+        raise DeviceError(f"--{error}") from error  # the argument is an option here
+
+
+def load(path: str, device: str = "cpu") -> XCosModel:
+    """Load a model, where ``--device`` says; warnings are turned into notes."""
+    from xcos_ext.model import load_model
+
+    return _loaded(load_model, path, device)
+
+
+def load_recogniser(path: str, device: str) -> Recogniser:
+    """Load a recogniser, where ``--device`` says; warnings are turned into notes."""
+    from xcos_ext.model import load_recogniser
+
+    return _loaded(load_recogniser, path, device)
+
+
+def _loaded(loader: Callable[[str], Network], path: str, device: str) -> Network:
+    """Loading is thousands of tiny operations. On one thread they take half a second; on several, each waits for the
+    slowest, and on a busy machine that was seen to take half a minute."""
+    place = chosen_device(device)
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with notes_for_warnings():
+            return loader(path).to(place)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def load_either(path: str, device: str) -> XCosModel | OnnxModel:
+    """Load a model in torch, or a pair graph, for which torch is not imported, where ``--device`` says.
+
+    Raises:
+        DeviceError: the device cannot be used.
+        ModelError: a file that cannot be used, or a graph of another kind.
+    """
+    if not is_graph(path):
+        return load(path, device)
+    from xcos_ext.faces import display_name
+
+    graph = _graph(path, device)
+    if graph.kind != "pair":
+        raise ModelError(
+            f"{display_name(path)}: expected a graph of kind 'pair' (xcos export onnx --kind pair), got {graph.kind!r}"
+        )
+    return graph
+
+
+def _graph(path: str, device: str) -> OnnxModel:
+    from xcos_ext.deploy import OnnxModel
+    from xcos_ext.onnx.sessions import CPU, providers_on
+
+    try:
+        providers = providers_on(device)
+    except DeviceError as error:
+        raise DeviceError(f"--{error}") from error
+    if providers == list(CPU):
+        return OnnxModel(path)
+    try:
+        return OnnxModel(path, providers=providers)
+    except ModelError as error:
+        if device != "auto":
+            raise DeviceError(f"--device: expected a GPU that can be used, got {device!r}: {error}") from error
+        graph = OnnxModel(path)  # a file that is wrong is said here
+        note(f"the GPU is not used, the CPU computes: {error}")
+        return graph
+
+
+def described(model: Any, path: str) -> dict[str, Any]:
+    """A model as commands print it in JSON."""
+    from xcos_ext.faces import display_name
+
+    return {"name": model.name, "file": display_name(path), "fingerprint": model.fingerprint()}
+
+
+def open_gallery(path: str, model: XCosModel | None = None) -> Gallery:
+    """Open a gallery; for a model, to add to it or to search it."""
+    from xcos_ext.io.optional import need
+
+    need("lance", "a gallery", extra="gallery")
+    from xcos_ext.gallery import Gallery
+
+    return Gallery.open(path, model)
+
+
+def opened_pairs(pairs: str, root: str | None, list_format: str | None) -> PairList:
+    """A list of pairs that a command was given.
+
+    Raises:
+        XCosError: it cannot be read or used.
+    """
+    from xcos_ext.evaluation.datasets import open_pairs
+
+    try:
+        return open_pairs(pairs, root, format=list_format)
+    except OSError as error:
+        raise XCosError(str(error)) from error
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a file, atomically."""
+    from xcos_ext.io.atomic import write_atomically
+
+    def write(file: BinaryIO) -> None:
+        file.write(text.encode())
+
+    write_atomically(path, write)

@@ -1,0 +1,174 @@
+"""Options that several commands share, and types of options."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+Decorator = Callable[[Any], Any]
+
+
+def device_name(value: str) -> str:
+    """The name of a device, which need not be there."""
+    from xcos_ext.devices import check_device_name
+    from xcos_ext.io.errors import DeviceError
+
+    try:
+        check_device_name(value)
+    except DeviceError as error:
+        raise click.BadParameter(str(error).removeprefix("device: ")) from error
+    return value
+
+
+def finite(value: str) -> float:
+    """A number that is neither infinite nor NaN."""
+    try:
+        number = float(value)
+    except ValueError as error:
+        raise click.BadParameter(f"expected a number, got {value!r}") from error
+    if not math.isfinite(number):
+        raise click.BadParameter(f"expected a finite number, got {value}")
+    return number
+
+
+def written(*suffixes: str, drawn: bool = False, dash: bool = False) -> Callable[[str], str]:
+    """A file to write, checked before anything is read or computed for it.
+
+    Args:
+        suffixes: that it may end in.
+        drawn: whether matplotlib is needed for it.
+        dash: whether ``-`` may stand for stdout.
+    """
+
+    def check(value: str) -> str:
+        from xcos_ext.io.atomic import OutputError, check_output
+        from xcos_ext.io.optional import need
+
+        try:
+            if not (dash and value == "-"):
+                check_output(value, suffixes)
+        except OutputError as error:
+            raise click.ClickException(str(error)) from error
+        if drawn:
+            need("matplotlib", "drawing")
+        return value
+
+    return check
+
+
+DEVICES = "cpu|cuda|cuda:N|auto"
+
+
+def several(*options: Decorator) -> Decorator:
+    """One decorator of several, as if each stood in a line."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def choice(*names: str, values: Sequence[str], help: str, default: str | tuple[str, ...] | None = None) -> Decorator:
+    """An option for one of some words; one that may be repeated where the default is a tuple."""
+    repeated = isinstance(default, tuple)
+    kind = click.Choice(values)
+    return click.option(*names, type=kind, multiple=repeated, default=default, show_default=bool(default), help=help)
+
+
+def number(
+    *names: str, help: str, default: int | None = None, least: int = 1, most: int | None = None, metavar: str = "N"
+) -> Decorator:
+    """An option for an integer."""
+    kind = click.IntRange(least, most)
+    return click.option(
+        *names, type=kind, default=default, show_default=default is not None, metavar=metavar, help=help
+    )
+
+
+def figure(name: str, what: str) -> Decorator:
+    """An option for a file that is drawn."""
+    kind = written(".png", ".pdf", ".svg", drawn=True)
+    return click.option(name, metavar="FILE", type=kind, help=f"Draw {what}: .png, .pdf or .svg.")
+
+
+model = click.option(
+    "--model",
+    envvar="XCOS_MODEL",
+    metavar="FILE",
+    type=click.Path(),
+    help="Weights: an xCos model, or a recogniser to be plugged in (.pt, .pth, .safetensors). [env: XCOS_MODEL; "
+    "default: the shipped compact model; faithful and local are shipped too]",
+)
+detector = click.option(
+    "--detector",
+    default="cascade",
+    show_default=True,
+    metavar="cascade|FILE.onnx",
+    help="OpenCV's bundled cascades, or a YuNet network.",
+)
+aligned = click.option(
+    "--aligned", is_flag=True, help="The pictures are aligned crops already (112 x 112): detect nothing."
+)
+device = click.option(
+    "--device",
+    type=device_name,
+    default="auto",
+    show_default=True,
+    metavar=DEVICES,
+    help="Where networks and operators run; auto: CUDA if it works.",
+)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+quiet = click.option("--quiet", "-q", is_flag=True, help="No progress bar, no summary.")
+threshold = click.option(
+    "--threshold", type=finite, metavar="T", help="The same person if score >= T; by default the model's."
+)
+max_pixels = number("--max-pixels", help="Refuse larger pictures. [default: 100 million]")
+threads = number("--threads", default=2, help="Threads that read.")
+bootstrap = number(
+    "--bootstrap", "replicates", default=1000, least=0, help="Replicates for the confidence intervals; 0 for none."
+)
+gallery = click.argument("gallery", type=click.Path(), metavar="GALLERY")
+
+#: Of a command that takes one face of each picture.
+faces = several(
+    model,
+    detector,
+    aligned,
+    choice(
+        "--face",
+        "policy",
+        values=["prominent", "largest", "centre", "only"],
+        default="prominent",
+        help="Which of several faces: large and near the middle, the largest, the most central; or refuse.",
+    ),
+    device,
+)
+
+#: Of a command that compares two pictures.
+pair = several(
+    click.argument("a", type=click.Path()), click.argument("b", type=click.Path()), faces, threshold, max_pixels
+)
+
+#: Of a command that reads a list of pairs.
+pair_list = several(
+    click.option(
+        "--pairs",
+        required=True,
+        metavar="FILE",
+        type=click.Path(),
+        help="LFW's pairs.txt, CFP's folder Split/FF or Split/FP, an insightface .bin, or CSV with a, b, "
+        "genuine[, fold].",
+    ),
+    click.option("--root", metavar="DIR|ZIP", type=click.Path(), help="The pictures; a .bin file holds its own."),
+    choice(
+        "--format",
+        "list_format",
+        values=["lfw", "cfp", "bin", "csv"],
+        help="Of the pairs; by default told from the file.",
+    ),
+)

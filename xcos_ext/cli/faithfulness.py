@@ -7,7 +7,6 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
     from xcos_ext.evaluation.datasets import PairList
     from xcos_ext.evaluation.faithfulness import Deletion, Faithfulness, Locality, Patch, RegionSwap
-    from xcos_ext.evaluation.identification import Estimate
+    from xcos_ext.evaluation.figures import Estimate, plain
     from xcos_ext.explain.explainers import PairModel
 
 
@@ -138,7 +137,7 @@ def run(
     def save(results: Sequence[Faithfulness], complete: bool) -> dict[str, Any]:
         data = {
             "pairs": about,
-            "settings": asdict(settings),
+            "settings": plain(settings),
             "complete": complete,
             "models": [result.as_dict() for result in results],
             "seconds": time.perf_counter() - started,
@@ -292,7 +291,7 @@ def _deletion_table(found: Deletion) -> Table:
         shown.add_row(f"[italic]fill: {fill}[/italic]")
         for name in dict.fromkeys(row.explainer for row in found.rows):
             areas = [
-                found.find(name, kind, mode, fill).curve.area
+                found.find(name, kind=kind, mode=mode, fill=fill).curve.area
                 for kind in ("similar", "dissimilar")
                 for mode in ("deletion", "insertion")
             ]
@@ -320,7 +319,7 @@ def _patch_table(found: Patch) -> Table:
         ["explainer", *kinds],
     )
     for name in dict.fromkeys(row.explainer for row in found.rows):
-        shown.add_row(name, *(_cell(found.find(name, kind).flips.area, 1) for kind in kinds))
+        shown.add_row(name, *(_cell(found.find(name, pairs=kind).flips.area, 1) for kind in kinds))
     return shown
 
 

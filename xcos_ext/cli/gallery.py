@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import click
-from rich.filesize import decimal
 
 from xcos_ext.io.errors import GalleryError
+from xcos_ext.io.text import byte_size
 
 from . import options
 from .console import TROUBLE, bar, note, print_json, print_rows
@@ -30,7 +30,7 @@ def info(gallery: str, as_json: bool) -> int:
         [
             ("faces", f"{data['faces']:,} of {data['persons']:,} persons"),
             ("version", f"{data['version']}, {data['fragments']} fragments, {removed:,} removed faces"),
-            ("on disk", f"{decimal(data['bytes'])}{each}; packed tiles {decimal(data['tiles_bytes'])}"),
+            ("on disk", f"{byte_size(data['bytes'])}{each}; packed tiles {byte_size(data['tiles_bytes'])}"),
             ("template", f"{data['grid'][0]}x{data['grid'][1]}, {data['channels']} channels, {data['dtype']}"),
             ("head", str(data["head"])),
             ("model", f"{data['model_name'] or 'not recorded'} {data['model'] or ''}".strip()),
@@ -93,7 +93,9 @@ def compact(gallery: str, timeout: float, as_json: bool) -> int:
     if as_json:
         print_json({**report, "faces": faces})
     else:
-        click.echo(f"{faces:,} faces, {decimal(report['bytes_before'])} before, {decimal(report['bytes_after'])} now")
+        click.echo(
+            f"{faces:,} faces, {byte_size(report['bytes_before'])} before, {byte_size(report['bytes_after'])} now"
+        )
     return 0
 
 

@@ -29,8 +29,8 @@ def check_model_path(path: str | None) -> str:
     Raises:
         ModelError: it is not a readable regular file.
     """
-    from xcos_ext.faces.pictures import display_name
     from xcos_ext.io.shipped import weights_file
+    from xcos_ext.io.text import display_name
 
     path = str(weights_file(path or None))
     try:

@@ -24,7 +24,8 @@ def run(
 ) -> int:
     """Train a head or a model as a TOML file says; with torchrun, on several processes.
 
-    The folder gets a log (CSV), checkpoints that resume to the bit, and the model. Files for a start are in configs/.
+    The folder gets a log (CSV), checkpoints that resume to the bit, and the model. Files for a start are in
+    recipes/ of a checkout.
     """
     from xcos_ext.training.tasks import create_task, load_experiment
 

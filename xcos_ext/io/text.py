@@ -30,7 +30,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def display_name(path: str | os.PathLike[str]) -> str:
+def display_name(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> str:
     """A path as text that can be printed on one line of any terminal.
 
     Bytes that are not UTF-8 and characters that are not printable are shown as backslash escapes.

@@ -33,7 +33,8 @@ def save_decoder(decoder: FeatureDecoder, path: StrPath, *, dtype: torch.dtype =
         dtype: floating-point type of the stored weights.
 
     Raises:
-        ModelError: the file cannot be written, or a weight is not finite in ``dtype``.
+        ModelError: a weight is not finite in ``dtype``.
+        OutputError: the file cannot be written.
     """
     tensors = {name: tensor.detach().to(dtype) for name, tensor in decoder.state_dict().items()}
     broken = next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)

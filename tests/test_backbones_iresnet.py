@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xcos_ext import backbones
+from xcos_ext.card.preprocessing import ARCFACE
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.fingerprint import fingerprint_weights
 from xcos_ext.model import ClosedFormHead, load_model, load_recogniser, plug, save_model
@@ -120,7 +121,7 @@ def test_names_and_shapes_are_the_public_ones(depth: int) -> None:
 def test_map_and_embedding_are_those_of_the_formulas(tmp_path: Path, small: State) -> None:
     torch.save(small, tmp_path / "backbone.pth")
     net = load_recogniser(tmp_path / "backbone.pth")
-    assert net.architecture == "iresnet18" and net.preprocessing == backbones.ARCFACE and not net.training
+    assert net.architecture == "iresnet18" and net.preprocessing == ARCFACE and not net.training
     images = torch.randn(2, 3, 112, 112)
     with torch.no_grad():
         grid, embedding = oracle(small, images)

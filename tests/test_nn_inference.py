@@ -11,7 +11,7 @@ import xcos_ext
 from xcos_ext import backbones
 from xcos_ext.card.calibration import Calibration
 from xcos_ext.deploy import for_inference, inference
-from xcos_ext.deploy.packed import can_pack, pack
+from xcos_ext.deploy.inference import can_pack, pack
 from xcos_ext.model import XCosHead, XCosModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-__all__ = ["FeatureMap", "is_map_shape", "shown"]
+from xcos_ext.io.text import few
+
+__all__ = ["FeatureMap", "is_map_shape", "shown", "with_choice"]
 
 # Sides of a map that is worth comparing cell by cell: fewer cells say nothing of where, more are not yet a face.
 _SIDES = range(4, 17)
@@ -39,5 +41,17 @@ def is_map_shape(shape: Sequence[int] | None) -> bool:
 
 def shown(maps: Sequence[FeatureMap], most: int = 4) -> str:
     """The maps in a few words, for messages."""
-    words = [f"{m.name!r} {'x'.join(map(str, m.shape))}" for m in maps[:most]]
-    return ", ".join(words) + (", ..." if len(maps) > most else "") if words else "none"
+    return few((f"{m.name!r} {'x'.join(map(str, m.shape))}" for m in maps), most) or "none"
+
+
+def with_choice(maps: Sequence[FeatureMap], passed: Callable[[FeatureMap, FeatureMap], bool]) -> list[FeatureMap]:
+    """The map nearest to the output is marked, or the one in front of what is passed.
+
+    Args:
+        maps: nearest to the output first.
+        passed: whether a map is the one behind it in the list after batch norm, dropout or the like.
+    """
+    chosen = 0
+    while chosen + 1 < len(maps) and passed(maps[chosen], maps[chosen + 1]):
+        chosen += 1
+    return [replace(m, chosen=i == chosen) for i, m in enumerate(maps)]

@@ -66,6 +66,8 @@ class Followed:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        from xcos_ext.onnx.flow import Flow  # loads networkx
+
         self.module = module
         tracer = _Tracer()
         self.graph = tracer.trace(module)
@@ -80,21 +82,12 @@ class Followed:
             path: made[0].node for path, made in tracer.given.items() if len(made) == 1 and hasattr(made[0], "node")
         }
         self.used_often = {path for path, made in tracer.given.items() if len(made) > 1}
-        self._needed: set[fx.Node] = set()
-        waiting = [] if self.output is None else [self.output]
-        while waiting:
-            node = waiting.pop()
-            if node not in self._needed:
-                self._needed.add(node)
-                waiting.extend(node.all_input_nodes)
+        self._flow = Flow(self.nodes, ((given, node) for node in self.nodes for given in node.all_input_nodes))
+        self._needed = set() if self.output is None else self._flow.behind([self.output])
 
     def depending(self, start: fx.Node, without: fx.Node | None = None) -> set[fx.Node]:
         """The nodes that depend on ``start``, not through ``without``; among those that the output is made of."""
-        found = {start}
-        for node in self.nodes:
-            if node in self._needed and node is not without and any(n in found for n in node.all_input_nodes):
-                found.add(node)
-        return found
+        return self._flow.depending([start], self._needed - {without})
 
     def bypass(self, cut: fx.Node) -> str | None:
         """Where the output depends on the images other than through a node, in words; None where it does not."""
@@ -116,12 +109,7 @@ class Followed:
         )
 
     def _part(self, starts: Sequence[fx.Node], end: fx.Node) -> fx.GraphModule:
-        wanted, waiting = set(), [end]
-        while waiting:
-            node = waiting.pop()
-            if node not in wanted:
-                wanted.add(node)
-                waiting.extend([] if node in starts else node.all_input_nodes)
+        wanted = self._flow.behind([end], starts)
         made = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         for node in self.nodes:

@@ -15,7 +15,7 @@ from xcos_ext.card.preprocessing import ARCFACE, Preprocessing
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.text import first_line
 
-from .feature_map import FeatureMap, is_map_shape, shown
+from .feature_map import FeatureMap, is_map_shape, shown, with_choice
 from .followed import BATCH_NORMS, Followed, follow
 from .recogniser import Recogniser
 
@@ -327,14 +327,8 @@ def layer_feature_maps(module: nn.Module, example: Tensor | None = None) -> list
             seen_nodes.add(node)
             affine = followed.affine(node)
         maps.append(FeatureMap(path, (shape[1], shape[2], shape[3]), type(parts[path]).__name__, distance, affine))
-    return _with_choice(maps, parts)
 
+    def passed(one: FeatureMap, before: FeatureMap) -> bool:
+        return isinstance(parts[one.name], BATCH_NORMS) and one.shape == before.shape
 
-def _with_choice(maps: list[FeatureMap], parts: dict[str, nn.Module]) -> list[FeatureMap]:
-    """The map nearest to the output is marked, or the one in front of batch norm and dropout."""
-    chosen = 0
-    while chosen + 1 < len(maps) and isinstance(parts[maps[chosen].name], BATCH_NORMS):
-        if maps[chosen + 1].shape != maps[chosen].shape:
-            break
-        chosen += 1
-    return [FeatureMap(m.name, m.shape, m.op, m.distance, m.affine, chosen=i == chosen) for i, m in enumerate(maps)]
+    return with_choice(maps, passed)

@@ -18,7 +18,7 @@ from xcos_ext.onnx.parts import Runner
 from xcos_ext.onnx.pixels import check_range, normalisation_of
 from xcos_ext.onnx.tail import AffineTail, NotAffineError, first_obstacle
 
-from .feature_map import FeatureMap, is_map_shape, shown
+from .feature_map import FeatureMap, is_map_shape, shown, with_choice
 from .recogniser import Recogniser
 
 if TYPE_CHECKING:
@@ -95,12 +95,7 @@ def _candidates(graph: Graph, output: str, size: tuple[int, int]) -> list[Featur
         distance = len(graph.between(name, output))
         op = graph.producer[name].op_type
         maps.append(FeatureMap(name, (shape[1], shape[2], shape[3]), op, distance, affine))
-    if maps:
-        chosen = 0
-        while chosen + 1 < len(maps) and _passed(graph, maps[chosen].name, maps[chosen + 1].name):
-            chosen += 1
-        maps[chosen] = replace(maps[chosen], chosen=True)
-    return maps
+    return with_choice(maps, lambda one, before: _passed(graph, one.name, before.name))
 
 
 def onnx_feature_maps(path: StrPath, output: str | None = None) -> list[FeatureMap]:

@@ -153,7 +153,7 @@ def save_network(path: str | os.PathLike[str], network: LandmarkNetwork, notes: 
     """Write weights that :func:`load_network` reads: fp16 safetensors, with ``notes`` among its metadata.
 
     Raises:
-        ModelError: the file cannot be written; no partial file is left.
+        OutputError: the file cannot be written; no partial file is left.
     """
     from xcos_ext.io.weights import write_safetensors
 

@@ -148,30 +148,28 @@ def _sub(state: Mapping[str, Tensor], prefix: str) -> State:
 # --- recognising layouts
 
 
-def _build_recogniser(state: Mapping[str, Tensor], name: str, path: StrPath) -> Recogniser:
-    recogniser = _bare(lambda: backbones.create(name, **recogniser_options(name, state)))
-    assert isinstance(recogniser, Recogniser)
-    _load_strict(recogniser, state, path, name)
-    return recogniser.eval()
+def _as_recogniser(state: State, path: StrPath) -> Recogniser:
+    """The recogniser that the keys are of, also under ``backbone.`` beside a margin head.
 
-
-def _as_recogniser(state: State, path: StrPath) -> Recogniser | None:
-    """A recogniser if the keys are one's, also under ``backbone.`` beside a margin head; else None."""
+    Raises:
+        ModelError: no layout that is known.
+    """
     name = recogniser_name(state, path)
     if name is None and any(key.startswith("backbone.") for key in state):
         others = [key for key in state if not key.startswith("backbone.") and key != "head.kernel"]
         inner = _sub(state, "backbone.")
         if not others and (name := recogniser_name(inner, path)) is not None:
             state = inner
-    return None if name is None else _build_recogniser(state, name, path)
-
-
-def _unknown(state: Mapping[str, Tensor], path: StrPath) -> ModelError:
-    return ModelError(
-        f"{path}: no known layout ({len(state)} tensors, first: {few(state)}); supported are xcos_ext "
-        "models, the public xCos checkpoints (backbone.*, attention.*) and recognisers with the keys of "
-        f"{KNOWN_RECOGNISERS}"
-    )
+    if name is None:
+        raise ModelError(
+            f"{path}: no known layout ({len(state)} tensors, first: {few(state)}); supported are xcos_ext "
+            "models, the public xCos checkpoints (backbone.*, attention.*) and recognisers with the keys of "
+            f"{KNOWN_RECOGNISERS}"
+        )
+    recogniser = _bare(lambda: backbones.create(name, **recogniser_options(name, state)))
+    assert isinstance(recogniser, Recogniser)
+    _load_strict(recogniser, state, path, name)
+    return recogniser.eval()
 
 
 # --- the public xCos checkpoints
@@ -233,8 +231,8 @@ def save_model(model: XCosModel, path: StrPath, *, dtype: torch.dtype | None = N
         dtype: to store floating-point tensors in, e.g. float16 for half the size; None: as they are.
 
     Raises:
-        ModelError: a backbone that cannot be built again by name, weights that ``dtype`` cannot hold, or the file
-            cannot be written.
+        ModelError: a backbone that cannot be built again by name, or weights that ``dtype`` cannot hold.
+        OutputError: the file cannot be written.
         TypeError: not a model, or not a floating-point dtype.
     """
     if dtype is not None and not dtype.is_floating_point:
@@ -370,14 +368,9 @@ def load_recogniser(path: StrPath, *, device: str | torch.device = "cpu") -> Rec
     """
     contents, _ = read_weights(path)
     state = _state_dict(contents, path)
-    recogniser = None if _is_official(state) else _as_recogniser(state, path)
-    if recogniser is None:
-        raise (
-            _unknown(state, path)
-            if not _is_official(state)
-            else ModelError(f"{path}: an xCos checkpoint, not a recogniser; use load_model")
-        )
-    return recogniser.to(device)
+    if _is_official(state):
+        raise ModelError(f"{path}: an xCos checkpoint, not a recogniser; use load_model")
+    return _as_recogniser(state, path).to(device)
 
 
 def load_model(
@@ -424,8 +417,6 @@ def load_model(
         model = _from_own(state, metadata, path) if own else _from_official(state, path)
         return model.to(device)
     recogniser = _as_recogniser(state, path)
-    if recogniser is None:
-        raise _unknown(state, path)
     if statistics is None and find_statistics(fingerprint_weights(recogniser)) is None:
         if project is not None:
             raise ModelError(f"{path}: project={project} needs statistics, and none are known for these weights")

@@ -76,7 +76,7 @@ class PlugStatistics:
         """Write to a safetensors file (fp32), atomically.
 
         Raises:
-            ModelError: the file cannot be written.
+            OutputError: the file cannot be written.
         """
         tensors = {"mean": self.mean.float()}
         if self.basis is not None:

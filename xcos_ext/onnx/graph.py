@@ -59,6 +59,8 @@ class Graph:
     """
 
     def __init__(self, proto: onnx.ModelProto, where: str) -> None:
+        from .flow import Flow  # loads networkx
+
         self.onnx: Any = need("onnx", _PURPOSE, extra="onnx")
         self.proto, self.where = proto, where
         self.opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
@@ -73,10 +75,12 @@ class Graph:
             raise ModelError(f"{where}: expected a graph with one input, the pictures, got {names}")
         self.input = pictures[0].name
         self.size = self._free(pictures[0])
-        self._order = {id(node): i for i, node in enumerate(self.nodes)}
         self._shapes: dict[tuple[int, int], dict[str, tuple[int, ...]]] = {}
         # Nodes that ask the pictures for nothing but their number: no information runs through them.
         self._counts = {id(node) for node in self.nodes if self._only_counts(node)}
+        # From each tensor to those that are made of it.
+        made = ((name, output) for node in self.nodes for name in self.reads(node) for output in node.output if output)
+        self._flow = Flow((self.input, *self.producer), made)
 
     # --- the input
 
@@ -183,25 +187,12 @@ class Graph:
 
     def before(self, names: Iterable[str], stop: Iterable[str] = ()) -> list[onnx.NodeProto]:
         """The nodes that tensors are made of, in the graph's order, not looking behind the tensors of ``stop``."""
-        seen, found, waiting = set(stop), {}, [name for name in names if name not in set(stop)]
-        while waiting:
-            name = waiting.pop()
-            node = self.producer.get(name)
-            if name in seen or node is None:
-                continue
-            seen.update(n for n in node.output if n not in seen)
-            if id(node) not in found:
-                found[id(node)] = node
-                waiting.extend(self.reads(node))
-        return sorted(found.values(), key=lambda node: self._order[id(node)])
+        found = self._flow.behind(set(names), set(stop))
+        return [node for node in self.nodes if not found.isdisjoint(node.output)]
 
     def depending(self, nodes: Iterable[onnx.NodeProto], start: Iterable[str]) -> set[str]:
         """The tensors among those of ``nodes`` (in order) that depend on ``start``, which is included."""
-        found = set(start)
-        for node in nodes:
-            if any(name in found for name in self.reads(node)):
-                found.update(name for name in node.output if name)
-        return found
+        return self._flow.depending(set(start), {name for node in nodes for name in node.output})
 
     def between(self, tensor: str, output: str) -> list[onnx.NodeProto]:
         """The nodes that lead from one tensor to another and depend on it."""
@@ -223,25 +214,8 @@ class Graph:
         return Bypass(self.producer[output].op_type, output, self.input)
 
     def cuts(self, output: str) -> list[str]:
-        """The tensors through which alone the output depends on the pictures, from the input on.
-
-        A tensor is one if, where it is made, every way from the pictures that still goes on runs through it.
-        """
-        nodes = [n for n in self.before([output])]
-        dependent = self.depending(nodes, [self.input])
-        last: dict[str, int] = {}
-        for i, node in enumerate(nodes):
-            for name in self.reads(node):
-                if name in dependent:
-                    last[name] = i
-        last[output] = len(nodes)
-        found, going_on = [], {self.input}
-        for i, node in enumerate(nodes):
-            going_on = {name for name in going_on if last[name] > i}
-            going_on |= {name for name in node.output if name in dependent and last.get(name, -1) > i}
-            if len(going_on) == 1 and (name := next(iter(going_on))) in node.output:
-                found.append(name)
-        return found
+        """The tensors through which alone the output depends on the pictures, from the input on."""
+        return self._flow.cuts(self.input, output)
 
     # --- parts and shapes
 

@@ -70,7 +70,7 @@ class Variant:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; without the scores."""
-        more = {"intervals": self.intervals, "teacher_correlation": self.correlation}
+        more: dict[str, Any] = {"intervals": self.intervals, "teacher_correlation": self.correlation}
         if self.attention is not None:
             more["attention"] = self.attention
         return self.report.as_dict() | plain(more)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -85,8 +85,7 @@ class Faces:
             raise ValueError(f"folds: expected some of {sorted(known)}, got {sorted(folds)}")
         self.chosen = np.flatnonzero(np.isin(pairs.folds, list(known if folds is None else folds)))
         self.failures: dict[str, str] = {}
-        self._read = crops(pairs, detector, size)
-        self._kept: OrderedDict[str, NDArray[np.uint8]] = OrderedDict()
+        self._read = lru_cache(_KEPT)(crops(pairs, detector, size))
         self._person: dict[str, str] = {}
         self._pictures: dict[str, tuple[str, ...]] = {}
         if pairs.people is not None:
@@ -134,19 +133,11 @@ class Faces:
         """An aligned face, uint8 RGB [height, width, 3]; None if the picture cannot be used."""
         if key in self.failures:
             return None
-        found = self._kept.get(key)
-        if found is None:
-            try:
-                found = self._read(key)
-            except PictureError as error:
-                self.failures[key] = str(error)
-                return None
-            self._kept[key] = found
-            if len(self._kept) > _KEPT:
-                self._kept.popitem(last=False)
-        else:
-            self._kept.move_to_end(key)
-        return found
+        try:
+            return self._read(key)
+        except PictureError as error:
+            self.failures[key] = str(error)
+            return None
 
     def stacked(self, keys: Sequence[str]) -> Tensor:
         """Pictures that were found usable, uint8 [N, 3, H, W].

@@ -322,10 +322,6 @@ def export_onnx(**options: Any) -> int:
 @click.option(
     "--batch", multiple=True, metavar="MIN:OPT:MAX", help="Batches that the engine runs, e.g. 1:8:64; may be repeated."
 )
-@click.option("--workspace", type=click.IntRange(min=1), metavar="MIB", help="Memory that a layer may use, in MiB.")
-@click.option("--timing-cache", metavar="FILE", type=click.Path(), help="Read and write timings, for faster builds.")
-@click.option("--version-compatible", is_flag=True, help="Run on later TensorRT versions of the same major one.")
-@click.option("--refit", is_flag=True, help="Weights can be exchanged later.")
 @click.option("--tf32", is_flag=True, help="Allow TF32 where the graph says float32.")
 @click.option("--device", default="cuda", show_default=True, metavar="cuda[:N]", help="The GPU to build for.")
 @_quiet

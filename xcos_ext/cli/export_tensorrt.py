@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,7 +13,7 @@ from xcos_ext.io.errors import XCosError
 from .console import bar, notes_for_warnings, print_json
 
 if TYPE_CHECKING:
-    from xcos_ext.deploy.tensorrt.plan import PlanCard
+    from xcos_ext.deploy.tensorrt import PlanCard
 
 __all__ = ["Request", "run"]
 
@@ -22,15 +22,11 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Request:
-    """The command line's options; ``workspace`` is in MiB, ``batch`` has texts like ``1:8:64``."""
+    """The command line's options; ``batch`` has texts like ``1:8:64``."""
 
     onnx: str
     out: str
     batch: tuple[str, ...] = ()
-    workspace: int | None = None
-    timing_cache: str | None = None
-    version_compatible: bool = False
-    refit: bool = False
     tf32: bool = False
     device: str = "cuda"
     quiet: bool = False
@@ -43,9 +39,7 @@ def run(request: Request) -> int:
     Raises:
         XCosError: anything wrong with the graph, the options, the files, TensorRT or the GPU.
     """
-    from xcos_ext.deploy import build_engine
-    from xcos_ext.deploy.tensorrt.build import DEFAULT_WORKSPACE
-    from xcos_ext.deploy.tensorrt.profiles import BatchProfile
+    from xcos_ext.deploy.tensorrt import BatchProfile, build_engine
 
     begin = time.perf_counter()
     try:
@@ -55,10 +49,6 @@ def run(request: Request) -> int:
                 request.onnx,
                 request.out,
                 profiles=profiles,
-                workspace=DEFAULT_WORKSPACE if request.workspace is None else request.workspace * _MIB,
-                timing_cache=request.timing_cache,
-                version_compatible=request.version_compatible,
-                refit=request.refit,
                 tf32=request.tf32,
                 device=request.device,
                 progress=tick,
@@ -77,12 +67,11 @@ def run(request: Request) -> int:
 
 def _summary(card: PlanCard) -> dict[str, Any]:
     """The sidecar's content, but for the graph's own notes, which may be long."""
-    return {name: value for name, value in card.as_dict().items() if name not in ("format", "metadata")}
+    return {name: value for name, value in asdict(card).items() if name not in ("format", "metadata")}
 
 
 def _show(plan: str, seconds: float, card: PlanCard) -> None:
     batches = ", ".join(str(p) if p.min == p.max else f"{p} (chosen for {p.opt})" for p in card.profiles)
-    options = [name for name in ("version_compatible", "refit", "tf32") if getattr(card, name)]
     rows = [
         ("plan", f"{plan} ({card.plan_bytes / _MIB:.1f} MiB) and {plan}.json"),
         ("TensorRT", card.tensorrt),
@@ -90,7 +79,7 @@ def _show(plan: str, seconds: float, card: PlanCard) -> None:
         ("batch", batches or str(card.inputs[0].shape[0] if card.inputs[0].shape else 1)),
         *(("input", str(tensor)) for tensor in card.inputs),
         *(("output", str(tensor)) for tensor in card.outputs),
-        *([("options", ", ".join(options).replace("_", "-"))] if options else []),
+        *([("options", "tf32")] if card.tf32 else []),
         ("time", f"{seconds:.1f} s"),
     ]
     for name, value in rows:

@@ -7,6 +7,7 @@ outputs, and what the function did beside its operations is not done again. Stre
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,8 +47,8 @@ class _Recorder(TorchDispatchMode):
 class _Named:
     """A stream or an event."""
 
-    def __init__(self, name: str, log: list[str]) -> None:
-        self._name, self._log = name, log
+    def __init__(self, name: str, log: list[str], handle: int = 0) -> None:
+        self._name, self._log, self.cuda_stream = name, log, handle
 
     def wait_stream(self, other: _Named) -> None:
         self._log.append(f"{self._name} waits for {other._name}")
@@ -55,37 +56,46 @@ class _Named:
     def wait_event(self, event: _Named) -> None:
         self._log.append(f"{self._name} waits for {event._name}")
 
-    def record(self) -> None:
+    def record(self, stream: _Named | None = None) -> None:
         self._log.append(f"record {self._name}")
 
 
 class FakeCuda:
-    """What :class:`xcos_ext.deploy.cuda_graphs.CudaGraphs` needs of ``torch.cuda``.
+    """What :class:`xcos_ext.deploy.cuda_graphs.CudaGraphs` and TensorRT's runner need of ``torch.cuda``.
 
     Attributes:
         log: what happened, in order.
         captures: graphs that were captured.
         fail: raised by the next capture.
+        now: the current stream.
+        capturing: whether somebody else captures it.
+        kept: streams that tensors were held for.
     """
 
     def __init__(self) -> None:
         self.log: list[str] = []
         self.captures: list[Graph] = []
         self.fail: Exception | None = None
+        self.now = _Named("current", self.log)
+        self.capturing = False
+        self.kept: list[Any] = []
+        self._handles = itertools.count(100)
 
-    def Stream(self) -> _Named:
-        return _Named("side", self.log)
+    def Stream(self, name: str = "side") -> _Named:
+        return _Named(name, self.log, next(self._handles))
 
     def Event(self) -> _Named:
         return _Named("done", self.log)
 
     def current_stream(self) -> _Named:
-        return _Named("current", self.log)
+        return self.now
 
     @contextlib.contextmanager
     def stream(self, stream: _Named) -> Iterator[None]:
         self.log.append(f"on {stream._name}")
+        before, self.now = self.now, stream
         yield
+        self.now = before
 
     @contextlib.contextmanager
     def device(self, device: torch.device) -> Iterator[None]:
@@ -100,6 +110,8 @@ class FakeCuda:
         if self.fail is not None:
             failure, self.fail = self.fail, None
             raise failure
+        before, self.now = self.now, stream
         with _Recorder(graph):
             yield
+        self.now = before
         self.captures.append(graph)

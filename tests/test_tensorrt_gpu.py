@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from tensorrt_stubs.graphs import sum_graph
+from tensorrt_stubs.fakes import sum_graph
 from torch import Tensor
 
-from xcos_ext.deploy import TrtRunner, build_engine
-from xcos_ext.deploy.tensorrt.cache import cached_engine
+from xcos_ext.deploy.tensorrt import TrtRunner, build_engine, cached_engine
 from xcos_ext.io.errors import XCosError
 
 pytestmark = [pytest.mark.cuda, pytest.mark.tensorrt]
@@ -30,7 +29,7 @@ BATCHES = (1, 2, 17)
 @pytest.fixture(scope="module")
 def tensorrt() -> Any:
     """The package, or a skip that says why not."""
-    from xcos_ext.deploy.tensorrt.package import load_tensorrt
+    from xcos_ext.deploy.tensorrt.plan import load_tensorrt
 
     try:
         return load_tensorrt()
@@ -122,20 +121,14 @@ def rows(batch: int) -> dict[str, Tensor]:
     return {"a": torch.rand(batch, 4, device="cuda"), "b": torch.rand(batch, 4, device="cuda")}
 
 
-@pytest.mark.parametrize("options", [{}, {"version_compatible": True}, {"refit": True}, {"tf32": True}], ids=str)
-def test_every_kind_of_plan_is_built_loaded_and_right(folder: Path, small: Path, options: dict[str, Any]) -> None:
-    plan = folder / "sum.plan"
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_plan_of_two_profiles_is_built_loaded_and_right(folder: Path, small: Path, tf32: bool) -> None:
     told: list[int] = []
+    plan = folder / "sum.plan"
     card = build_engine(
-        small,
-        plan,
-        profiles=[(1, 1, 1), (2, 4, 8)],
-        timing_cache=folder / "times.cache",
-        progress=lambda done, total: told.append(done),
-        **options,
+        small, plan, profiles=[(1, 1, 1), (2, 4, 8)], tf32=tf32, progress=lambda done, total: told.append(done)
     )
     assert told[-1] == 100 and told == sorted(told)
-    assert (folder / "times.cache").stat().st_size > 0
     runner = TrtRunner(plan)
     assert runner.card == card
     for batch in (1, 2, 8, 1, 4):
@@ -175,11 +168,14 @@ def test_streams_are_torchs_and_in_order(folder: Path, small: Path) -> None:
             torch.testing.assert_close(got, sums(inputs) * 2 + 1)
 
 
-def test_many_batch_sizes_in_turn(folder: Path, small: Path) -> None:
-    runner = runner_of(small, folder, max_graphs=3)
-    for batch in (1, 2, 3, 4, 1, 5, 2, 32, 1, 3):
+def test_many_batch_sizes_in_turn_each_with_outputs_of_its_own(folder: Path, small: Path) -> None:
+    runner = runner_of(small, folder)
+    kept = []
+    for batch in (*range(1, 11), 3, 32, 1, 10):
         inputs = rows(batch)
-        torch.testing.assert_close(runner.run(inputs)["total"], sums(inputs))
+        kept.append((runner.run(inputs)["total"], sums(inputs)))
+    for found, wanted in kept:
+        torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("graph", [True, False], ids=["graph", "direct"])
@@ -195,11 +191,3 @@ def test_a_run_is_captured_into_a_larger_graph(folder: Path, small: Path, graph:
         value.uniform_()
     larger.replay()
     torch.testing.assert_close(got, sums(inputs) * 3)
-
-
-def test_static_inputs_are_read_without_a_copy(folder: Path, small: Path) -> None:
-    runner = runner_of(small, folder)
-    mine = runner.static_inputs(2)
-    for value in mine.values():
-        value.uniform_()
-    torch.testing.assert_close(runner.run(mine)["total"], sums(mine))

@@ -41,33 +41,36 @@ def has_buffer(kind: type) -> bool:
 
 def exercised() -> dict[str, Any]:
     """Our own code on the real classes, as far as it comes without libraries."""
-    from xcos_ext.deploy.tensorrt import build, package, supervise
+    from xcos_ext.deploy.tensorrt import build, plan
 
-    module = package.load_tensorrt()
-    log = package.log_of(module)
+    module = plan.load_tensorrt()
+    log = plan.log_of(module)
     log.logger.log(trt.ILogger.Severity.WARNING, "a warning")
     log.logger.log(trt.ILogger.Severity.ERROR, "an\nerror")
-    steps = supervise.Steps()
-    monitor = steps.monitor(module)
+    errors = log.reason()
+    told: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        told.append(done)
+        if done:
+            raise KeyboardInterrupt
+
+    monitor = build._Steps(progress).monitor(module)
     monitor.phase_start("build", None, 4)
-    went_on = monitor.step_complete("build", 1)
-    done = steps.done
-    steps.cancelled.set()
-    stopped = not monitor.step_complete("build", 2)
+    went_on = [monitor.step_complete("build", step) for step in (-1, 1)]
     monitor.phase_finish("build")
     try:
-        build._build(module, b"", "x.onnx", (), (), build.BuildOptions(), b"", steps)
+        log.start(module.Builder)
         failure = "none"
-    except package.TensorRTError as error:
+    except plan.TensorRTError as error:
         failure = str(error)
-    return {
-        "errors": log.errors(),
-        "derived": isinstance(log.logger, trt.ILogger) and isinstance(monitor, trt.IProgressMonitor),
-        "went_on": went_on,
-        "done": done,
-        "stopped": stopped,
-        "failure": failure,
+    overrides = {
+        f"{base.__name__}.{name}": list(inspect.signature(value).parameters)[1:]
+        for base, kind in ((trt.ILogger, type(log.logger)), (trt.IProgressMonitor, type(monitor)))
+        for name, value in vars(kind).items()
+        if not name.startswith("_") and issubclass(kind, base)
     }
+    return {"errors": errors, "told": told, "went_on": went_on, "failure": failure, "overrides": overrides}
 
 
 classes = {name: value for name, value in vars(trt).items() if isinstance(value, type) and hasattr(value, "__doc__")}
@@ -82,7 +85,6 @@ print(
                 **{name: {key: int(item) for key, item in value.__members__.items()} for name, value in enums.items()},
                 "Severity": {key: int(item) for key, item in severity.__members__.items()},
             },
-            "hashable": len({*trt.DataType.__members__.values()}) == len(trt.DataType.__members__),
             "named": trt.DataType.HALF.name,
             "buffer": has_buffer(trt.IHostMemory),
             "dims": [int(n) for n in trt.Dims((-1, 3, 112))],

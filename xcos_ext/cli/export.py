@@ -16,7 +16,7 @@ from .console import bar, note, notes_for_warnings, print_json, print_rows
 from .inputs import check_model_path, is_graph, load
 
 if TYPE_CHECKING:
-    from xcos_ext.deploy.tensorrt.plan import PlanCard
+    from xcos_ext.deploy.tensorrt import PlanCard
 
 _MIB = 1 << 20
 
@@ -103,27 +103,18 @@ def to_onnx(
 @click.option(
     "--batch", multiple=True, metavar="MIN:OPT:MAX", help="Batches that the engine runs, e.g. 1:8:64; may be repeated."
 )
-@options.number("--workspace", metavar="MIB", help="Memory that a layer may use, in MiB.")
-@click.option("--timing-cache", metavar="FILE", type=click.Path(), help="Read and write timings, for faster builds.")
-@click.option("--version-compatible", is_flag=True, help="Run on later TensorRT versions of the same major one.")
-@click.option("--refit", is_flag=True, help="Weights can be exchanged later.")
 @click.option("--tf32", is_flag=True, help="Allow TF32 where the graph says float32.")
 @click.option("--device", default="cuda", show_default=True, metavar="cuda[:N]", help="The GPU to build for.")
 @options.quiet
 @options.as_json
-def to_tensorrt(
-    onnx: str, out: str, batch: tuple[str, ...], workspace: int | None, quiet: bool, as_json: bool, **how: Any
-) -> int:
+def to_tensorrt(onnx: str, out: str, batch: tuple[str, ...], quiet: bool, as_json: bool, **how: Any) -> int:
     """A TensorRT engine of a graph, for this GPU and this TensorRT; beside it a JSON file that says what it fits.
 
     Types are those of the graph: for half precision export it with --dtype float16.
     """
-    from xcos_ext.deploy import build_engine
-    from xcos_ext.deploy.tensorrt.profiles import BatchProfile
+    from xcos_ext.deploy.tensorrt import BatchProfile, build_engine
 
     begin = time.perf_counter()
-    if workspace is not None:
-        how["workspace"] = workspace * _MIB
     try:
         profiles = [BatchProfile.parse(text) for text in batch] or None
         with notes_for_warnings(), bar("building", "%", quiet=quiet) as tick:
@@ -135,7 +126,7 @@ def to_tensorrt(
     seconds = time.perf_counter() - begin
     if as_json:
         # The sidecar's content, but for the graph's own notes, which may be long.
-        data = {name: value for name, value in card.as_dict().items() if name not in ("format", "metadata")}
+        data = {name: value for name, value in asdict(card).items() if name not in ("format", "metadata")}
         print_json({"plan": out, "seconds": seconds, **data})
     elif not quiet:
         _show(out, seconds, card)
@@ -144,7 +135,6 @@ def to_tensorrt(
 
 def _show(plan: str, seconds: float, card: PlanCard) -> None:
     batches = ", ".join(str(p) if p.min == p.max else f"{p} (chosen for {p.opt})" for p in card.profiles)
-    chosen = [name for name in ("version_compatible", "refit", "tf32") if getattr(card, name)]
     print_rows(
         [
             ("plan", f"{plan} ({card.plan_bytes / _MIB:.1f} MiB) and {plan}.json"),
@@ -153,7 +143,7 @@ def _show(plan: str, seconds: float, card: PlanCard) -> None:
             ("batch", batches or str(card.inputs[0].shape[0] if card.inputs[0].shape else 1)),
             *(("input", str(tensor)) for tensor in card.inputs),
             *(("output", str(tensor)) for tensor in card.outputs),
-            *([("options", ", ".join(chosen).replace("_", "-"))] if chosen else []),
+            *([("options", "tf32")] if card.tf32 else []),
             ("time", f"{seconds:.1f} s"),
         ],
         width=9,

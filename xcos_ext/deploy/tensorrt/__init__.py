@@ -4,20 +4,14 @@
 ``TrtRunner(plan).run({name: tensor})`` runs it on torch's tensors. docs/tensorrt.md has the rest.
 """
 
-from .build import DEFAULT_WORKSPACE, build_engine
-from .cache import cached_engine
-from .package import EngineError, TensorRTError
-from .plan import PlanCard, TensorCard, read_card
-from .profiles import DEFAULT_PROFILES, BatchProfile
+from .build import build_engine, cached_engine
+from .plan import BatchProfile, EngineError, PlanCard, TensorRTError, read_card
 from .runner import TrtRunner
 
 __all__ = [
-    "DEFAULT_PROFILES",
-    "DEFAULT_WORKSPACE",
     "BatchProfile",
     "EngineError",
     "PlanCard",
-    "TensorCard",
     "TensorRTError",
     "TrtRunner",
     "build_engine",

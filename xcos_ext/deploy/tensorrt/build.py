@@ -1,86 +1,42 @@
-"""From an ONNX graph to a TensorRT plan."""
+"""From an ONNX graph to a TensorRT plan, and a folder of plans that are built when they are first needed."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
-import warnings
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
+from operator import methodcaller
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from xcos_ext.io.atomic import StrPath, check_output
+from xcos_ext.io.atomic import StrPath, check_output, write_atomically
 from xcos_ext.io.errors import ModelError
+from xcos_ext.io.optional import need
 from xcos_ext.onnx.files import metadata, onnx_hash, read_onnx
 
-from . import gpu as gpus
-from .api import Builder, IBuilderConfig, IHostMemory, INetworkDefinition, ITensor, TensorRT
-from .package import Log, TensorRTError, load_tensorrt, log_of
-from .plan import PlanCard, TensorCard, check_plan_path, torch_names, write_bytes, write_plan
-from .profiles import BatchProfile, GraphInput, as_profiles, graph_inputs, profiles_for
-from .supervise import Cancelled, Steps, supervise
+from . import plan as plans
+from .plan import BatchProfile, EngineError, PlanCard, TensorCard, TensorRTError
 
-__all__ = ["DEFAULT_WORKSPACE", "BuildOptions", "Progress", "build_engine"]
+__all__ = ["build_engine", "cached_engine"]
 
-#: Bytes of scratch memory a kernel may ask for; face networks need far less.
-DEFAULT_WORKSPACE = 1 << 30
+#: Kernels for one pair at a time, which is what a door or a phone asks for, and room for small batches.
+_DEFAULT_PROFILES = (BatchProfile(1, 1, 32),)
 
-_MOST_PARSER_ERRORS = 3
-
+Profiles = Sequence[BatchProfile | tuple[int, int, int]]
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """What shapes an engine beside its graph; checked.
-
-    Attributes:
-        profiles: batch sizes; None for the default.
-        workspace: bytes; None leaves TensorRT's own bound.
-        version_compatible: later versions of TensorRT may load the plan.
-        refit: the weights can be replaced.
-        tf32: fp32 products may be rounded to TF32.
-    """
-
-    profiles: tuple[BatchProfile, ...] | None = None
-    workspace: int | None = DEFAULT_WORKSPACE
-    version_compatible: bool = False
-    refit: bool = False
-    tf32: bool = False
-
-    @classmethod
-    def checked(
-        cls,
-        profiles: Sequence[BatchProfile | tuple[int, int, int]] | None,
-        workspace: int | None,
-        version_compatible: bool,
-        refit: bool,
-        tf32: bool,
-    ) -> BuildOptions:
-        """The options as given by a caller.
-
-        Raises:
-            ValueError, TypeError: a value that is none; the message says which.
-        """
-        if workspace is not None and (isinstance(workspace, bool) or not isinstance(workspace, int)):
-            raise TypeError(f"workspace: expected bytes as int, or None, got {type(workspace).__name__}")
-        if workspace is not None and workspace < 1:
-            raise ValueError(f"workspace: expected at least 1 byte, got {workspace}")
-        return cls(as_profiles(profiles), workspace, bool(version_compatible), bool(refit), bool(tf32))
 
 
 def build_engine(
     onnx: StrPath,
     plan: StrPath,
     *,
-    profiles: Sequence[BatchProfile | tuple[int, int, int]] | None = None,
-    workspace: int | None = DEFAULT_WORKSPACE,
-    timing_cache: StrPath | None = None,
-    version_compatible: bool = False,
-    refit: bool = False,
+    profiles: Profiles | None = None,
     tf32: bool = False,
     device: str | torch.device = "cuda",
     progress: Progress | None = None,
@@ -95,15 +51,9 @@ def build_engine(
         plan: the file to write, ``.plan`` or ``.engine``.
         profiles: batch sizes (min, opt, max) to build for, one or several; kernels are chosen for ``opt``. By default
             one profile (1, 1, 32). None for a graph of a fixed batch.
-        workspace: bytes of scratch memory a kernel may ask for; None for TensorRT's own bound.
-        timing_cache: ``.cache`` file of measured kernel times, used if it fits and brought up to date; makes the next
-            build faster.
-        version_compatible: let later versions of TensorRT load the plan (of the same major version; a plan of 10 also
-            in 11); such a plan carries code for the host and may be slower.
-        refit: let the weights be replaced.
         tf32: let fp32 products be rounded to TF32's 10 bits of mantissa. Off, unlike TensorRT's default.
         device: GPU to build on and for.
-        progress: called with (done, total) in this thread. An exception it raises, like Ctrl-C, ends the build.
+        progress: called with (done, total). An exception it raises, like Ctrl-C, ends the build at its next step.
 
     Returns:
         What was built, as the sidecar holds it.
@@ -112,196 +62,191 @@ def build_engine(
         MissingPackageError: tensorrt or onnx is not installed.
         TensorRTError: no GPU, a TensorRT that is too old, or a build that failed, with TensorRT's last errors.
         ModelError: an ONNX file that is damaged, or a graph that TensorRT cannot take.
-        OutputError: a file that cannot be written.
-        ValueError, TypeError: another argument that cannot be.
+        OutputError, ValueError, TypeError: a file that cannot be written, or another argument that cannot be.
     """
-    options = BuildOptions.checked(profiles, workspace, version_compatible, refit, tf32)
-    check_plan_path(plan)
-    if timing_cache is not None:
-        check_output(timing_cache, (".cache",))
-    trt = load_tensorrt()
-    gpu = gpus.CUDA.find(device)
-    file = os.fspath(onnx)
+    wanted, file = _checked(profiles), os.fspath(onnx)
+    check_output(plan, (".plan", ".engine"))
+    check_output(plans.sidecar(plan), (".json",))
+    trt, gpu = plans.load_tensorrt(), plans.find_gpu(device)
     digest = onnx_hash(file)
     proto = read_onnx(file)
-    inputs = graph_inputs(proto)
-    chosen = profiles_for(inputs, options.profiles, file)
     try:
         graph = proto.SerializeToString()
     except Exception as error:  # protobuf's own types
         raise ModelError(f"{file}: expected a graph of less than 2 GiB with its weights ({error})") from error
-    notes = metadata(proto)
-    del proto
-    times = _read_times(timing_cache)
 
-    def work(steps: Steps) -> _Built:
-        with gpus.CUDA.using(gpu):
-            return _build(trt, graph, file, inputs, chosen, options, times, steps)
-
-    built = supervise(work, progress)
-    if not built.times_fit:
-        warnings.warn(
-            f"{timing_cache}: made by another TensorRT or GPU, or damaged; an empty one takes its place",
-            UserWarning,
-            stacklevel=2,
-        )
-    with memoryview(built.plan) as data:
-        card = PlanCard(
-            tensorrt=trt.__version__,
-            sm=gpu.sm,
-            gpu=gpu.name,
-            onnx_sha256=digest,
-            plan_sha256=hashlib.sha256(data).hexdigest(),
-            plan_bytes=data.nbytes,
-            inputs=built.inputs,
-            outputs=built.outputs,
-            profiles=chosen,
-            workspace=options.workspace,
-            version_compatible=options.version_compatible,
-            refit=options.refit,
-            tf32=options.tf32,
-            metadata=notes,
-        )
-        write_plan(plan, data, card)
-    if timing_cache is not None and built.times is not None and built.times != times:
-        write_bytes(timing_cache, built.times)
+    steps, log = _Steps(progress), plans.log_of(trt)
+    with torch.cuda.device(gpu.device):
+        builder = log.start(trt.Builder)
+        network = _parsed(trt, builder, graph, file)
+        inputs = tuple(TensorCard.of(network.get_input(i)) for i in range(network.num_inputs))
+        outputs = tuple(TensorCard.of(network.get_output(i)) for i in range(network.num_outputs))
+        fitting = _fitting(inputs, wanted, file)
+        config = _config(trt, builder, inputs, fitting, tf32)
+        config.progress_monitor = steps.monitor(trt)
+        built = builder.build_serialized_network(network, config)
+    if steps.failure is not None:
+        raise steps.failure
+    if built is None:
+        raise TensorRTError(f"{file}: TensorRT {trt.__version__} could not build an engine: {log.reason()}")
+    place = (trt.__version__, gpu.sm, gpu.name, digest)
+    with memoryview(built) as data:
+        card = PlanCard(*place, data.nbytes, inputs, outputs, fitting, tf32, metadata(proto)).signed(data)
+        # Whoever reads between the two finds a plan that is not the sidecar's, and refuses it.
+        write_atomically(plan, methodcaller("write", data))
+    text = json.dumps(asdict(card), indent=2) + "\n"
+    write_atomically(plans.sidecar(plan), methodcaller("write", text.encode()))
+    if progress is not None:
+        progress(100, 100)
     return card
 
 
-@dataclass(frozen=True)
-class _Built:
-    plan: IHostMemory
-    inputs: tuple[TensorCard, ...]
-    outputs: tuple[TensorCard, ...]
-    times: bytes | None
-    times_fit: bool
+def cached_engine(
+    onnx: StrPath,
+    folder: StrPath,
+    *,
+    profiles: Profiles | None = None,
+    tf32: bool = False,
+    device: str | torch.device = "cuda",
+    progress: Progress | None = None,
+) -> Path:
+    """The plan of a graph for this TensorRT and GPU: from a folder, or built and left there.
+
+    A plan is found by the versions of TensorRT, the GPU, the ONNX file's hash and the options together, so a change of
+    any of them builds another. One that is damaged or has lost its sidecar is built again. Processes that want the
+    same plan build it once. Nothing in the folder is ever removed.
+
+    Args:
+        onnx: the graph.
+        folder: made if it is not there. Plans are code: let nobody write into it whom you do not trust.
+        profiles, tf32, device, progress: as :func:`build_engine` has them.
+
+    Returns:
+        The plan's path, for :class:`~xcos_ext.deploy.tensorrt.TrtRunner`. Errors are those of :func:`build_engine`.
+    """
+    wanted = _checked(profiles)
+    filelock = need("filelock", "a folder of TensorRT engines", extra="tensorrt")
+    trt, gpu = plans.load_tensorrt(), plans.find_gpu(device)
+    key = repr((trt.__version__, gpu.sm, gpu.name, onnx_hash(onnx), wanted, tf32))
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(onnx).stem)[:60] or "engine"
+    plan = Path(folder) / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.plan"
+    with contextlib.suppress(OSError):  # the next line says what is wrong
+        plan.parent.mkdir(parents=True, exist_ok=True)
+    check_output(plan, (".plan",))
+    with filelock.FileLock(plan.with_suffix(".lock")):
+        try:
+            plans.load_plan(plan)
+        except EngineError:
+            build_engine(onnx, plan, profiles=wanted, tf32=tf32, device=gpu.device, progress=progress)
+    return plan
 
 
-def _build(
-    trt: TensorRT,
-    graph: bytes,
-    file: str,
-    inputs: tuple[GraphInput, ...],
-    profiles: tuple[BatchProfile, ...],
-    options: BuildOptions,
-    times: bytes,
-    steps: Steps,
-) -> _Built:
-    log = log_of(trt)
-    mark = log.mark()
+def _checked(profiles: Profiles | None) -> tuple[BatchProfile, ...] | None:
+    """Profiles as given by a caller; None stays None."""
+    if profiles is None:
+        return None
+    if not profiles:
+        raise ValueError("profiles: expected at least one, got none")
     try:
-        builder = trt.Builder(log.logger)
-    except (TypeError, RuntimeError) as error:  # a null pointer, as pybind11 sees it
-        raise TensorRTError(f"TensorRT {trt.__version__} cannot start: {log.errors(mark)}") from error
-    network = _parsed(trt, builder, log, graph, file)
-    config = builder.create_builder_config()
-    if options.workspace is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
-    if options.version_compatible:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
-    if options.refit:
-        config.set_flag(trt.BuilderFlag.REFIT)
-    if options.tf32:
-        config.set_flag(trt.BuilderFlag.TF32)
-    else:
-        config.clear_flag(trt.BuilderFlag.TF32)
-    _add_profiles(builder, config, log, inputs, profiles)
-    monitor = steps.monitor(trt)
-    if monitor is not None:
-        config.progress_monitor = monitor
-    times_fit = _attach_times(config, times)
-    mark = log.mark()
-    serialized = builder.build_serialized_network(network, config)
-    if steps.cancelled.is_set():
-        raise Cancelled
-    if serialized is None:
-        raise TensorRTError(f"{file}: TensorRT {trt.__version__} could not build an engine: {log.errors(mark)}")
-    cache = config.get_timing_cache()
-    return _Built(
-        serialized,
-        tuple(_card(network.get_input(i), trt) for i in range(network.num_inputs)),
-        tuple(_card(network.get_output(i), trt) for i in range(network.num_outputs)),
-        None if cache is None else bytes(cache.serialize()),
-        times_fit,
-    )
+        return tuple(p if isinstance(p, BatchProfile) else BatchProfile(*p) for p in profiles)
+    except TypeError as error:
+        raise TypeError(f"profiles: expected (min, opt, max) each, got {profiles!r}") from error
 
 
-def _parsed(trt: TensorRT, builder: Builder, log: Log, graph: bytes, file: str) -> INetworkDefinition:
+def _parsed(trt: Any, builder: Any, graph: bytes, file: str) -> Any:
     """The strongly typed network of a graph."""
     kinds = trt.NetworkDefinitionCreationFlag
-    flags = 0
     # In TensorRT 10 a network is weakly typed unless asked; later there is nothing else. An explicit batch goes without
     # saying where the flag is gone.
-    for flag in (getattr(kinds, "STRONGLY_TYPED", None), getattr(kinds, "EXPLICIT_BATCH", None)):
-        if flag is not None:
-            flags |= 1 << int(flag)
-    network = builder.create_network(flags)
-    mark = log.mark()
-    parser = trt.OnnxParser(network, log.logger)
-    if not parser.parse(graph):
-        count = parser.num_errors
-        found = []
-        for index in range(min(count, _MOST_PARSER_ERRORS)):
-            error = parser.get_error(index)
-            where = f"node {error.node_name()!r} ({error.node_operator()}): " if error.node_operator() else ""
-            found.append(where + " ".join(error.desc().split())[:300])
-        if count > len(found):
-            found.append(f"and {count - len(found)} more")
-        raise ModelError(
-            f"{file}: TensorRT {trt.__version__} cannot take this graph: {'; '.join(found) or log.errors(mark)}"
-        )
-    return network
+    flags = [kinds.STRONGLY_TYPED, *([kinds.EXPLICIT_BATCH] if hasattr(kinds, "EXPLICIT_BATCH") else [])]
+    network = builder.create_network(sum(1 << int(flag) for flag in flags))
+    parser = trt.OnnxParser(network, plans.log_of(trt).logger)
+    if parser.parse(graph):
+        return network
+    found = []
+    for error in map(parser.get_error, range(min(parser.num_errors, 3))):
+        where = f"node {error.node_name()!r} ({error.node_operator()}): " if error.node_operator() else ""
+        found.append(where + " ".join(error.desc().split())[:300])
+    if parser.num_errors > len(found):
+        found.append(f"and {parser.num_errors - len(found)} more")
+    raise ModelError(f"{file}: TensorRT {trt.__version__} cannot take this graph: {'; '.join(found)}")
 
 
-def _add_profiles(
-    builder: Builder,
-    config: IBuilderConfig,
-    log: Log,
-    inputs: tuple[GraphInput, ...],
-    profiles: tuple[BatchProfile, ...],
-) -> None:
+def _fitting(
+    inputs: Sequence[TensorCard], wanted: tuple[BatchProfile, ...] | None, file: str
+) -> tuple[BatchProfile, ...]:
+    """The profiles to build a graph with: none for a graph of a fixed batch."""
+    for card in inputs:
+        if -1 in card.shape[1:]:
+            shape = list(card.shape)
+            raise ModelError(
+                f"{file}: input {card.name!r}: expected only the batch, its first axis, to vary, got {shape}"
+            )
+    if any(-1 in card.shape for card in inputs):
+        return _DEFAULT_PROFILES if wanted is None else wanted
+    fixed = {card.shape[0] for card in inputs if card.shape}
+    for profile in wanted or ():
+        if fixed != {profile.min} or profile.min != profile.max:
+            batch = ", ".join(map(str, sorted(fixed))) or "none"
+            raise ValueError(f"profiles: expected none, because the graph's batch is fixed ({batch}); got {profile}")
+    return ()
+
+
+def _config(trt: Any, builder: Any, inputs: Sequence[TensorCard], profiles: Sequence[BatchProfile], tf32: bool) -> Any:
+    """How the engine is built."""
+    config = builder.create_builder_config()
+    (config.set_flag if tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
     for batch in profiles:
-        mark = log.mark()
         profile = builder.create_optimization_profile()
+        for card in inputs:
+            if -1 in card.shape:
+                profile.set_shape(card.name, *((n, *card.shape[1:]) for n in (batch.min, batch.opt, batch.max)))
+        if config.add_optimization_profile(profile) < 0:
+            raise TensorRTError(f"profiles: TensorRT refuses a batch of {batch}: {plans.log_of(trt).reason()}")
+    return config
+
+
+class _Steps:
+    """How far TensorRT is, phase within phase; and what Ctrl-C or ``progress`` raised, which ends the build."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.failure: BaseException | None = None
+        self._progress, self._percent = progress, -1
+        self._phases: dict[str, list[int]] = {}  # steps and those done; outer phases first
+
+    def note(self, phase: str, total: int | None, done: int) -> bool:
+        """A phase begins with a total, goes on without, and ends with 0; gives whether to go on."""
         try:
-            for value in inputs:
-                if value.dynamic:
-                    least, usual, most = ((n, *value.shape[1:]) for n in (batch.min, batch.opt, batch.max))
-                    profile.set_shape(value.name, least, usual, most)
-            index = config.add_optimization_profile(profile)
-        except ValueError as error:
-            raise TensorRTError(f"profiles: TensorRT refuses a batch of {batch} ({error})") from error
-        if index < 0:
-            raise TensorRTError(f"profiles: TensorRT refuses a batch of {batch}: {log.errors(mark)}")
+            if total == 0:
+                self._phases.pop(phase, None)
+            elif total or phase in self._phases:
+                self._phases[phase] = [total or self._phases[phase][0], done]
+            share, scale = 0.0, 100.0
+            for steps, finished in self._phases.values():
+                share += scale * min(finished, steps) / steps
+                scale /= steps
+            if self._progress is not None and self._percent < int(share) < 100:
+                self._percent = int(share)
+                self._progress(self._percent, 100)
+        except BaseException as error:  # must not go through TensorRT
+            self.failure = self.failure or error
+        return self.failure is None
 
+    def monitor(self, trt: Any) -> Any:
+        """The object that TensorRT tells."""
+        note = self.note
 
-def _read_times(timing_cache: StrPath | None) -> bytes:
-    """The content of a timing cache; nothing where there is none yet."""
-    if timing_cache is None:
-        return b""
-    try:
-        return Path(timing_cache).read_bytes()
-    except FileNotFoundError:
-        return b""
-    except OSError as error:
-        raise ModelError(f"{os.fspath(timing_cache)}: cannot be read: {error.strerror or error}") from error
+        class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.IProgressMonitor.__init__(self)  # pybind11 does not accept super()
 
+            def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+                note(phase_name, max(num_steps, 1), 0)
 
-def _attach_times(config: IBuilderConfig, times: bytes) -> bool:
-    """Use measured times, and say whether they are of this TensorRT and GPU; start anew if not."""
-    if times:
-        with contextlib.suppress(RuntimeError, TypeError, ValueError):
-            cache = config.create_timing_cache(times)
-            if cache is not None and config.set_timing_cache(cache, False):
-                return True
-    cache = config.create_timing_cache(b"")
-    if cache is not None:
-        config.set_timing_cache(cache, False)
-    return not times
+            def step_complete(self, phase_name: str, step: int) -> bool:
+                return note(phase_name, None, step + 1)
 
+            def phase_finish(self, phase_name: str) -> None:
+                note(phase_name, 0, 0)
 
-def _card(tensor: ITensor, trt: TensorRT) -> TensorCard:
-    dtype = torch_names(trt.DataType).get(tensor.dtype)
-    if dtype is None:
-        raise ModelError(f"{tensor.name}: expected a tensor of a type that torch has, got {tensor.dtype.name}")
-    return TensorCard(tensor.name, tuple(int(n) for n in tensor.shape), dtype)
+        return Monitor()

@@ -4,52 +4,29 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from xcos_ext.deploy.cuda_graphs import CudaGraphs
 from xcos_ext.io.atomic import StrPath
 
-from . import gpu as gpus
-from .engine import Context, Engine, torch_dtype
-from .package import TensorRTError, load_tensorrt, log_of
-from .plan import load_plan
+from . import plan as plans
+from .plan import EngineError, TensorRTError
 
 __all__ = ["TrtRunner"]
 
-
-@dataclass(frozen=True)
-class _Graph:
-    """A captured launch: where it reads and writes, how to start it, and the context it holds on to."""
-
-    inputs: dict[str, Tensor]
-    outputs: dict[str, Tensor]
-    replay: Callable[[], None]
-    context: Context
-
-    def tensors(self) -> Iterator[Tensor]:
-        yield from self.inputs.values()
-        yield from self.outputs.values()
+_ALIGNMENT = 256  # TensorRT's demand on addresses, in bytes; torch allocates so, a view may begin elsewhere
 
 
 class TrtRunner:
     """A TensorRT engine that takes and gives torch tensors.
 
-    Work goes to torch's current stream. No call waits for the GPU, except the first of a batch size. (TensorRT would
-    synchronise on the default stream; such launches go through a stream of the runner's own, ordered by events.)
-    Calls from several threads or streams follow one another: they share one scratch memory.
-
-    With ``graph=True`` every batch size has a CUDA graph with tensors of its own. A call copies the inputs into them,
-    unless they are those very tensors (:meth:`static_inputs`), and returns the graph's outputs: **the next call of the
-    same batch size overwrites them**, so clone what has to stay. With ``graph=False`` inputs are read in place and
-    outputs are new.
-
-    :meth:`run` can be captured into a larger graph, after one call of that batch size outside. The runner has to
-    outlive such a graph, and must not run while it does.
+    Work goes to torch's current stream; no call waits for the GPU, except the first of a batch size. Calls from several
+    threads or streams follow one another: they share one scratch memory. :meth:`run` can be captured into a larger
+    graph, after one call of that batch size; the runner has to outlive such a graph, and must not run while it does.
 
     A plan is code. It is loaded only if its hash is the one in its sidecar, which finds damage but not malice: run
     plans that you built or whose origin you trust.
@@ -57,50 +34,37 @@ class TrtRunner:
     Args:
         plan: from :func:`~xcos_ext.deploy.tensorrt.build_engine`, with its sidecar beside it.
         device: the GPU.
-        graph: replay CUDA graphs.
-        max_graphs: batch sizes to keep graphs of; the longest unused is given up.
+        graph: capture each of the first batch sizes as a CUDA graph, with inputs copied in and outputs out.
 
     Attributes:
         card: the sidecar's content (:class:`~xcos_ext.deploy.tensorrt.PlanCard`).
 
     Raises:
         EngineError: the plan is missing, cut off, changed, without its sidecar, or for another TensorRT or GPU.
-        MissingPackageError: tensorrt is not installed.
-        TensorRTError: no GPU, or a TensorRT that cannot start.
-        ValueError: not a CUDA device, or max_graphs below 1.
+        MissingPackageError, TensorRTError: tensorrt is not installed or cannot start, or there is no GPU.
     """
 
-    def __init__(
-        self, plan: StrPath, *, device: str | torch.device = "cuda", graph: bool = True, max_graphs: int = 16
-    ) -> None:
-        if max_graphs < 1:
-            raise ValueError(f"max_graphs: expected at least 1, got {max_graphs}")
-        self.card, data = load_plan(plan)
-        trt = load_tensorrt()
-        self.card.check_version(trt.__version__, plan)
-        self._gpu = gpus.CUDA.find(device)
-        self.card.check_gpu(self._gpu.sm, self._gpu.name, plan)
-        if self._gpu.name != self.card.gpu:
+    def __init__(self, plan: StrPath, *, device: str | torch.device = "cuda", graph: bool = True) -> None:
+        self.card, data = plans.load_plan(plan)
+        self._trt = trt = plans.load_tensorrt()
+        gpu = plans.find_gpu(device)
+        self.card.check_fits(trt.__version__, gpu, plan)
+        if gpu.name != self.card.gpu:
             warnings.warn(
-                f"{plan}: its kernels were chosen on {self.card.gpu}, this is {self._gpu.name}: built here it may be "
-                "faster",
-                UserWarning,
+                f"{plan}: its kernels were chosen on {self.card.gpu}, this is {gpu.name}: built here it may be faster",
                 stacklevel=2,
             )
-        with gpus.CUDA.using(self._gpu):
-            self._engine = Engine(trt, log_of(trt), self._gpu, plan, data, self.card)
-            self._own_stream = gpus.CUDA.new_stream(self._gpu)
-        self._graph = graph
-        self._max_graphs = max_graphs
-        self._graphs: OrderedDict[int, _Graph] = OrderedDict()
-        self._contexts: dict[int, Context] = {}
-        self._captured: set[Context] = set()
-        self._last_stream: Any = None
-        self._lock = threading.Lock()
-
-    def __repr__(self) -> str:
-        names = " -> ".join(", ".join(side) for side in (self._engine.inputs, self._engine.outputs))
-        return f"TrtRunner({names}, batch {self._batches()}, TensorRT {self.card.tensorrt}, {self.card.gpu})"
+        self._device, self._log, self._lock = gpu.device, plans.log_of(trt), threading.Lock()
+        with torch.cuda.device(self._device):
+            self._runtime = self._log.start(trt.Runtime)
+            self._engine = self._runtime.deserialize_cuda_engine(data)
+            if self._engine is None:
+                raise EngineError(f"{plan}: TensorRT {trt.__version__} cannot load it: {self._log.reason()}")
+            scratch = max(self._engine.device_memory_size_v2, 1)
+            self._scratch = torch.empty(scratch, dtype=torch.uint8, device=self._device)
+            self._own_stream, self._done = torch.cuda.Stream(), torch.cuda.Event()
+        self._contexts: dict[tuple[tuple[int, ...], ...], Any] = {}
+        self._call = CudaGraphs(self._launch) if graph else self._launch
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the engine.
@@ -110,178 +74,95 @@ class TrtRunner:
                 ``card.inputs``, the same batch in each. Without graphs their memory starts at a multiple of 256 bytes.
 
         Returns:
-            Output name -> tensor. With ``graph=True`` the graph's own, valid until the next call of this batch size.
+            Output name -> new tensor.
 
         Raises:
-            ValueError: an input that is missing, unknown, of another shape, dtype or device, not contiguous, or of a
-                batch outside the plan's profiles; the message names it.
-            TypeError: an input that is not a tensor.
+            ValueError, TypeError: an input that is missing, unknown, no tensor, of another shape, dtype or device, not
+                contiguous, or of a batch outside the plan's profiles; the message names it.
             TensorRTError: TensorRT reports an error.
         """
-        batch, profile = self._checked(inputs)
-        with self._lock, gpus.CUDA.using(self._gpu), torch.no_grad():
-            stream = gpus.CUDA.current_stream(self._gpu)
-            if gpus.CUDA.capturing():
-                context = self._ready(profile, batch)
-                self._captured.add(context)  # somebody's graph reads its memory: keep it
-                return self._launched(context, inputs, stream)
-            self._follow(stream)
-            if not self._graph:
-                return self._directly(self._context(profile, stream), batch, inputs, stream)
-            graph = self._graph_of(profile, batch, stream)
-            for name, mine in graph.inputs.items():
-                if inputs[name].data_ptr() != mine.data_ptr():
-                    mine.copy_(inputs[name])
-            graph.replay()
-            return dict(graph.outputs)
+        values = self._checked(inputs)
+        with self._lock, torch.cuda.device(self._device):
+            if torch.cuda.is_current_stream_capturing():
+                if tuple(tuple(value.shape) for value in values) not in self._contexts:
+                    raise TensorRTError(
+                        f"run a batch of {len(values[0])} once before capturing it: TensorRT has to set up"
+                    )
+                outputs = self._launch(*values)
+            else:
+                stream = torch.cuda.current_stream()
+                stream.wait_event(self._done)  # the scratch memory is one call's at a time
+                outputs = self._call(*values)
+                self._done.record(stream)
+                self._scratch.record_stream(stream)
+        return {tensor.name: value for tensor, value in zip(self.card.outputs, outputs, strict=True)}
 
-    def static_inputs(self, batch: int) -> dict[str, Tensor]:
-        """The tensors that a batch size's graph reads: fill them and give them to :meth:`run`, and nothing is copied.
-
-        Captures the graph if there is none yet. They stay valid while the runner keeps the graph (``max_graphs``).
-
-        Raises:
-            ValueError: a batch outside the plan's profiles, or a runner without graphs.
-            TensorRTError: the engine cannot be captured.
-        """
-        if not self._graph:
-            raise ValueError(
-                "static_inputs: expected a runner with graph=True; without graphs inputs are read in place"
-            )
-        profile = self._profile("batch", batch)
-        with self._lock, gpus.CUDA.using(self._gpu), torch.no_grad():
-            if gpus.CUDA.capturing():
-                raise TensorRTError("static_inputs: expected a stream that is not being captured")
-            stream = gpus.CUDA.current_stream(self._gpu)
-            self._follow(stream)
-            return dict(self._graph_of(profile, batch, stream).inputs)
-
-    # Checks
-
-    def _checked(self, inputs: Mapping[str, Tensor]) -> tuple[int, int]:
-        """The batch size and the profile for it, once everything is as the engine needs it."""
-        cards = self._engine.inputs
-        if inputs.keys() != cards.keys():
-            got = ", ".join(map(str, inputs)) or "none"
-            raise ValueError(f"inputs: expected {', '.join(cards)}, got {got}")
-        batch, first = self._fixed_batch(), ""
-        for name, card in cards.items():
-            value = inputs[name]
+    def _checked(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """The inputs in the engine's order, once everything is as it needs it."""
+        names = [card.name for card in self.card.inputs]
+        if inputs.keys() != set(names):
+            raise ValueError(f"inputs: expected {', '.join(names)}, got {', '.join(map(str, inputs)) or 'none'}")
+        batch: Any = None
+        for card in self.card.inputs:
+            name, value = card.name, inputs[card.name]
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: expected a torch tensor, got {type(value).__name__}")
-            if value.device != self._gpu.device:
-                raise ValueError(f"{name}: expected a tensor on {self._gpu.device}, got one on {value.device}")
-            if value.dtype != torch_dtype(card):
-                raise ValueError(f"{name}: expected {card.dtype}, got {str(value.dtype).removeprefix('torch.')}")
-            shape = tuple(value.shape)
-            if len(shape) != len(card.shape) or shape != card.shape_for(shape[0] if shape else 0):
-                wanted = ", ".join("batch" if n == -1 else str(n) for n in card.shape)
-                raise ValueError(f"{name}: expected the shape [{wanted}], got {list(shape)}")
+            if batch is None and card.shape[:1] == (-1,):
+                batch = value.shape[0] if value.ndim else "none"
+                if value.ndim == 0 or not any(p.min <= batch <= p.max for p in self.card.profiles):
+                    batches = " or ".join(map(str, self.card.profiles))
+                    raise ValueError(f"{name}: expected a batch of {batches} (the plan's profile), got {batch}")
+            shape = [batch if n == -1 else n for n in card.shape]
+            if (value.dtype, value.device, [*value.shape]) != (getattr(torch, card.dtype), self._device, shape):
+                got = f"{str(value.dtype).removeprefix('torch.')} {[*value.shape]} on {value.device}"
+                raise ValueError(f"{name}: expected {card.dtype} {shape} on {self._device}, got {got}")
             if not value.is_contiguous():
                 raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(value.stride())}")
-            if card.shape[:1] != (-1,):
-                continue
-            if first and shape[0] != batch:
-                raise ValueError(f"{name}: expected a batch of {batch}, as {first} has, got {shape[0]}")
-            batch, first = shape[0], first or name
-        return batch, self._profile(first, batch)
+        return [inputs[name].detach() for name in names]
 
-    def _profile(self, name: str, batch: int) -> int:
-        profile = self._engine.profile_of(batch)
-        if profile is not None:
-            return profile
-        if not self._engine.profiles and batch == self._fixed_batch():
-            return 0
-        raise ValueError(f"{name}: expected a batch of {self._batches()} (the plan's profile), got {batch}")
-
-    def _fixed_batch(self) -> int:
-        return next((card.shape[0] for card in self._engine.inputs.values() if card.shape), 1)
-
-    def _batches(self) -> str:
-        return " or ".join(map(str, self._engine.profiles)) or str(self._fixed_batch())
-
-    # Launches
-
-    def _follow(self, stream: Any) -> None:
-        """Make a stream wait for the runner's work on the one before."""
-        if self._last_stream is not None and self._last_stream != stream:
-            stream.wait_stream(self._last_stream)
-            gpus.CUDA.keep(self._engine.scratch, stream)
-            for graph in self._graphs.values():
-                for tensor in graph.tensors():
-                    gpus.CUDA.keep(tensor, stream)
-        self._last_stream = stream
-
-    def _context(self, profile: int, stream: Any) -> Context:
-        """The context for launches without a graph."""
-        context = self._contexts.get(profile)
+    def _launch(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Enqueue the engine on the current stream; CUDA graphs record this."""
+        self._log.errors.clear()
+        shapes, stream = tuple(tuple(value.shape) for value in inputs), torch.cuda.current_stream()
+        context = self._contexts.get(shapes)
         if context is None:
-            context = self._contexts[profile] = self._new_context(profile, stream)
+            context = self._contexts[shapes] = self._new_context(shapes, stream.cuda_stream)
+        outputs = []
+        for card in self.card.outputs:
+            shape = tuple(int(n) for n in context.get_tensor_shape(card.name))
+            if min(shape, default=0) < 0:
+                raise TensorRTError(f"{card.name}: expected a shape that follows from the inputs', got {list(shape)}")
+            outputs.append(torch.empty(shape, dtype=getattr(torch, card.dtype), device=self._device))
+        for card, value in zip((*self.card.inputs, *self.card.outputs), (*inputs, *outputs), strict=True):
+            if off := value.data_ptr() % _ALIGNMENT:
+                where = f"a multiple of {_ALIGNMENT} bytes, got a view that starts {off} bytes behind one; clone it"
+                raise ValueError(f"{card.name}: expected memory that starts at {where}")
+            if not context.set_tensor_address(card.name, value.data_ptr()):
+                raise TensorRTError(f"{card.name}: TensorRT refuses the tensor's memory: {self._log.reason()}")
+        # On the default stream TensorRT would synchronise.
+        target = stream if stream.cuda_stream else self._own_stream
+        if target is not stream:
+            target.wait_stream(stream)
+        if not context.execute_async_v3(target.cuda_stream):
+            raise TensorRTError(f"TensorRT could not run the engine: {self._log.reason()}")
+        if target is not stream:
+            stream.wait_stream(target)
+        return tuple(outputs)
+
+    def _new_context(self, shapes: tuple[tuple[int, ...], ...], stream: int) -> Any:
+        """A context for inputs of these shapes, which CUDA graphs need each, by the profile for the nearest batch."""
+        context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None:
+            raise TensorRTError(f"TensorRT makes no execution context: {self._log.reason()}")
+        context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
+        varying = [(c.name, shape) for c, shape in zip(self.card.inputs, shapes, strict=True) if -1 in c.shape]
+        if varying:
+            batch, profiles = varying[0][1][0], self.card.profiles
+            fitting = [index for index, profile in enumerate(profiles) if profile.min <= batch <= profile.max]
+            nearest = min(fitting, key=lambda index: abs(profiles[index].opt - batch))
+            if not context.set_optimization_profile_async(nearest, stream):
+                raise TensorRTError(f"TensorRT refuses its profile {nearest}: {self._log.reason()}")
+        for name, shape in varying:
+            if not context.set_input_shape(name, shape):
+                raise TensorRTError(f"{name}: TensorRT refuses the shape {list(shape)}: {self._log.reason()}")
         return context
-
-    def _new_context(self, profile: int, stream: Any) -> Context:
-        self._own_stream.wait_stream(stream)
-        context = self._engine.context(profile, self._own_stream.cuda_stream)
-        stream.wait_stream(self._own_stream)
-        return context
-
-    def _ready(self, profile: int, batch: int) -> Context:
-        """A context that can be captured: what TensorRT sets up at first use has happened."""
-        context = self._graphs[batch].context if batch in self._graphs else self._contexts.get(profile)
-        if context is None or context.batch != batch:
-            raise TensorRTError(f"run a batch of {batch} once before capturing it: TensorRT still has to set up")
-        return context
-
-    def _outputs(self, context: Context) -> dict[str, Tensor]:
-        return {
-            name: torch.empty(context.output_shapes[name], dtype=torch_dtype(card), device=self._gpu.device)
-            for name, card in self._engine.outputs.items()
-        }
-
-    def _launched(self, context: Context, inputs: Mapping[str, Tensor], stream: Any) -> dict[str, Tensor]:
-        outputs = self._outputs(context)
-        context.launch(_addresses({**inputs, **outputs}), stream.cuda_stream)
-        return outputs
-
-    def _directly(self, context: Context, batch: int, inputs: Mapping[str, Tensor], stream: Any) -> dict[str, Tensor]:
-        context.set_batch(batch)
-        if stream.cuda_stream != 0:
-            return self._launched(context, inputs, stream)
-        self._own_stream.wait_stream(stream)
-        try:
-            return self._launched(context, inputs, self._own_stream)
-        finally:
-            stream.wait_stream(self._own_stream)
-
-    def _graph_of(self, profile: int, batch: int, stream: Any) -> _Graph:
-        graph = self._graphs.get(batch)
-        if graph is not None:
-            self._graphs.move_to_end(batch)
-            return graph
-        # A context of its own: TensorRT may keep in it what the graph reads again.
-        context = self._new_context(profile, stream)
-        context.set_batch(batch)
-        inputs = {
-            name: torch.zeros(card.shape_for(batch), dtype=torch_dtype(card), device=self._gpu.device)
-            for name, card in self._engine.inputs.items()
-        }
-        outputs = self._outputs(context)
-        addresses = _addresses({**inputs, **outputs})
-        replay = gpus.CUDA.record(self._gpu, lambda handle: context.launch(addresses, handle))
-        if len(self._graphs) >= self._max_graphs:
-            stream.synchronize()  # the last work of any graph is on this stream, or before it
-            self._graphs.popitem(last=False)
-        graph = self._graphs[batch] = _Graph(inputs, outputs, replay, context)
-        return graph
-
-
-def _addresses(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    unit = gpus.CUDA.alignment
-    for name, address in addresses.items():
-        if address % unit:
-            raise ValueError(
-                f"{name}: expected memory that starts at a multiple of {unit} bytes, got a view that starts "
-                f"{address % unit} bytes behind one; clone it"
-            )
-    return addresses

@@ -16,7 +16,7 @@ from xcos_ext.ops.xcos_topk import score_blocks
 
 from .hits import Duplicate, Duplicates
 from .layout import Layout
-from .store import Snapshot
+from .snapshot import Snapshot
 from .stream import Tile
 
 __all__ = ["PROBES", "alike", "as_probes", "grouped", "symmetric"]

@@ -20,7 +20,7 @@ from xcos_ext.io.optional import need
 from xcos_ext.ops.templates import Templates
 
 from .gallery import Gallery
-from .store import Snapshot
+from .snapshot import Snapshot
 
 __all__ = ["FaissIndex"]
 

@@ -15,15 +15,17 @@ from torch import Tensor
 
 from xcos_ext.devices import module_device
 from xcos_ext.io.errors import GalleryError
+from xcos_ext.io.optional import gallery_package
 from xcos_ext.model.model import XCosModel
 from xcos_ext.ops.templates import Templates
 
 from . import dedupe as _dedupe
-from ._packages import compute as pc
 from .hits import Duplicates, Hits
-from .layout import Layout, checked_metadata, checked_text, iter_slices
+from .labels import checked_metadata, checked_text
+from .layout import Layout, iter_slices
 from .search import WHERE, Progress, Request, Search, Searcher, Shard
-from .store import Snapshot, Store, folder_bytes, reading
+from .snapshot import Snapshot, reading
+from .store import Store, folder_bytes
 from .stream import Tile, stream
 from .tiles import TileCache, gather
 from .verify import verify
@@ -207,7 +209,7 @@ class Gallery(Searcher):
         found: list[str] = []
         with reading(self._snapshot):
             for batch in self._snapshot.scan(["id", "person"], batch_size=65536):
-                mask = pc().equal(batch.column("person"), person)
+                mask = gallery_package("pyarrow.compute").equal(batch.column("person"), person)
                 found += batch.column("id").filter(mask).to_pylist()
         return found
 

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from xcos_ext.io.errors import GalleryError
-from xcos_ext.io.optional import need
+from xcos_ext.io.optional import gallery_package
 from xcos_ext.ops.templates import Templates
 from xcos_ext.ops.xcos_maps import xcos_maps
 from xcos_ext.ops.xcos_matrix import AllPairs
 from xcos_ext.ops.xcos_topk import MOST_K, XCosTopk, checked_k, checked_score
 
 from .hits import HitMaps, Hits
-from .layout import LABELS
+from .labels import LABELS
 from .scoring import Fusion, Groups, attention_of, exact_topk, persons_topk, rerank
-from .store import Snapshot, reading
+from .snapshot import Snapshot, reading
 from .stream import Tile, stream
 from .tiles import TileCache, gather
 
@@ -287,7 +287,7 @@ class Search:
     @functools.cached_property
     def _person_codes(self) -> tuple[np.ndarray, int]:
         """Person of each place, numbered by their first faces; faces without one are persons of their own."""
-        pa = need("pyarrow", "a gallery", extra="gallery")
+        pa = gallery_package("pyarrow")
         chunks = [b.column("person") for b in self._scan_persons()]
         column = pa.chunked_array(chunks, pa.string()).combine_chunks().dictionary_encode()
         index = column.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)

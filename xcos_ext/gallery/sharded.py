@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xcos_ext.io.errors import GalleryError
-from xcos_ext.io.optional import need
+from xcos_ext.io.optional import gallery_package
 from xcos_ext.ops.xcos_topk import XCosTopk, best_of
 
 from .gallery import Gallery, StrPath
@@ -20,7 +20,8 @@ from .hits import Hits
 from .layout import Layout
 from .ranks import Ranks
 from .search import WHERE, Request, Search, Searcher, Shard
-from .store import Snapshot, Store
+from .snapshot import Snapshot
+from .store import Store
 from .stream import has_selected
 
 __all__ = ["ShardedGallery"]
@@ -75,9 +76,9 @@ class ShardedGallery(Searcher):
     ``"uniform"``, ``"norm"`` and given attention are products of matrices, which are rounded differently for parts of
     other sizes.
 
-    :meth:`search` raises, besides what it raises elsewhere, GalleryError where arguments are not the same on all ranks,
-    or where the search failed on another rank, which the message names (searches may go on); and LostRankError where a
-    rank was killed, stopped or cut off (nothing can be searched any more). Its ``progress`` is told of this rank's part.
+    :meth:`search` also raises GalleryError where arguments are not the same on all ranks, or where the search failed on
+    another rank, which the message names (searches may go on), and LostRankError where a rank was killed, stopped or
+    cut off (nothing can be searched any more). Its ``progress`` is told of this rank's part.
 
     Attributes:
         rank, world: number of this process, and of all.
@@ -151,7 +152,7 @@ class ShardedGallery(Searcher):
         return self
 
     def _agree(self, call: str) -> None:
-        """Show the newest version that the first rank sees, which holds it, so that it is still there for the others."""
+        """Show the newest version that the first rank sees, who holds it, so that it is there for the others."""
         ranks = self._ranks
         if ranks.rank == 0:
             self._move_to(None)
@@ -266,7 +267,7 @@ def _words(search: Search) -> dict[str, str]:
 
 def _digest(*values: str | np.ndarray | Tensor | None) -> str:
     """A short fingerprint of texts and arrays."""
-    state = need("xxhash", "a gallery", extra="gallery").xxh3_128()
+    state = gallery_package("xxhash").xxh3_128()
     for value in values:
         if isinstance(value, Tensor):
             value = value.detach().cpu().contiguous().view(torch.uint8).numpy()

@@ -17,7 +17,7 @@ from torch import Tensor
 from xcos_ext.ops.templates import Templates
 
 from .layout import Layout
-from .store import Fragment, Snapshot
+from .snapshot import Fragment, Snapshot
 from .tiles import TileCache, TileFile, stays_mapped
 
 __all__ = ["Tile", "has_selected", "stream"]
@@ -125,28 +125,25 @@ def _raw_pieces(
             continue
         if not has_selected(selected, fragment.first, fragment.rows):
             continue
+        # Whoever wants a part need not read the rest, which may be far larger, to write it down.
         whole = begin <= fragment.first and fragment.first + fragment.rows <= end
-        file = cache.file(fragment)
-        if file is not None:
+        for _ in range(2):
+            file = cache.file(fragment) or (cache.write(snapshot, fragment) if whole else None)
+            if file is None:
+                break
             try:
                 yield from _mapped(file, fragment, layout, selected, begin, end)
-                continue
+                break
             except _Damaged as damage:
-                # Derived data: read the truth instead, from the first face that has not been given yet.
+                # Derived data: make it again, and go on with the first face that has not been given yet.
                 cache.drop(fragment)
-                begin = max(begin, damage.first)
-        if whole:
-            first, batches = fragment.first, cache.build(snapshot, fragment)
-        else:
-            # Whoever wants a part need not read the rest, which may be far larger, to write it down.
+                begin, file = max(begin, damage.first), None
+        if file is None:
             first = max(begin, fragment.first)
             last = min(end, fragment.first + fragment.rows)
-            batches = snapshot.fragment_batches(fragment, first - fragment.first, last - fragment.first)
-        for batch in batches:
-            piece = _cut(_Piece(first, layout.templates(batch), None), begin, end)
-            if piece is not None:
-                yield piece
-            first += batch.num_rows
+            for batch in snapshot.fragment_batches(fragment, first - fragment.first, last - fragment.first):
+                yield _Piece(first, layout.templates(batch), None)
+                first += batch.num_rows
 
 
 class _Damaged(Exception):

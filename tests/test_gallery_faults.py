@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gallery_faults_driver import Faults
 from template_samples import attention
 
 from xcos_ext.gallery import Gallery
@@ -88,11 +89,12 @@ def flip(path: Path, needle: bytes, offset: int = 3) -> None:
 
 def test_some_kills(tmp_path: Path) -> None:
     """A short form of the script's 200."""
-    command = [sys.executable, str(REPOSITORY / "tests" / "gallery_faults_driver.py"), "--kills", "15", "--seed", "3"]
-    done = subprocess.run([*command, "--json", str(tmp_path / "faults.json")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    report = json.loads((tmp_path / "faults.json").read_text())
-    assert report["failures"] == []
+    faults = Faults(tmp_path, seed=3)
+    try:
+        faults.all(15)
+    finally:
+        faults.children.close()
+    assert faults.failures == [] and sum(faults.kills.values()) == 15
 
 
 # ------------------------------------------------------------------ disk
@@ -340,8 +342,12 @@ def test_compaction_waits_for_readers(gallery: Gallery) -> None:
     assert len(gallery) == 150
 
 
-def test_removed_faces_leave_no_trace(gallery: Gallery) -> None:
+@pytest.mark.parametrize("indexed", [False, True])
+def test_removed_faces_leave_no_trace(gallery: Gallery, indexed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xcos_ext.gallery.store._INDEXED_FROM", 1 if indexed else 1000)
     stored = faces(200)
+    gallery.compact()
+    assert (gallery.path / "templates.lance" / "_indices").exists() == indexed
     expect(gallery, stored)
     gone = [0, 41, 199]
     needles = [n.encode() for i in gone for n in (f"identity-{i:05d}", f"metadata-{i:05d}")]
@@ -356,7 +362,17 @@ def test_removed_faces_leave_no_trace(gallery: Gallery) -> None:
     gallery.remove([f"identity-{i:05d}" for i in gone])
     gallery.compact()
     assert found() == []
-    expect(gallery, stored[[i for i in range(200) if i not in gone]])
+    kept = [i for i in range(200) if i not in gone]
+    expect(gallery, stored[kept])
+    # Ids of the index, new ones beside it, and removed ones.
+    assert gallery.add(["identity-00041", "identity-00042"], stored[:2], on_duplicate="skip") == 1
+    assert gallery.positions(["identity-00042", "identity-00041", "identity-00000", "a'b"]) == {
+        "identity-00042": kept.index(42),
+        "identity-00041": 197,
+    }
+    monkeypatch.setattr("xcos_ext.gallery.store._INDEXED_FROM", 1000)
+    gallery.compact()
+    assert not list(gallery.path.glob("templates.lance/_indices/*/*")) and len(gallery) == 198
 
 
 # ------------------------------------------------------------------ odd and wrong input

@@ -13,16 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xcos_ext.devices import module_device
 from xcos_ext.io.errors import GalleryError
 from xcos_ext.io.optional import gallery_package
 from xcos_ext.model.model import XCosModel
 from xcos_ext.ops.templates import Templates
 
-from . import dedupe as _dedupe
+from .dedupe import find_duplicates, symmetric
 from .hits import Duplicates, Hits
 from .labels import checked_metadata, checked_text
-from .layout import Layout, iter_slices
+from .layout import Layout
 from .search import WHERE, Progress, Request, Search, Searcher, Shard
 from .snapshot import Snapshot, reading
 from .store import Store, folder_bytes
@@ -486,40 +485,9 @@ class Gallery(Searcher):
         t = self.layout.threshold if threshold is None else float(threshold)
         if t is None or not math.isfinite(t):
             raise GalleryError(f"gallery.dedupe: threshold: expected a finite number, got {threshold}")
-        both = not _dedupe.symmetric(self.layout)
-        if both and self._model is None:
+        if self._model is None and not symmetric(self.layout):
             raise GalleryError("gallery.dedupe: model: expected the gallery to be opened with its model, got none")
-        head = getattr(self._model, "head", self._model)
-        device = module_device(self._model)
-        snapshot, tick = self._snapshot, progress or _nobody
-        total = snapshot.rows * (snapshot.rows - 1) // (1 if both else 2)
-        scored = 0
-        first, second, scores = [], [], []
-        for part in iter_slices(snapshot.rows, _dedupe.PROBES):
-            places = snapshot.places_of(np.arange(part.start, part.stop))
-            with torch.inference_mode():
-                faces = gather(self.layout, snapshot, self._tiles, places).to(device)
-                probes = _dedupe.as_probes(self.layout, faces, head)
-                begin = 0 if both else int(places[0])
-
-                def gone(faces: int, count: int = len(places)) -> None:
-                    nonlocal scored
-                    scored = min(scored + faces * count, total)
-                    tick(scored, total)
-
-                rows, columns, values = _dedupe.alike(
-                    probes,
-                    torch.from_numpy(places),
-                    stream(snapshot, self._tiles, device, begin=begin),
-                    t,
-                    both_orders=both,
-                    tick=gone,
-                )
-            first.append(rows)
-            second.append(columns)
-            scores.append(values)
-        tick(total, total)
-        return _dedupe.grouped(snapshot, first, second, scores, t, total)
+        return find_duplicates(self._snapshot, self._tiles, self._model, t, progress or _nobody)
 
 
 def _twice(names: list[str]) -> list[str]:

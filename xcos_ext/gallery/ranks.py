@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -176,51 +177,46 @@ class Ranks:
     def _fail(self, error: BaseException) -> GalleryError:
         """Leave after a collective has failed; returns why, the same on all ranks that are left."""
         why = f"{type(error).__name__}: {first_line(error, 300)}"
-        own = not isinstance(error, RuntimeError) or "OutOfMemory" in type(error).__name__
-        verdict = self._leave(f"cannot exchange results with the others ({why})" if own else "")
-        if verdict is None:
-            lost = [] if self._keeper is None else [self._keeper]
-            who = f"{_ranks(lost)} lost: " if lost else ""
-            known = LostRankError(f"{_WHO}: {who}the process group's store, which it keeps, does not answer", lost)
-            self._broken = known if lost else LostRankError(f"{_WHO}: the process group's store does not answer")
-        elif verdict["words"]:
-            self._broken = GalleryError(f"{_WHO}: " + "; ".join(verdict["words"]))
-        elif self.rank in (lost := verdict["lost"]):
-            text = f"the others gave rank {self.rank}, this one, up: it did not answer in time"
-            self._broken = LostRankError(f"{_WHO}: {_ranks(lost)} lost: {text}", lost)
-        elif lost:
-            self._broken = LostRankError(f"{_WHO}: {_ranks(lost)} lost: no answer within the timeout ({why})", lost)
+        own = not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError)
+        found = self._leave(f"cannot exchange results with the others ({why})" if own else "")
+        lost, errors = found or ([] if self._keeper is None else [self._keeper], [])
+        if found is None:
+            why = f"the process group's store, which {'it' if lost else 'none of them'} keeps, does not answer"
+        elif self.rank in lost:
+            why = f"the others gave rank {self.rank}, this one, up: it did not answer in time"
         else:
-            self._broken = GalleryError(f"{_WHO}: rank {self.rank} cannot exchange results with the others ({why})")
+            why = f"no answer within the timeout ({why})"
+        who = f"rank {lost[0]} is" if len(lost) == 1 else f"ranks {', '.join(map(str, lost))} are"
+        if errors:
+            self._broken = GalleryError(f"{_WHO}: {'; '.join(errors)}")
+        else:
+            self._broken = LostRankError(f"{_WHO}: {f'{who} lost: ' if lost else ''}{why}", lost)
         return copy.copy(self._broken)  # without the frames that it will come from
 
-    def _leave(self, word: str, *, wait: bool = True) -> dict[str, Any] | None:
+    def _leave(self, error: str, *, wait: bool = True) -> tuple[list[int], list[str]] | None:
         """End the group, which ends the others' exchanges, too, and sign in to the store.
 
         Args:
-            word: for the others; empty: nothing is wrong with this rank.
+            error: of this rank, for the others; empty: there is none.
             wait: for the others, and for what is found about them.
 
         Returns:
-            The ranks that are lost and the words of the others, agreed on by all; None: the store does not answer.
+            The ranks that are lost and the others' errors, agreed on by all; None: the store does not answer.
         """
-        verdict: dict[str, Any] = {}
+        verdict: list[Any] = []
 
         def sign_in() -> None:
-            self._store.set(f"{self.rank}", word)
-            keys = [f"{rank}" for rank in range(self.world)]
+            store, everyone = self._store, range(self.world)
+            store.set(str(self.rank), error)
             end = time.monotonic() + self._sign_in_seconds
-            while (
-                wait and time.monotonic() < end and not self._store.check(["verdict"]) and not self._store.check(keys)
-            ):
+            while wait:
+                there = [rank for rank in everyone if store.check([str(rank)])]
+                if len(there) == self.world or time.monotonic() >= end:
+                    errors = [f"rank {rank} {text.decode()}" for rank in there if (text := store.get(str(rank)))]
+                    own = json.dumps([sorted(set(everyone) - set(there)), errors])
+                    verdict.extend(json.loads(store.compare_set("verdict", "", own)))  # the first one counts
+                    return
                 time.sleep(_POLL)
-            if wait:
-                there = {
-                    rank: self._store.get(key).decode() for rank, key in enumerate(keys) if self._store.check([key])
-                }
-                words = [f"rank {rank} {text}" for rank, text in there.items() if text]
-                own = json.dumps({"lost": [rank for rank in range(self.world) if rank not in there], "words": words})
-                verdict.update(json.loads(self._store.compare_set("verdict", "", own)))  # the first one counts
 
         # The store's host may be what is lost, and its calls know no time limit.
         thread = threading.Thread(target=sign_in, name="xcos-gallery-sign-in", daemon=True)
@@ -230,7 +226,7 @@ class Ranks:
                 dist.destroy_process_group(self._group)
             self._group = None
         thread.join(self._sign_in_seconds * 1.2)
-        return verdict or None
+        return (verdict[0], verdict[1]) if verdict else None
 
 
 def _difference(values: Sequence[str], name: str) -> str | None:
@@ -241,8 +237,3 @@ def _difference(values: Sequence[str], name: str) -> str | None:
         return None
     got = ", ".join(f"{values[rank]} on rank {rank}" for rank in [values.index(usual), *others[:3]])
     return f"{name}: expected the same on all ranks, got {got}{' and more' if len(others) > 3 else ''}"
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    """Ranks in words."""
-    return f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are"

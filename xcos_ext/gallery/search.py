@@ -150,27 +150,8 @@ class Searcher(ABC):
             GalleryDamagedError: stored faces that were to be scored are not what was written.
             TypeError, RuntimeError: other arguments of wrong types or values.
         """
-        return self._search(
-            Request(
-                probes,
-                k,
-                attention,
-                where,
-                min_score,
-                groups,
-                fusion,
-                by,
-                person_fusion,
-                rerank,
-                coarse,
-                recall_probes,
-                exclude,
-                explain,
-                threshold,
-                metadata,
-                progress,
-            )
-        )
+        arguments = {name: value for name, value in locals().items() if name != "self"}
+        return self._search(Request(**arguments))
 
 
 @dataclass(frozen=True, eq=False)

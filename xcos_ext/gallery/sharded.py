@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xcos_ext.io.errors import GalleryError
 from xcos_ext.io.optional import gallery_package
+from xcos_ext.ops.templates import Templates
 from xcos_ext.ops.xcos_topk import XCosTopk, best_of
 
 from .gallery import Gallery, StrPath
@@ -20,39 +21,20 @@ from .hits import Hits
 from .layout import Layout
 from .ranks import Ranks
 from .search import WHERE, Request, Search, Searcher, Shard
-from .snapshot import Snapshot
 from .store import Store
-from .stream import has_selected
+from .stream import even_parts, has_selected
 
 __all__ = ["ShardedGallery"]
-
-# A part may begin this share of its size before or after its even place if that is where a tile begins.
-_SHIFT = 1 / 20
-
-
-def cuts(snapshot: Snapshot, world: int) -> list[int]:
-    """Where the parts of the ranks begin and the last one ends: ``world + 1`` places.
-
-    Parts are even, give or take a tenth; within that they begin where packed tiles do, as far as there are enough.
-    """
-    even = [snapshot.places * rank // world for rank in range(world + 1)]
-    step = snapshot.layout.tile_rows
-    starts = np.concatenate([[0], *(np.arange(f.first, f.first + f.rows, step) for f in snapshot.fragments)])
-    for rank in range(1, world):
-        nearest = int(starts[np.abs(starts - even[rank]).argmin()])
-        if abs(nearest - even[rank]) <= _SHIFT * snapshot.places / world:
-            even[rank] = nearest
-    return even
 
 
 class _RankShard(Shard):
     """The part of one rank."""
 
-    def __init__(self, ranks: Ranks, begin: int, end: int) -> None:
-        self._ranks, self._part = ranks, (begin, end)
+    def __init__(self, ranks: Ranks, parts: list[int]) -> None:
+        self._ranks, self._parts = ranks, parts
 
     def part(self, places: int) -> tuple[int, int]:
-        return self._part
+        return self._parts[self._ranks.rank], self._parts[self._ranks.rank + 1]
 
     def merge(self, lists: XCosTopk, k: int) -> XCosTopk:
         device = lists.values.device
@@ -90,7 +72,7 @@ class ShardedGallery(Searcher):
         self._store, self._model, self._cache = Store(Path(path)), model, cache
         self._gallery: Gallery | None = None
         self._state: dict[str, str] | None = None
-        self._cuts: list[int] = []
+        self._parts: list[int] = []
         try:
             with self._ranks.together():
                 self._agree("open")
@@ -160,10 +142,9 @@ class ShardedGallery(Searcher):
         if ranks.rank != 0:
             self._move_to(version)
         snapshot = self._opened.snapshot
-        files = _digest(repr([(f.key, f.rows) for f in snapshot.fragments]), snapshot.deleted)
-        state = {"version": str(snapshot.version), "gallery": f"files {files}"}
+        state = {"version": str(snapshot.version), "gallery": f"files {snapshot.mark}"}
         ranks.exchange("see", state)
-        self._state, self._cuts = state, cuts(snapshot, self.world)
+        self._state, self._parts = state, even_parts(snapshot, self.world)
 
     def _move_to(self, version: int | None) -> None:
         if self._gallery is None:
@@ -207,61 +188,48 @@ class ShardedGallery(Searcher):
         with ranks.together():
             if self._state is None:
                 raise GalleryError(f"{WHERE}: version: expected one that all ranks agreed on; refresh() failed")
-            shard = _RankShard(ranks, *self._cuts[self.rank : self.rank + 2])
-            search = self._opened._checked(shard, request)
-            streams = request.rerank is None or isinstance(request.coarse, str) or request.recall_probes > 0
-            missing = self._missing(search) if streams else ("", [])
-            self._pack(search, ranks.exchange("search", {**self._state, **_words(search)}, missing))
+            search = self._opened._checked(_RankShard(ranks, self._parts), request)
+            folders = ranks.exchange("search", {**self._state, **_words(search)}, self._folder())
+            if request.rerank is None or isinstance(request.coarse, str) or request.recall_probes > 0:
+                self._pack(search, folders)
             hits = search.run()
             # Hits are read after the last exchange, and may be damaged for one rank alone.
             ranks.exchange("found")
         return hits
 
-    def _missing(self, search: Search) -> tuple[str, list[int]]:
-        """Where this rank keeps packed tiles, and the fragments of its part that lack them there."""
-        tiles = search.tiles
-        if tiles.folder is None or not tiles.writable:
-            return "", []
-        begin, end = search.shard.part(search.snapshot.places)
-        missing = [
-            index
-            for index, f in enumerate(search.snapshot.fragments)
-            if f.first < end
-            and f.first + f.rows > begin
-            and has_selected(search.selected, f.first, f.rows)
-            and tiles.file(f) is None
-        ]
-        own = tiles.folder != self.path / "tiles"
-        return f"{socket.gethostname()}:{tiles.folder.resolve()}" if own else "", missing
+    def _folder(self) -> str:
+        """Names the folder of packed tiles, the same for ranks that share it."""
+        folder = self._opened._tiles.folder
+        own = folder is not None and folder != self.path / "tiles"
+        return f"{socket.gethostname()}:{folder.resolve()}" if own else ""  # type: ignore[union-attr]
 
-    def _pack(self, search: Search, needs: list[tuple[str, list[int]]]) -> None:
-        """Write missing tiles, each fragment's by one of the ranks that miss them in the same place.
+    def _pack(self, search: Search, folders: list[str]) -> None:
+        """Write missing tiles, each fragment's by the first of the ranks that read it and share a folder.
 
         Otherwise all ranks that share a fragment would read and write all of it, to use a part each.
         """
-        if not any(missing for _, missing in needs):
-            return
-        own, missing = needs[self.rank]
-        for index in missing:
-            sharing = [rank for rank, (folder, theirs) in enumerate(needs) if folder == own and index in theirs]
-            if sharing[index % len(sharing)] == self.rank:
-                search.tiles.write(search.snapshot, search.snapshot.fragments[index])
+        tiles, own = search.tiles, folders[self.rank]
+        for f in search.snapshot.fragments:
+            first, last = np.searchsorted(self._parts, [f.first, f.first + f.rows - 1], "right") - 1
+            sharing = [rank for rank in range(first, last + 1) if folders[rank] == own]
+            mine = sharing[:1] == [self.rank] and has_selected(search.selected, f.first, f.rows)
+            if mine and tiles.file(f) is None:
+                tiles.write(search.snapshot, f)
         self._ranks.exchange("tiles")
 
 
 def _words(search: Search) -> dict[str, str]:
-    """What must be the same on all ranks, in few words."""
-    request, probes = search.request, search.probes
-    named = [field.name for field in dataclasses.fields(request) if field.name not in ("probes", "progress")]
-    words = {name: _short(getattr(request, name)) for name in named}
-    faces = _digest(probes.features, probes.norms, probes.projection, probes.bias)
-    words["probes"] = f"{len(probes)} faces {faces}"
+    """What must be the same on all ranks, in few words, other ones for other values."""
+    request = search.request
+    values = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    del values["progress"]
+    values["probes"] = search.probes
+    values["coarse"] = request.coarse if isinstance(request.coarse, str) else type(request.coarse)
     if search.groups is not None:
-        words["groups"] = _short(search.groups.codes)
+        values["groups"] = search.groups.codes
+    words = {name: _short(value) for name, value in values.items()}
     if request.exclude is not None:
         words["exclude"] = f"{_short(search.selected)}, {_short(search.exclude)}"
-    if not isinstance(request.coarse, str):
-        words["coarse"] = type(request.coarse).__name__
     return words
 
 
@@ -277,7 +245,8 @@ def _digest(*values: str | np.ndarray | Tensor | None) -> str:
 
 
 def _short(value: Any) -> str:
-    """An argument in few words, other ones for another value."""
+    if isinstance(value, Templates):
+        return f"{len(value)} faces {_digest(value.features, value.norms, value.projection, value.bias)}"
     if isinstance(value, (Tensor, np.ndarray)):
         return f"{list(value.shape)} {_digest(value)}"
     text = repr(value)

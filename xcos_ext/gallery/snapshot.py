@@ -99,6 +99,14 @@ class Snapshot:
         """Faces that can be found."""
         return self.places - len(self.deleted)
 
+    @functools.cached_property
+    def mark(self) -> str:
+        """Names what the places hold: equal for versions of the same rows."""
+        parts = [f"{f.key}:{f.rows}" for f in self.fragments]
+        digest = hashlib.blake2b("/".join(parts).encode(), digest_size=16)
+        digest.update(self.deleted.tobytes())
+        return digest.hexdigest()
+
     def positions(self, places: np.ndarray) -> np.ndarray:
         """Positions of places that are not deleted."""
         return places - np.searchsorted(self.deleted, places)

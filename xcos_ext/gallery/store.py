@@ -195,14 +195,13 @@ class Store:
         for name in _PARTS:
             with contextlib.suppress(FileNotFoundError):
                 found.update(self.data / name / entry for entry in os.listdir(self.data / name))
+        found.update((self.data / "_indices").glob("*/*"))
         return found
 
     def _files_of(self, dataset: Any) -> set[Path]:
-        """Those that a version needs; manifests of all up to it."""
-        found = {self.data / "data" / file.path for f in dataset.get_fragments() for file in f.data_files()}
-        found.update(self._deletion_files(dataset))
-        found.update(self._manifest(version) for version in self._versions() if version <= dataset.version)
-        return found
+        """Those that this and later versions need."""
+        tracked = dataset.tracked_files(min_version=int(dataset.version)).read_all()
+        return {self.data / path for path in tracked.column("path").to_pylist()}
 
     def _write_down(self, dataset: Any) -> None:
         version = int(dataset.version)
@@ -232,7 +231,7 @@ class Store:
 
             def settle() -> None:
                 new = self._files() - settled
-                sync([*new, *{path.parent for path in new}])
+                sync([*new, *{folder for path in new for folder in (path.parent, path.parent.parent)}])
                 settled.update(new)
 
             try:
@@ -325,7 +324,7 @@ class Store:
                 metrics = Compaction.commit(dataset, rewritten)
                 removed, added = int(metrics.fragments_removed), int(metrics.fragments_added)
             tick("indexing ids")
-            self._index()
+            self._index(settle)
         tick("deleting old versions")
         newest = self._open()
         current = int(newest.version)
@@ -342,13 +341,14 @@ class Store:
             "bytes_after": folder_bytes(self.data),
         }
 
-    def _index(self) -> None:
+    def _index(self, settle: Callable[[], None]) -> None:
         """Have Lance index the ids anew, for an index that was kept up would still hold those of removed faces."""
         dataset = self._open()
         if dataset.count_rows() >= _INDEXED_FROM:
-            dataset.create_scalar_index("id", "BTREE", name=_INDEX)
-            files = [path for path in (self.data / "_indices").rglob("*")]
-            sync([*files, self.data / "_indices", self.data])
+            numbers = [fragment.fragment_id for fragment in dataset.get_fragments()]
+            segment = dataset.create_index_uncommitted("id", "BTREE", name=_INDEX, replace=True, fragment_ids=numbers)
+            settle()
+            dataset.commit_existing_index_segments(_INDEX, "id", [segment])
         elif dataset.describe_indices():
             dataset.drop_index(_INDEX)
 
@@ -356,8 +356,7 @@ class Store:
         """Delete whatever is not of the one version that is left: Lance leaves what killed writers had begun."""
         if self._versions() != [version]:
             raise GalleryError(f"{self.folder}: older versions cannot be deleted; are they tagged?")
-        keep = {self.data / path for path in self._open().tracked_files().read_all().column("path").to_pylist()}
-        keep.add(self.data / "_versions" / "latest_version_hint.json")
+        keep = self._files_of(self._open()) | {self.data / "_versions" / "latest_version_hint.json"}
         folders = []
         for folder, _, names in os.walk(self.data):
             folders.append(Path(folder))

@@ -20,10 +20,12 @@ from .layout import Layout
 from .snapshot import Fragment, Snapshot
 from .tiles import TileCache, TileFile, stays_mapped
 
-__all__ = ["Tile", "has_selected", "stream"]
+__all__ = ["Tile", "even_parts", "has_selected", "stream"]
 
 # Tiles with fewer faces are put together: a kernel's start would cost more than its work.
 _SMALL = 4096
+# A part may begin this share of its size before or after its even place if that is where a tile begins.
+_SHIFT = 1 / 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +78,21 @@ def stream(
     if device.type == "cuda":
         return _arrived(_ahead(_upload(pieces, snapshot, selected, device)), device)
     return _ahead(_in_memory(pieces, snapshot, selected))
+
+
+def even_parts(snapshot: Snapshot, count: int) -> list[int]:
+    """Where the parts of a snapshot begin and the last one ends: ``count + 1`` places.
+
+    Parts are even, give or take a tenth; within that they begin where packed tiles do, as far as there are enough.
+    """
+    even = [snapshot.places * part // count for part in range(count + 1)]
+    step = snapshot.layout.tile_rows
+    starts = np.concatenate([[0], *(np.arange(f.first, f.first + f.rows, step) for f in snapshot.fragments)])
+    for part in range(1, count):
+        nearest = int(starts[np.abs(starts - even[part]).argmin()])
+        if abs(nearest - even[part]) <= _SHIFT * snapshot.places / count:
+            even[part] = nearest
+    return even
 
 
 def has_selected(selected: np.ndarray | None, first: int, rows: int) -> bool:

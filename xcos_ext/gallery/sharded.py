@@ -39,7 +39,8 @@ class _RankShard(Shard):
     def merge(self, lists: XCosTopk, k: int) -> XCosTopk:
         device = lists.values.device
         parts = self._ranks.exchange("merge", value=(lists.values.cpu(), lists.indices.cpu()))
-        return best_of(*(torch.cat(columns, 1).to(device) for columns in zip(*parts, strict=True)), k)
+        values, indices = (torch.cat(columns, 1).to(device) for columns in zip(*parts, strict=True))
+        return best_of(values, indices, k)
 
     def reduce(self, table: Tensor, how: Literal["max", "sum"]) -> Tensor:
         return self._ranks.reduce(table, how)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 import xcos_ext
 from xcos_ext.gallery import FaissIndex, Gallery
-from xcos_ext.gallery.search import exact_topk
+from xcos_ext.gallery.scoring import exact_topk
 from xcos_ext.io.atomic import write_atomically
 from xcos_ext.ops.templates import Templates
 

@@ -56,7 +56,7 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="cuda: a GPU for each process")
     parser.add_argument("-k", type=int, default=5, help="hits a probe")
     parser.add_argument("--by", default="face", choices=("face", "person"))
-    parser.add_argument("--timeout", type=float, default=30.0, help="seconds after which a silent process is lost")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds after which a silent process is lost")
     options = parser.parse_args()
     with processes(torch.device(options.device)) as here:
         if options.device == "cuda":

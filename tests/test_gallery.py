@@ -260,7 +260,7 @@ def test_by_person_in_several_portions(enrolled: Enrolled, monkeypatch: pytest.M
     grouped = enrolled.gallery.search(enrolled.probes, 6, by="person", groups=list("aabbbccda"))
     maps = torch.rand(9, *GRID)
     weighed = enrolled.gallery.search(enrolled.probes, 6, by="person", attention=maps)
-    monkeypatch.setattr("xcos_ext.gallery.search._TABLE_BYTES", 1000)
+    monkeypatch.setattr("xcos_ext.gallery.scoring._TABLE_BYTES", 1000)
     again = enrolled.gallery.search(enrolled.probes, 6, by="person", attention=maps)
     assert torch.equal(again.positions, weighed.positions) and torch.equal(again.scores, weighed.scores)
     assert torch.equal(enrolled.gallery.search(enrolled.probes, 6, by="person").positions, whole.positions)

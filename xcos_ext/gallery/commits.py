@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from xcos_ext.io.atomic import write_atomically
+from xcos_ext.io.optional import gallery_package
 
-from ._packages import xxhash as _xxhash
-
-__all__ = ["LOG", "CommitLog", "Record", "checksum_of", "sync"]
+__all__ = ["LOG", "CommitLog", "checksum_of", "sync"]
 
 #: File of the log in a gallery's folder.
 LOG = "commits.log"
@@ -23,7 +21,7 @@ LOG = "commits.log"
 
 def checksum_of(paths: Iterable[Path]) -> str:
     """Checksum (xxh3, 64 bits, hexadecimal) of files' bytes, one after the other."""
-    state = _xxhash().xxh3_64()
+    state = gallery_package("xxhash").xxh3_64()
     for path in paths:
         state.update(path.read_bytes())
     return str(state.hexdigest())
@@ -39,28 +37,9 @@ def sync(paths: Iterable[Path]) -> None:
             os.close(descriptor)
 
 
-@dataclass(frozen=True)
-class Record:
-    """A version as it was committed.
-
-    Attributes:
-        version: its number.
-        manifest: checksum of its manifest.
-        deletions: checksum of its deletion files, in the order of their fragments.
-    """
-
-    version: int
-    manifest: str
-    deletions: str
-
-    def line(self) -> str:
-        """The record as the log has it: three fields and their own checksum."""
-        fields = f"{self.version} {self.manifest} {self.deletions}"
-        return f"{fields} {_xxhash().xxh3_64_hexdigest(fields.encode())}\n"
-
-
 class CommitLog:
-    """A text file with a line for each version. A line that was not written whole does not count.
+    """A text file with a line for each version: its number, the checksum of its manifest, that of its deletion files in
+    the order of their fragments, and the line's own. A line that was not written whole does not count.
 
     Args:
         path: of the file; it may be missing.
@@ -69,43 +48,47 @@ class CommitLog:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def find(self, version: int) -> Record | None:
-        """A version's line."""
-        start = f"{version} "
-        for line in reversed(self._text().splitlines(keepends=True)):
-            if line.startswith(start) and line.count(" ") == 3:
-                record = Record(version, *line.split(" ")[1:3])
-                if record.line() == line:
-                    return record
+    def find(self, version: int) -> tuple[str, str] | None:
+        """A version's checksums, of its manifest and of its deletion files."""
+        for line in reversed(self._lines()):
+            if line.startswith(f"{version} ") and line.count(" ") == 3:
+                _, manifest, deletions, _ = line.split(" ")
+                if line == _line(version, manifest, deletions):
+                    return manifest, deletions
         return None
 
     def __bool__(self) -> bool:
         """Whether anything was ever written down."""
-        return bool(self._text())
+        return bool(self._lines())
 
-    def _text(self) -> str:
+    def _lines(self) -> list[str]:
         try:
-            return self.path.read_bytes().decode("ascii", "replace")
+            return self.path.read_bytes().decode("ascii", "replace").splitlines()
         except FileNotFoundError:
-            return ""
+            return []
 
-    def add(self, record: Record) -> None:
+    def add(self, version: int, manifest: str, deletions: str) -> None:
         """Write a line down, for good."""
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        with os.fdopen(descriptor, "r+b") as file:
-            end = file.seek(0, os.SEEK_END)
-            if end:
-                file.seek(end - 1)
+        new = not self.path.exists()
+        with open(self.path, "a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # a line that was cut short must not spoil this one
                     file.write(b"\n")
-            file.write(record.line().encode())
+            file.write(f"{_line(version, manifest, deletions)}\n".encode())
             file.flush()
-            os.fsync(descriptor)
-        if not end:
+            os.fsync(file.fileno())
+        if new:
             sync([self.path.parent])
 
     def keep(self, version: int) -> None:
         """Forget all versions but one."""
-        record = self.find(version)
-        write_atomically(self.path, lambda file: file.write(b"" if record is None else record.line().encode()))
+        found = self.find(version)
+        text = "" if found is None else f"{_line(version, *found)}\n"
+        write_atomically(self.path, lambda file: file.write(text.encode()))
         sync([self.path.parent])
+
+
+def _line(version: int, manifest: str, deletions: str) -> str:
+    fields = f"{version} {manifest} {deletions}"
+    return f"{fields} {gallery_package('xxhash').xxh3_64_hexdigest(fields.encode())}"

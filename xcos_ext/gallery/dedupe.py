@@ -10,16 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xcos_ext.devices import module_device
 from xcos_ext.ops.templates import AttentionParameters, Templates
 from xcos_ext.ops.xcos_matrix import AllPairs
 from xcos_ext.ops.xcos_topk import score_blocks
 
 from .hits import Duplicate, Duplicates
-from .layout import Layout
-from .store import Snapshot
-from .stream import Tile
+from .layout import Layout, iter_slices
+from .snapshot import Snapshot
+from .stream import Tile, stream
+from .tiles import TileCache, gather
 
-__all__ = ["PROBES", "alike", "as_probes", "grouped", "symmetric"]
+__all__ = ["as_probes", "find_duplicates", "symmetric"]
 
 #: Faces that meet the whole gallery together.
 PROBES = 4096
@@ -30,13 +32,13 @@ def symmetric(layout: Layout) -> bool:
     return not isinstance(layout.attention, AttentionParameters) or layout.attention.symmetric
 
 
-def as_probes(layout: Layout, faces: Templates, head: Any) -> Templates:
+def as_probes(layout: Layout, faces: Templates, model: Any) -> Templates:
     """Stored faces as the first of their pairs.
 
     Args:
         layout: of the gallery.
         faces: from the gallery, [N].
-        head: makes probes of features where they cannot be had otherwise; else None is enough.
+        model: makes probes of features where they cannot be had otherwise; else None is enough.
     """
     if not isinstance(layout.attention, AttentionParameters):
         return faces.as_probe()
@@ -55,7 +57,32 @@ def as_probes(layout: Layout, faces: Templates, head: Any) -> Templates:
     # F is the unit cells times their norms, up to the rounding of storage.
     cells = faces.features.to(faces.norms.dtype) * faces.norms.unsqueeze(2)
     features = cells.transpose(1, 2).unflatten(2, layout.grid)
-    return head.templates(features, "probe", layout.dtype)
+    return getattr(model, "head", model).templates(features, "probe", layout.dtype)
+
+
+def find_duplicates(
+    snapshot: Snapshot, cache: TileCache, model: Any, threshold: float, tick: Callable[[int, int], None]
+) -> Duplicates:
+    """All pairs of the gallery's faces that reach a threshold; see :meth:`xcos_ext.gallery.Gallery.dedupe`."""
+    layout, device = snapshot.layout, module_device(model)
+    both = not symmetric(layout)
+    total = snapshot.rows * (snapshot.rows - 1) // (1 if both else 2)
+    scored = 0
+    found = []
+    for part in iter_slices(snapshot.rows, PROBES):
+        places = snapshot.places_of(np.arange(part.start, part.stop))
+
+        def gone(faces: int, count: int = len(places)) -> None:
+            nonlocal scored
+            scored = min(scored + faces * count, total)
+            tick(scored, total)
+
+        with torch.inference_mode():
+            probes = as_probes(layout, gather(layout, snapshot, cache, places).to(device), model)
+            tiles = stream(snapshot, cache, device, begin=0 if both else int(places[0]))
+            found.append(alike(probes, torch.from_numpy(places), tiles, threshold, both_orders=both, tick=gone))
+    tick(total, total)
+    return grouped(snapshot, found, threshold, total)
 
 
 def alike(
@@ -105,16 +132,11 @@ def alike(
 
 
 def grouped(
-    snapshot: Snapshot,
-    first: list[np.ndarray],
-    second: list[np.ndarray],
-    scores: list[np.ndarray],
-    threshold: float,
-    compared: int,
+    snapshot: Snapshot, found: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], threshold: float, compared: int
 ) -> Duplicates:
     """Pairs that :func:`alike` found, block by block, with their labels, and the groups that they make up."""
     best: dict[tuple[int, int], float] = {}
-    for rows, columns, values in zip(first, second, scores, strict=True):
+    for rows, columns, values in found:
         for i, j, score in zip(rows.tolist(), columns.tolist(), values.tolist(), strict=True):
             pair = (min(i, j), max(i, j))
             best[pair] = max(score, best.get(pair, -math.inf))

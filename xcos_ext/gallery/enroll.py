@@ -7,9 +7,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -106,12 +107,8 @@ def _pictures_of(path: Path, person: str | None) -> Iterator[Picture]:
         yield Picture(display_name(name), read, None if who is None else display_name(who))
 
 
-@dataclass(frozen=True, eq=False)
-class _Read:
-    picture: Picture
-    rgb: np.ndarray | None
-    faces: int
-    problem: str | None
+#: A picture, its aligned crop or None, the faces found, and why there is no crop.
+ReadPicture = tuple[Picture, np.ndarray | None, int, str | None]
 
 
 def read_faces(
@@ -121,7 +118,7 @@ def read_faces(
     *,
     policy: str = "prominent",
     threads: int = 2,
-) -> Iterator[tuple[Picture, np.ndarray | None, int, str | None]]:
+) -> Iterator[ReadPicture]:
     """Aligned faces of pictures, in order, read and detected in threads.
 
     Args:
@@ -136,7 +133,7 @@ def read_faces(
     """
     local = threading.local()
 
-    def work(picture: Picture) -> _Read:
+    def work(picture: Picture) -> ReadPicture:
         try:
             found = None
             if detector is not None:
@@ -145,23 +142,17 @@ def read_faces(
                     found = local.detector = detector()
             face = extract_face(picture.read(), found, name=picture.id, policy=policy, size=size)
         except PictureError as error:
-            return _Read(picture, None, 0, str(error))
-        return _Read(picture, face.rgb, face.found, None)
+            return picture, None, 0, str(error)
+        return picture, face.rgb, face.found, None
 
     with ThreadPoolExecutor(max(1, threads), "xcos-reader") as pool:
-        waiting: deque[Future[_Read]] = deque()
         source = iter(pictures)
+        waiting = deque(pool.submit(work, picture) for picture in islice(source, _AHEAD))
         try:
-            for picture in source:
-                waiting.append(pool.submit(work, picture))
-                if len(waiting) >= _AHEAD:
-                    break
             while waiting:
                 done = waiting.popleft().result()
-                following = next(source, None)
-                if following is not None:
-                    waiting.append(pool.submit(work, following))
-                yield done.picture, done.rgb, done.faces, done.problem
+                waiting.extend(pool.submit(work, picture) for picture in islice(source, 1))
+                yield done
         finally:
             for future in waiting:
                 future.cancel()

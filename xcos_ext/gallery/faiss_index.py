@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -20,21 +19,13 @@ from xcos_ext.io.optional import need
 from xcos_ext.ops.templates import Templates
 
 from .gallery import Gallery
-from .store import Snapshot
+from .snapshot import Snapshot
 
 __all__ = ["FaissIndex"]
 
 
 def _faiss() -> Any:
     return need("faiss", "an approximate index", extra="faiss")
-
-
-def _mark(snapshot: Snapshot) -> str:
-    """Names what the places of a snapshot hold: equal for versions of the same rows."""
-    parts = [f"{f.key}:{f.rows}" for f in snapshot.fragments]
-    digest = hashlib.blake2b("/".join(parts).encode(), digest_size=16)
-    digest.update(snapshot.deleted.tobytes())
-    return digest.hexdigest()
 
 
 def _vectors(templates: Templates) -> np.ndarray:
@@ -110,7 +101,7 @@ class FaissIndex:
                     progress(done, snapshot.rows)
         except RuntimeError as error:
             raise GalleryError(f"faiss: kind: expected one that faiss can build, got {kind!r} ({error})") from error
-        return cls(index, _mark(snapshot), lists)
+        return cls(index, snapshot.mark, lists)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the index, and what it was made of beside it (``.json``)."""
@@ -149,7 +140,7 @@ class FaissIndex:
         Raises:
             GalleryError: faces were added or removed since.
         """
-        if _mark(snapshot) != self.mark:
+        if snapshot.mark != self.mark:
             raise GalleryError(
                 "coarse: expected an index of this version of the gallery, got one of another; build it again"
             )

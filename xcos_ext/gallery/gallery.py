@@ -13,19 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xcos_ext.devices import module_device
 from xcos_ext.io.errors import GalleryError
+from xcos_ext.io.optional import gallery_package
 from xcos_ext.model.model import XCosModel
 from xcos_ext.ops.templates import Templates
-from xcos_ext.ops.xcos_topk import checked_k, checked_score
 
-from . import dedupe as _dedupe
-from ._packages import compute as pc
+from .dedupe import find_duplicates, symmetric
 from .hits import Duplicates, Hits
-from .layout import Layout, checked_metadata, checked_text, iter_slices
-from .query import Alone, Query, Team
-from .search import Fusion
-from .store import Snapshot, Store, folder_bytes, reading
+from .labels import checked_metadata, checked_text
+from .layout import Layout
+from .search import WHERE, Progress, Request, Search, Searcher, Shard
+from .snapshot import Snapshot, reading
+from .store import Store, folder_bytes
 from .stream import Tile, stream
 from .tiles import TileCache, gather
 from .verify import verify
@@ -34,17 +33,12 @@ __all__ = ["Gallery"]
 
 StrPath = str | os.PathLike[str]
 
-#: Called with the work done so far and all of it, in faces.
-Progress = Callable[[int, int], None]
-
-_WHERE = "gallery.search"
-
 
 def _nobody(done: int, total: int) -> None:
     return None
 
 
-class Gallery:
+class Gallery(Searcher):
     """Faces enrolled for search, in a folder on disk; :meth:`create` makes one, :meth:`open` opens one.
 
     Readers see one committed version (:attr:`version`), whatever is written meanwhile, until :meth:`refresh`; writing
@@ -62,10 +56,17 @@ class Gallery:
         layout: shapes, dtype, head and model of the templates.
     """
 
-    def __init__(self, store: Store, model: Any = None, cache: StrPath | bool = True, timeout: float = 10.0) -> None:
+    def __init__(
+        self,
+        store: Store,
+        model: Any = None,
+        cache: StrPath | bool = True,
+        timeout: float = 10.0,
+        version: int | None = None,
+    ) -> None:
         self._store = store
         self._timeout = timeout
-        self._snapshot, self._lock = store.snapshot()
+        self._snapshot, self._lock = store.snapshot(version)
         try:
             self.path = store.folder
             self.layout: Layout = self._snapshot.layout
@@ -170,10 +171,13 @@ class Gallery:
 
     def refresh(self) -> Gallery:
         """Move to the newest version; returns this gallery."""
-        snapshot, lock = self._store.snapshot()
+        self._move_to(None)
+        return self
+
+    def _move_to(self, version: int | None) -> None:
+        snapshot, lock = self._store.snapshot(version)
         self._lock.release()
         self._snapshot, self._lock = snapshot, lock
-        return self
 
     @property
     def version(self) -> int:
@@ -204,7 +208,7 @@ class Gallery:
         found: list[str] = []
         with reading(self._snapshot):
             for batch in self._snapshot.scan(["id", "person"], batch_size=65536):
-                mask = pc().equal(batch.column("person"), person)
+                mask = gallery_package("pyarrow.compute").equal(batch.column("person"), person)
                 found += batch.column("id").filter(mask).to_pylist()
         return found
 
@@ -456,99 +460,13 @@ class Gallery:
         selected = None if where is None else snapshot.select(where)
         return stream(snapshot, self._tiles, torch.device(device), selected=selected, begin=int(bounds), end=last)
 
-    def search(
-        self,
-        probes: Templates | Tensor,
-        k: int = 10,
-        *,
-        attention: Tensor | str = "own",
-        where: str | None = None,
-        min_score: float | None = None,
-        groups: Sequence[Any] | None = None,
-        fusion: Fusion = "max",
-        by: Literal["face", "person"] = "face",
-        person_fusion: Fusion = "max",
-        rerank: int | None = None,
-        coarse: Any = "norm",
-        recall_probes: int = 0,
-        exclude: Sequence[Sequence[str]] | Sequence[str] | None = None,
-        explain: bool = False,
-        threshold: float | None = None,
-        metadata: bool = True,
-        progress: Progress | None = None,
-    ) -> Hits:
-        """The best candidates of every probe, exactly, whatever the size of the gallery.
+    def _search(self, request: Request) -> Hits:
+        return self._checked(Shard(), request).run()
 
-        Args:
-            probes: P templates of role "probe" or "both", of the gallery's head; or, with a model, features F
-                [P, C, H, W]. They may be on a GPU: tiles then stream there.
-            k: hits a probe, 1 to 2048.
-            attention: as in :func:`xcos_ext.xcos_topk`: ``"own"`` (learned), ``"uniform"``, ``"norm"``, or weights.
-            where: only faces that this SQL condition selects: over ``id``, ``person``, and into the metadata by
-                ``json_extract(metadata, '$.key')``, ``json_get_int(metadata, 'key')`` and the like.
-            min_score: only scores from here on are hits (a decision threshold makes this an open-set search).
-            groups: a label for each probe; probes with equal labels are one person, whose scores become one by
-                ``fusion``. The result then has a row for each label.
-            fusion: ``"max"`` or ``"mean"`` of a group's scores.
-            by: ``"face"``, or ``"person"``: hits are persons, scored over all of their faces; faces without a person
-                count as persons of their own.
-            person_fusion: a person's score is the ``"max"`` or the ``"mean"`` of the faces'.
-            rerank: search in two stages: R candidates by cheap scores, of which the exact best are found. Not exact,
-                and the result says so.
-            coarse: how the R are found: ``"norm"`` or ``"uniform"`` attention (matrix products), or an index from
-                :class:`xcos_ext.gallery.FaissIndex`.
-            recall_probes: measure the recall of a two-stage search on so many of the probes (evenly chosen), by
-                searching for them exactly as well.
-            exclude: ids that a probe must not get: one list for all, or a list for each probe.
-            explain: also return the hits' maps.
-            threshold: t of the maps' contributions; None: the model's.
-            metadata: read the hits' metadata.
-            progress: is told (faces gone through, all).
-
-        Returns:
-            :class:`Hits`; ties in favour of the lower position, NaN scores are no hits.
-
-        Raises:
-            GalleryError: probes of another head, a filter that cannot be understood, ids that are not there.
-            GalleryDamagedError: stored faces that were to be scored are not what was written.
-            TypeError, RuntimeError: other arguments of wrong types or values.
-        """
-        query = self.query(
-            Alone(),
-            probes,
-            k,
-            attention=attention,
-            where=where,
-            min_score=min_score,
-            groups=groups,
-            fusion=fusion,
-            by=by,
-            person_fusion=person_fusion,
-            exclude=exclude,
-        )
-        return query.run(
-            rerank=rerank,
-            coarse=coarse,
-            recall_probes=recall_probes,
-            explain=explain,
-            threshold=threshold,
-            metadata=metadata,
-            progress=progress or _nobody,
-        )
-
-    def query(
-        self, team: Team, probes: Templates | Tensor, k: int, *, min_score: float | None, **options: Any
-    ) -> Query:
-        """A search of the team's, checked and ready to run; arguments as in :meth:`search`."""
-        return Query.of(
-            self._snapshot,
-            self._tiles,
-            team,
-            self._templates(probes, "probe", "probes", _WHERE),
-            checked_k(k, _WHERE),
-            min_score=checked_score(min_score, _WHERE),
-            **options,
-        )
+    def _checked(self, shard: Shard, request: Request) -> Search:
+        """A search of a shard, checked and ready to run."""
+        probes = self._templates(request.probes, "probe", "probes", WHERE)
+        return Search.of(self._snapshot, self._tiles, shard, probes, request)
 
     def dedupe(self, threshold: float | None = None, *, progress: Progress | None = None) -> Duplicates:
         """All pairs of the gallery's faces that score at least a threshold, and the groups that they make up.
@@ -567,40 +485,9 @@ class Gallery:
         t = self.layout.threshold if threshold is None else float(threshold)
         if t is None or not math.isfinite(t):
             raise GalleryError(f"gallery.dedupe: threshold: expected a finite number, got {threshold}")
-        both = not _dedupe.symmetric(self.layout)
-        if both and self._model is None:
+        if self._model is None and not symmetric(self.layout):
             raise GalleryError("gallery.dedupe: model: expected the gallery to be opened with its model, got none")
-        head = getattr(self._model, "head", self._model)
-        device = module_device(self._model)
-        snapshot, tick = self._snapshot, progress or _nobody
-        total = snapshot.rows * (snapshot.rows - 1) // (1 if both else 2)
-        scored = 0
-        first, second, scores = [], [], []
-        for part in iter_slices(snapshot.rows, _dedupe.PROBES):
-            places = snapshot.places_of(np.arange(part.start, part.stop))
-            with torch.inference_mode():
-                faces = gather(self.layout, snapshot, self._tiles, places).to(device)
-                probes = _dedupe.as_probes(self.layout, faces, head)
-                begin = 0 if both else int(places[0])
-
-                def gone(faces: int, count: int = len(places)) -> None:
-                    nonlocal scored
-                    scored = min(scored + faces * count, total)
-                    tick(scored, total)
-
-                rows, columns, values = _dedupe.alike(
-                    probes,
-                    torch.from_numpy(places),
-                    stream(snapshot, self._tiles, device, begin=begin),
-                    t,
-                    both_orders=both,
-                    tick=gone,
-                )
-            first.append(rows)
-            second.append(columns)
-            scores.append(values)
-        tick(total, total)
-        return _dedupe.grouped(snapshot, first, second, scores, t, total)
+        return find_duplicates(self._snapshot, self._tiles, self._model, t, progress or _nobody)
 
 
 def _twice(names: list[str]) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from xcos_ext.card.calibration import FMRCurve
 from xcos_ext.devices import module_device
 from xcos_ext.io.errors import GalleryError
+from xcos_ext.io.optional import gallery_package
 from xcos_ext.model.model import XCosModel
 from xcos_ext.ops.templates import (
     AttentionParameters,
@@ -26,96 +27,24 @@ from xcos_ext.ops.templates import (
     result_dtype,
 )
 
-from ._packages import pyarrow as _pyarrow
-from ._packages import xxhash as _xxhash
+from .labels import canonical_json, label_checksum
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["FORMAT", "LABELS", "MOST_LEVELS", "Layout", "canonical_json"]
+__all__ = ["FORMAT", "Layout"]
 
 #: Version of the format on disk. A reader refuses versions that it does not know.
 FORMAT = 1
 
 _KEY = b"xcos.gallery"
 _ROWS_AT_ONCE = 256  # whose bytes are laid side by side for their checksums: they stay in the cache
-LABELS = ("id", "person", "metadata")
-#: Lists and mappings within each other that metadata may have.
-MOST_LEVELS = 100
 # Checks of what was written: of the template's bytes, and of the labels.
 CHECKS = ("checksum", "label_checksum")
 
 # Arrow has no bfloat16: its bits are kept.
 _ARROW = {torch.float16: "float16", torch.bfloat16: "uint16", torch.float32: "float32", torch.float64: "float64"}
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _ARROW}
-
-
-def canonical_json(value: Mapping[str, Any]) -> str:
-    """JSON text that is the same whenever the value is."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def _check_value(value: Any, where: str, level: int = 1) -> None:
-    """Refuse what JSON as Lance stores it (64-bit integers) does not give back as it was."""
-    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**64:
-        raise GalleryError(f"{where}: expected integers of at most 64 bits, got a larger one")
-    if not isinstance(value, (Mapping, list, tuple)):
-        return
-    if level > MOST_LEVELS:
-        raise GalleryError(f"{where}: expected at most {MOST_LEVELS} levels of lists and mappings, got more")
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise GalleryError(f"{where}: expected text keys, got {type(key).__name__}")
-        value = value.values()
-    for one in value:
-        _check_value(one, where, level + 1)
-
-
-def checked_metadata(value: Any, where: str) -> str:
-    """A face's metadata as canonical JSON text; None is the empty object.
-
-    Raises:
-        GalleryError: not a mapping with text keys, or a value that JSON cannot hold.
-    """
-    if value is None:
-        return "{}"
-    if not isinstance(value, Mapping):
-        raise GalleryError(f"{where}: expected a mapping with text keys, got {type(value).__name__}")
-    _check_value(value, where)
-    try:
-        text = canonical_json(dict(value))
-        text.encode()
-    except (TypeError, ValueError) as error:
-        raise GalleryError(f"{where}: expected values that JSON can hold ({error})") from error
-    return text
-
-
-def checked_text(value: Any, where: str, *, empty: bool = False) -> str:
-    """A text that storage can hold.
-
-    Raises:
-        GalleryError: not a text, empty, or with lone surrogates.
-    """
-    if not isinstance(value, str):
-        raise GalleryError(f"{where}: expected text, got {type(value).__name__}")
-    if not value and not empty:
-        raise GalleryError(f"{where}: expected a text that is not empty, got ''")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise GalleryError(f"{where}: expected text that UTF-8 can encode, got {value!r}") from error
-    return str(value)
-
-
-def label_checksum(identity: str, person: str | None, metadata: str) -> int:
-    """Checksum (xxh3, 64 bits) of a row's labels; ``metadata`` is canonical JSON."""
-    state = _xxhash().xxh3_64()
-    for text in (identity, "" if person is None else "p" + person, metadata):
-        data = text.encode()
-        state.update(len(data).to_bytes(8, "little"))
-        state.update(data)
-    return int(state.intdigest())
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +164,7 @@ class Layout:
 
     def schema(self) -> pa.Schema:
         """Arrow schema of the rows, with this layout in its metadata."""
-        pa = _pyarrow()
+        pa = gallery_package("pyarrow")
         fields = [
             pa.field("id", pa.string(), nullable=False),
             pa.field("person", pa.string()),
@@ -246,7 +175,7 @@ class Layout:
         return pa.schema(fields, metadata={_KEY: canonical_json(self.as_dict()).encode()})
 
     def _array_fields(self) -> list[pa.Field]:
-        pa = _pyarrow()
+        pa = gallery_package("pyarrow")
         # Random bits to a compressor: looking at them costs time and saves no byte.
         plain = {b"lance-encoding:compression": b"none"}
         return [
@@ -261,7 +190,7 @@ class Layout:
 
     def tile_schema(self) -> pa.Schema:
         """Arrow schema of the packed tiles: the arrays and their checksum."""
-        pa = _pyarrow()
+        pa = gallery_package("pyarrow")
         return pa.schema([pa.field("checksum", pa.uint64(), nullable=False), *self._array_fields()])
 
     def as_dict(self) -> dict[str, Any]:
@@ -427,7 +356,7 @@ class Layout:
             templates: from :meth:`check`.
             ids, persons, metadata: one each; metadata as :func:`canonical_json` writes it.
         """
-        pa = _pyarrow()
+        pa = gallery_package("pyarrow")
         arrays = self.arrays(templates)
         labels = [label_checksum(*row) for row in zip(ids, persons, metadata, strict=True)]
         schema = self.schema()
@@ -453,7 +382,7 @@ class Layout:
 
 def row_checksums(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     """Checksums (xxh3, 64 bits) of the templates' bytes, uint64 [N]."""
-    digest = _xxhash().xxh3_64_intdigest
+    digest = gallery_package("xxhash").xxh3_64_intdigest
     count = len(next(iter(arrays.values())))
     sums = np.empty(count, np.uint64)
     for part in iter_slices(count, _ROWS_AT_ONCE):
@@ -467,44 +396,6 @@ def damaged_rows(layout: Layout, batch: pa.RecordBatch) -> list[int]:
     found = row_checksums(layout.arrays(layout.templates(batch)))
     stored = batch.column("checksum").to_numpy(zero_copy_only=False)
     return np.flatnonzero(found != stored).tolist()
-
-
-def checked_labels(rows: pa.Table | pa.RecordBatch) -> tuple[dict[str, list[Any]], list[int]]:
-    """Labels of rows, metadata parsed, and the rows whose labels are not what their checksum says.
-
-    Args:
-        rows: with the labels' columns and ``label_checksum``.
-    """
-    texts = {name: _texts(rows.column(name)) for name in LABELS}
-    found = {**texts, "metadata": []}
-    wrong = []
-    sums = rows.column("label_checksum").to_pylist()
-    for row, (*labels, stored) in enumerate(zip(*texts.values(), sums, strict=True)):
-        identity, person, metadata = labels
-        parsed = None
-        try:
-            parsed = json.loads(metadata)
-            right = stored in (
-                label_checksum(identity, person, metadata),
-                # Lance writes numbers, and may one day order keys, in its own way.
-                label_checksum(identity, person, canonical_json(parsed)),
-            )
-        except (ValueError, AttributeError, TypeError, RecursionError):
-            right = False
-        if not right:
-            wrong.append(row)
-        found["metadata"].append(parsed)
-    return found, wrong
-
-
-def _texts(column: pa.Array | pa.ChunkedArray) -> list[str | None]:
-    """Texts of a column; where damage has made them something else, signs that stand for its bytes."""
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        pa = _pyarrow()
-        values = column.cast(pa.string()).cast(pa.binary()).to_pylist()
-        return [None if value is None else value.decode("utf-8", "backslashreplace") for value in values]
 
 
 def column_span(array: pa.FixedSizeListArray, column: Column) -> tuple[int, int]:

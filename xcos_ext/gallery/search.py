@@ -1,271 +1,469 @@
-"""Scoring probes against a stream of tiles: exact lists, fused probes, persons, and the exact re-rank of candidates."""
+"""One search: what is asked for, checked, and the way from tiles to hits."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from xcos_ext.ops.templates import Templates, result_dtype
+from xcos_ext.io.errors import GalleryError
+from xcos_ext.io.optional import gallery_package
+from xcos_ext.ops.templates import Templates
+from xcos_ext.ops.xcos_maps import xcos_maps
 from xcos_ext.ops.xcos_matrix import AllPairs
-from xcos_ext.ops.xcos_topk import TopkLists, XCosTopk, best_of, columns_at_a_time
+from xcos_ext.ops.xcos_topk import MOST_K, XCosTopk, checked_k, checked_score
 
-from .stream import Tile
+from .hits import HitMaps, Hits
+from .labels import LABELS
+from .scoring import Fusion, Groups, attention_of, exact_topk, persons_topk, rerank
+from .snapshot import Snapshot, reading
+from .stream import Tile, stream
+from .tiles import TileCache, gather
 
-__all__ = ["Fusion", "Groups", "attention_of", "exact_topk", "persons_topk", "rerank"]
+__all__ = ["Progress", "Request", "Search", "Searcher", "Shard"]
 
-Fusion = Literal["max", "mean"]
+#: Called with the work done so far and all of it, in faces.
+Progress = Callable[[int, int], None]
 
-# Scores of groups against persons that are kept at a time.
-_TABLE_BYTES = 128 << 20
-# Faces of a coarse list that are gathered at a time.
-_GATHER_FACES = 16384
+WHERE = "gallery.search"
+
+
+class Shard:
+    """The part of a gallery that this process scores, and how its results meet the others'. This one is the whole."""
+
+    def part(self, places: int) -> tuple[int, int]:
+        """This process's places, [begin, end)."""
+        return 0, places
+
+    def merge(self, lists: XCosTopk, k: int) -> XCosTopk:
+        """The k best of all shards' lists, the same in every process."""
+        return lists
+
+    def reduce(self, table: Tensor, how: Literal["max", "sum"]) -> Tensor:
+        """The shards' tables put together, the same in every process."""
+        return table
+
+
+class CoarseIndex(Protocol):
+    """Finds candidates; see :class:`xcos_ext.gallery.FaissIndex`."""
+
+    def candidates(self, probes: Templates, count: int) -> Tensor:
+        """Places, int64 [P, count]; -1 where there are fewer."""
+        ...
+
+    def check(self, snapshot: Snapshot) -> None:
+        """Refuse a snapshot that it was not made of."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
-class Groups:
-    """Probes that are the same person, whose scores become one.
+class Request:
+    """The arguments of :meth:`Searcher.search`."""
+
+    probes: Templates | Tensor
+    k: int
+    attention: Tensor | str
+    where: str | None
+    min_score: float | None
+    groups: Sequence[Any] | None
+    fusion: Fusion
+    by: Literal["face", "person"]
+    person_fusion: Fusion
+    rerank: int | None
+    coarse: Any
+    recall_probes: int
+    exclude: Sequence[Any] | None
+    explain: bool
+    threshold: float | None
+    metadata: bool
+    progress: Progress | None
+
+
+class Searcher(ABC):
+    """What can be searched."""
+
+    @abstractmethod
+    def _search(self, request: Request) -> Hits: ...
+
+    def search(
+        self,
+        probes: Templates | Tensor,
+        k: int = 10,
+        *,
+        attention: Tensor | str = "own",
+        where: str | None = None,
+        min_score: float | None = None,
+        groups: Sequence[Any] | None = None,
+        fusion: Fusion = "max",
+        by: Literal["face", "person"] = "face",
+        person_fusion: Fusion = "max",
+        rerank: int | None = None,
+        coarse: Any = "norm",
+        recall_probes: int = 0,
+        exclude: Sequence[Sequence[str]] | Sequence[str] | None = None,
+        explain: bool = False,
+        threshold: float | None = None,
+        metadata: bool = True,
+        progress: Progress | None = None,
+    ) -> Hits:
+        """The best candidates of every probe, exactly, whatever the size of the gallery.
+
+        Args:
+            probes: P templates of role "probe" or "both", of the gallery's head; or, with a model, features F
+                [P, C, H, W]. They may be on a GPU: tiles then stream there.
+            k: hits a probe, 1 to 2048.
+            attention: as in :func:`xcos_ext.xcos_topk`: ``"own"`` (learned), ``"uniform"``, ``"norm"``, or weights.
+            where: only faces that this SQL condition selects: over ``id``, ``person``, and into the metadata by
+                ``json_extract(metadata, '$.key')``, ``json_get_int(metadata, 'key')`` and the like.
+            min_score: only scores from here on are hits (a decision threshold makes this an open-set search).
+            groups: a label for each probe; probes with equal labels are one person, whose scores become one by
+                ``fusion``. The result then has a row for each label.
+            fusion: ``"max"`` or ``"mean"`` of a group's scores.
+            by: ``"face"``, or ``"person"``: hits are persons, scored over all of their faces; faces without a person
+                count as persons of their own.
+            person_fusion: a person's score is the ``"max"`` or the ``"mean"`` of the faces'.
+            rerank: search in two stages: R candidates by cheap scores, of which the exact best are found. Not exact,
+                and the result says so.
+            coarse: how the R are found: ``"norm"`` or ``"uniform"`` attention (matrix products), or an index from
+                :class:`xcos_ext.gallery.FaissIndex`.
+            recall_probes: measure the recall of a two-stage search on so many of the probes (evenly chosen), by
+                searching for them exactly as well.
+            exclude: ids that a probe must not get: one list for all, or a list for each probe.
+            explain: also return the hits' maps.
+            threshold: t of the maps' contributions; None: the model's.
+            metadata: read the hits' metadata.
+            progress: is told (faces gone through, all).
+
+        Returns:
+            :class:`Hits`; ties in favour of the lower position, NaN scores are no hits.
+
+        Raises:
+            GalleryError: probes of another head, a filter that cannot be understood, ids that are not there.
+            GalleryDamagedError: stored faces that were to be scored are not what was written.
+            TypeError, RuntimeError: other arguments of wrong types or values.
+        """
+        arguments = {name: value for name, value in locals().items() if name != "self"}
+        return self._search(Request(**arguments))
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """A checked search.
 
     Attributes:
-        labels: of the groups, in the order in which they first appear.
-        codes: group of each probe, int64 [P].
-        fusion: "max" or "mean" of a group's scores.
+        snapshot, tiles: what is searched.
+        shard: the part that this process scores.
+        request: as it was made.
+        probes: P, of the gallery's kind.
+        attention, min_score: as they were asked for, checked.
+        groups: of the probes.
+        selected: places that count, ascending; None: all.
+        exclude: int64 [P, E], places that a probe must not get; None: none.
     """
 
-    labels: tuple[Any, ...]
-    codes: Tensor
-    fusion: Fusion
+    snapshot: Snapshot
+    tiles: TileCache
+    shard: Shard
+    request: Request
+    probes: Templates
+    attention: Tensor | str
+    min_score: float
+    groups: Groups | None
+    selected: np.ndarray | None
+    exclude: Tensor | None
 
     @classmethod
-    def of(cls, labels: Sequence[Any], fusion: Fusion) -> Groups:
-        """Groups of probes with equal labels."""
-        codes: dict[Any, int] = {}
-        each = [codes.setdefault(label, len(codes)) for label in labels]
-        return cls(tuple(codes), torch.tensor(each, dtype=torch.int64), fusion)
-
-    def rounds(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """(groups, probes): the first probe of every group, then the second of those that have one, ..."""
-        order = self.codes.argsort(stable=True)
-        sorted_codes = self.codes[order]
-        starts = torch.searchsorted(sorted_codes, torch.arange(len(self.labels)))
-        rank = torch.arange(len(order)) - starts[sorted_codes]
-        count = int(rank.max()) + 1 if len(order) else 0
-        return [(sorted_codes[rank == r].to(device), order[rank == r].to(device)) for r in range(count)]
-
-    def fuse(self, scores: Tensor, rounds: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Scores [P, M] of the probes to scores [groups, M]; NaN where any is NaN."""
-        (_, first), *rest = rounds
-        fused = scores[first]
-        for groups, probes in rest:
-            more = scores[probes]
-            if self.fusion == "max":
-                fused[groups] = torch.maximum(fused[groups], more)
+    def of(cls, snapshot: Snapshot, tiles: TileCache, shard: Shard, probes: Templates, request: Request) -> Search:
+        """Check what is asked for."""
+        checked_k(request.k, WHERE)
+        min_score = checked_score(request.min_score, WHERE)
+        attention, groups = request.attention, request.groups
+        for name in ("fusion", "person_fusion"):
+            if getattr(request, name) not in ("max", "mean"):
+                raise GalleryError(f"{WHERE}: {name}: expected 'max' or 'mean', got {getattr(request, name)!r}")
+        if request.by not in ("face", "person"):
+            raise GalleryError(f"{WHERE}: by: expected 'face' or 'person', got {request.by!r}")
+        if groups is not None and len(groups) != len(probes):
+            raise GalleryError(f"{WHERE}: groups: expected {len(probes)} labels like probes, got {len(groups)}")
+        try:
+            probes = probes.as_probe()
+        except ValueError as error:
+            if attention == "own":
+                raise GalleryError(
+                    f"{WHERE}: probes: expected templates of role 'probe' or 'both', got role {probes.role!r}; make "
+                    "them with templates(features, role='probe')"
+                ) from error
+        # Checks the attention before anything is read.
+        AllPairs(WHERE, probes, snapshot.layout.empty().to(probes.device), attention)
+        selected = None if request.where is None else snapshot.select(request.where)
+        exclude, each = request.exclude, None
+        if exclude is not None and len(exclude):
+            if all(isinstance(one, str) for one in exclude):
+                hidden = np.sort(snapshot.places_of(np.array(list(snapshot.find(exclude).values()), np.int64)))
+                everyone = np.arange(snapshot.places) if selected is None else selected
+                selected = np.setdiff1d(everyone, hidden, assume_unique=True)
             else:
-                fused[groups] += more
-        if self.fusion == "mean":
-            sizes = torch.bincount(self.codes, minlength=len(self.labels)).to(fused.device, fused.dtype)
-            fused /= sizes.unsqueeze(1)
-        return fused
+                if len(exclude) != len(probes):
+                    raise GalleryError(
+                        f"{WHERE}: exclude: expected ids, or {len(probes)} lists like probes, got {len(exclude)} lists"
+                    )
+                if groups is not None or request.by == "person":
+                    raise GalleryError(
+                        f"{WHERE}: exclude: expected one list of ids where scores are fused or by person, got one for "
+                        "each probe"
+                    )
+                each = _padded(snapshot, exclude).to(probes.device)
+        made = None if groups is None else Groups.of(groups, request.fusion)
+        return cls(snapshot, tiles, shard, request, probes, attention, min_score, made, selected, each)
 
-
-def attention_of(attention: Tensor | str, chosen: Tensor | slice) -> Tensor | str:
-    """The attention of some of the probes: their maps where each has one of its own."""
-    if not isinstance(attention, Tensor) or attention.dim() != 3:
-        return attention
-    return attention[chosen if isinstance(chosen, slice) else chosen.to(attention.device)]
-
-
-def _blocks(
-    tiles: Iterable[Tile], probes: Templates, attention: Tensor | str, groups: Groups | None
-) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """(place, scores [probes or groups, M], excluded) of consecutive faces."""
-    rounds = None if groups is None else groups.rounds(probes.device)
-    for tile in tiles:
-        pairs = AllPairs("gallery.search", probes, tile.templates, attention)
-        count = len(tile.templates)
-        # All probes at once: a group's may be anywhere.
-        step = columns_at_a_time(len(probes), pairs.dtype, probes.device)
-        for start in range(0, count, step):
-            part = slice(start, min(start + step, count))
-            scores = pairs.scores(gallery=part)
-            if groups is not None and rounds is not None:
-                scores = groups.fuse(scores, rounds)
-            yield tile.first + start, scores, None if tile.excluded is None else tile.excluded[part]
-
-
-def exact_topk(
-    tiles: Iterable[Tile],
-    probes: Templates,
-    k: int,
-    attention: Tensor | str,
-    *,
-    min_score: float = -math.inf,
-    groups: Groups | None = None,
-    exclude: Tensor | None = None,
-) -> XCosTopk:
-    """The k best faces of every probe or group; indices are places.
-
-    Args:
-        tiles: in order.
-        probes: P of them.
-        k: hits.
-        attention: as in :func:`xcos_ext.xcos_topk`.
-        min_score: lower scores are no hits.
-        groups: probes that are fused.
-        exclude: int64 [P, E], places that a probe must not get.
-    """
-    rows = len(probes) if groups is None else len(groups.labels)
-    lists = TopkLists(rows, k, result_dtype(probes.dtype), probes.device, min_score)
-    if groups is not None:
-        for place, scores, excluded in _blocks(tiles, probes, attention, groups):
-            lists.add_scores(scores, place, exclude_mask=None if excluded is None else excluded.unsqueeze(0))
-        return lists.result
-    for tile in tiles:
-        faces, excluded = tile.templates, tile.excluded
-        kept = None
-        if excluded is not None:
-            kept = (~excluded).nonzero().squeeze(1)
-            if 2 * len(kept) > len(faces):
-                kept = None
-        if kept is None:
-            lists.add_pairs(
-                AllPairs("gallery.search", probes, faces, attention),
-                tile.first,
-                exclude_indices=exclude,
-                exclude_mask=None if excluded is None else excluded.unsqueeze(0),
-            )
-        elif len(kept):
-            # Few faces count: scoring the others would cost more than taking these out.
-            part = TopkLists(rows, k, lists.values.dtype, probes.device, min_score)
-            hidden = None
-            if exclude is not None:
-                at = torch.searchsorted(kept, exclude - tile.first).clamp_max(len(kept) - 1)
-                hidden = torch.where(kept[at] == exclude - tile.first, at, -1)
-            part.add_pairs(AllPairs("gallery.search", probes, faces[kept], attention), 0, exclude_indices=hidden)
-            found = part.indices
-            lists.add_lists(part.values, torch.where(found < 0, -1, tile.first + kept[found.clamp_min(0)]))
-    return lists.result
-
-
-def persons_topk(
-    tiles: Callable[[], Iterable[Tile]],
-    persons: np.ndarray,
-    count: int,
-    probes: Templates,
-    k: int,
-    attention: Tensor | str,
-    *,
-    fusion: Fusion,
-    min_score: float = -math.inf,
-    groups: Groups | None = None,
-    reduce: Callable[[Tensor, Literal["max", "sum"]], Tensor],
-) -> XCosTopk:
-    """The k best persons of every probe or group; indices are persons' codes.
-
-    Args:
-        tiles: makes the stream; probes beyond the table that memory holds pass by in a stream of their own.
-        persons: code of each place's person, int64 [places]; lower codes win ties.
-        count: number of persons.
-        probes, k, attention, min_score, groups: as in :func:`exact_topk`.
-        fusion: a person's score is the "max" or the "mean" of its faces'.
-        reduce: puts the tables of those together who search other parts of the gallery.
-    """
-    wide = result_dtype(probes.dtype)
-    codes = torch.from_numpy(persons).to(probes.device)
-    room = max(1, _TABLE_BYTES // max(1, count * wide.itemsize))
-    parts = []
-    for chosen, part_groups in _portions(len(probes), groups, room):
-        some, weights = probes[chosen], attention_of(attention, chosen)
-        rows = len(some) if part_groups is None else len(part_groups.labels)
-        start = -math.inf if fusion == "max" else 0.0
-        table = torch.full((rows, count), start, dtype=wide, device=probes.device)
-        sizes = torch.zeros(count, dtype=wide, device=probes.device)
-        for place, scores, excluded in _blocks(tiles(), some, weights, part_groups):
-            kept = None if excluded is None else (~excluded).nonzero().squeeze(1)
-            columns = codes[place : place + scores.shape[1]]
-            if kept is not None:
-                scores, columns = scores[:, kept], columns[kept]
-            if fusion == "max":
-                # A face without a score says nothing of its person.
-                _raise_to(table, columns, scores.nan_to_num(nan=-math.inf, neginf=-math.inf))
-            else:
-                table.index_add_(1, columns, scores)
-                sizes.index_add_(0, columns, sizes.new_ones(len(columns)))
-        if fusion == "mean":
-            table, sizes = reduce(table, "sum"), reduce(sizes, "sum")
-            table = torch.where(sizes > 0, table / sizes, -math.inf)
+    @torch.no_grad()  # not inference mode: callers go on with what is found
+    def run(self) -> Hits:
+        """Search."""
+        request = self.request
+        recall, measured = None, 0
+        if request.by == "person":
+            if request.rerank is not None:
+                raise GalleryError(f"{WHERE}: rerank: expected None in a search by person, got {request.rerank}")
+            found = self._best_faces(self._persons())
+        elif request.rerank is None:
+            found = self._exact()
         else:
-            table = reduce(table, "max")
-        lists = TopkLists(rows, k, wide, probes.device, min_score)
-        # -inf marks a person of whom no face counts.
-        lists.add_scores(table, 0, exclude_mask=table == -math.inf)
-        parts.append(lists.result)
-    return XCosTopk(torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts]))
+            found = self._two_stages(request.rerank, request.coarse)
+            recall, measured = self._recall(found, request.recall_probes)
+        return self._hits(found, recall, measured)
 
+    def _stream(self) -> Iterator[Tile]:
+        begin, end = self.shard.part(self.snapshot.places)
+        tick = self.request.progress
+        for tile in stream(self.snapshot, self.tiles, self.probes.device, selected=self.selected, begin=begin, end=end):
+            yield tile
+            if tick is not None:
+                tick(tile.first + len(tile.templates) - begin, end - begin)
 
-def _raise_to(table: Tensor, columns: Tensor, scores: Tensor) -> None:
-    """table[:, columns[j]] = max(itself, scores[:, j]), columns may repeat."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "index_reduce", UserWarning)  # "in beta"; scatter_reduce is 3.5 times slower
-        table.index_reduce_(1, columns, scores, "amax")
+    def _gather(self, places: np.ndarray) -> Templates:
+        return gather(self.snapshot.layout, self.snapshot, self.tiles, places).to(self.probes.device)
 
+    def _exact(self) -> XCosTopk:
+        lists = exact_topk(
+            self._stream(),
+            self.probes,
+            self.request.k,
+            self.attention,
+            min_score=self.min_score,
+            groups=self.groups,
+            exclude=self.exclude,
+        )
+        return self.shard.merge(lists, self.request.k)
 
-def _portions(count: int, groups: Groups | None, room: int) -> Iterator[tuple[Tensor | slice, Groups | None]]:
-    """Probes (or groups with all of their probes) a table's worth at a time."""
-    if groups is None:
-        for start in range(0, max(count, 1), room):
-            yield slice(start, start + room), None
-        return
-    for start in range(0, max(len(groups.labels), 1), room):
-        labels = groups.labels[start : start + room]
-        chosen = ((groups.codes >= start) & (groups.codes < start + len(labels))).nonzero().squeeze(1)
-        yield chosen, Groups(labels, groups.codes[chosen] - start, groups.fusion)
+    # -------------------------------------------------------------- persons
 
+    @functools.cached_property
+    def _person_codes(self) -> tuple[np.ndarray, int]:
+        """Person of each place, numbered by their first faces; faces without one are persons of their own."""
+        pa = gallery_package("pyarrow")
+        chunks = [b.column("person") for b in self._scan_persons()]
+        column = pa.chunked_array(chunks, pa.string()).combine_chunks().dictionary_encode()
+        index = column.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        position = np.arange(len(index))
+        known = index >= 0
+        first = np.full(len(column.dictionary), len(index), np.int64)
+        np.minimum.at(first, index[known], position[known])
+        keys = np.where(known, first[np.maximum(index, 0)] if len(first) else position, position)
+        _, codes = np.unique(keys, return_inverse=True)
+        places = np.zeros(self.snapshot.places, np.int64)  # deleted rows are excluded anyway
+        places[self.snapshot.places_of(position)] = codes
+        return places, int(codes.max()) + 1 if len(codes) else 0
 
-def rerank(
-    gather: Callable[[np.ndarray], Templates],
-    score: Callable[[int, Templates], Tensor],
-    candidates: Tensor,
-    k: int,
-    *,
-    min_score: float = -math.inf,
-) -> XCosTopk:
-    """The k best of each row's candidates by their exact scores; indices are places.
+    def _scan_persons(self) -> Iterator[Any]:
+        with reading(self.snapshot):
+            yield from self.snapshot.scan(["person"], batch_size=65536)
 
-    Args:
-        gather: templates of places.
-        score: exact scores [1, M] of a row (a probe or a group) against faces.
-        candidates: places, int64 [rows, R]; -1 where there are fewer.
-        k: hits.
-        min_score: lower scores are no hits.
-    """
-    places = candidates.cpu().numpy()
-    rows, width = places.shape
-    parts = []
-    step = max(1, _GATHER_FACES // max(1, width))
-    for start in range(0, rows, step):
-        # Candidates of several rows overlap, and are read in one go.
-        block = places[start : start + step]
-        unique = np.unique(block[block >= 0])
-        faces = gather(unique)
-        for row in range(start, min(start + step, rows)):
-            own = np.sort(places[row][places[row] >= 0])
-            scores = score(row, faces[torch.from_numpy(np.searchsorted(unique, own))])
-            usable = (scores >= min_score) & ~scores.isnan()
-            found = torch.from_numpy(own).to(scores.device).unsqueeze(0)
-            missing = max(k - len(own), 0)
-            parts.append(
-                best_of(
-                    pad(torch.where(usable, scores, -math.inf), (0, missing), value=-math.inf),
-                    pad(torch.where(usable, found, -1), (0, missing), value=-1),
-                    k,
+    def _persons(self) -> XCosTopk:
+        codes, count = self._person_codes
+        return persons_topk(
+            self._stream,
+            codes,
+            count,
+            self.probes,
+            self.request.k,
+            self.attention,
+            fusion=self.request.person_fusion,
+            min_score=self.min_score,
+            groups=self.groups,
+            reduce=self.shard.reduce,
+        )
+
+    def _best_faces(self, persons: XCosTopk) -> XCosTopk:
+        """The same lists with, for each person, the place of the face that fits best."""
+        codes, _ = self._person_codes
+        counts = np.ones(self.snapshot.places, dtype=bool)
+        if self.selected is not None:
+            counts[:] = False
+            counts[self.selected] = True
+        counts[self.snapshot.deleted] = False
+        usable = np.flatnonzero(counts)
+        usable = usable[np.argsort(codes[usable], kind="stable")]
+        sorted_codes = codes[usable]
+        places = torch.full_like(persons.indices, -1)
+        for row, wanted in enumerate(persons.indices.cpu().numpy()):
+            wanted = wanted[wanted >= 0]
+            if len(wanted) == 0:
+                continue
+            begins = np.searchsorted(sorted_codes, wanted)
+            ends = np.searchsorted(sorted_codes, wanted, side="right")
+            faces = np.concatenate([usable[a:b] for a, b in zip(begins, ends, strict=True)])
+            scores = self._scores(row, self._gather(faces))[0].cpu().numpy()
+            at = 0
+            for column, size in enumerate((ends - begins).tolist()):
+                own = scores[at : at + size]
+                best = int(np.nanargmax(own)) if not np.isnan(own).all() else 0
+                places[row, column] = int(faces[at + best])
+                at += size
+        return XCosTopk(persons.values, places)
+
+    def _members(self, row: int) -> Tensor:
+        """Probes of a row of the result."""
+        if self.groups is None:
+            return torch.tensor([row])
+        return (self.groups.codes == row).nonzero().squeeze(1)
+
+    def _scores(self, row: int, faces: Templates) -> Tensor:
+        """Scores [1, M] of a row of the result against faces."""
+        members = self._members(row)
+        scores = AllPairs(WHERE, self.probes[members], faces, attention_of(self.attention, members)).scores()
+        if self.groups is None:
+            return scores
+        one = Groups((0,), torch.zeros(len(members), dtype=torch.int64), self.groups.fusion)
+        return one.fuse(scores, one.rounds(scores.device))
+
+    # -------------------------------------------------------------- two stages
+
+    def _two_stages(self, count: int, coarse: Any) -> XCosTopk:
+        if isinstance(count, bool) or not isinstance(count, int) or not self.request.k <= count <= MOST_K:
+            raise GalleryError(f"{WHERE}: rerank: expected an int from k = {self.request.k} to {MOST_K}, got {count!r}")
+        begin, end = self.shard.part(self.snapshot.places)
+        if isinstance(coarse, str):
+            if coarse not in ("uniform", "norm"):
+                raise GalleryError(f"{WHERE}: coarse: expected 'uniform', 'norm' or an index, got {coarse!r}")
+            lists = exact_topk(self._stream(), self.probes, count, coarse, groups=self.groups, exclude=self.exclude)
+            candidates = self.shard.merge(lists, count).indices
+        else:
+            if self.groups is not None or self.exclude is not None or self.selected is not None:
+                raise GalleryError(
+                    f"{WHERE}: coarse: expected 'uniform' or 'norm' with groups, exclude or where, got an index"
                 )
+            coarse.check(self.snapshot)
+            candidates = coarse.candidates(self.probes, count)
+        mine = torch.where((candidates >= begin) & (candidates < end), candidates, -1)
+        lists = rerank(self._gather, self._scores, mine, self.request.k, min_score=self.min_score)
+        return self.shard.merge(lists, self.request.k)
+
+    def _recall(self, found: XCosTopk, count: int) -> tuple[float | None, int]:
+        """Recall of the found lists on evenly chosen rows, which are searched exactly."""
+        rows = len(found.indices)
+        count = min(count, rows)
+        if count <= 0 or rows == 0:
+            return None, 0
+        chosen = torch.linspace(0, rows - 1, count).round().to(torch.int64).unique()
+        members = torch.cat([self._members(int(row)) for row in chosen])
+        labels = torch.cat([torch.full((len(self._members(int(row))),), int(row)) for row in chosen])
+        exact = dataclasses.replace(
+            self,
+            request=dataclasses.replace(self.request, progress=None),
+            probes=self.probes[members],
+            attention=attention_of(self.attention, members),
+            groups=None if self.groups is None else Groups.of(labels.tolist(), self.groups.fusion),
+            exclude=None if self.exclude is None else self.exclude[members],
+        )._exact()
+        there = exact.indices.unsqueeze(2) == found.indices[chosen].unsqueeze(1)
+        valid = exact.indices >= 0
+        hits = (there.any(2) & valid).sum().item()
+        return (hits / valid.sum().item() if valid.any() else 1.0), len(chosen)
+
+    # -------------------------------------------------------------- hits
+
+    def _hits(self, found: XCosTopk, recall: float | None, measured: int) -> Hits:
+        snapshot = self.snapshot
+        scores, places = found.values.cpu(), found.indices.cpu()
+        valid = places >= 0
+        flat = places[valid].numpy()
+        metadata = self.request.metadata
+        labels = snapshot.labels(flat, LABELS if metadata else LABELS[:2])
+        counts = valid.sum(1).tolist()
+        positions = torch.full_like(places, -1)
+        positions[valid] = torch.from_numpy(snapshot.positions(flat))
+        maps = self._maps(found) if self.request.explain else None
+        return Hits(
+            scores=scores,
+            positions=positions,
+            ids=_rows(labels["id"], counts),
+            persons=_rows(labels["person"], counts),
+            metadata=_rows(labels["metadata"], counts) if metadata else None,
+            exact=self.request.rerank is None,
+            recall=recall,
+            recall_probes=measured,
+            groups=None if self.groups is None else self.groups.labels,
+            maps=maps,
+            version=snapshot.version,
+        )
+
+    def _maps(self, found: XCosTopk) -> HitMaps:
+        """Maps of all hits; of fused probes the best one's, or their mean, as their scores were fused."""
+        t = self.request.threshold
+        t = self.snapshot.layout.threshold if t is None else t
+        if t is not None and not math.isfinite(t):
+            raise GalleryError(f"{WHERE}: threshold: expected a finite number or None, got {t}")
+        rows, k = found.indices.shape
+        height, width = self.snapshot.layout.grid
+        out = [torch.full((rows, k, height, width), math.nan, dtype=found.values.dtype) for _ in range(3)]
+        for row in range(rows):
+            places = found.indices[row][found.indices[row] >= 0].cpu().numpy()
+            if len(places) == 0:
+                continue
+            members = self._members(row)
+            grid = torch.cartesian_prod(torch.arange(len(members)), torch.arange(len(places)))
+            attention = attention_of(self.attention, members)
+            maps = xcos_maps(
+                self.probes[members], self._gather(places), grid.to(self.probes.device), attention, threshold=t
             )
-    return XCosTopk(torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts]))
+            shape = (len(members), len(places))
+            scores = maps.score.view(shape)
+            mean = self.groups is not None and self.groups.fusion == "mean"
+            best = scores.argmax(0)
+            for target, part in zip(out, (maps.similarity, maps.attention, maps.contribution), strict=True):
+                if part is not None:
+                    part = part.view(*shape, height, width)
+                    chosen = part.mean(0) if mean else part[best, torch.arange(len(places), device=best.device)]
+                    target[row, : len(places)] = chosen.cpu()
+        similarity, attended, contribution = out
+        return HitMaps(similarity, attended, None if t is None else contribution)
+
+
+def _rows(values: list[Any], counts: list[int]) -> list[list[Any]]:
+    """A flat list cut into rows."""
+    rows, at = [], 0
+    for count in counts:
+        rows.append(values[at : at + count])
+        at += count
+    return rows
+
+
+def _padded(snapshot: Snapshot, lists: Sequence[Sequence[str]]) -> Tensor:
+    """A list of ids for each probe as places, int64 [P, E]; ids that are not in the gallery are -1."""
+    known = snapshot.find(one for ids in lists for one in ids)
+    width = max((len(ids) for ids in lists), default=0)
+    table = np.full((len(lists), max(width, 1)), -1, np.int64)
+    for row, ids in enumerate(lists):
+        if isinstance(ids, str):
+            raise GalleryError(f"{WHERE}: exclude: expected ids, or a list of ids for each probe, got a mixture")
+        found = np.array([known[one] for one in ids if one in known], np.int64)
+        table[row, : len(found)] = snapshot.places_of(found)
+    return torch.from_numpy(table)

@@ -1,379 +1,33 @@
-"""Templates on disk, kept by Lance: versions that are committed whole, appended to, deleted from and compacted.
-
-Nothing here knows how faces are scored.
-"""
+"""A gallery's folder: the data set that Lance keeps, its versions, and how they are committed, whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
 import os
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from xcos_ext.io.errors import GalleryDamagedError, GalleryError
+from xcos_ext.io.optional import gallery_package
 
-from ._packages import compute as _compute
-from ._packages import lance as _lance
-from ._packages import pyarrow as _pyarrow
-from .commits import LOG, CommitLog, Record, checksum_of, sync
-from .layout import LABELS, Layout, checked_labels, damaged_rows
-from .locks import READERS, WRITER, ReaderLock, readers_gone, writer_lock
+from .commits import LOG, CommitLog, checksum_of, sync
+from .layout import Layout
+from .locks import READERS, WRITER, ReaderLock, forget_readers, wait_for_readers, writer_lock
+from .snapshot import DATA, Snapshot, engine_failed, first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Fragment", "Snapshot", "Store"]
+__all__ = ["Store", "folder_bytes"]
 
-_DATA = "templates.lance"
 _STORAGE_VERSION = "2.2"
-_IO_BYTES = 128 << 20  # read ahead of what is being used
 _NEWEST = 2**64 - 1  # Lance names manifests by their distance from here, so that the newest is listed first
-
-
-@dataclass(frozen=True, eq=False)
-class Fragment:
-    """Rows that were written together; they never change, but some may be deleted.
-
-    Attributes:
-        number: Lance's.
-        key: names the fragment's data for good, whatever is deleted.
-        first: position of its first row among all rows of the snapshot, deleted ones included.
-        rows: all of them.
-        deleted: offsets of the deleted ones, ascending.
-        paths: of its data files.
-    """
-
-    number: int
-    key: str
-    first: int
-    rows: int
-    deleted: np.ndarray
-    paths: tuple[str, ...]
-
-
-class Snapshot:
-    """One committed version, as its readers see it whatever is written meanwhile.
-
-    A row's *place* counts all rows, deleted ones included; its *position* counts the others only, and is what users
-    see. Both rise in the order in which rows were added.
-
-    Attributes:
-        dataset: Lance's.
-        version: of the data set.
-        layout: of the rows.
-        fragments: in order.
-        places: number of rows, deleted ones included.
-    """
-
-    def __init__(self, dataset: Any, layout: Layout, lock: ReaderLock | None = None) -> None:
-        self.dataset = dataset
-        self.version = int(dataset.version)
-        self.layout = layout
-        self._lock = lock  # lives as long as whoever still reads
-        self.fragments: list[Fragment] = []
-        self.places = 0
-        for fragment in dataset.get_fragments():
-            paths = tuple(file.path for file in fragment.data_files())
-            rows = fragment.physical_rows
-            deleted = np.empty(0, np.int64)
-            if fragment.num_deletions:
-                live = self._addresses(fragments=[fragment]) & 0xFFFFFFFF
-                deleted = np.setdiff1d(np.arange(rows), live, assume_unique=True)
-            key = hashlib.blake2b("/".join(paths).encode(), digest_size=16).hexdigest()
-            self.fragments.append(Fragment(fragment.fragment_id, key, self.places, rows, deleted, paths))
-            self.places += rows
-
-    def _addresses(self, **options: Any) -> np.ndarray:
-        """Row addresses of a scan: fragment number * 2^32 + offset, in order."""
-        table = self.dataset.scanner(columns=[], with_row_address=True, scan_in_order=True, **options).to_table()
-        return table.column("_rowaddr").to_numpy().astype(np.int64)
-
-    @functools.cached_property
-    def deleted(self) -> np.ndarray:
-        """Places of the deleted rows, ascending."""
-        return np.concatenate([np.empty(0, np.int64), *(f.first + f.deleted for f in self.fragments)])
-
-    @property
-    def rows(self) -> int:
-        """Faces that can be found."""
-        return self.places - len(self.deleted)
-
-    def positions(self, places: np.ndarray) -> np.ndarray:
-        """Positions of places that are not deleted."""
-        return places - np.searchsorted(self.deleted, places)
-
-    def places_of(self, positions: np.ndarray) -> np.ndarray:
-        """Places of positions."""
-        # The i-th deleted row is at place d_i, so d_i - i rows that are not deleted come before it.
-        return positions + np.searchsorted(self.deleted - np.arange(len(self.deleted)), positions, side="right")
-
-    @functools.cached_property
-    def _starts(self) -> tuple[np.ndarray, np.ndarray]:
-        numbers = np.array([f.number for f in self.fragments], np.int64)
-        firsts = np.array([f.first for f in self.fragments], np.int64)
-        return numbers, firsts
-
-    def select(self, where: str) -> np.ndarray:
-        """Places of the rows that a filter selects, ascending.
-
-        Raises:
-            GalleryError: the filter cannot be understood, or fails.
-        """
-        if not isinstance(where, str):
-            raise GalleryError(f"where: expected a filter like \"person = 'Ann'\", got {type(where).__name__}")
-        try:
-            addresses = self._addresses(filter=where)
-        except BaseException as error:
-            if not engine_failed(error):
-                raise
-            if not str(error).startswith("Invalid user input"):
-                self._check_labels()  # the condition may be right, and the rows wrong
-            raise GalleryError(f"where: expected an SQL condition, got {where!r}: {first_line(error)}") from error
-        numbers, firsts = self._starts
-        order = np.argsort(numbers)
-        found = order[np.searchsorted(numbers, addresses >> 32, sorter=order)]
-        return np.sort(firsts[found] + (addresses & 0xFFFFFFFF))
-
-    def labels(self, places: np.ndarray, columns: Sequence[str] = LABELS) -> dict[str, list[Any]]:
-        """Labels of rows, in the order asked for; metadata parsed.
-
-        Raises:
-            GalleryDamagedError: they are not what was written, or cannot be read.
-        """
-        if len(places) == 0:
-            return {name: [] for name in columns}
-        unique, inverse = np.unique(self.positions(places), return_inverse=True)
-        columns_read = [*LABELS, "label_checksum"]  # all of them: their checksum is one
-        try:
-            with reading(self):
-                found, wrong = checked_labels(self.dataset.take(unique.tolist(), columns=columns_read))
-        except GalleryDamagedError as error:
-            unread = [part for part, rows in self.pieces(unique, columns_read) if rows is None]
-            if not unread:
-                raise
-            raise _damaged_labels(np.concatenate(unread)) from error
-        if wrong:
-            raise _damaged_labels(unique[wrong])
-        return {name: [found[name][i] for i in inverse] for name in columns}
-
-    def probe(self, fragment: Fragment) -> None:
-        """Read a row in each of the ways in which rows are read: files say in several places where a column is.
-
-        Raises:
-            GalleryDamagedError: one of them fails.
-        """
-        tiles = [field.name for field in self.layout.tile_schema()]
-        with reading(self, fragment):
-            for columns in (*([name] for name in LABELS), [*LABELS, "label_checksum"], tiles):
-                for _ in self.scan(columns, fragments=[self.dataset.get_fragment(fragment.number)], limit=1):
-                    pass
-
-    def _check_labels(self) -> None:
-        for fragment in self.fragments:
-            self.probe(fragment)
-        done = 0
-        with reading(self):
-            for batch in self.scan([*LABELS, "label_checksum"]):
-                _, wrong = checked_labels(batch)
-                if wrong:
-                    raise _damaged_labels(done + np.array(wrong))
-                done += batch.num_rows
-
-    def pieces(
-        self, positions: np.ndarray, columns: Sequence[str], size: int = 4096, tries: int = 512
-    ) -> Iterator[tuple[np.ndarray, pa.Table | None]]:
-        """Rows that cannot all be read: those that can, and None for those that cannot.
-
-        Args:
-            positions: of the rows, ascending.
-            columns: that are read.
-            size: rows read at a time; where that fails, ever fewer.
-            tries: failures after which no more is narrowed down.
-        """
-        waiting = [positions[start : start + size] for start in range(0, len(positions), size)][::-1]
-        while waiting:
-            piece = waiting.pop()
-            try:
-                rows = self.dataset.take(piece.tolist(), columns=list(columns))
-            except BaseException as error:
-                if not engine_failed(error):
-                    raise
-                rows = None
-                if len(piece) > 1 and tries > 0:
-                    tries -= 1
-                    waiting += [piece[len(piece) // 2 :], piece[: len(piece) // 2]]
-                    continue
-            yield piece, rows
-
-    def ids(self) -> Iterator[pa.Array]:
-        """All ids, in order, some at a time."""
-        with reading(self):
-            yield from (b.column("id") for b in self.scan(["id"], batch_size=65536))
-
-    def find(self, ids: Iterable[str]) -> dict[str, int]:
-        """Positions of those of the ids that there are."""
-        wanted = set(ids)
-        found: dict[str, int] = {}
-        if wanted:
-            values = _pyarrow().array(sorted(wanted), _pyarrow().string())
-            start = 0
-            for batch in self.ids():
-                matches = np.flatnonzero(_compute().is_in(batch, value_set=values).to_numpy(zero_copy_only=False))
-                found.update((batch[int(i)].as_py(), start + int(i)) for i in matches)
-                start += len(batch)
-        return found
-
-    def scan(self, columns: Sequence[str], **options: Any) -> Iterator[pa.RecordBatch]:
-        """Rows in order, in bounded memory."""
-        options.setdefault("batch_size", self.layout.tile_rows)
-        yield from self.dataset.scanner(
-            columns=list(columns),
-            batch_readahead=1,
-            fragment_readahead=1,
-            io_buffer_size=_IO_BYTES,
-            scan_in_order=True,
-            **options,
-        ).to_batches()
-
-    def fragment_batches(
-        self, fragment: Fragment, begin: int = 0, end: int | None = None, *, dead: Callable[[], None] | None = None
-    ) -> Iterator[pa.RecordBatch]:
-        """Rows of a fragment, deleted ones included: their templates and checksums, a tile at a time.
-
-        Args:
-            fragment: whose.
-            begin, end: offsets of a part; None: to the last.
-            dead: is called before a batch with damage in deleted rows alone, which hurts nobody.
-
-        Raises:
-            GalleryDamagedError: rows that are not what was written, or cannot be read.
-        """
-        from_lance = self.dataset.get_fragment(fragment.number)
-        columns = [field.name for field in self.layout.tile_schema()]
-        end = fragment.rows if end is None else end
-        done = begin
-        part = {} if (begin, end) == (0, fragment.rows) else {"offset": begin, "limit": end - begin}
-        with reading(self, fragment):
-            batches = self.scan(
-                columns,
-                fragments=[from_lance],
-                include_deleted_rows=True,
-                with_row_id=True,
-                batch_size=self.layout.tile_rows,
-                strict_batch_size=True,
-                **part,
-            )
-            for batch in batches:
-                wrong = damaged_rows(self.layout, batch)
-                if wrong:
-                    offsets = [done + row for row in wrong]
-                    if not np.isin(offsets, fragment.deleted).all():
-                        raise self.damage(fragment, offsets)
-                    if dead is not None:
-                        dead()
-                done += batch.num_rows
-                yield batch.select(columns)
-        if done != end:
-            raise self.damage(fragment, list(range(done, end)))
-
-    def damage(self, fragment: Fragment, offsets: Sequence[int], what: str = "templates") -> GalleryDamagedError:
-        """The error for damaged rows of a fragment."""
-        alive = np.setdiff1d(np.asarray(offsets, np.int64), fragment.deleted)
-        positions = self.positions(fragment.first + alive).tolist()
-        path = f"{_DATA}/data/{fragment.paths[0]}" if fragment.paths else _DATA
-        return GalleryDamagedError(
-            f"gallery: {what} at positions {ranges(positions)} are not what was written ({path}); "
-            "xcos gallery verify lists all damage",
-            positions,
-        )
-
-
-def ranges(positions: Sequence[int], most: int = 8) -> str:
-    """Positions in words: 3, 7-12, ..."""
-    runs: list[list[int]] = []
-    for position in positions:
-        if runs and position == runs[-1][1] + 1:
-            runs[-1][1] = position
-        else:
-            runs.append([position, position])
-    words = [str(a) if a == b else f"{a}-{b}" for a, b in runs[:most]]
-    return ", ".join(words) + (", ..." if len(runs) > most else "") or "(deleted rows only)"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an engine's message, without the source line that it ends with."""
-    text = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return text.partition(", /")[0][:300]
-
-
-def _damaged_labels(positions: np.ndarray) -> GalleryDamagedError:
-    listed = positions.tolist()
-    return GalleryDamagedError(
-        f"gallery: labels at positions {ranges(listed)} are not what was written; xcos gallery verify lists all damage",
-        listed,
-    )
-
-
-def engine_failed(error: BaseException) -> bool:
-    """Whether an error may be the engine's, whose panics are no Exceptions.
-
-    Raises:
-        KeyboardInterrupt, SystemExit: the engine has wrapped what a signal's handler raised; it is no failure.
-    """
-    if "External error: KeyboardInterrupt:" in str(error):
-        raise KeyboardInterrupt from error
-    _, wrapped, text = str(error).partition("External error: SystemExit:")
-    if wrapped:
-        code = text.split(",")[0].strip()
-        raise SystemExit(int(code) if code.isdecimal() else code or None) from error
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
-
-
-@contextlib.contextmanager
-def reading(snapshot: Snapshot, fragment: Fragment | None = None) -> Iterator[None]:
-    """Turn the engine's failures into errors that say which rows cannot be read."""
-    try:
-        yield
-    except (GalleryError, GeneratorExit, KeyboardInterrupt, MemoryError):
-        raise
-    except BaseException as error:
-        if not engine_failed(error):
-            raise
-        parts = snapshot.fragments if fragment is None else [fragment]
-        gone = [f for f in parts for path in f.paths if not data_path(snapshot, path).exists()]
-        if gone and not _listed(snapshot):
-            raise GalleryError(
-                f"gallery: version {snapshot.version} is gone: it was compacted meanwhile; open the gallery again"
-            ) from error
-        if fragment is None:
-            raise GalleryDamagedError(
-                f"gallery: cannot be read ({first_line(error)}); xcos gallery verify says what is damaged"
-            ) from error
-        rows = np.setdiff1d(np.arange(fragment.rows), fragment.deleted)
-        positions = snapshot.positions(fragment.first + rows).tolist()
-        raise GalleryDamagedError(
-            f"gallery: faces at positions {ranges(positions)} cannot be read "
-            f"({_DATA}/data/{fragment.paths[0]}: {first_line(error)})",
-            positions,
-        ) from error
-
-
-def data_path(snapshot: Snapshot, path: str) -> Path:
-    """Where a fragment's file is."""
-    return Path(snapshot.dataset.uri.removeprefix("file://")) / "data" / path
-
-
-def _listed(snapshot: Snapshot) -> bool:
-    with contextlib.suppress(Exception):
-        return any(v["version"] == snapshot.version for v in snapshot.dataset.versions())
-    return False
+_INDEXED_FROM = 20_000  # faces; fewer ids are read in no time
 
 
 class Store:
@@ -388,7 +42,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.data = folder / _DATA
+        self.data = folder / DATA
         self.log = CommitLog(folder / LOG)
 
     @classmethod
@@ -412,8 +66,8 @@ class Store:
         with writer_lock(folder, 10.0):
             store._refuse_existing()  # another process may have been faster
             with writing(folder):
-                (folder / READERS).touch()
-                dataset = _lance().write_dataset(
+                (folder / READERS).mkdir(exist_ok=True)
+                dataset = gallery_package("lance").write_dataset(
                     schema.empty_table(), str(store.data), mode="create", data_storage_version=_STORAGE_VERSION
                 )
                 sync([*store._files(), store.data / "_versions", store.data, folder, folder.parent])
@@ -445,7 +99,7 @@ class Store:
         short, of which nobody has been told.
         """
         try:
-            return _lance().dataset(str(self.data), version=version)
+            return gallery_package("lance").dataset(str(self.data), version=version)
         except BaseException as error:
             if not engine_failed(error):
                 raise
@@ -460,7 +114,7 @@ class Store:
                 ) from error
             for number in versions if self.log else ():
                 try:
-                    return _lance().dataset(str(self.data), version=number)
+                    return gallery_package("lance").dataset(str(self.data), version=number)
                 except BaseException as another:
                     if not engine_failed(another):
                         raise
@@ -478,7 +132,7 @@ class Store:
         if not self.folder.is_dir():
             raise GalleryError(f"{self.folder}: there is no such gallery")
         if not self.data.is_dir():
-            raise GalleryError(f"{self.folder}: expected a gallery, got another folder (it has no {_DATA})")
+            raise GalleryError(f"{self.folder}: expected a gallery, got another folder (it has no {DATA})")
         while True:
             dataset = self._open(version)
             number = int(dataset.version)
@@ -508,12 +162,12 @@ class Store:
             GalleryDamagedError: which rows there are can no longer be told.
         """
         version = int(dataset.version)
-        record = self.log.find(version)
-        if record is None:  # killed between the commit and the log's line
+        logged = self.log.find(version)
+        if logged is None:  # killed between the commit and the log's line
             return
         for what, paths, written in (
-            ("manifest", [self._manifest(version)], record.manifest),
-            ("list of deleted rows", self._deletion_files(dataset), record.deletions),
+            ("manifest", [self._manifest(version)], logged[0]),
+            ("list of deleted rows", self._deletion_files(dataset), logged[1]),
         ):
             try:
                 found = checksum_of(paths)
@@ -541,22 +195,19 @@ class Store:
         for name in _PARTS:
             with contextlib.suppress(FileNotFoundError):
                 found.update(self.data / name / entry for entry in os.listdir(self.data / name))
+        found.update((self.data / "_indices").glob("*/*"))
         return found
 
     def _files_of(self, dataset: Any) -> set[Path]:
-        """Those that a version needs; manifests of all up to it."""
-        found = {self.data / "data" / file.path for f in dataset.get_fragments() for file in f.data_files()}
-        found.update(self._deletion_files(dataset))
-        found.update(self._manifest(version) for version in self._versions() if version <= dataset.version)
-        return found
+        """Those that this and later versions need."""
+        tracked = dataset.tracked_files(min_version=int(dataset.version)).read_all()
+        return {self.data / path for path in tracked.column("path").to_pylist()}
 
     def _write_down(self, dataset: Any) -> None:
         version = int(dataset.version)
         # The log is for finding damage. A full disk that does not take the line is no reason to disown a commit.
         with contextlib.suppress(OSError):
-            self.log.add(
-                Record(version, checksum_of([self._manifest(version)]), checksum_of(self._deletion_files(dataset)))
-            )
+            self.log.add(version, checksum_of([self._manifest(version)]), checksum_of(self._deletion_files(dataset)))
 
     @contextlib.contextmanager
     def _changing(self, *, steps: bool = False) -> Iterator[tuple[Any, Callable[[], None]]]:
@@ -580,7 +231,7 @@ class Store:
 
             def settle() -> None:
                 new = self._files() - settled
-                sync([*new, *{path.parent for path in new}])
+                sync([*new, *{folder for path in new for folder in (path.parent, path.parent.parent)}])
                 settled.update(new)
 
             try:
@@ -608,7 +259,7 @@ class Store:
 
     def append(self, table: pa.Table) -> None:
         """Add rows in one commit; the caller is the writer."""
-        lance = _lance()
+        lance = gallery_package("lance")
         with self._changing() as (dataset, settle):
             fragments = lance.fragment.write_fragments(table, dataset, mode="append")
             settle()
@@ -620,7 +271,7 @@ class Store:
             builder = dataset.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
             transaction, _ = builder.execute_uncommitted(table)
             settle()
-            _lance().LanceDataset.commit(dataset, transaction)
+            gallery_package("lance").LanceDataset.commit(dataset, transaction)
 
     def existing(self, ids: Iterable[str]) -> set[str]:
         """Those of the ids that the newest version has."""
@@ -632,8 +283,8 @@ class Store:
 
     def delete(self, snapshot: Snapshot, places: np.ndarray) -> None:
         """Delete rows of the newest version, ascending, in one commit; the caller is the writer."""
-        lance = _lance()
-        numbers, firsts = snapshot._starts
+        lance = gallery_package("lance")
+        numbers, firsts = snapshot.starts
         index = np.searchsorted(firsts, places, side="right") - 1
         addresses = (numbers[index] << 32) | (places - firsts[index])
         with self._changing() as (dataset, settle):
@@ -672,14 +323,17 @@ class Store:
             if rewritten:
                 metrics = Compaction.commit(dataset, rewritten)
                 removed, added = int(metrics.fragments_removed), int(metrics.fragments_added)
+            tick("indexing ids")
+            self._index(settle)
         tick("deleting old versions")
-        current = int(self._open().version)
-        with readers_gone(self.folder, current, timeout), writing(self.folder, "the old files stay"):
-            self._open().cleanup_old_versions(
-                retain_versions=1, delete_unverified=True, error_if_tagged_old_versions=False
-            )
+        newest = self._open()
+        current = int(newest.version)
+        with writing(self.folder, "the old files stay"):
+            wait_for_readers(self.folder, [version for version in self._versions() if version != current], timeout)
+            newest.cleanup_old_versions(retain_versions=1, delete_unverified=True, error_if_tagged_old_versions=False)
             self._sweep(current)
             self.log.keep(current)
+            forget_readers(self.folder, current)
         return {
             "fragments_removed": removed,
             "fragments_added": added,
@@ -687,12 +341,22 @@ class Store:
             "bytes_after": folder_bytes(self.data),
         }
 
+    def _index(self, settle: Callable[[], None]) -> None:
+        """Have Lance index the ids anew, for an index that was kept up would still hold those of removed faces."""
+        dataset = self._open()
+        if dataset.count_rows() >= _INDEXED_FROM:
+            numbers = [fragment.fragment_id for fragment in dataset.get_fragments()]
+            segment = dataset.create_index_uncommitted("id", "BTREE", name=_INDEX, replace=True, fragment_ids=numbers)
+            settle()
+            dataset.commit_existing_index_segments(_INDEX, "id", [segment])
+        elif dataset.describe_indices():
+            dataset.drop_index(_INDEX)
+
     def _sweep(self, version: int) -> None:
         """Delete whatever is not of the one version that is left: Lance leaves what killed writers had begun."""
         if self._versions() != [version]:
             raise GalleryError(f"{self.folder}: older versions cannot be deleted; are they tagged?")
-        keep = {self.data / path for path in self._open().tracked_files().read_all().column("path").to_pylist()}
-        keep.add(self.data / "_versions" / "latest_version_hint.json")
+        keep = self._files_of(self._open()) | {self.data / "_versions" / "latest_version_hint.json"}
         folders = []
         for folder, _, names in os.walk(self.data):
             folders.append(Path(folder))
@@ -702,8 +366,9 @@ class Store:
         sync(folders)
 
 
+_INDEX = "ids"
 _PARTS = ("data", "_deletions", "_versions")
-_OURS = (_DATA, WRITER, READERS, LOG, LOG + ".new", "tiles")
+_OURS = (DATA, WRITER, READERS, LOG, "tiles")
 
 
 def folder_bytes(folder: Path) -> int:
@@ -726,14 +391,6 @@ def writing(folder: Path, state: str = "nothing was changed") -> Iterator[None]:
     except BaseException as error:
         if not engine_failed(error):
             raise
-        text = first_line(error)
-        for code, words in (
-            ("No space left", "the disk is full"),
-            ("Disk quota exceeded", "the disk quota is used up"),
-            ("File too large", "the file would be larger than is allowed"),
-            ("Permission denied", "permission denied"),
-            ("Read-only file system", "the file system is read-only"),
-        ):
-            if code in str(error):
-                text = words
+        number = re.search(r"(?:os error|Errno) (\d+)", str(error))
+        text = os.strerror(int(number[1])) if number else first_line(error)
         raise GalleryError(f"{folder}: cannot be written ({text}); {state}") from error

@@ -17,13 +17,15 @@ from torch import Tensor
 from xcos_ext.ops.templates import Templates
 
 from .layout import Layout
-from .store import Fragment, Snapshot
+from .snapshot import Fragment, Snapshot
 from .tiles import TileCache, TileFile, stays_mapped
 
-__all__ = ["Tile", "has_selected", "stream"]
+__all__ = ["Tile", "even_parts", "has_selected", "stream"]
 
 # Tiles with fewer faces are put together: a kernel's start would cost more than its work.
 _SMALL = 4096
+# A part may begin this share of its size before or after its even place if that is where a tile begins.
+_SHIFT = 1 / 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +80,21 @@ def stream(
     return _ahead(_in_memory(pieces, snapshot, selected))
 
 
+def even_parts(snapshot: Snapshot, count: int) -> list[int]:
+    """Where the parts of a snapshot begin and the last one ends: ``count + 1`` places.
+
+    Parts are even, give or take a tenth; within that they begin where packed tiles do, as far as there are enough.
+    """
+    even = [snapshot.places * part // count for part in range(count + 1)]
+    step = snapshot.layout.tile_rows
+    starts = np.concatenate([[0], *(np.arange(f.first, f.first + f.rows, step) for f in snapshot.fragments)])
+    for part in range(1, count):
+        nearest = int(starts[np.abs(starts - even[part]).argmin()])
+        if abs(nearest - even[part]) <= _SHIFT * snapshot.places / count:
+            even[part] = nearest
+    return even
+
+
 def has_selected(selected: np.ndarray | None, first: int, rows: int) -> bool:
     """Whether any face of a part is selected."""
     if selected is None:
@@ -125,28 +142,25 @@ def _raw_pieces(
             continue
         if not has_selected(selected, fragment.first, fragment.rows):
             continue
+        # Whoever wants a part need not read the rest, which may be far larger, to write it down.
         whole = begin <= fragment.first and fragment.first + fragment.rows <= end
-        file = cache.file(fragment)
-        if file is not None:
+        for _ in range(2):
+            file = cache.file(fragment) or (cache.write(snapshot, fragment) if whole else None)
+            if file is None:
+                break
             try:
                 yield from _mapped(file, fragment, layout, selected, begin, end)
-                continue
+                break
             except _Damaged as damage:
-                # Derived data: read the truth instead, from the first face that has not been given yet.
+                # Derived data: make it again, and go on with the first face that has not been given yet.
                 cache.drop(fragment)
-                begin = max(begin, damage.first)
-        if whole:
-            first, batches = fragment.first, cache.build(snapshot, fragment)
-        else:
-            # Whoever wants a part need not read the rest, which may be far larger, to write it down.
+                begin, file = max(begin, damage.first), None
+        if file is None:
             first = max(begin, fragment.first)
             last = min(end, fragment.first + fragment.rows)
-            batches = snapshot.fragment_batches(fragment, first - fragment.first, last - fragment.first)
-        for batch in batches:
-            piece = _cut(_Piece(first, layout.templates(batch), None), begin, end)
-            if piece is not None:
-                yield piece
-            first += batch.num_rows
+            for batch in snapshot.fragment_batches(fragment, first - fragment.first, last - fragment.first):
+                yield _Piece(first, layout.templates(batch), None)
+                first += batch.num_rows
 
 
 class _Damaged(Exception):

@@ -7,24 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
-import tempfile
-from collections.abc import Iterator
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from xcos_ext.io.atomic import ordinary_mode
+from xcos_ext.io.optional import gallery_package
 from xcos_ext.ops.templates import Templates
 
-from ._packages import pyarrow as _pyarrow
-from ._packages import xxhash as _xxhash
 from .layout import Layout, column_span, damaged_rows
-from .locks import try_lock
-from .store import Fragment, Snapshot, reading
+from .snapshot import Fragment, Snapshot, reading
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -48,7 +43,7 @@ def _advise(address: int, size: int, advice: int) -> None:
 
 def _digest(batch: pa.RecordBatch, layout: Layout, index: int) -> bytes:
     """Checksum of a tile's arrays and of which tile it is."""
-    state = _xxhash().xxh3_64(index.to_bytes(8, "little"))
+    state = gallery_package("xxhash").xxh3_64(index.to_bytes(8, "little"))
     for address, size in _spans(batch, layout):
         state.update((ctypes.c_char * size).from_address(address))
     return state.hexdigest().encode()
@@ -76,7 +71,7 @@ class TileFile:
     """
 
     def __init__(self, path: Path, fragment: Fragment, layout: Layout) -> None:
-        pa = _pyarrow()
+        pa = gallery_package("pyarrow")
         self.path = path
         self._layout = layout
         self._rows = fragment.rows
@@ -113,6 +108,10 @@ class TileFile:
         self._checked.add(index)
         return batch
 
+    def trust(self) -> None:
+        """Spare the check: this process has just written the file."""
+        self._checked.update(range(self.tiles))
+
     def prefetch(self, index: int) -> None:
         """Ask for a tile's pages ahead of their use; nothing where there is no such tile."""
         if index < self.tiles:
@@ -142,7 +141,6 @@ class TileCache:
         self.folder = folder
         self.layout = layout
         self._open: dict[str, TileFile] = {}
-        self._swept = False
         self.writable = folder is not None
 
     def _path(self, fragment: Fragment) -> Path:
@@ -174,42 +172,39 @@ class TileCache:
             with contextlib.suppress(OSError):
                 self._path(fragment).unlink(missing_ok=True)
 
-    def build(self, snapshot: Snapshot, fragment: Fragment) -> Iterator[pa.RecordBatch]:
-        """A fragment's rows from the store, a tile at a time, while they are written down for the next time.
-
-        Where the cache cannot be written (a read-only folder, a full disk) the rows come all the same.
+    def write(self, snapshot: Snapshot, fragment: Fragment) -> TileFile | None:
+        """Write a fragment's tiles down; None where the cache cannot be written (a read-only folder, a full disk).
 
         Raises:
             GalleryDamagedError: rows that are not what was written.
         """
-        sink = _Sink.open(self, fragment) if self.writable else None
+        if not self.writable:
+            return None
+        assert self.folder is not None
+        pa, schema = gallery_package("pyarrow"), self.layout.tile_schema()
         # Readers of older versions may still see deleted rows, and must learn of damage in them: no tiles then.
-        dead = None if sink is None else sink.discard
+        damaged: list[bool] = []
+        # Derived data: io.atomic would wait until they are on the disk.
+        temporary = self.folder / f".{fragment.key}-{os.getpid()}-{threading.get_ident()}.tmp"
         try:
-            for batch in snapshot.fragment_batches(fragment, dead=dead):
-                if sink is not None:
-                    sink.write(batch)
-                yield batch
-            if sink is not None:
-                sink.finish()
+            self.folder.mkdir(exist_ok=True)
+            with pa.ipc.new_file(str(temporary), schema, metadata=_metadata(fragment)) as file:
+                for index, rows in enumerate(snapshot.fragment_batches(fragment, dead=lambda: damaged.append(True))):
+                    batch = rows.cast(schema)
+                    file.write_batch(batch, custom_metadata={b"xxh3": _digest(batch, self.layout, index)})
+            if damaged:
+                return None
+            os.replace(temporary, self._path(fragment))
+        except OSError:
+            self.writable = False
+            return None
         finally:
-            if sink is not None:
-                sink.discard()
-
-    def write(self, snapshot: Snapshot, fragment: Fragment) -> None:
-        """Write a fragment's tiles down without giving them out; nothing where the cache cannot be written.
-
-        Raises:
-            GalleryDamagedError: rows that are not what was written.
-        """
-        sink = _Sink.open(self, fragment) if self.writable else None
-        if sink is None:
-            return
-        try:
-            if all(sink.write(batch) for batch in snapshot.fragment_batches(fragment, dead=sink.discard)):
-                sink.finish()
-        finally:
-            sink.discard()
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        found = self.file(fragment)
+        if found is not None:
+            found.trust()
+        return found
 
     def purge(self, keep: set[str]) -> None:
         """Delete the tiles of all fragments but these, and what interrupted writers left."""
@@ -219,16 +214,6 @@ class TileCache:
             if path.suffix != ".arrow" or path.stem not in keep:
                 self._open.pop(path.stem, None)
                 with contextlib.suppress(OSError):
-                    path.unlink()
-
-    def sweep(self) -> None:
-        """Delete what killed writers had begun; once, before this process writes anything."""
-        if self._swept or self.folder is None:
-            return
-        self._swept = True
-        for path in self.folder.glob(".*.tmp"):
-            with contextlib.suppress(OSError), open(path, "r+b") as file:
-                if try_lock(file.fileno(), fcntl.F_WRLCK):
                     path.unlink()
 
     def intact(self, fragment: Fragment) -> bool:
@@ -242,76 +227,6 @@ class TileCache:
         except Exception:  # whatever Arrow says of damage
             return False
         return True
-
-
-class _Sink:
-    """A tile file that is being written; it takes its name when it is whole.
-
-    Its lock, which ends with this process at the latest, tells it from what a killed one left.
-    """
-
-    def __init__(self, cache: TileCache, fragment: Fragment) -> None:
-        assert cache.folder is not None
-        pa = _pyarrow()
-        self._cache, self._fragment = cache, fragment
-        self._writer: Any = None
-        self._tiles = 0
-        cache.folder.mkdir(exist_ok=True)
-        cache.sweep()
-        self._lock, self._temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=cache.folder)
-        try:
-            try_lock(self._lock, fcntl.F_WRLCK)
-            self._writer = pa.ipc.new_file(self._temporary, cache.layout.tile_schema(), metadata=_metadata(fragment))
-        except OSError:
-            self.discard()
-            raise
-
-    @classmethod
-    def open(cls, cache: TileCache, fragment: Fragment) -> _Sink | None:
-        """One for a fragment, if the cache can be written."""
-        try:
-            return cls(cache, fragment)
-        except OSError:
-            cache.writable = False
-            return None
-
-    def write(self, batch: pa.RecordBatch) -> bool:
-        """Add a tile; False if the disk does not take it, or it has been discarded."""
-        layout = self._cache.layout
-        if self._writer is None:
-            return False
-        try:
-            batch = batch.cast(layout.tile_schema())
-            self._writer.write_batch(batch, custom_metadata={b"xxh3": _digest(batch, layout, self._tiles)})
-        except OSError:
-            self.discard()
-            return False
-        self._tiles += 1
-        return True
-
-    def finish(self) -> None:
-        """Give the file its name, unless it has been discarded."""
-        if self._writer is None:
-            return
-        try:
-            self._writer.close()
-            os.chmod(self._temporary, ordinary_mode())
-            os.replace(self._temporary, self._cache._path(self._fragment))
-        except OSError:
-            pass
-        finally:
-            self.discard()
-
-    def discard(self) -> None:
-        """Delete the file, unless it has its name."""
-        writer, self._writer = self._writer, None
-        descriptor, self._lock = self._lock, -1
-        with contextlib.suppress(Exception):
-            writer.close()
-        if descriptor >= 0:
-            with contextlib.suppress(OSError):
-                os.unlink(self._temporary)
-            os.close(descriptor)
 
 
 def gather(layout: Layout, snapshot: Snapshot, cache: TileCache, places: np.ndarray) -> Templates:

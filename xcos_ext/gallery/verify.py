@@ -9,8 +9,10 @@ import numpy as np
 
 from xcos_ext.io.errors import GalleryDamagedError
 
-from .layout import checked_labels, damaged_rows
-from .store import Fragment, Snapshot, Store, first_line, ranges, reading
+from .labels import checked_labels
+from .layout import damaged_rows
+from .snapshot import Fragment, Snapshot, first_line, ranges, reading
+from .store import Store
 from .tiles import TileCache
 
 __all__ = ["verify"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
 from .errors import XCosError
 
-__all__ = ["MissingPackageError", "need"]
+__all__ = ["MissingPackageError", "gallery_package", "need"]
 
 _PIP_NAMES = {"PIL": "pillow", "cv2": "opencv-python-headless", "faiss": "faiss-cpu", "lance": "pylance"}
 
@@ -35,3 +36,9 @@ def need(module: str, purpose: str, *, extra: str = "cli") -> Any:
         missing = isinstance(error, ModuleNotFoundError) and error.name == top
         reason = "which is not installed" if missing else f"which cannot be loaded ({error})"
         raise MissingPackageError(f"{purpose} needs {package}, {reason}: pip install 'xcos_ext[{extra}]'") from error
+
+
+@functools.cache
+def gallery_package(module: str) -> Any:
+    """A module of the ``gallery`` extra: lance (its package is called pylance), pyarrow, xxhash, filelock."""
+    return need(module, "a gallery", extra="gallery")

@@ -1,0 +1,271 @@
+"""Scoring probes against a stream of tiles: exact lists, fused probes, persons, and the exact re-rank of candidates."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from xcos_ext.ops.templates import Templates, result_dtype
+from xcos_ext.ops.xcos_matrix import AllPairs
+from xcos_ext.ops.xcos_topk import TopkLists, XCosTopk, best_of, columns_at_a_time
+
+from .stream import Tile
+
+__all__ = ["Fusion", "Groups", "attention_of", "exact_topk", "persons_topk", "rerank"]
+
+Fusion = Literal["max", "mean"]
+
+# Scores of groups against persons that are kept at a time.
+_TABLE_BYTES = 128 << 20
+# Faces of a coarse list that are gathered at a time.
+_GATHER_FACES = 16384
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Probes that are the same person, whose scores become one.
+
+    Attributes:
+        labels: of the groups, in the order in which they first appear.
+        codes: group of each probe, int64 [P].
+        fusion: "max" or "mean" of a group's scores.
+    """
+
+    labels: tuple[Any, ...]
+    codes: Tensor
+    fusion: Fusion
+
+    @classmethod
+    def of(cls, labels: Sequence[Any], fusion: Fusion) -> Groups:
+        """Groups of probes with equal labels."""
+        codes: dict[Any, int] = {}
+        each = [codes.setdefault(label, len(codes)) for label in labels]
+        return cls(tuple(codes), torch.tensor(each, dtype=torch.int64), fusion)
+
+    def rounds(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """(groups, probes): the first probe of every group, then the second of those that have one, ..."""
+        order = self.codes.argsort(stable=True)
+        sorted_codes = self.codes[order]
+        starts = torch.searchsorted(sorted_codes, torch.arange(len(self.labels)))
+        rank = torch.arange(len(order)) - starts[sorted_codes]
+        count = int(rank.max()) + 1 if len(order) else 0
+        return [(sorted_codes[rank == r].to(device), order[rank == r].to(device)) for r in range(count)]
+
+    def fuse(self, scores: Tensor, rounds: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Scores [P, M] of the probes to scores [groups, M]; NaN where any is NaN."""
+        (_, first), *rest = rounds
+        fused = scores[first]
+        for groups, probes in rest:
+            more = scores[probes]
+            if self.fusion == "max":
+                fused[groups] = torch.maximum(fused[groups], more)
+            else:
+                fused[groups] += more
+        if self.fusion == "mean":
+            sizes = torch.bincount(self.codes, minlength=len(self.labels)).to(fused.device, fused.dtype)
+            fused /= sizes.unsqueeze(1)
+        return fused
+
+
+def attention_of(attention: Tensor | str, chosen: Tensor | slice) -> Tensor | str:
+    """The attention of some of the probes: their maps where each has one of its own."""
+    if not isinstance(attention, Tensor) or attention.dim() != 3:
+        return attention
+    return attention[chosen if isinstance(chosen, slice) else chosen.to(attention.device)]
+
+
+def _blocks(
+    tiles: Iterable[Tile], probes: Templates, attention: Tensor | str, groups: Groups | None
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """(place, scores [probes or groups, M], excluded) of consecutive faces."""
+    rounds = None if groups is None else groups.rounds(probes.device)
+    for tile in tiles:
+        pairs = AllPairs("gallery.search", probes, tile.templates, attention)
+        count = len(tile.templates)
+        # All probes at once: a group's may be anywhere.
+        step = columns_at_a_time(len(probes), pairs.dtype, probes.device)
+        for start in range(0, count, step):
+            part = slice(start, min(start + step, count))
+            scores = pairs.scores(gallery=part)
+            if groups is not None and rounds is not None:
+                scores = groups.fuse(scores, rounds)
+            yield tile.first + start, scores, None if tile.excluded is None else tile.excluded[part]
+
+
+def exact_topk(
+    tiles: Iterable[Tile],
+    probes: Templates,
+    k: int,
+    attention: Tensor | str,
+    *,
+    min_score: float = -math.inf,
+    groups: Groups | None = None,
+    exclude: Tensor | None = None,
+) -> XCosTopk:
+    """The k best faces of every probe or group; indices are places.
+
+    Args:
+        tiles: in order.
+        probes: P of them.
+        k: hits.
+        attention: as in :func:`xcos_ext.xcos_topk`.
+        min_score: lower scores are no hits.
+        groups: probes that are fused.
+        exclude: int64 [P, E], places that a probe must not get.
+    """
+    rows = len(probes) if groups is None else len(groups.labels)
+    lists = TopkLists(rows, k, result_dtype(probes.dtype), probes.device, min_score)
+    if groups is not None:
+        for place, scores, excluded in _blocks(tiles, probes, attention, groups):
+            lists.add_scores(scores, place, exclude_mask=None if excluded is None else excluded.unsqueeze(0))
+        return lists.result
+    for tile in tiles:
+        faces, excluded = tile.templates, tile.excluded
+        kept = None
+        if excluded is not None:
+            kept = (~excluded).nonzero().squeeze(1)
+            if 2 * len(kept) > len(faces):
+                kept = None
+        if kept is None:
+            lists.add_pairs(
+                AllPairs("gallery.search", probes, faces, attention),
+                tile.first,
+                exclude_indices=exclude,
+                exclude_mask=None if excluded is None else excluded.unsqueeze(0),
+            )
+        elif len(kept):
+            # Few faces count: scoring the others would cost more than taking these out.
+            part = TopkLists(rows, k, lists.values.dtype, probes.device, min_score)
+            hidden = None
+            if exclude is not None:
+                at = torch.searchsorted(kept, exclude - tile.first).clamp_max(len(kept) - 1)
+                hidden = torch.where(kept[at] == exclude - tile.first, at, -1)
+            part.add_pairs(AllPairs("gallery.search", probes, faces[kept], attention), 0, exclude_indices=hidden)
+            found = part.indices
+            lists.add_lists(part.values, torch.where(found < 0, -1, tile.first + kept[found.clamp_min(0)]))
+    return lists.result
+
+
+def persons_topk(
+    tiles: Callable[[], Iterable[Tile]],
+    persons: np.ndarray,
+    count: int,
+    probes: Templates,
+    k: int,
+    attention: Tensor | str,
+    *,
+    fusion: Fusion,
+    min_score: float = -math.inf,
+    groups: Groups | None = None,
+    reduce: Callable[[Tensor, Literal["max", "sum"]], Tensor],
+) -> XCosTopk:
+    """The k best persons of every probe or group; indices are persons' codes.
+
+    Args:
+        tiles: makes the stream; probes beyond the table that memory holds pass by in a stream of their own.
+        persons: code of each place's person, int64 [places]; lower codes win ties.
+        count: number of persons.
+        probes, k, attention, min_score, groups: as in :func:`exact_topk`.
+        fusion: a person's score is the "max" or the "mean" of its faces'.
+        reduce: puts the tables of those together who search other parts of the gallery.
+    """
+    wide = result_dtype(probes.dtype)
+    codes = torch.from_numpy(persons).to(probes.device)
+    room = max(1, _TABLE_BYTES // max(1, count * wide.itemsize))
+    parts = []
+    for chosen, part_groups in _portions(len(probes), groups, room):
+        some, weights = probes[chosen], attention_of(attention, chosen)
+        rows = len(some) if part_groups is None else len(part_groups.labels)
+        start = -math.inf if fusion == "max" else 0.0
+        table = torch.full((rows, count), start, dtype=wide, device=probes.device)
+        sizes = torch.zeros(count, dtype=wide, device=probes.device)
+        for place, scores, excluded in _blocks(tiles(), some, weights, part_groups):
+            kept = None if excluded is None else (~excluded).nonzero().squeeze(1)
+            columns = codes[place : place + scores.shape[1]]
+            if kept is not None:
+                scores, columns = scores[:, kept], columns[kept]
+            if fusion == "max":
+                # A face without a score says nothing of its person.
+                _raise_to(table, columns, scores.nan_to_num(nan=-math.inf, neginf=-math.inf))
+            else:
+                table.index_add_(1, columns, scores)
+                sizes.index_add_(0, columns, sizes.new_ones(len(columns)))
+        if fusion == "mean":
+            table, sizes = reduce(table, "sum"), reduce(sizes, "sum")
+            table = torch.where(sizes > 0, table / sizes, -math.inf)
+        else:
+            table = reduce(table, "max")
+        lists = TopkLists(rows, k, wide, probes.device, min_score)
+        # -inf marks a person of whom no face counts.
+        lists.add_scores(table, 0, exclude_mask=table == -math.inf)
+        parts.append(lists.result)
+    return XCosTopk(torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts]))
+
+
+def _raise_to(table: Tensor, columns: Tensor, scores: Tensor) -> None:
+    """table[:, columns[j]] = max(itself, scores[:, j]), columns may repeat."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "index_reduce", UserWarning)  # "in beta"; scatter_reduce is 3.5 times slower
+        table.index_reduce_(1, columns, scores, "amax")
+
+
+def _portions(count: int, groups: Groups | None, room: int) -> Iterator[tuple[Tensor | slice, Groups | None]]:
+    """Probes (or groups with all of their probes) a table's worth at a time."""
+    if groups is None:
+        for start in range(0, max(count, 1), room):
+            yield slice(start, start + room), None
+        return
+    for start in range(0, max(len(groups.labels), 1), room):
+        labels = groups.labels[start : start + room]
+        chosen = ((groups.codes >= start) & (groups.codes < start + len(labels))).nonzero().squeeze(1)
+        yield chosen, Groups(labels, groups.codes[chosen] - start, groups.fusion)
+
+
+def rerank(
+    gather: Callable[[np.ndarray], Templates],
+    score: Callable[[int, Templates], Tensor],
+    candidates: Tensor,
+    k: int,
+    *,
+    min_score: float = -math.inf,
+) -> XCosTopk:
+    """The k best of each row's candidates by their exact scores; indices are places.
+
+    Args:
+        gather: templates of places.
+        score: exact scores [1, M] of a row (a probe or a group) against faces.
+        candidates: places, int64 [rows, R]; -1 where there are fewer.
+        k: hits.
+        min_score: lower scores are no hits.
+    """
+    places = candidates.cpu().numpy()
+    rows, width = places.shape
+    parts = []
+    step = max(1, _GATHER_FACES // max(1, width))
+    for start in range(0, rows, step):
+        # Candidates of several rows overlap, and are read in one go.
+        block = places[start : start + step]
+        unique = np.unique(block[block >= 0])
+        faces = gather(unique)
+        for row in range(start, min(start + step, rows)):
+            own = np.sort(places[row][places[row] >= 0])
+            scores = score(row, faces[torch.from_numpy(np.searchsorted(unique, own))])
+            usable = (scores >= min_score) & ~scores.isnan()
+            found = torch.from_numpy(own).to(scores.device).unsqueeze(0)
+            missing = max(k - len(own), 0)
+            parts.append(
+                best_of(
+                    pad(torch.where(usable, scores, -math.inf), (0, missing), value=-math.inf),
+                    pad(torch.where(usable, found, -1), (0, missing), value=-1),
+                    k,
+                )
+            )
+    return XCosTopk(torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts]))

@@ -1,0 +1,388 @@
+"""One committed version of a gallery, as its readers see it. Nothing here knows how faces are scored."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from xcos_ext.io.errors import GalleryDamagedError, GalleryError
+from xcos_ext.io.optional import gallery_package
+
+from .labels import LABELS, checked_labels
+from .layout import Layout, damaged_rows
+from .locks import ReaderLock
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["DATA", "Fragment", "Snapshot", "engine_failed", "first_line", "ranges", "reading"]
+
+#: Folder of Lance's data set in a gallery's folder.
+DATA = "templates.lance"
+
+_IO_BYTES = 128 << 20  # read ahead of what is being used
+_IDS_AT_ONCE = 4096  # that are looked up
+
+
+@dataclass(frozen=True, eq=False)
+class Fragment:
+    """Rows that were written together; they never change, but some may be deleted.
+
+    Attributes:
+        number: Lance's.
+        key: names the fragment's data for good, whatever is deleted.
+        first: position of its first row among all rows of the snapshot, deleted ones included.
+        rows: all of them.
+        deleted: offsets of the deleted ones, ascending.
+        paths: of its data files.
+    """
+
+    number: int
+    key: str
+    first: int
+    rows: int
+    deleted: np.ndarray
+    paths: tuple[str, ...]
+
+
+class Snapshot:
+    """One committed version, as its readers see it whatever is written meanwhile.
+
+    A row's *place* counts all rows, deleted ones included; its *position* counts the others only, and is what users
+    see. Both rise in the order in which rows were added.
+
+    Attributes:
+        dataset: Lance's.
+        version: of the data set.
+        layout: of the rows.
+        fragments: in order.
+        places: number of rows, deleted ones included.
+    """
+
+    def __init__(self, dataset: Any, layout: Layout, lock: ReaderLock | None = None) -> None:
+        self.dataset = dataset
+        self.version = int(dataset.version)
+        self.layout = layout
+        self._lock = lock  # lives as long as whoever still reads
+        self.fragments: list[Fragment] = []
+        self.places = 0
+        for fragment in dataset.get_fragments():
+            paths = tuple(file.path for file in fragment.data_files())
+            rows = fragment.physical_rows
+            deleted = np.empty(0, np.int64)
+            if fragment.num_deletions:
+                live = self._addresses(fragments=[fragment]) & 0xFFFFFFFF
+                deleted = np.setdiff1d(np.arange(rows), live, assume_unique=True)
+            key = hashlib.blake2b("/".join(paths).encode(), digest_size=16).hexdigest()
+            self.fragments.append(Fragment(fragment.fragment_id, key, self.places, rows, deleted, paths))
+            self.places += rows
+
+    def _addresses(self, **options: Any) -> np.ndarray:
+        """Row addresses of a scan: fragment number * 2^32 + offset, in order."""
+        table = self.dataset.scanner(columns=[], with_row_address=True, scan_in_order=True, **options).to_table()
+        return table.column("_rowaddr").to_numpy().astype(np.int64)
+
+    @functools.cached_property
+    def deleted(self) -> np.ndarray:
+        """Places of the deleted rows, ascending."""
+        return np.concatenate([np.empty(0, np.int64), *(f.first + f.deleted for f in self.fragments)])
+
+    @property
+    def rows(self) -> int:
+        """Faces that can be found."""
+        return self.places - len(self.deleted)
+
+    @functools.cached_property
+    def mark(self) -> str:
+        """Names what the places hold: equal for versions of the same rows."""
+        parts = [f"{f.key}:{f.rows}" for f in self.fragments]
+        digest = hashlib.blake2b("/".join(parts).encode(), digest_size=16)
+        digest.update(self.deleted.tobytes())
+        return digest.hexdigest()
+
+    def positions(self, places: np.ndarray) -> np.ndarray:
+        """Positions of places that are not deleted."""
+        return places - np.searchsorted(self.deleted, places)
+
+    def places_of(self, positions: np.ndarray) -> np.ndarray:
+        """Places of positions."""
+        # The i-th deleted row is at place d_i, so d_i - i rows that are not deleted come before it.
+        return positions + np.searchsorted(self.deleted - np.arange(len(self.deleted)), positions, side="right")
+
+    @functools.cached_property
+    def starts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the fragments, and their first places."""
+        numbers = np.array([f.number for f in self.fragments], np.int64)
+        firsts = np.array([f.first for f in self.fragments], np.int64)
+        return numbers, firsts
+
+    def select(self, where: str) -> np.ndarray:
+        """Places of the rows that a filter selects, ascending.
+
+        Raises:
+            GalleryError: the filter cannot be understood, or fails.
+        """
+        if not isinstance(where, str):
+            raise GalleryError(f"where: expected a filter like \"person = 'Ann'\", got {type(where).__name__}")
+        try:
+            addresses = self._addresses(filter=where)
+        except BaseException as error:
+            if not engine_failed(error):
+                raise
+            if not str(error).startswith("Invalid user input"):
+                self._check_labels()  # the condition may be right, and the rows wrong
+            raise GalleryError(f"where: expected an SQL condition, got {where!r}: {first_line(error)}") from error
+        return np.sort(self._places(addresses))
+
+    def _places(self, addresses: np.ndarray) -> np.ndarray:
+        """Places of row addresses."""
+        addresses = addresses.astype(np.int64)
+        numbers, firsts = self.starts
+        order = np.argsort(numbers)
+        found = order[np.searchsorted(numbers, addresses >> 32, sorter=order)]
+        return firsts[found] + (addresses & 0xFFFFFFFF)
+
+    def labels(self, places: np.ndarray, columns: Sequence[str] = LABELS) -> dict[str, list[Any]]:
+        """Labels of rows, in the order asked for; metadata parsed.
+
+        Raises:
+            GalleryDamagedError: they are not what was written, or cannot be read.
+        """
+        if len(places) == 0:
+            return {name: [] for name in columns}
+        unique, inverse = np.unique(self.positions(places), return_inverse=True)
+        columns_read = [*LABELS, "label_checksum"]  # all of them: their checksum is one
+        try:
+            with reading(self):
+                found, wrong = checked_labels(self.dataset.take(unique.tolist(), columns=columns_read))
+        except GalleryDamagedError as error:
+            unread = [part for part, rows in self.pieces(unique, columns_read) if rows is None]
+            if not unread:
+                raise
+            raise _damaged_labels(np.concatenate(unread)) from error
+        if wrong:
+            raise _damaged_labels(unique[wrong])
+        return {name: [found[name][i] for i in inverse] for name in columns}
+
+    def probe(self, fragment: Fragment) -> None:
+        """Read a row in each of the ways in which rows are read: files say in several places where a column is.
+
+        Raises:
+            GalleryDamagedError: one of them fails.
+        """
+        tiles = [field.name for field in self.layout.tile_schema()]
+        with reading(self, fragment):
+            for columns in (*([name] for name in LABELS), [*LABELS, "label_checksum"], tiles):
+                for _ in self.scan(columns, fragments=[self.dataset.get_fragment(fragment.number)], limit=1):
+                    pass
+
+    def _check_labels(self) -> None:
+        for fragment in self.fragments:
+            self.probe(fragment)
+        done = 0
+        with reading(self):
+            for batch in self.scan([*LABELS, "label_checksum"]):
+                _, wrong = checked_labels(batch)
+                if wrong:
+                    raise _damaged_labels(done + np.array(wrong))
+                done += batch.num_rows
+
+    def pieces(
+        self, positions: np.ndarray, columns: Sequence[str], size: int = 4096, tries: int = 512
+    ) -> Iterator[tuple[np.ndarray, pa.Table | None]]:
+        """Rows that cannot all be read: those that can, and None for those that cannot.
+
+        Args:
+            positions: of the rows, ascending.
+            columns: that are read.
+            size: rows read at a time; where that fails, ever fewer.
+            tries: failures after which no more is narrowed down.
+        """
+        waiting = [positions[start : start + size] for start in range(0, len(positions), size)][::-1]
+        while waiting:
+            piece = waiting.pop()
+            try:
+                rows = self.dataset.take(piece.tolist(), columns=list(columns))
+            except BaseException as error:
+                if not engine_failed(error):
+                    raise
+                rows = None
+                if len(piece) > 1 and tries > 0:
+                    tries -= 1
+                    waiting += [piece[len(piece) // 2 :], piece[: len(piece) // 2]]
+                    continue
+            yield piece, rows
+
+    def ids(self) -> Iterator[pa.Array]:
+        """All ids, in order, some at a time."""
+        with reading(self):
+            yield from (b.column("id") for b in self.scan(["id"], batch_size=65536))
+
+    def find(self, ids: Iterable[str]) -> dict[str, int]:
+        """Positions of those of the ids that there are."""
+        wanted = sorted(set(ids))
+        found: dict[str, int] = {}
+        for start in range(0, len(wanted), _IDS_AT_ONCE):
+            field = gallery_package("pyarrow.compute").field("id")
+            options = {
+                "columns": ["id"],
+                "with_row_address": True,
+                "filter": field.isin(wanted[start : start + _IDS_AT_ONCE]),
+            }
+            with reading(self):
+                table = self.dataset.scanner(**options).to_table()
+            places = self._places(table.column("_rowaddr").to_numpy())
+            found.update(zip(table.column("id").to_pylist(), self.positions(places).tolist(), strict=True))
+        return found
+
+    def scan(self, columns: Sequence[str], **options: Any) -> Iterator[pa.RecordBatch]:
+        """Rows in order, in bounded memory."""
+        options.setdefault("batch_size", self.layout.tile_rows)
+        yield from self.dataset.scanner(
+            columns=list(columns),
+            batch_readahead=1,
+            fragment_readahead=1,
+            io_buffer_size=_IO_BYTES,
+            scan_in_order=True,
+            **options,
+        ).to_batches()
+
+    def fragment_batches(
+        self, fragment: Fragment, begin: int = 0, end: int | None = None, *, dead: Callable[[], None] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """Rows of a fragment, deleted ones included: their templates and checksums, a tile at a time.
+
+        Args:
+            fragment: whose.
+            begin, end: offsets of a part; None: to the last.
+            dead: is called before a batch with damage in deleted rows alone, which hurts nobody.
+
+        Raises:
+            GalleryDamagedError: rows that are not what was written, or cannot be read.
+        """
+        from_lance = self.dataset.get_fragment(fragment.number)
+        columns = [field.name for field in self.layout.tile_schema()]
+        end = fragment.rows if end is None else end
+        done = begin
+        part = {} if (begin, end) == (0, fragment.rows) else {"offset": begin, "limit": end - begin}
+        with reading(self, fragment):
+            batches = self.scan(
+                columns,
+                fragments=[from_lance],
+                include_deleted_rows=True,
+                with_row_id=True,
+                batch_size=self.layout.tile_rows,
+                strict_batch_size=True,
+                **part,
+            )
+            for batch in batches:
+                wrong = damaged_rows(self.layout, batch)
+                if wrong:
+                    offsets = [done + row for row in wrong]
+                    if not np.isin(offsets, fragment.deleted).all():
+                        raise self.damage(fragment, offsets)
+                    if dead is not None:
+                        dead()
+                done += batch.num_rows
+                yield batch.select(columns)
+        if done != end:
+            raise self.damage(fragment, list(range(done, end)))
+
+    def damage(self, fragment: Fragment, offsets: Sequence[int], what: str = "templates") -> GalleryDamagedError:
+        """The error for damaged rows of a fragment."""
+        alive = np.setdiff1d(np.asarray(offsets, np.int64), fragment.deleted)
+        positions = self.positions(fragment.first + alive).tolist()
+        path = f"{DATA}/data/{fragment.paths[0]}" if fragment.paths else DATA
+        return GalleryDamagedError(
+            f"gallery: {what} at positions {ranges(positions)} are not what was written ({path}); "
+            "xcos gallery verify lists all damage",
+            positions,
+        )
+
+
+def ranges(positions: Sequence[int], most: int = 8) -> str:
+    """Positions in words: 3, 7-12, ..."""
+    runs: list[list[int]] = []
+    for position in positions:
+        if runs and position == runs[-1][1] + 1:
+            runs[-1][1] = position
+        else:
+            runs.append([position, position])
+    words = [str(a) if a == b else f"{a}-{b}" for a, b in runs[:most]]
+    return ", ".join(words) + (", ..." if len(runs) > most else "") or "(deleted rows only)"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an engine's message, without the source line that it ends with."""
+    text = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return text.partition(", /")[0][:300]
+
+
+def _damaged_labels(positions: np.ndarray) -> GalleryDamagedError:
+    listed = positions.tolist()
+    return GalleryDamagedError(
+        f"gallery: labels at positions {ranges(listed)} are not what was written; xcos gallery verify lists all damage",
+        listed,
+    )
+
+
+def engine_failed(error: BaseException) -> bool:
+    """Whether an error may be the engine's, whose panics are no Exceptions.
+
+    Raises:
+        KeyboardInterrupt, SystemExit: the engine has wrapped what a signal's handler raised; it is no failure.
+    """
+    if "External error: KeyboardInterrupt:" in str(error):
+        raise KeyboardInterrupt from error
+    _, wrapped, text = str(error).partition("External error: SystemExit:")
+    if wrapped:
+        code = text.split(",")[0].strip()
+        raise SystemExit(int(code) if code.isdecimal() else code or None) from error
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+@contextlib.contextmanager
+def reading(snapshot: Snapshot, fragment: Fragment | None = None) -> Iterator[None]:
+    """Turn the engine's failures into errors that say which rows cannot be read."""
+    try:
+        yield
+    except (GalleryError, GeneratorExit, KeyboardInterrupt, MemoryError):
+        raise
+    except BaseException as error:
+        if not engine_failed(error):
+            raise
+        parts = snapshot.fragments if fragment is None else [fragment]
+        gone = [f for f in parts for path in f.paths if not data_path(snapshot, path).exists()]
+        if gone and not _listed(snapshot):
+            raise GalleryError(
+                f"gallery: version {snapshot.version} is gone: it was compacted meanwhile; open the gallery again"
+            ) from error
+        if fragment is None:
+            raise GalleryDamagedError(
+                f"gallery: cannot be read ({first_line(error)}); xcos gallery verify says what is damaged"
+            ) from error
+        rows = np.setdiff1d(np.arange(fragment.rows), fragment.deleted)
+        positions = snapshot.positions(fragment.first + rows).tolist()
+        raise GalleryDamagedError(
+            f"gallery: faces at positions {ranges(positions)} cannot be read "
+            f"({DATA}/data/{fragment.paths[0]}: {first_line(error)})",
+            positions,
+        ) from error
+
+
+def data_path(snapshot: Snapshot, path: str) -> Path:
+    """Where a fragment's file is."""
+    return Path(snapshot.dataset.uri.removeprefix("file://")) / "data" / path
+
+
+def _listed(snapshot: Snapshot) -> bool:
+    with contextlib.suppress(Exception):
+        return any(v["version"] == snapshot.version for v in snapshot.dataset.versions())
+    return False

@@ -241,26 +241,6 @@ def test_read_face(tmp_path: Path, cascade: CascadeDetector) -> None:
     assert read_face(tmp_path / "a.png", cascade, size=(96, 96)).rgb.shape == (96, 96, 3)
 
 
-def test_rotated_by_exif_gives_the_same_face(tmp_path: Path, cascade: CascadeDetector) -> None:
-    upright = portrait()
-    Image.fromarray(upright).save(tmp_path / "a.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(np.ascontiguousarray(np.rot90(upright))).save(tmp_path / "b.png", exif=exif)
-    a, b = read_face(tmp_path / "a.png", cascade), read_face(tmp_path / "b.png", cascade)
-    assert (a.rgb == b.rgb).all()
-
-
-def test_grey_alpha_and_sixteen_bits_give_nearly_the_same_face(tmp_path: Path, cascade: CascadeDetector) -> None:
-    grey = np.asarray(Image.fromarray(portrait()).convert("L"))
-    Image.fromarray(grey).save(tmp_path / "a.png")
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "b.png")
-    Image.fromarray(np.dstack([grey] * 3 + [np.full_like(grey, 255)])).save(tmp_path / "c.png")
-    crops = [read_face(tmp_path / f"{name}.png", cascade).rgb for name in "abc"]
-    assert (crops[0] == crops[1]).all()
-    assert (crops[0] == crops[2]).all()
-
-
 def test_aligned_crops(tmp_path: Path) -> None:
     crop = np.random.default_rng(0).integers(0, 256, (112, 112, 3), dtype=np.uint8)
     Image.fromarray(crop).save(tmp_path / "a.png")

@@ -14,6 +14,7 @@ from xcos_ext.io.text import display_name
 
 from .alignment import ARCFACE_TEMPLATE, apply_transform, compose, invert, similarity_transform, warp
 from .detector import Face, check_picture, scaled_copy
+from .landmarks import MIRRORED
 
 __all__ = ["YuNetDetector"]
 
@@ -24,7 +25,6 @@ _SEARCH = (640, 1280)
 _CROP = 320
 _EYE_DISTANCES = (36.0, 64.0, 80.0)
 _REFINED = 16  # largest faces of a picture that get this second reading; a crowd would take seconds
-_MIRRORED = [1, 0, 2, 4, 3]
 
 
 class YuNetDetector:
@@ -116,7 +116,7 @@ class YuNetDetector:
                     continue
                 points = rows[:, 4:14].reshape(-1, 5, 2)
                 if mirror:
-                    points = points[:, _MIRRORED]
+                    points = points[:, MIRRORED]
                     points[:, :, 0] = _CROP - 1 - points[:, :, 0]
                 error = np.linalg.norm(points - expected, axis=2).mean(1)
                 best = int(error.argmin())

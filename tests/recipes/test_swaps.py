@@ -194,7 +194,7 @@ def test_a_batch_says_of_each_cell_what_the_teacher_says_of_its_owner(sources: D
     batch = task.batch(BatchIndex(0, 3), 8)["swaps"]
     assert torch.equal(batch["images"], task.batch(BatchIndex(0, 3), 8)["swaps"]["images"])
     assert batch["images"].dtype == torch.uint8 and batch["images"].shape == (6, 3, 112, 112)
-    answers = sources.told
+    answers = sources.answers
     assert answers is not None
     everything = answers.features.flatten(0, 1).permute(0, 2, 3, 1)  # [2N, h, w, K]
     owners = sources.pictures.people.repeat(2)

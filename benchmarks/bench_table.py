@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from xcos_ext.bench import RUNTIMES, STAGES, Key, Report, Result, read_report
-from xcos_ext.bench.report import HEAD_TARGET
-from xcos_ext.bench.text import duration, rate, span
+from xcos_ext.bench.results import HEAD_TARGET
+from xcos_ext.io.durations import duration, rate, span
 
 FOLDER = Path(__file__).resolve().parent / "results" / "bench"
 PENDING = "Pending: not measured in a committed results file yet.\n"

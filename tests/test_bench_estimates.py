@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from xcos_ext.bench.statistics import MOST_SAMPLES, drift, latency, mann_whitney, ratio, thin
-from xcos_ext.bench.text import duration, rate, span
+from xcos_ext.bench.estimates import MOST_SAMPLES, drift, latency, mann_whitney, ratio, thin
+from xcos_ext.io.durations import duration, rate, span
 
 
 def rounds_of(

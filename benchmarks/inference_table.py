@@ -9,13 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from harness import duration
+
 FILE = Path(__file__).resolve().parent / "results" / "models" / "inference.json"
 COLUMNS = ("way", "times faster than eager", "than onnxruntime fp32", "time per pair", "score error", "built in")
-
-
-def _duration(seconds: float) -> str:
-    unit, scale = next((pair for pair in (("s", 1.0), ("ms", 1e-3)) if seconds >= pair[1]), ("µs", 1e-6))
-    return f"{seconds / scale:.3g} {unit}"
 
 
 def _ratio(spread: dict[str, float] | None) -> str:
@@ -30,9 +27,9 @@ def _row(name: str, row: dict[str, Any], pairs: int, chosen: dict[str, str]) -> 
         shown,
         _ratio(row.get("times_eager")),
         _ratio(row.get("times_onnxruntime")),
-        _duration(row["seconds"]["median"] / pairs),
+        duration(row["seconds"]["median"] / pairs),
         f"{row['error']:.0e}" if row["error"] else "0",
-        _duration(row["build_seconds"]),
+        duration(row["build_seconds"]),
     )
     return f"| {' | '.join(cells)} |"
 

@@ -34,6 +34,7 @@ import gpu_table
 import inference_table
 import models_table
 import onnx_table
+from harness import duration
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -63,17 +64,10 @@ TABLES = {
 ALL_PAIRS = ("xcos_topk/", "xcos_matrix/")
 
 
-def _time(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
-
-
 def _cell(timing: dict[str, Any] | None) -> str:
     if timing is None:
         return ""
-    return f"{_time(timing['median'])} ({_time(timing['low'])} – {_time(timing['high'])})"
+    return f"{duration(timing['median'])} ({duration(timing['low'])} – {duration(timing['high'])})"
 
 
 def _heading(results: dict[str, Any]) -> list[str]:
@@ -96,7 +90,7 @@ def _targets(rows: list[dict[str, Any]]) -> list[str]:
         for target in row["targets"]:
             reached = target["reached"]
             text = (
-                _time(reached)
+                duration(reached)
                 if "under 10 us" in target["text"]
                 else f"{reached:.0f}"
                 if reached >= 100
@@ -148,7 +142,7 @@ def _matrix_table(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         facts = row["facts"]
         peers = "; ".join(
-            f"{name}{' (scaled)' if name in row['scaled'] else ''} {_time(row['seconds'][name]['median'])}, "
+            f"{name}{' (scaled)' if name in row['scaled'] else ''} {duration(row['seconds'][name]['median'])}, "
             f"**{_times(speed['median'])}**"
             for name, speed in row["speedup"].items()
             if name != "gemm"

@@ -31,7 +31,8 @@ _FEATURES_AT_ONCE = 1000
 #: What belongs to one batch size.
 _OF_A_BATCH = ("images", "features", "reference", "compiled", "engine")
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def default_picture() -> Path | None:

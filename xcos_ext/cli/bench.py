@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from xcos_ext.io.durations import duration, rate, span
 from xcos_ext.io.errors import DeviceError, XCosError
@@ -198,7 +198,11 @@ def _write(data: dict[str, Any], path: str) -> None:
     from xcos_ext.io.atomic import write_atomically
 
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()) and None)
+
+    def write(file: BinaryIO) -> None:
+        file.write(text.encode())
+
+    write_atomically(path, write)
 
 
 def _draw(report: Report, path: str) -> None:

@@ -252,7 +252,7 @@ def _table(trials: Sequence[Trial], chosen: str) -> str:
             (
                 "*" if trial.name == chosen else "",
                 trial.name,
-                duration(spread and spread.median),
+                duration(None if spread is None else spread.median),
                 "" if spread is None else f"{duration(spread.low)} .. {duration(spread.high)}",
                 "" if speedup is None else f"{speedup.median:.2f} [{speedup.low:.2f}, {speedup.high:.2f}]",
                 "" if trial.error is None else f"{trial.error:.1e}",

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from xcos_ext.bench import Key, Settings, Subject
+from xcos_ext.bench import Key, Settings, Workload
 from xcos_ext.bench.cases import plan
 from xcos_ext.bench.runtimes import make_ready
 from xcos_ext.cli.app import xcos
@@ -30,17 +30,17 @@ DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}
 
 def keys(device: str, batches: tuple[int, ...] = (1, 16), dtypes: tuple[str, ...] = ("fp32",)) -> list[Key]:
     """The cases of a device."""
-    groups = plan(Settings(devices=(device,), batches=batches, dtypes=dtypes)).groups
+    groups = plan(Settings(devices=(device,), batches=batches, dtypes=dtypes))
     return [key for group in groups.values() for key in group]
 
 
-def step(key: Key, subject: Subject) -> Callable[[], Any]:
+def step(key: Key, workload: Workload) -> Callable[[], Any]:
     """What one call of a case does, its work included that goes on behind the host's back.
 
     Raises:
         Exception: the case cannot be run here; the message says why.
     """
-    ready = make_ready(key, subject)
+    ready = make_ready(key, workload)
     if not ready.on_device:
         return ready.call
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from xcos_ext.bench import RUNTIMES, STAGES, Key, Report, Result, read_report
-from xcos_ext.bench.report import HEAD_TARGET
+from xcos_ext.bench.results import HEAD_TARGET
 from xcos_ext.io.text import duration, rate, span
 
 FOLDER = Path(__file__).resolve().parent / "results" / "bench"
@@ -16,12 +16,9 @@ PENDING = "Pending: not measured in a committed results file yet.\n"
 def heading(report: Report) -> str:
     """What the figures belong to, one line."""
     machine = report.machine
-    gpu = machine.get("gpu", {}).get("name") if any(r.key.device == "cuda" for r in report.results) else None
-    threads = f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
-    where = "; ".join(filter(None, (f"{machine['processor']}, {threads}", gpu)))
     cold = ", caches emptied before every call" if report.settings.get("cold") else ""
     return (
-        f"{report.model['name']} (`{report.model['fingerprint']}`) on {where}; torch {machine['torch']}; commit "
+        f"{report.model['name']} (`{report.model['fingerprint']}`) on {report.place}; torch {machine['torch']}; commit "
         f"`{machine['commit'][:10]}`, {machine['date'][:10]}. Median of a call and its 95 % interval, runtimes in turns"
         f"{cold}."
     )

@@ -1,26 +1,26 @@
 """Measuring: contenders side by side in one run, medians with spread, results as JSON.
 
-Contenders of a case take turns round by round, so that a drift of the machine's speed meets all of them, each after one
-call that is not timed; ratios are taken within a round and their median is reported.
+Contenders of a case take turns (:mod:`xcos_ext.deploy.timing`); ratios are taken within a round and their median is
+reported.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import xcos_ext.bench
+from xcos_ext.deploy.timing import Contender, Spread, clock_for, measure_in_turns
+from xcos_ext.io.atomic import write_atomically
 
 SCHEMA = 1
+K = TypeVar("K")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -54,90 +54,78 @@ class Case:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
-class Timing:
-    """Seconds per call: median and quartiles over ``rounds``."""
-
-    median: float
-    low: float
-    high: float
-    rounds: int
-
-
-def _summary(samples: list[float]) -> Timing:
-    ordered = sorted(samples)
-    n = len(ordered)
-    return Timing(statistics.median(ordered), ordered[n // 4], ordered[(3 * n) // 4], n)
-
-
-def spread(samples: list[float]) -> dict[str, float]:
+def spread(samples: Sequence[float]) -> dict[str, float]:
     """Median, quartiles and number of samples, for a results file."""
-    return asdict(_summary(samples))
+    found = Spread.of(samples)
+    return {"median": found.median, "low": found.low, "high": found.high, "rounds": found.samples}
 
 
-def _time_once(function: Callable[[], Any], repeats: int, device: str) -> float:
-    if device == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(repeats):
-            function()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / repeats
-    begin = time.perf_counter()
-    for _ in range(repeats):
-        function()
-    return (time.perf_counter() - begin) / repeats
+def _ratios(top: Sequence[float], bottom: Sequence[float], scale: float = 1.0) -> dict[str, float]:
+    return spread([scale * a / b for a, b in zip(top, bottom, strict=True)])
+
+
+def in_turns(
+    calls: Mapping[K, Callable[[], Any]], seconds: float, device: torch.device | str = "cpu"
+) -> dict[K, list[float]]:
+    """Seconds a call, one figure a round, of calls that take turns.
+
+    Args:
+        calls: by name.
+        seconds: to spend on all of them; seven rounds are made in any case.
+        device: whose clock counts.
+
+    Raises:
+        Exception: what a call raises.
+    """
+    contenders = [Contender(call, clock_for(device)) for call in calls.values()]
+    samples = {}
+    found = measure_in_turns(contenders, seconds / len(contenders), one_by_one=False, least=7)
+    for name, measured in zip(calls, found, strict=True):
+        if measured.failure is not None:
+            raise measured.failure
+        samples[name] = measured.bursts
+    return samples
 
 
 def measure(case: Case) -> dict[str, Any]:
     """Times the contenders of a case in turns and returns its row of the results file."""
-    repeats = {}
-    for name, function in case.contenders.items():
-        function()  # compiles, allocates, warms up
-        once = min(_time_once(function, 1, case.device) for _ in range(3))
-        repeats[name] = max(1, min(2000, int(2e-3 / max(once, 1e-9))))
-    samples: dict[str, list[float]] = {name: [] for name in case.contenders}
-    begin, rounds = time.perf_counter(), 0
-    while rounds < 7 or (time.perf_counter() - begin < case.budget and rounds < 101):
-        for name, function in case.contenders.items():
-            function()  # not timed: what the one before left in caches and in the allocator is not this one's
-            seconds = _time_once(function, repeats[name], case.device)
-            samples[name].append(seconds * case.scale.get(name, 1.0))
-        rounds += 1
-    timings = {name: _summary(values) for name, values in samples.items()}
+    samples = {
+        name: [case.scale.get(name, 1.0) * seconds for seconds in taken]
+        for name, taken in in_turns(case.contenders, case.budget, case.device).items()
+    }
+    timings = {name: spread(values) for name, values in samples.items()}
     row: dict[str, Any] = {
         "name": case.name,
         "device": case.device,
         "note": case.note,
-        "seconds": {name: asdict(timing) for name, timing in timings.items()},
+        "seconds": timings,
         "speedup": {},
         "bandwidth": {},
         "targets": [],
         "pairs": case.pairs,
         "scaled": sorted(case.scale),
-        "multiply_adds": {name: count / timings[name].median for name, count in case.multiply_adds.items()},
+        "multiply_adds": {name: count / timings[name]["median"] for name, count in case.multiply_adds.items()},
         "facts": case.facts,
     }
     ours = samples["xcos_ext"]
     for name in case.contenders:
         if name != "xcos_ext":
-            row["speedup"][name] = asdict(_summary([p / o for p, o in zip(samples[name], ours, strict=True)]))
+            row["speedup"][name] = _ratios(samples[name], ours)
     for name, size in case.bytes_moved.items():
-        row["bandwidth"][name] = size / timings[name].median
+        row["bandwidth"][name] = size / timings[name]["median"]
     if len(case.bytes_moved) == 2 and "xcos_ext" in case.bytes_moved:
         (peer,) = set(case.bytes_moved) - {"xcos_ext"}
         scale = case.bytes_moved["xcos_ext"] / case.bytes_moved[peer]
-        row["bandwidth_share"] = asdict(_summary([scale * p / o for p, o in zip(samples[peer], ours, strict=True)]))
+        row["bandwidth_share"] = _ratios(samples[peer], ours, scale)
     for peer, bound, text in case.targets:
         if peer == "seconds":
-            reached, met = timings["xcos_ext"].median, timings["xcos_ext"].median <= bound
+            reached, met = timings["xcos_ext"]["median"], timings["xcos_ext"]["median"] <= bound
         elif peer in case.facts:
             reached = case.facts[peer]
             met = reached <= bound
         elif peer == "pairs":
             assert case.pairs is not None
-            reached = case.pairs / timings["xcos_ext"].median
+            reached = case.pairs / timings["xcos_ext"]["median"]
             met = reached >= bound
         elif peer == "bandwidth":
             reached = row["bandwidth_share"]["median"]
@@ -158,16 +146,14 @@ def machine() -> dict[str, Any]:
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes a results file: complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"schema": SCHEMA, "machine": machine(), "cases": rows}, indent=1) + "\n")
-    os.replace(temporary, path)
+    text = json.dumps({"schema": SCHEMA, "machine": machine(), "cases": rows}, indent=1) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def duration(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds / 1e-9:.3g} ns"
+    """Three digits that count."""
+    unit, scale = next((u for u in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)) if seconds >= u[1]), ("ns", 1e-9))
+    return f"{seconds / scale:.3g} {unit}"
 
 
 def describe(row: dict[str, Any]) -> str:

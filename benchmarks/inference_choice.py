@@ -1,12 +1,12 @@
-"""Ways to run a model, beside each other and beside onnxruntime: what ``compile_for_inference`` finds on a machine.
+"""What ``compile_for_inference`` finds on a machine: its candidates beside each other and beside onnxruntime.
 
     OMP_NUM_THREADS=1 python benchmarks/inference_choice.py compact mobilefacenet_arcface.pt ir_se_50 \\
         --faces lfw112.zip --batches 1 16 --threads 1 --json benchmarks/results/models/inference.json
 
-Models are files, names of models that the package ships, or architectures (with random weights). Every way scores the
-same pairs, whole: body, 1x1 block, score and maps. They take turns within one run; reported are median and quartiles
-of the time, of the times faster than the eager model and than onnxruntime, the largest difference of a score, and which
-way is chosen. The tables of docs/inference.md are made of the results (tables.py).
+Models are files, names of models that the package ships, or architectures (with random weights). Every candidate scores
+the same pairs, whole: body, 1x1 block, score and maps. They take turns within one run; reported are median and
+quartiles of the time, of the times faster than the eager model and than onnxruntime, the largest difference of a score,
+and which is chosen. The tables of docs/inference.md are made of the results (tables.py).
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from harness import machine
+from harness import in_turns, machine, spread
 from tables import inference_case
 from torch import Tensor, nn
 
 from xcos_ext import backbones
-from xcos_ext.deploy.trials import Spread, choose, speedups, time_in_turns
-from xcos_ext.deploy.ways import DEFAULT_WAYS, DTYPE_NAMES, Way, build
+from xcos_ext.deploy.compiled import DEFAULT_CANDIDATES, DTYPE_NAMES, Candidate, build_candidate, choose
+from xcos_ext.deploy.timing import Spread
 from xcos_ext.faces import decode_picture
 from xcos_ext.io.atomic import write_atomically
 from xcos_ext.io.shipped import SHIPPED
@@ -87,18 +86,18 @@ def contenders(
     device = example[0].device
     shape = (2 * example[0].shape[0], *example[0].shape[1:])
 
-    def scores(make: Callable[[], Way]) -> Callable[[], Callable[[], Tensor]]:
+    def scores(make: Callable[[], Candidate]) -> Callable[[], Callable[[], Tensor]]:
         def prepare() -> Callable[[], Tensor]:
-            way = make()
-            return lambda: way.pair(*example).score
+            candidate = make()
+            return lambda: candidate.pair(*example).score
 
         return prepare
 
-    kinds = options.ways or DEFAULT_WAYS[device.type]
+    kinds = options.candidates or DEFAULT_CANDIDATES[device.type]
     for kind in kinds:
         for dtype in dtypes if kind != "eager" else [torch.float32]:
             name = kind if kind == "eager" else f"{kind} {DTYPE_NAMES[dtype]}"
-            yield name, scores(lambda kind=kind, dtype=dtype: build(kind, model, dtype, shape, device))  # type: ignore[misc]
+            yield name, scores(lambda kind=kind, dtype=dtype: build_candidate(kind, model, dtype, shape, device))  # type: ignore[misc]
     if not options.no_onnx:
         yield PEER, lambda: onnx_session(model, example, options.threads, folder)
 
@@ -128,17 +127,13 @@ def measure(model: XCosModel, batch: int, options: argparse.Namespace, folder: P
         }
         calls[name] = call
 
-    def failed(name: str, failure: Exception) -> None:
-        rows[name]["problem"] = f"{type(failure).__name__}: {failure}"[:300]
-
-    samples = time_in_turns(calls, options.seconds, device, failed)
+    samples = in_turns(calls, options.seconds, device)
     for name, taken in samples.items():
-        rows[name]["seconds"] = asdict(Spread.of(taken))
-    for peer, key in (("eager", "times_eager"), (PEER, "times_onnxruntime")):
-        if peer in samples:
-            for name, spread in speedups(samples, peer).items():
-                rows[name][key] = asdict(spread)
-    ours = {name: spread for name, spread in speedups(samples, "eager").items() if name != PEER}
+        rows[name]["seconds"] = spread(taken)
+        for peer, key in (("eager", "times_eager"), (PEER, "times_onnxruntime")):
+            if peer in samples:
+                rows[name][key] = spread([a / b for a, b in zip(samples[peer], taken, strict=True)])
+    ours = {name: Spread.of_ratios(samples["eager"], taken) for name, taken in samples.items() if name != PEER}
     exact = {name: spread for name, spread in ours.items() if name == "eager" or name.endswith("fp32")}
     return {
         "model": model.name,
@@ -154,7 +149,7 @@ def main() -> int:
     parser.add_argument("models", nargs="*", default=["compact"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="pairs a call")
     parser.add_argument("--dtypes", nargs="+", choices=sorted(DTYPES), default=["fp32", "bf16"])
-    parser.add_argument("--ways", nargs="+", help="instead of the usual ones")
+    parser.add_argument("--candidates", nargs="+", help="instead of the usual ones")
     parser.add_argument("--no-onnx", action="store_true", help="without onnxruntime")
     parser.add_argument("--faces", type=Path, help="a zip file of aligned faces")
     parser.add_argument("--device", default="cpu")

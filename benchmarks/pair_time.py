@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from harness import machine
+from harness import in_turns, machine
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -56,7 +55,7 @@ def xcos(model: XCosModel, images: tuple[Tensor, Tensor]) -> tuple[Step, Step]:
     return lambda: model(*images), from_maps
 
 
-def measure(recogniser: Recogniser, models: dict[str, XCosModel], pairs: int, rounds: int) -> dict[str, Any]:
+def measure(recogniser: Recogniser, models: dict[str, XCosModel], pairs: int, seconds: float) -> dict[str, Any]:
     """Figures of every contender; seconds per pair."""
     torch.manual_seed(0)
     sides = {
@@ -65,26 +64,19 @@ def measure(recogniser: Recogniser, models: dict[str, XCosModel], pairs: int, ro
     }
     steps = {"cosine": plain(recogniser, sides[recogniser])}
     steps |= {label: xcos(model, sides[model]) for label, model in models.items()}
-    seconds: dict[str, list[list[float]]] = {label: [[], []] for label in steps}
-    for turn in range(rounds + 1):
-        for label, both in steps.items():
-            for kept, step in zip(seconds[label], both, strict=True):
-                started = time.perf_counter()
-                step()
-                if turn:  # the first one warms up
-                    kept.append((time.perf_counter() - started) / pairs)
-    peer = np.array(seconds["cosine"][0])
+    calls = {(label, place): step for label, both in steps.items() for place, step in enumerate(both)}
+    taken = {name: np.array(samples) / pairs for name, samples in in_turns(calls, seconds).items()}
 
     def quartiles(values: Any) -> list[float]:
         return [float(x) for x in np.percentile(values, (25, 50, 75))]
 
     return {
         label: {
-            "seconds": quartiles(whole),
-            "times_cosine": quartiles(np.array(whole) / peer),
-            "seconds_from_maps": quartiles(part),
+            "seconds": quartiles(taken[label, 0]),
+            "times_cosine": quartiles(taken[label, 0] / taken["cosine", 0]),
+            "seconds_from_maps": quartiles(taken[label, 1]),
         }
-        for label, (whole, part) in seconds.items()
+        for label in steps
     }
 
 
@@ -95,7 +87,7 @@ def main() -> int:
     parser.add_argument("--recogniser", required=True, help="whose plain cosine is the peer")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--pairs", type=int, default=16, help="pairs at a time")
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of timing")
     parser.add_argument("--json", type=Path, help="add the figures to this file, under the recogniser's name")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -106,7 +98,7 @@ def main() -> int:
             parser.error(f"models: expected LABEL=FILE, got {given!r}")
         models[label] = load_model(file or None)
     with torch.inference_mode():
-        found = measure(load_recogniser(options.recogniser), models, options.pairs, options.rounds)
+        found = measure(load_recogniser(options.recogniser), models, options.pairs, options.seconds)
     print("| score | ms a pair | times the plain cosine | µs from maps |\n|---|---|---|---|")
     for label, row in found.items():
         (a, b, c), (d, e, f), (g, h, i) = row["seconds"], row["times_cosine"], row["seconds_from_maps"]

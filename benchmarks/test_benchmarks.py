@@ -20,7 +20,7 @@ import bench_xcos_head
 import bench_xcos_score
 import bench_xcos_topk
 
-from xcos_ext.bench import Subject, default_picture
+from xcos_ext.bench import Workload, default_picture
 from xcos_ext.bench.runtimes import Unavailable
 from xcos_ext.io.errors import XCosError
 from xcos_ext.model import load_model
@@ -46,15 +46,15 @@ def test_case(case, benchmark):
 
 
 @pytest.fixture(scope="module")
-def subject():
-    with Subject(load_model(), picture=default_picture()) as made:
+def workload():
+    with Workload(load_model(), picture=default_picture()) as made:
         yield made
 
 
 @pytest.mark.parametrize("key", bench_deployment.keys(DEVICE), ids=str)
-def test_deployment(key, subject, benchmark):
+def test_deployment(key, workload, benchmark):
     try:
-        call = bench_deployment.step(key, subject)
+        call = bench_deployment.step(key, workload)
     except (Unavailable, XCosError, ImportError) as error:
         pytest.skip(f"{key}: {error}")
     benchmark.group = f"{key.stage}, {key.device}, batch {key.batch}"

@@ -9,41 +9,27 @@ import time
 import pytest
 
 from xcos_ext.bench import machine as describe
-from xcos_ext.bench.machine import Watch, busy_warning, conditions
-from xcos_ext.bench.timing import ColdCache, Contender, DeviceClock, HostClock, measure_in_turns
+from xcos_ext.bench.environment import ColdCache, Watch, busy_warning, conditions
+from xcos_ext.deploy.timing import Clock, Contender, DeviceClock, measure_in_turns
 
 
-class Stopwatch:
-    """A clock for which time passes only in calls; it keeps what happened."""
+class Stopwatch(Clock):
+    """A clock for which time passes only in calls."""
 
     name = "stopwatch"
 
     def __init__(self) -> None:
-        self.log: list[str] = []
         self.now = 0.0
 
-    def wait(self) -> None:
-        self.log.append("wait")
-
-    def each(self, call, calls, flush):
-        taken = []
-        for _ in range(calls):
-            if flush is not None:
-                flush()
-            start = self.now
-            call()
-            taken.append(self.now - start)
-        return taken
-
-    def together(self, call, calls):
+    def seconds(self, call, calls):
         start = self.now
         for _ in range(calls):
             call()
-        return (self.now - start) / calls
+        return self.now - start
 
 
 def test_the_host_clock_measures_sleep():
-    clock = HostClock()
+    clock = Clock()
     taken = clock.each(lambda: time.sleep(0.004), 5, None)
     assert len(taken) == 5
     assert all(0.004 <= seconds < 0.1 for seconds in taken)
@@ -51,14 +37,14 @@ def test_the_host_clock_measures_sleep():
 
 
 def test_flushing_is_not_timed():
-    taken = HostClock().each(lambda: None, 3, lambda: time.sleep(0.01))
+    taken = Clock().each(lambda: None, 3, lambda: time.sleep(0.01))
     assert max(taken) < 0.005
 
 
 def test_contenders_take_turns_and_get_the_same_rounds():
     order: list[str] = []
     contenders = [
-        Contender(name, lambda name=name, pause=pause: (order.append(name), time.sleep(pause)), HostClock())
+        Contender(lambda name=name, pause=pause: (order.append(name), time.sleep(pause)), Clock())
         for name, pause in (("short", 0.0005), ("long", 0.003))
     ]
     first, second = measure_in_turns(contenders, 0.1)
@@ -77,7 +63,7 @@ def test_a_steady_call_ends_its_warm_up_early():
     def call() -> None:
         clock.now += 0.001
 
-    (found,) = measure_in_turns([Contender("steady", call, clock)], 0.05)
+    (found,) = measure_in_turns([Contender(call, clock)], 0.05)
     assert found.steady
     assert [value for values in found.rounds for value in values] == pytest.approx([0.001] * found.calls)
 
@@ -92,7 +78,7 @@ def test_the_call_after_another_contender_is_not_timed():
             clock.now += 0.001 if last == name else 0.1  # cold after the other one
             last = name
 
-        return Contender(name, call, clock)
+        return Contender(call, clock)
 
     for found in measure_in_turns([contender("a"), contender("b")], 0.05):
         assert max(seconds for values in found.rounds for seconds in values) == pytest.approx(0.001)
@@ -105,35 +91,42 @@ def test_one_that_fails_is_left_out_with_its_reason_and_the_others_go_on():
         nonlocal calls
         calls += 1
         if calls > 40:
-            raise RuntimeError("out of\nluck")
+            raise RuntimeError("out of luck")
 
     def at_once() -> None:
         raise MemoryError
 
-    clock = HostClock()
+    clock = Clock()
     good, bad, worse = measure_in_turns(
         [
-            Contender("good", lambda: time.sleep(0.0005), clock),
-            Contender("bad", later, clock),
-            Contender("worse", at_once, clock),
+            Contender(lambda: time.sleep(0.0005), clock),
+            Contender(later, clock),
+            Contender(at_once, clock),
         ],
         0.05,
     )
     assert good.failure is None and good.rounds
-    assert bad.failure == "RuntimeError: out of luck"
-    assert worse.failure == "MemoryError" and not worse.rounds
+    assert repr(bad.failure) == "RuntimeError('out of luck')"
+    assert isinstance(worse.failure, MemoryError) and not worse.rounds
 
 
 def test_a_call_longer_than_the_budget_gets_three_rounds():
-    (found,) = measure_in_turns([Contender("slow", lambda: time.sleep(0.03), HostClock())], 0.02)
+    (found,) = measure_in_turns([Contender(lambda: time.sleep(0.03), Clock())], 0.02)
     assert len(found.rounds) == 3 and found.calls == 3
+
+
+def test_blocks_of_calls_are_one_figure_a_round_and_everyone_gets_as_many():
+    calls = (lambda: None, lambda: sum(range(100)), lambda: 1 / 0)
+    quick, longer, failed = measure_in_turns([Contender(c, Clock()) for c in calls], 0.0, one_by_one=False, least=5)
+    assert len(quick.bursts) == len(longer.bursts) == 5 and not quick.rounds
+    assert isinstance(failed.failure, ZeroDivisionError) and not failed.bursts
+    (found,) = measure_in_turns([Contender(calls[1], Clock())], 0.05, one_by_one=False)
+    assert len(found.bursts) >= 7 and 0 < min(found.bursts) < 1e-3
 
 
 def test_cold_caches_flush_before_every_call_and_give_no_bursts():
     log: list[str] = []
-    (found,) = measure_in_turns(
-        [Contender("x", lambda: log.append("call"), HostClock(), lambda: log.append("flush"))], 0.02
-    )
+    (found,) = measure_in_turns([Contender(lambda: log.append("call"), Clock(), lambda: log.append("flush"))], 0.02)
     timed = log[-2 * found.calls :]
     assert timed == ["flush", "call"] * found.calls
     assert not found.bursts
@@ -141,13 +134,13 @@ def test_cold_caches_flush_before_every_call_and_give_no_bursts():
 
 def test_progress_only_grows_and_ends_at_one():
     shares: list[float] = []
-    measure_in_turns([Contender("x", lambda: time.sleep(0.001), HostClock())], 0.05, tick=shares.append)
+    measure_in_turns([Contender(lambda: time.sleep(0.001), Clock())], 0.05, tick=shares.append)
     assert shares == sorted(shares) and shares[-1] == 1.0
 
 
 def test_garbage_collection_is_off_meanwhile_and_on_again_afterwards():
     seen: set[bool] = set()
-    measure_in_turns([Contender("x", lambda: seen.add(gc.isenabled()), HostClock())], 0.01)
+    measure_in_turns([Contender(lambda: seen.add(gc.isenabled()), Clock())], 0.01)
     assert seen == {False}
     assert gc.isenabled()
 
@@ -157,16 +150,16 @@ def test_ctrl_c_is_passed_on():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure_in_turns([Contender("x", interrupted, HostClock())], 0.01)
+        measure_in_turns([Contender(interrupted, Clock())], 0.01)
     assert gc.isenabled()
 
 
 def test_the_flushed_buffer_is_larger_than_the_cache_and_says_when_it_is_not(monkeypatch):
-    monkeypatch.setattr("xcos_ext.bench.timing.cache_bytes", lambda: 1 << 20)
+    monkeypatch.setattr("xcos_ext.bench.environment._cache_bytes", lambda: 1 << 20)
     cache = ColdCache("cpu")
     assert cache.bytes == 5 << 18 and cache.whole
     cache()
-    monkeypatch.setattr("xcos_ext.bench.timing.available_memory", lambda: 1 << 20)
+    monkeypatch.setattr("xcos_ext.bench.environment._available_memory", lambda: 1 << 20)
     assert not ColdCache("cpu").whole
 
 

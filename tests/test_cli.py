@@ -313,7 +313,7 @@ def test_info_survives_failing_probes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from xcos_ext.cli import demo
 
-    for name, value in (("_PAIRS", 64), ("_GALLERY", 13_000), ("_RUNS", 3), ("_ENOUGH_MS", 100.0)):
+    for name, value in (("_PAIRS", 64), ("_GALLERY", 13_000), ("_SECONDS", 0.02)):
         monkeypatch.setattr(demo, name, value)
     monkeypatch.chdir(tmp_path)
     result = run("demo")
@@ -332,7 +332,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_demo_says_when_results_disagree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from xcos_ext.cli import demo
 
-    for name, value in (("_PAIRS", 16), ("_GALLERY", 12_400), ("_RUNS", 3), ("_ENOUGH_MS", 10.0)):
+    for name, value in (("_PAIRS", 16), ("_GALLERY", 12_400), ("_SECONDS", 0.01)):
         monkeypatch.setattr(demo, name, value)
     monkeypatch.setattr(demo, "eager_score", lambda a, b: demo_score(a, b) + 0.01)
     result = run("demo", "--out", tmp_path / "d.png")

@@ -460,7 +460,7 @@ def test_what_is_enrolled_on_a_gpu_is_what_is_enrolled_on_a_cpu(
 
 
 def test_the_demo_on_a_simulated_gpu(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"_PAIRS": 32, "_GALLERY": 13_000, "_ENOUGH_MS": 1.0, "_SHARE": 16}.items():
+    for name, value in {"_PAIRS": 32, "_GALLERY": 13_000, "_SECONDS": 0.001, "_SHARE": 16}.items():
         monkeypatch.setattr(f"xcos_ext.cli.demo.{name}", value)
     with simulated_gpu(monkeypatch):
         result = run("demo", "--out", "out.png")

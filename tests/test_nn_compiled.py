@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from xcos_ext import backbones
 from xcos_ext.card.calibration import Calibration
 from xcos_ext.deploy import CompiledModel, Trial, compile_for_inference
-from xcos_ext.deploy import ways as ways_module
-from xcos_ext.deploy.compiled import _default_tolerance
+from xcos_ext.deploy import compiled as module
+from xcos_ext.deploy.compiled import CANDIDATES, Candidate, build_candidate, choose
 from xcos_ext.deploy.cuda_graphs import MOST_GRAPHS, CudaGraphs
-from xcos_ext.deploy.trials import Spread, choose, speedups, table, time_in_turns
-from xcos_ext.deploy.ways import WAYS, Way, _Graphed, build, ways_for
+from xcos_ext.deploy.timing import Spread
 from xcos_ext.model import XCosHead, XCosModel, load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -148,7 +147,7 @@ def test_trials_tell_time_error_and_the_choice(model: XCosModel) -> None:
         assert trial.seconds is not None and trial.seconds.low <= trial.seconds.median <= trial.seconds.high
         assert trial.seconds.samples >= 5 and trial.speedup is not None
     assert by_name["eager"].speedup == Spread(1.0, 1.0, 1.0, by_name["eager"].seconds.samples)  # type: ignore[union-attr]
-    assert fast.chosen in by_name and said[0] == "preparing folded fp32" and said[-1] == "timing 3 ways"
+    assert fast.chosen in by_name and said[0] == "preparing folded fp32" and said[-1] == "timing 3 candidates"
     report = fast.report()
     assert all(name in report for name in by_name)
     assert next(line for line in report.splitlines() if line.startswith("*")).split()[1] == fast.chosen.split()[0]
@@ -165,17 +164,17 @@ def test_half_precision_is_only_for_those_who_ask_for_it(model: XCosModel) -> No
     assert "scores differ" in strict.report()
 
 
-class Broken(Way):
+class Broken(Candidate):
     def features(self, images: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("no memory left\nand a long trace")
 
 
-class Wrong(Way):
+class Wrong(Candidate):
     def features(self, images: Tensor) -> Tensor:
         return super().features(images) * float("nan")
 
 
-class FailsLater(Way):
+class FailsLater(Candidate):
     calls = 0
 
     def features(self, images: Tensor) -> Tensor:
@@ -194,14 +193,14 @@ class FailsLater(Way):
     ],
 )
 def test_a_way_that_fails_is_noted_and_never_chosen(
-    model: XCosModel, monkeypatch: pytest.MonkeyPatch, kind: type[Way], problem: str
+    model: XCosModel, monkeypatch: pytest.MonkeyPatch, kind: type[Candidate], problem: str
 ) -> None:
-    real = build
+    real = build_candidate
 
-    def fake(name: str, model: XCosModel, *rest: object) -> Way:
+    def fake(name: str, model: XCosModel, *rest: object) -> Candidate:
         return kind(model) if name == "folded" else real(name, model, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("xcos_ext.deploy.compiled.build", fake)
+    monkeypatch.setattr("xcos_ext.deploy.compiled.build_candidate", fake)
     fast = found(model)
     assert fast.trials[1].name == "folded fp32" and fast.trials[1].problem == problem
     assert fast.chosen != "folded fp32" and problem in fast.report()
@@ -211,7 +210,7 @@ def test_without_a_compiler_the_reason_is_said(model: XCosModel, monkeypatch: py
     def refuse(*_: object, **__: object) -> Callable[..., Tensor]:
         raise RuntimeError("no working C++ compiler found")
 
-    monkeypatch.setattr(ways_module.torch, "compile", refuse)
+    monkeypatch.setattr(module.torch, "compile", refuse)
     fast = found(model, candidates=["inductor"])
     assert fast.chosen == "eager" and fast.trials[1].problem == "RuntimeError: no working C++ compiler found"
     assert fast.trials[1].seconds is None
@@ -228,7 +227,7 @@ def test_a_body_that_cannot_be_traced_stays_eager() -> None:
 
 def test_a_simpler_way_wins_unless_it_is_beaten_by_the_margin() -> None:
     def chosen(margin: float, **seconds: list[float]) -> str:
-        return choose(speedups(seconds, "eager"), margin)
+        return choose({name: Spread.of_ratios(seconds["eager"], taken) for name, taken in seconds.items()}, margin)
 
     eager, folded, packed = [1.0, 2.0, 1.0], [0.98, 1.96, 0.98], [0.9, 1.8, 0.9]
     assert chosen(0.03, eager=eager, folded=folded, packed=packed) == "packed"
@@ -242,30 +241,26 @@ def test_a_simpler_way_wins_unless_it_is_beaten_by_the_margin() -> None:
     )
 
 
-def test_turns_keep_to_the_budget_and_give_everyone_as_many() -> None:
-    calls = {"a": lambda: None, "b": lambda: sum(range(100)), "c": lambda: 1 / 0}
-    failures: list[str] = []
-    samples = time_in_turns(calls, 0.0, CPU, lambda name, error: failures.append(f"{name} {error}"))
-    assert failures == ["c division by zero"] and {len(v) for v in samples.values()} == {5}
-    assert list(samples) == ["a", "b"] and time_in_turns({"c": lambda: 1 / 0}, 0.0, CPU, lambda *_: None) == {}
-
-
 def test_the_table_has_a_line_for_each_trial() -> None:
     spread = Spread.of([3e-3, 1e-3, 2e-3])
     assert (spread.median, spread.low, spread.high, spread.samples) == (2e-3, 1e-3, 3e-3, 3)
-    text = table([Trial("eager", spread, Spread(1, 1, 1, 3), 0.0), Trial("inductor fp32", problem="no")], "eager")
+    text = module._table(
+        [Trial("eager", spread, Spread(1, 1, 1, 3), 0.0), Trial("inductor fp32", problem="no")], "eager"
+    )
     head, first, second = text.splitlines()
-    assert first.split()[:3] == ["*", "eager", "2"] and second.split()[0] == "inductor" and second.endswith("no")
+    assert first.split()[:3] == ["*", "eager", "2.00"] and second.split()[0] == "inductor" and second.endswith("no")
     assert "score error" in head
 
 
 def test_tolerances_follow_the_dtype_and_the_gpus_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    assert _default_tolerance(torch.float32, CPU) == 1e-4 and _default_tolerance(torch.float32, gpu) == 5e-3
-    assert _default_tolerance(torch.float16, gpu) < _default_tolerance(torch.bfloat16, gpu) == 0.05
+    assert (
+        module._default_tolerance(torch.float32, CPU) == 1e-4 and module._default_tolerance(torch.float32, gpu) == 5e-3
+    )
+    assert module._default_tolerance(torch.float16, gpu) < module._default_tolerance(torch.bfloat16, gpu) == 0.05
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    assert _default_tolerance(torch.float32, gpu) == 1e-4
+    assert module._default_tolerance(torch.float32, gpu) == 1e-4
 
 
 # --- what is refused
@@ -346,16 +341,16 @@ def test_images_that_ask_for_gradients_are_refused(model: XCosModel) -> None:
 @pytest.mark.parametrize("name", ["inductor", "ahead of time"])
 def test_compiled_code_serves_its_size_and_the_folded_model_the_others(model: XCosModel, name: str) -> None:
     with torch.no_grad():
-        way = build(name, model, torch.float32, (2, 3, 112, 112), CPU)
-        way.features(images(2))  # compiles
-    run, seen = way._run, []  # type: ignore[attr-defined]
+        candidate = build_candidate(name, model, torch.float32, (2, 3, 112, 112), CPU)
+        candidate.features(images(2))  # compiles
+    run, seen = candidate._run, []  # type: ignore[attr-defined]
 
     def counted(x: Tensor) -> Tensor:
         seen.append(x.shape[0])
         return run(x)
 
-    way._run = counted  # type: ignore[attr-defined]
-    fast = CompiledModel(model, way, [], name, CPU)
+    candidate._run = counted  # type: ignore[attr-defined]
+    fast = CompiledModel(model, candidate, [], name, CPU)
 
     def check(a: Tensor, b: Tensor) -> None:
         torch.testing.assert_close(fast(a, b).score, wanted(a, b), rtol=1e-4, atol=1e-5)
@@ -447,22 +442,22 @@ def test_threads_take_turns_at_a_graph() -> None:
 
 def test_a_whole_model_in_a_graph_gives_its_scores(model: XCosModel) -> None:
     cuda = FakeCuda()
-    way = _Graphed(build("folded", model, torch.float32, (4, 3, 112, 112), CPU), cuda)
+    candidate = module._Graphed(build_candidate("folded", model, torch.float32, (4, 3, 112, 112), CPU), cuda)
     with torch.no_grad():
         for n in (2, 2, 1):
             a, b = images(n), images(n)
-            torch.testing.assert_close(way.pair(a, b), model(a, b), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(way.features(a), model.features(a), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(candidate.pair(a, b), model(a, b), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(candidate.features(a), model.features(a), rtol=1e-4, atol=1e-5)
     assert len(cuda.captures) == 4  # pairs and pictures, two sizes each
 
 
 def test_a_gpu_tries_graphs_and_says_what_it_has() -> None:
     cuda = torch.device("cuda", 0)
-    assert ways_for(cuda, None) == WAYS["cuda"] and ways_for(CPU, None) == WAYS["cpu"][:-1]
-    assert ways_for(cuda, ["graph"]) == ("eager", "graph")
-    assert ways_for(torch.device("mps"), None) == ("eager", "folded")
+    assert module._names(cuda, None) == CANDIDATES["cuda"] and module._names(CPU, None) == CANDIDATES["cpu"][:-1]
+    assert module._names(cuda, ["graph"]) == ("eager", "graph")
+    assert module._names(torch.device("mps"), None) == ("eager", "folded")
     with pytest.raises(ValueError, match=r"'inductor graph', 'autotuned graph' \(cuda\), got \['packed'\]"):
-        ways_for(cuda, ["packed"])
+        module._names(cuda, ["packed"])
 
 
 # --- the real things
@@ -478,7 +473,9 @@ def test_nothing_is_compiled_or_imported_before_it_is_asked_for() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_shipped_model_keeps_its_scores_in_every_way(dtype: torch.dtype) -> None:
     model = load_model().eval()
-    fast = compile_for_inference(model, (images(2), images(2)), dtypes=(dtype,), candidates=WAYS["cpu"], seconds=0)
+    fast = compile_for_inference(
+        model, (images(2), images(2)), dtypes=(dtype,), candidates=CANDIDATES["cpu"], seconds=0
+    )
     assert all(trial.problem is None for trial in fast.trials), fast.report()
 
 
@@ -501,15 +498,15 @@ def test_ways_on_a_gpu_keep_the_scores(model: XCosModel, name: str, dtype: torch
 @pytest.mark.cuda
 def test_graph_calls_on_two_streams_do_not_mix(model: XCosModel) -> None:
     model = copy.deepcopy(model).cuda()
-    way = build("graph", model, torch.float32, (4, 3, 112, 112), torch.device("cuda", 0))
+    candidate = build_candidate("graph", model, torch.float32, (4, 3, 112, 112), torch.device("cuda", 0))
     batches = [(images(2).cuda(), images(2).cuda()) for _ in range(20)]
     streams = [torch.cuda.Stream() for _ in range(2)]
     with torch.no_grad():
-        wanted = [way.pair(*pair).score for pair in batches]
+        wanted = [candidate.pair(*pair).score for pair in batches]
         got = []
         for i, pair in enumerate(batches):
             streams[i % 2].wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(streams[i % 2]):
-                got.append(way.pair(*pair).score)
+                got.append(candidate.pair(*pair).score)
         torch.cuda.synchronize()
     assert all(torch.equal(x, y) for x, y in zip(got, wanted, strict=True))

@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from harness import in_turns
 from torch import Tensor, nn
 
 from xcos_ext.deploy import for_inference
@@ -56,7 +56,7 @@ def onnx_session(model: XCosModel, images: Tensor, threads: int) -> Callable[[],
     return lambda: session.run(None, given)[0]
 
 
-def measure(path: str | None, threads: int, batch: int, rounds: int) -> dict[str, Any]:
+def measure(path: str | None, threads: int, batch: int, seconds: float) -> dict[str, Any]:
     """Figures of one model."""
     model = load_model(path)
     torch.manual_seed(0)
@@ -74,20 +74,15 @@ def measure(path: str | None, threads: int, batch: int, rounds: int) -> dict[str
             name: float(np.linalg.norm(np.asarray(run()) - wanted) / np.linalg.norm(wanted))
             for name, run in contenders.items()
         }
-        rates: dict[str, list[float]] = {name: [] for name in contenders}
-        for _ in range(rounds):
-            for name, run in contenders.items():
-                started = time.perf_counter()
-                run()
-                rates[name].append(batch / (time.perf_counter() - started))
-    peer = np.array(rates["onnxruntime"])
+        rates = {name: batch / np.array(taken) for name, taken in in_turns(contenders, seconds).items()}
+    peer = rates["onnxruntime"]
     return {
         "model": model.name,
         "fingerprint": model.fingerprint(),
         "contenders": {
             name: {
                 "pictures_per_second": np.percentile(values, (25, 50, 75)).tolist(),
-                "times_onnxruntime": np.percentile(np.array(values) / peer, (25, 50, 75)).tolist(),
+                "times_onnxruntime": np.percentile(values / peer, (25, 50, 75)).tolist(),
                 "relative_error": errors[name],
             }
             for name, values in rates.items()
@@ -101,7 +96,7 @@ def main() -> int:
     parser.add_argument("weights", nargs="*", help="models or recognisers; default: the shipped model")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of timing, for each model")
     parser.add_argument("--json", type=Path, help="write all figures here")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -110,7 +105,9 @@ def main() -> int:
         "threads": options.threads,
         "batch": options.batch,
         "fast_bfloat16": has_fast_bfloat16(),
-        "models": [measure(path, options.threads, options.batch, options.rounds) for path in options.weights or [None]],
+        "models": [
+            measure(path, options.threads, options.batch, options.seconds) for path in options.weights or [None]
+        ],
     }
     print("| model | contender | pictures/s | times onnxruntime | error |\n|---|---|---|---|---|")
     for model in result["models"]:

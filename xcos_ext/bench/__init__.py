@@ -2,21 +2,20 @@
 
 ``xcos bench`` on the command line; here::
 
-    from xcos_ext.bench import Settings, Subject, compare, read_report, run
+    from xcos_ext.bench import Settings, Workload, compare, read_report, run
 
-    with Subject(xcos_ext.load_model()) as subject:
-        report = run(subject, Settings(stages=("pair",), batches=(1, 16)))
+    with Workload(xcos_ext.load_model()) as workload:
+        report = run(workload, Settings(stages=("pair",), batches=(1, 16)))
     compare(read_report("old.json"), report)
 """
 
 from .cases import DEVICES, DTYPES, RUNTIMES, STAGES, Key, Settings
 from .comparison import Change, Comparison, compare
-from .machine import machine
-from .reading import FormatError, read_report
-from .report import Report, Result, Share, Skipped
-from .runner import run
-from .statistics import Estimate, Latency
-from .subject import Subject, default_picture
+from .environment import machine
+from .estimates import Estimate, Latency
+from .measuring import run
+from .results import FormatError, Report, Result, Share, Skipped, read_report
+from .workload import Workload, default_picture
 
 __all__ = [
     "DEVICES",
@@ -34,7 +33,7 @@ __all__ = [
     "Settings",
     "Share",
     "Skipped",
-    "Subject",
+    "Workload",
     "compare",
     "default_picture",
     "machine",

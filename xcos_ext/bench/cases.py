@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import pydantic.dataclasses
+from pydantic import Field, Strict
 
 __all__ = ["DEVICES", "DTYPES", "PIXELS", "RUNTIMES", "STAGES", "Key", "Settings", "Stage", "plan"]
 
@@ -14,35 +17,26 @@ class Stage:
     """A part of the way.
 
     Attributes:
-        name: as on the command line.
         unit: what one call has ``batch`` of, for the throughput.
-        what: from what to what.
         runtimes: those that it is measured in; None: all that are asked for.
-        batched: measured at every batch size; else at 1 only.
-        on_cpu: measured on the CPU whatever the device, in 8 bits: it has no dtype.
+        of_pictures: measured on the CPU whatever the device, in 8 bits, one picture a call.
     """
 
-    name: str
     unit: str
-    what: str
     runtimes: tuple[str, ...] | None = None
-    batched: bool = True
-    on_cpu: bool = False
+    of_pictures: bool = False
 
 
 #: In the order in which a pair of photographs goes through them; ``pair`` is backbone and head of both, end to end.
 STAGES: dict[str, Stage] = {
-    stage.name: stage
-    for stage in (
-        Stage("decode", "pictures", "a JPEG in memory to pixels", ("native",), batched=False, on_cpu=True),
-        Stage("detect", "pictures", "pixels to five landmarks", ("native",), batched=False, on_cpu=True),
-        Stage("align", "pictures", "pixels and landmarks to a crop", ("native",), batched=False, on_cpu=True),
-        Stage("backbone", "pictures", "crops to what is kept of a face, the head's projection included"),
-        Stage("projection", "pictures", "the backbone's map to the cells' features", ("eager", "for_inference")),
-        Stage("head", "pairs", "what is kept of two faces to score, similarity and attention"),
-        Stage("pair", "pairs", "two crops to score, similarity and attention"),
-        Stage("search", "comparisons", "templates of probes against a gallery's, ten best", ("native",)),
-    )
+    "decode": Stage("pictures", ("native",), of_pictures=True),  # a JPEG in memory to pixels
+    "detect": Stage("pictures", ("native",), of_pictures=True),  # pixels to five landmarks
+    "align": Stage("pictures", ("native",), of_pictures=True),  # pixels and landmarks to a crop
+    "backbone": Stage("pictures"),  # crops to what is kept of a face, the head's projection included
+    "projection": Stage("pictures", ("eager", "for_inference")),  # the backbone's map to the cells' features
+    "head": Stage("pairs"),  # what is kept of two faces to score, similarity and attention
+    "pair": Stage("pairs"),  # two crops to score, similarity and attention
+    "search": Stage("comparisons", ("native",)),  # templates of probes against a gallery's, ten best
 }
 
 #: In the order of the tables; ``native`` are stages that have one implementation.
@@ -54,7 +48,14 @@ DTYPES = ("fp32", "bf16", "fp16")
 PIXELS = "uint8"
 
 
-@dataclass(frozen=True)
+def _check(name: str, values: Sequence[str], known: Sequence[str]) -> None:
+    wrong = next((value for value in values if value not in known), None)
+    if wrong is not None or not values:
+        shown = "none" if wrong is None else repr(str(wrong)[:40])
+        raise ValueError(f"{name}: expected some of {', '.join(known)}, got {shown}")
+
+
+@pydantic.dataclasses.dataclass(frozen=True)
 class Key:
     """Names a case.
 
@@ -64,34 +65,35 @@ class Key:
         device: ``"cpu"`` or ``"cuda"``.
         dtype: of the backbone's arithmetic, of a search's templates; ``"uint8"`` for pictures.
         batch: pictures, pairs, or probes of one call.
+
+    Raises:
+        ValueError: an unknown name, or a batch below 1.
     """
 
     stage: str
     runtime: str
     device: str
     dtype: str
-    batch: int
+    batch: Annotated[int, Strict(), Field(ge=1, le=2**53)]
+
+    def __post_init__(self) -> None:
+        known = {"stage": tuple(STAGES), "runtime": RUNTIMES, "device": DEVICES, "dtype": (*DTYPES, PIXELS)}
+        for name, values in known.items():
+            _check(name, (getattr(self, name),), values)
 
     @property
     def group(self) -> tuple[str, str, int]:
         """What is measured in turns: cases whose figures are held against each other."""
-        kind = "pictures" if STAGES[self.stage].on_cpu else "search" if self.stage == "search" else "model"
+        kind = "pictures" if STAGES[self.stage].of_pictures else "search" if self.stage == "search" else "model"
         return kind, self.device, self.batch
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
+    @property
+    def order(self) -> tuple[int, int, str, int, str]:
+        """Sorts cases as tables show them."""
+        return list(STAGES).index(self.stage), self.batch, self.device, RUNTIMES.index(self.runtime), self.dtype
 
     def __str__(self) -> str:
         return f"{self.stage}, {self.runtime}, {self.device}, {self.dtype}, batch {self.batch}"
-
-
-def _listed(name: str, values: Sequence[Any], known: Sequence[Any]) -> None:
-    if not values:
-        raise ValueError(f"{name}: expected at least one of {', '.join(known)}, got none")
-    unknown = [value for value in values if value not in known]
-    if unknown:
-        raise ValueError(f"{name}: expected some of {', '.join(known)}, got {unknown[0]!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,10 +126,10 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _listed("stages", self.stages, tuple(STAGES))
-        _listed("runtimes", self.runtimes, RUNTIMES[1:])
-        _listed("devices", self.devices, DEVICES)
-        _listed("dtypes", self.dtypes, DTYPES)
+        _check("stages", self.stages, tuple(STAGES))
+        _check("runtimes", self.runtimes, RUNTIMES[1:])
+        _check("devices", self.devices, DEVICES)
+        _check("dtypes", self.dtypes, DTYPES)
         if not self.batches or any(not 1 <= batch <= 65_536 for batch in self.batches):
             raise ValueError(f"batches: expected numbers from 1 to 65,536, got {list(self.batches)}")
         if not 0.01 <= self.seconds <= 3600:
@@ -140,34 +142,23 @@ class Settings:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
-@dataclass
-class Plan:
-    """Attributes: groups: cases that are measured in turns, in the order of measuring."""
-
-    groups: dict[tuple[str, str, int], list[Key]] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return sum(map(len, self.groups.values()))
-
-
 def _keys(settings: Settings) -> Iterator[Key]:
     for name, stage in STAGES.items():
         if name not in settings.stages:
             continue
-        devices = ("cpu",) if stage.on_cpu else tuple(dict.fromkeys(settings.devices))
-        dtypes = (PIXELS,) if stage.on_cpu else tuple(dict.fromkeys(settings.dtypes))
-        batches = sorted(set(settings.batches)) if stage.batched else [1]
-        runtimes = settings.runtimes if stage.runtimes is None else stage.runtimes
+        runtimes = [r for r in stage.runtimes or settings.runtimes if r == "native" or r in settings.runtimes]
+        devices, dtypes, batches = settings.devices, settings.dtypes, sorted(settings.batches)
+        if stage.of_pictures:
+            devices, dtypes, batches = ("cpu",), (PIXELS,), [1]
         for device in devices:
             for batch in batches:
-                for runtime in dict.fromkeys(runtimes):
-                    if runtime == "native" or runtime in settings.runtimes:
-                        yield from (Key(name, runtime, device, dtype, batch) for dtype in dtypes)
+                for runtime in runtimes:
+                    yield from (Key(name, runtime, device, dtype, batch) for dtype in dtypes)
 
 
-def plan(settings: Settings) -> Plan:
-    """The cases of a run, in groups that are measured in turns."""
-    found = Plan()
-    for key in _keys(settings):
-        found.groups.setdefault(key.group, []).append(key)
-    return found
+def plan(settings: Settings) -> dict[tuple[str, str, int], list[Key]]:
+    """The cases of a run, in groups that are measured in turns, in the order of measuring."""
+    groups: dict[tuple[str, str, int], list[Key]] = {}
+    for key in dict.fromkeys(_keys(settings)):
+        groups.setdefault(key.group, []).append(key)
+    return groups

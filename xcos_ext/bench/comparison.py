@@ -10,14 +10,16 @@ the median, which they do when the program changed and do not when something els
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from xcos_ext.io.errors import XCosError
+
 from .cases import Key
-from .report import Report, Result
-from .statistics import Estimate, mann_whitney, ratio
+from .estimates import Estimate, mann_whitney, ratio
+from .results import Report
 
 __all__ = ["MINIMUM_EFFECT", "Change", "Comparison", "Verdict", "compare"]
 
@@ -88,52 +90,33 @@ class Comparison:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {
-            "minimum_effect": self.minimum,
-            "differences": list(self.differences),
-            "versions": list(self.versions),
-            "disturbed": list(self.disturbed),
-            "changes": [
-                {
-                    **change.key.as_dict(),
-                    "old": change.old,
-                    "new": change.new,
-                    "ratio": {"median": change.ratio.median, "low": change.ratio.low, "high": change.ratio.high},
-                    "fast": change.fast,
-                    "p": change.p,
-                    "verdict": change.verdict,
-                }
-                for change in self.changes
-            ],
-            "only_old": [key.as_dict() for key in self.only_old],
-            "only_new": [key.as_dict() for key in self.only_new],
-        }
+        data = asdict(self)
+        data["minimum_effect"] = data.pop("minimum")
+        data["changes"] = [{**change.pop("key"), **change} for change in data["changes"]]
+        return data
 
 
-def _gpu(report: Report) -> Any:
-    gpu = report.machine.get("gpu")
-    return gpu.get("name") if isinstance(gpu, dict) else None
-
-
-def _differences(old: Report, new: Report) -> list[str]:
-    pairs = {
-        "processor": (old.machine["processor"], new.machine["processor"]),
-        "cores": (old.machine.get("cores"), new.machine.get("cores")),
-        "GPU": (_gpu(old), _gpu(new)),
-        "threads": (old.machine["threads"], new.machine["threads"]),
-        "model": tuple(f"{report.model['name']} {report.model['fingerprint']}" for report in (old, new)),
-        **{name: (old.settings.get(key), new.settings.get(key)) for name, key in _OF_SETTINGS.items()},
+def _facts(report: Report) -> dict[str, Any]:
+    """What must be the same, or the figures are not of the same thing."""
+    machine, model = report.machine, report.model
+    return {
+        "processor": machine["processor"],
+        "cores": machine.get("cores"),
+        "GPU": report.gpu,
+        "threads": machine["threads"],
+        "model": f"{model['name']} {model['fingerprint']}",
+        **{name: report.settings.get(key) for name, key in _OF_SETTINGS.items()},
     }
-    return [f"{name} {_shown(a)} and {_shown(b)}" for name, (a, b) in pairs.items() if a != b]
 
 
-def _versions(old: Report, new: Report) -> list[str]:
-    pairs = {
-        "commit": tuple(report.machine["commit"][:10] for report in (old, new)),
-        "torch": (old.machine["torch"], new.machine["torch"]),
-        "python": (old.machine.get("python"), new.machine.get("python")),
-    }
-    return [f"{name} {_shown(a)} to {_shown(b)}" for name, (a, b) in pairs.items() if a != b]
+def _software(report: Report) -> dict[str, Any]:
+    """What may change, which is what such a comparison is for."""
+    machine = report.machine
+    return {"commit": machine["commit"][:10], "torch": machine["torch"], "python": machine.get("python")}
+
+
+def _different(old: dict[str, Any], new: dict[str, Any], word: str) -> list[str]:
+    return [f"{name} {_shown(a)} {word} {_shown(new[name])}" for name, a in old.items() if a != new[name]]
 
 
 def _shown(value: Any) -> str:
@@ -148,10 +131,6 @@ def _holm(values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, values[place] * (len(values) - rank)))
         corrected[place] = highest
     return corrected
-
-
-def _fast(result: Result) -> float:
-    return float(np.percentile(result.samples, 10))
 
 
 def _verdict(change: Estimate, fast: float, p: float, minimum: float) -> Verdict:
@@ -176,8 +155,6 @@ def compare(old: Report, new: Report, *, minimum: float = MINIMUM_EFFECT) -> Com
         XCosError: no case that both have.
         MissingPackageError: scipy is not installed.
     """
-    from xcos_ext.io.errors import XCosError
-
     if not 0 <= minimum < 1:
         raise ValueError(f"minimum: expected 0 or more and less than 1, got {minimum:g}")
     before = {result.key: result for result in old.results}
@@ -185,19 +162,19 @@ def compare(old: Report, new: Report, *, minimum: float = MINIMUM_EFFECT) -> Com
     both = [key for key in after if key in before]
     if not both:
         raise XCosError("the two runs have no case in common: nothing can be compared")
-    ratios = [ratio(after[key].rounds, before[key].rounds, paired=False, confidence=_CONFIDENCE) for key in both]
     tests = _holm([mann_whitney(after[key].samples, before[key].samples) for key in both])
     changes = []
-    for key, found, p in zip(both, ratios, tests, strict=True):
+    for key, p in zip(both, tests, strict=True):
         a, b = before[key], after[key]
-        fast = _fast(b) / _fast(a)
+        found = ratio(b.rounds, a.rounds, paired=False, confidence=_CONFIDENCE)
+        fast = float(np.percentile(b.samples, 10) / np.percentile(a.samples, 10))
         changes.append(Change(key, a.latency.p50, b.latency.p50, found, fast, p, _verdict(found, fast, p, minimum)))
     return Comparison(
         changes=changes,
         only_old=[key for key in before if key not in after],
         only_new=[key for key in after if key not in before],
-        differences=_differences(old, new),
-        versions=_versions(old, new),
+        differences=_different(_facts(old), _facts(new), "and"),
+        versions=_different(_software(old), _software(new), "to"),
         minimum=minimum,
         disturbed=[
             name

@@ -205,7 +205,7 @@ def _measured(
         create_detector(detector)
     import torch
 
-    from xcos_ext.bench import Subject, default_picture, run
+    from xcos_ext.bench import Workload, default_picture, run
 
     kinds, gpu = _devices(devices)
     settings = replace(settings, devices=kinds)
@@ -213,15 +213,15 @@ def _measured(
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        subject = Subject(
+        workload = Workload(
             load(path),
             picture=default_picture() if picture is None else picture,
             detector=detector,
             gallery=settings.gallery,
             seed=settings.seed,
         )
-        with torch.cuda.device(gpu), subject, bar("measuring", "cases", quiet=quiet) as tick:
-            report = run(subject, settings, progress=tick)
+        with torch.cuda.device(gpu), workload, bar("measuring", "cases", quiet=quiet) as tick:
+            report = run(workload, settings, progress=tick)
     finally:
         torch.set_num_threads(before)
     for warning in report.warnings:
@@ -233,11 +233,11 @@ def _measured(
 
 
 def _draw(report: Report, path: str) -> None:
-    from xcos_ext.bench.figure import bench_figure
+    from xcos_ext.bench.plot import plot_report
     from xcos_ext.explain import save_figure
 
     try:
-        figure = bench_figure(report)
+        figure = plot_report(report)
     except ValueError as error:  # the cases that it would show could not be measured
         raise XCosError(f"--plot: {error}") from error
     save_figure(figure, path)

@@ -99,7 +99,7 @@ def _share_rows(report: Report) -> Iterator[tuple[str, dict[Key, Share]]]:
 
 def _share_table(report: Report, shares: Sequence[tuple[str, dict[Key, Share]]]) -> Table:
     """A row for each part, runtime, device and dtype; a column for each batch."""
-    from xcos_ext.bench.report import HEAD_TARGET
+    from xcos_ext.bench.results import HEAD_TARGET
 
     batches = sorted({key.batch for _, found in shares for key in found})
     table = _table(

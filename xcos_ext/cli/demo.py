@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+import functools
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -25,7 +26,7 @@ _DEFAULT_OUT = "xcos_demo.png"
 _PAIRS, _GALLERY, _TOP = 4096, 20_000, 5
 _PROBES, _SHARE = 8, 256  # all pairs: what an attention network can do while one waits
 _SHAPE = (32, 7, 7)
-_RUNS, _LEAST_RUNS, _ENOUGH_MS = 9, 3, 1500.0
+_SECONDS = 0.5  # of timing, for each of the two ways to do a job
 # fp32 sums of 1,568 products in another order
 _TOLERANCE = 2e-5
 _THRESHOLD = 0.25
@@ -101,24 +102,23 @@ def eager_score(a: Tensor, b: Tensor) -> Tensor:
     return (weights * similarity).sum((1, 2))
 
 
-def _timed(work: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Milliseconds: median, least and most of several runs (fewer if they are slow) after one to warm up."""
-    import statistics
-
+def _timed(works: Sequence[Callable[[], Any]], device: torch.device) -> Iterator[dict[str, float]]:
+    """Milliseconds of each, taken in turns: median, least and most of the calls."""
     import torch
 
-    def finished() -> None:
+    from xcos_ext.deploy.timing import Clock, Contender, measure_in_turns
+
+    def finished(work: Callable[[], Any]) -> None:
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    finished()
-    taken: list[float] = []
-    while len(taken) < _RUNS and (len(taken) < _LEAST_RUNS or sum(taken) < _ENOUGH_MS):
-        start = time.perf_counter()
-        finished()
-        taken.append(1e3 * (time.perf_counter() - start))
-    return {"median_ms": statistics.median(taken), "min_ms": min(taken), "max_ms": max(taken), "runs": len(taken)}
+    contenders = [Contender(functools.partial(finished, work), Clock()) for work in works]
+    for found in measure_in_turns(contenders, _SECONDS):
+        if found.failure is not None:
+            raise found.failure
+        taken = [1e3 * seconds for values in found.rounds for seconds in values]
+        yield {"median_ms": statistics.median(taken), "min_ms": min(taken), "max_ms": max(taken), "runs": len(taken)}
 
 
 def measure(device: torch.device) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def _measured(device: torch.device) -> dict[str, Any]:
     jobs: list[dict[str, Any]] = []
 
     def job(name: str, ours: Callable[[], Any], plain: Callable[[], Any], difference: float) -> None:
-        fast, slow = _timed(ours, device), _timed(plain, device)
+        fast, slow = _timed((ours, plain), device)
         jobs.append(
             {
                 "job": name,
@@ -251,10 +251,7 @@ def _print(data: dict[str, Any]) -> None:
     from rich.table import Table
 
     where = f"{data['threads']} threads, {data['instruction_set']}" if data["device"] == "cpu" else data["device"]
-    click.echo(
-        f"{data['data']}, {' x '.join(map(str, data['shape']))}, {data['dtype']}, {where}; "
-        f"medians of {_LEAST_RUNS} to {_RUNS} runs"
-    )
+    click.echo(f"{data['data']}, {' x '.join(map(str, data['shape']))}, {data['dtype']}, {where}; medians")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("")
     for title in ("xcos_ext, ms", "plain torch, ms", "speed-up", "difference"):

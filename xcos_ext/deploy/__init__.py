@@ -9,19 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .compiled import CompiledModel, compile_for_inference
+    from .compiled import CompiledModel, Trial, compile_for_inference
     from .inference import for_inference
     from .onnx_export import export_onnx
     from .onnx_model import OnnxModel, PairMaps
     from .tensorrt import TrtRunner, build_engine
-    from .trials import Trial
 
 # Loaded when first used: running a graph must not cost the import of torch.
 _HOME_OF = {
     "CompiledModel": "compiled",
     "OnnxModel": "onnx_model",
     "PairMaps": "onnx_model",
-    "Trial": "trials",
+    "Trial": "compiled",
     "TrtRunner": "tensorrt",
     "build_engine": "tensorrt",
     "compile_for_inference": "compiled",

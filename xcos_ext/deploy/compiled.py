@@ -1,37 +1,267 @@
-"""The fastest way to run a model on this machine, found by trying (docs/inference.md)."""
+"""The fastest way to run a model on this machine, found by trying candidates in turns (docs/inference.md)."""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, overload
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from xcos_ext.card.calibration import FMRCurve
 from xcos_ext.card.preprocessing import Preprocessing
+from xcos_ext.io.text import duration, first_line
 from xcos_ext.model.model import XCosModel
 from xcos_ext.ops import XCosScore
 from xcos_ext.ops.templates import Role, Templates
 
-from .inference import FLOATS
-from .trials import Spread, Trial, choose, speedups, table, time_in_turns
-from .ways import DTYPE_NAMES, Way, build, ways_for
+from .cuda_graphs import CudaGraphs
+from .inference import FLOATS, for_inference
+from .timing import Contender, Spread, clock_for, measure_in_turns
 
-__all__ = ["CompiledModel", "compile_for_inference"]
+__all__ = [
+    "CANDIDATES",
+    "DEFAULT_CANDIDATES",
+    "DTYPE_NAMES",
+    "Candidate",
+    "CompiledModel",
+    "Trial",
+    "build_candidate",
+    "choose",
+    "compile_for_inference",
+]
 
-Example = Tensor | tuple[Tensor, Tensor]
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+#: Every candidate there is, by device, simplest first.
+CANDIDATES: dict[str, tuple[str, ...]] = {
+    "cpu": ("eager", "folded", "packed", "inductor", "ahead of time", "autotuned"),
+    "cuda": ("eager", "folded", "graph", "inductor", "inductor graph", "autotuned graph"),
+}
+#: What is tried where nothing is asked for. On a CPU autotuning takes minutes and is seldom worth it.
+DEFAULT_CANDIDATES = {"cpu": CANDIDATES["cpu"][:-1], "cuda": CANDIDATES["cuda"]}
 
 #: How far a score may be from the eager model's. fp32 differs by rounding only (1e-6 was measured), and by that of
 #: TensorFloat-32 where the GPU's convolutions use it; half precision is for those who ask for it.
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 _TF32_TOLERANCE = 5e-3
-_LONGEST_REASON = 160
+#: Rounds of timing in any case: quartiles need some.
+_LEAST_ROUNDS = 5
+
+Example = Tensor | tuple[Tensor, Tensor]
+
+
+class Candidate:
+    """Images to grid features, and pairs of images to scores, both faces of a pair in one batch."""
+
+    def __init__(self, model: XCosModel) -> None:
+        self.model = model
+
+    def features(self, images: Tensor) -> Tensor:
+        """[N, 3, height, width], any float type -> F [N, C, H, W]."""
+        return self.model.features(images)
+
+    def pair(self, images_a: Tensor, images_b: Tensor) -> XCosScore:
+        """Two batches of one shape -> score and maps."""
+        features = self.features(torch.cat([images_a, images_b]))
+        pairs = images_a.shape[0]
+        return cast(XCosScore, self.model.score(features[:pairs], features[pairs:], return_maps=True))
+
+
+class _Eager(Candidate):
+    """The model as it came."""
+
+    def __init__(self, model: XCosModel) -> None:
+        super().__init__(model)
+        self._dtype = next(model.parameters()).dtype
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.model.features(images.to(self._dtype))
+
+    def pair(self, images_a: Tensor, images_b: Tensor) -> XCosScore:
+        return cast(XCosScore, self.model(images_a.to(self._dtype), images_b.to(self._dtype)))
+
+
+class _Embed(nn.Module):
+    """Images to grid features, what is compiled."""
+
+    def __init__(self, model: XCosModel) -> None:
+        super().__init__()
+        self.backbone, self.head = model.backbone, model.head
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head.features(self.backbone(images))
+
+
+class _Compiled(Candidate):
+    """Body and 1x1 block compiled for one batch size; other sizes go through the folded model."""
+
+    def __init__(self, model: XCosModel, shape: Sequence[int], run: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(model)
+        self._shape = tuple(shape)
+        self._run = run
+
+    def features(self, images: Tensor) -> Tensor:
+        if tuple(images.shape) != self._shape:
+            return super().features(images)
+        # One dtype, one layout: others would be compiled again, or be wrong for what was compiled once and for all.
+        return self._run(images.to(torch.float32, memory_format=torch.contiguous_format))
+
+
+def _just_in_time(embed: _Embed, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """By torch.compile, at the first call."""
+
+    def run(images: Tensor) -> Tensor:
+        return cast(Tensor, embed(images))
+
+    # Dynamo counts recompilations by code object: with one of its own, no other model uses up this one's.
+    run.__code__ = run.__code__.replace(co_name=f"embed_{id(embed):x}")
+    return cast(Callable[[Tensor], Tensor], torch.compile(run, fullgraph=True, dynamic=False, options=options))
+
+
+def _ahead_of_time(
+    embed: _Embed, shape: Sequence[int], device: torch.device, options: dict[str, Any]
+) -> Callable[[Tensor], Tensor]:
+    """By AOTInductor, now: a library without Python between its kernels and without guards before them."""
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+    program = torch.export.export(embed, (torch.zeros(*shape, device=device),))
+    with tempfile.TemporaryDirectory() as folder:
+        file = aoti_compile_and_package(program, package_path=str(Path(folder) / "embed.pt2"), inductor_configs=options)
+        return cast(Callable[[Tensor], Tensor], aoti_load_package(file))
+
+
+class _Graphed(Candidate):
+    """Another candidate, replayed from CUDA graphs."""
+
+    def __init__(self, candidate: Candidate, cuda: Any = None) -> None:
+        super().__init__(candidate.model)
+        self._features = CudaGraphs(lambda images: (candidate.features(images),), cuda=cuda)
+        self._pair = CudaGraphs(lambda a, b: tuple(candidate.pair(a, b)), cuda=cuda)
+
+    def features(self, images: Tensor) -> Tensor:
+        return self._features(images)[0]
+
+    def pair(self, images_a: Tensor, images_b: Tensor) -> XCosScore:
+        return XCosScore(*self._pair(images_a, images_b))
+
+
+def _options(kind: str, device: torch.device) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if device.type == "cpu":
+        options["freezing"] = True  # weights become constants in oneDNN's own layout
+    if kind.startswith("autotuned"):
+        options["max_autotune"] = True
+        if device.type == "cuda":
+            options["coordinate_descent_tuning"] = True
+    return options
+
+
+def build_candidate(
+    kind: str, model: XCosModel, dtype: torch.dtype, shape: Sequence[int], device: torch.device
+) -> Candidate:
+    """One of :data:`CANDIDATES`.
+
+    Args:
+        kind: its name.
+        model: in evaluation mode.
+        dtype: of the body; ``eager`` keeps the model's own.
+        shape: [M, 3, height, width] of the batch that goes through the body.
+        device: of the model.
+    """
+    if kind == "eager":
+        return _Eager(model)
+    prepared = for_inference(model, dtype, packed=kind != "folded")
+    candidate = Candidate(prepared)
+    if kind.startswith(("inductor", "ahead of time", "autotuned")):
+        embed, options = _Embed(prepared).requires_grad_(False).eval(), _options(kind, device)
+        if kind == "ahead of time":
+            run = _ahead_of_time(embed, shape, device, options)
+        else:
+            run = _just_in_time(embed, options)
+        candidate = _Compiled(prepared, shape, run)
+    return _Graphed(candidate) if kind.endswith("graph") else candidate
+
+
+def _names(device: torch.device, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """Names of the candidates to try, simplest first, the eager one always among them.
+
+    Raises:
+        ValueError: a name that this device does not have.
+    """
+    known = CANDIDATES.get(device.type, ("eager", "folded"))
+    if wanted is None:
+        return DEFAULT_CANDIDATES.get(device.type, known)
+    if isinstance(wanted, str) or not set(wanted) <= set(known):
+        raise ValueError(
+            f"candidates: expected a list of {', '.join(map(repr, known))} ({device.type}), got {wanted!r}"
+        )
+    return tuple(name for name in known if name in wanted or name == "eager")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate, and what became of it.
+
+    Attributes:
+        name: e.g. ``"packed fp32"``.
+        seconds: of a call; None where it could not run.
+        speedup: times faster than the eager model, from calls of the same round.
+        error: largest difference of a score from the eager model's; None where it could not run.
+        build_seconds: preparing it, compilation included.
+        problem: why it could not be chosen: its failure, or an error above the tolerance; None: it could.
+    """
+
+    name: str
+    seconds: Spread | None = None
+    speedup: Spread | None = None
+    error: float | None = None
+    build_seconds: float = 0.0
+    problem: str | None = None
+
+
+def choose(faster: Mapping[str, Spread], margin: float) -> str:
+    """The simplest whose median is not beaten by the margin.
+
+    Args:
+        faster: times faster than one peer, by name; simplest first.
+        margin: share by which the fastest must be ahead of a simpler one, e.g. 0.03.
+
+    Returns:
+        A name.
+    """
+    enough = max(spread.median for spread in faster.values()) / (1 + margin)
+    return next(name for name, spread in faster.items() if spread.median >= enough)
+
+
+def _table(trials: Sequence[Trial], chosen: str) -> str:
+    """Trials as text, one a line; the chosen one has a star."""
+    rows = [("", "candidate", "time", "quartiles", "x eager", "score error", "built in", "")]
+    for trial in trials:
+        spread, speedup = trial.seconds, trial.speedup
+        rows.append(
+            (
+                "*" if trial.name == chosen else "",
+                trial.name,
+                duration(None if spread is None else spread.median),
+                "" if spread is None else f"{duration(spread.low)} .. {duration(spread.high)}",
+                "" if speedup is None else f"{speedup.median:.2f} [{speedup.low:.2f}, {speedup.high:.2f}]",
+                "" if trial.error is None else f"{trial.error:.1e}",
+                duration(trial.build_seconds),
+                trial.problem or "",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 @contextlib.contextmanager
@@ -47,66 +277,44 @@ def _ordinary(images: Tensor) -> Tensor:
 
 
 class CompiledModel:
-    """A model in the fastest way that was found for it; made by :func:`compile_for_inference`.
+    """A model as the fastest candidate that was found for it; made by :func:`compile_for_inference`.
 
     It keeps what belongs to the model: preprocessing, threshold, calibration, scoring of features, templates. Batches
-    of the example's size take the chosen way. Others work too: CUDA graphs are captured for up to eight sizes as they
-    come, code compiled for one size leaves the others to the folded model. Results are new tensors, computed without
-    gradients, whatever autocast says.
+    of other sizes than the example's work too: CUDA graphs are captured for up to eight sizes as they come, code
+    compiled for one size leaves the others to the folded model. Results are new tensors, computed without gradients,
+    whatever autocast says.
 
-    Threads may share one object. On a GPU work is queued on the caller's current stream; ways with CUDA graphs hold a
-    lock while they queue it.
+    Threads may share one object. On a GPU work is queued on the caller's current stream; candidates with CUDA graphs
+    hold a lock while they queue it.
 
     Attributes:
-        chosen: name of the way.
+        chosen: name of the candidate.
         trials: everything that was tried, simplest first.
         device: where images have to be.
+        name, architecture, preprocessing, threshold, fmr_thresholds, fmr_curve, fingerprint: the model's own.
     """
 
-    def __init__(self, model: XCosModel, way: Way, trials: Sequence[Trial], chosen: str, device: torch.device) -> None:
+    name: str
+    architecture: str
+    preprocessing: Preprocessing
+    threshold: float | None
+    fmr_thresholds: dict[float, float]
+    fmr_curve: FMRCurve | None
+    fingerprint: Callable[[], str]
+
+    def __init__(
+        self, model: XCosModel, candidate: Candidate, trials: Sequence[Trial], chosen: str, device: torch.device
+    ) -> None:
         self._model = model
-        self._way = way
+        self._candidate = candidate
         self.trials = tuple(trials)
         self.chosen = chosen
         self.device = device
 
-    # --- what belongs to the model
-
-    @property
-    def name(self) -> str:
-        """The model's name."""
-        return self._model.name
-
-    @property
-    def architecture(self) -> str:
-        """The backbone's registry name, or ``"custom"``."""
-        return self._model.architecture
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """Pixel normalisation that the images need."""
-        return self._model.preprocessing
-
-    @property
-    def threshold(self) -> float | None:
-        """Two faces are the same person if score >= threshold; None: unknown."""
-        return self._model.threshold
-
-    @property
-    def fmr_thresholds(self) -> dict[float, float]:
-        """Thresholds at stated false match rates."""
-        return self._model.fmr_thresholds
-
-    @property
-    def fmr_curve(self) -> FMRCurve | None:
-        """The false match rate at any score."""
-        return self._model.fmr_curve
-
-    def fingerprint(self) -> str:
-        """The model's own: features are the same up to the tolerance that was asked for."""
-        return self._model.fingerprint()
-
-    # --- computing
+    def __getattr__(self, name: str) -> Any:
+        if name not in CompiledModel.__annotations__:
+            raise AttributeError(f"CompiledModel has no attribute {name!r}")
+        return getattr(self._model, name)
 
     def features(self, images: Tensor) -> Tensor:
         """Grid feature F of each face.
@@ -124,7 +332,7 @@ class CompiledModel:
         """
         _check_images(self._model, self.device, images, "images")
         with _plain(self.device):
-            return self._way.features(_ordinary(images))
+            return self._candidate.features(_ordinary(images))
 
     def features_of(self, pictures: Sequence[NDArray[np.uint8]], batch_size: int = 32) -> Tensor:
         """Grid features of aligned pictures, some at a time.
@@ -182,13 +390,11 @@ class CompiledModel:
             )
         with _plain(self.device):
             # Both go through as one batch, which has one dtype.
-            return self._way.pair(_ordinary(images_a), _ordinary(images_b.to(images_a.dtype)))
-
-    # --- how it was found
+            return self._candidate.pair(_ordinary(images_a), _ordinary(images_b.to(images_a.dtype)))
 
     def report(self) -> str:
         """The trials as a table."""
-        return table(self.trials, self.chosen)
+        return _table(self.trials, self.chosen)
 
     def __repr__(self) -> str:
         return f"CompiledModel(name={self.name!r}, chosen={self.chosen!r}, device='{self.device}')"
@@ -237,8 +443,8 @@ def _check_dtypes(dtypes: Sequence[torch.dtype] | None) -> tuple[torch.dtype, ..
     return tuple(dtype for dtype in FLOATS if dtype in wanted)
 
 
-def _check_number(name: str, value: float, text: str, low: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= low):
+def _check_number(name: str, value: float, text: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name}: expected {text}, got {value!r}")
 
 
@@ -248,41 +454,78 @@ def _default_tolerance(dtype: torch.dtype, device: torch.device) -> float:
     return _TOLERANCES[dtype]
 
 
-def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    text = f"{type(error).__name__}: {lines[0]}".rstrip(": ")
-    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 1] + "…"
+def _problem(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 class _Search:
-    """Builds ways, compares their scores with the eager model's, and times those that keep to the tolerance."""
+    """Builds candidates, compares their scores with the eager model's, and times them."""
 
     def __init__(self, model: XCosModel, images: tuple[Tensor, ...], device: torch.device) -> None:
         self.model, self.images, self.device = model, images, device
         self.shape = (len(images) * images[0].shape[0], *images[0].shape[1:])
-        self.eager = build("eager", model, torch.float32, self.shape, device)
+        eager = build_candidate("eager", model, torch.float32, self.shape, device)
         # Pictures alone are compared by their scores with others: themselves, mirrored.
-        self._others = self.eager.features(images[0].flip(3)) if len(images) == 1 else None
-        self._wanted = self._scores(self.eager)
+        self._others = eager.features(images[0].flip(3)) if len(images) == 1 else None
+        self._wanted = self._scores(eager)
         if not bool(self._wanted.isfinite().all()):
             raise ValueError("example: expected images whose scores are finite, got scores that are not")
+        self.candidates: dict[str, Candidate] = {"eager": eager}
+        self.trials: dict[str, Trial] = {"eager": Trial("eager", error=0.0)}
 
-    def call(self, way: Way) -> Callable[[], Any]:
-        """What is timed."""
-        if len(self.images) == 1:
-            return lambda: way.features(self.images[0])
-        return lambda: way.pair(*self.images)
-
-    def _scores(self, way: Way) -> Tensor:
+    def _scores(self, candidate: Candidate) -> Tensor:
         if self._others is None:
-            return way.pair(*self.images).score
-        found: Tensor = self.model.score(way.features(self.images[0]), self._others)
+            return candidate.pair(*self.images).score
+        found: Tensor = self.model.score(candidate.features(self.images[0]), self._others)
         return found
 
-    def error(self, way: Way) -> float:
-        """Largest difference of a score; infinite for one that is not finite."""
-        error = float((self._scores(way) - self._wanted).abs().max())
-        return error if math.isfinite(error) else math.inf
+    def prepare(self, name: str, kind: str, dtype: torch.dtype, tolerance: float) -> None:
+        """Build a candidate and compare its scores; what fails is noted."""
+        began = time.perf_counter()
+        error = problem = None
+        try:
+            candidate = build_candidate(kind, self.model, dtype, self.shape, self.device)
+            # The first call compiles and captures. A score that is not finite is infinitely far away.
+            error = float((self._scores(candidate) - self._wanted).abs().max().nan_to_num(math.inf, math.inf))
+            if error > tolerance:
+                problem = f"scores differ by up to {error:.1e}, more than {tolerance:.1e}"
+            self.candidates[name] = candidate  # timed in any case, so that the report says what the tolerance costs
+        except Exception as failure:
+            problem = _problem(failure)
+        self.trials[name] = Trial(name, None, None, error, time.perf_counter() - began, problem)
+
+    def time(self, seconds: float) -> None:
+        """Time all candidates in turns.
+
+        Raises:
+            Exception: what the eager model raises.
+        """
+
+        def call(candidate: Candidate) -> Callable[[], Any]:
+            if len(self.images) == 1:
+                return lambda: candidate.features(self.images[0])
+            return lambda: candidate.pair(*self.images)
+
+        contenders = [Contender(call(candidate), clock_for(self.device)) for candidate in self.candidates.values()]
+        share = seconds / len(contenders)
+        found = measure_in_turns(contenders, share, one_by_one=False, least=_LEAST_ROUNDS)
+        eager = found[0]
+        if eager.failure is not None:
+            raise eager.failure
+        for name, measured in zip(self.candidates, found, strict=True):
+            trial = self.trials[name]
+            if measured.failure is not None:
+                self.trials[name] = replace(trial, problem=_problem(measured.failure))
+            else:
+                speedup = Spread.of_ratios(eager.bursts, measured.bursts)
+                self.trials[name] = replace(trial, seconds=Spread.of(measured.bursts), speedup=speedup)
+
+    def choose(self, margin: float) -> CompiledModel:
+        """The model as the simplest candidate that none without a problem beats by the margin."""
+        trials = self.trials.values()
+        usable = {trial.name: trial.speedup for trial in trials if trial.problem is None and trial.speedup is not None}
+        chosen = choose(usable, margin)
+        return CompiledModel(self.model, self.candidates[chosen], list(trials), chosen, self.device)
 
 
 def compile_for_inference(
@@ -303,7 +546,7 @@ def compile_for_inference(
     request) and AOTInductor (``ahead of time``). On a GPU: ``eager``, ``folded``, that as a CUDA graph (``graph``),
     ``inductor``, and compiled ones as CUDA graphs (``inductor graph``, ``autotuned graph``). One that fails, for want
     of a compiler or of memory, is noted with its reason; so is one whose scores are too far from the eager model's.
-    The eager way is always a candidate.
+    ``eager`` is always a candidate.
 
     Args:
         model: in evaluation mode, all on one device. It is not changed, and is kept for scoring features.
@@ -312,14 +555,14 @@ def compile_for_inference(
         dtypes: of the body: float32, bfloat16, float16. None: float32, which keeps scores up to rounding.
         seconds: to spend on timing; preparing and compiling come on top (``Trial.build_seconds``), and every candidate
             is timed five times in any case.
-        candidates: names of the ways to try, None: the usual ones of the device.
+        candidates: names of those to try, None: the usual ones of the device.
         tolerance: largest difference of a score from the eager model's; None: 1e-4 for float32 (5e-3 where the GPU's
             convolutions round to TensorFloat-32), 0.05 for bfloat16 and 0.01 for float16.
-        margin: share by which the fastest way must be ahead of a simpler one to be taken instead of it.
+        margin: share by which the fastest must be ahead of a simpler one to be taken instead of it.
         progress: told what is being done, some words each time.
 
     Returns:
-        The model in the way that was chosen, with all trials.
+        The model as the candidate that was chosen, with all trials.
 
     Raises:
         ValueError: a model in training mode or on several devices, an example of another shape or device, or an option
@@ -330,41 +573,18 @@ def compile_for_inference(
     device = _check_model(model)
     images = _check_example(model, device, example)
     wanted = _check_dtypes(dtypes)
-    _check_number("seconds", seconds, "a number of at least 0", 0.0)
-    _check_number("margin", margin, "a share of at least 0", 0.0)
+    _check_number("seconds", seconds, "a number of at least 0")
+    _check_number("margin", margin, "a share of at least 0")
     if tolerance is not None:
-        _check_number("tolerance", tolerance, "a number of at least 0, or None", 0.0)
-    kinds = ways_for(device, candidates)
+        _check_number("tolerance", tolerance, "a number of at least 0, or None")
+    kinds = _names(device, candidates)
     say = progress or (lambda words: None)
     with _plain(device):
         search = _Search(model, images, device)
-        ways: dict[str, Way] = {"eager": search.eager}
-        trials: dict[str, Trial] = {"eager": Trial("eager", error=0.0)}
         for kind, dtype in ((kind, dtype) for kind in kinds if kind != "eager" for dtype in wanted):
             name = f"{kind} {DTYPE_NAMES[dtype]}"
-            limit = _default_tolerance(dtype, device) if tolerance is None else tolerance
             say(f"preparing {name}")
-            began = time.perf_counter()
-            try:
-                way = build(kind, model, dtype, search.shape, device)
-                error = search.error(way)  # the first call compiles and captures
-            except Exception as failure:
-                trials[name] = Trial(name, build_seconds=time.perf_counter() - began, problem=_reason(failure))
-                continue
-            problem = None if error <= limit else f"scores differ by up to {error:.1e}, more than {limit:.1e}"
-            trials[name] = Trial(name, None, None, error, time.perf_counter() - began, problem)
-            ways[name] = way  # timed in any case, so that the report says what the tolerance costs
-        say(f"timing {len(ways)} ways")
-
-        def failed(name: str, failure: Exception) -> None:
-            if name == "eager":
-                raise failure
-            trials[name] = Trial(name, None, None, trials[name].error, trials[name].build_seconds, _reason(failure))
-
-        samples = time_in_turns({name: search.call(way) for name, way in ways.items()}, seconds, device, failed)
-    faster = speedups(samples, "eager")
-    for name, taken in samples.items():
-        trial = trials[name]
-        trials[name] = Trial(name, Spread.of(taken), faster[name], trial.error, trial.build_seconds, trial.problem)
-    chosen = choose({name: spread for name, spread in faster.items() if trials[name].problem is None}, margin)
-    return CompiledModel(model, ways[chosen], list(trials.values()), chosen, device)
+            search.prepare(name, kind, dtype, _default_tolerance(dtype, device) if tolerance is None else tolerance)
+        say(f"timing {len(search.candidates)} candidates")
+        search.time(seconds)
+    return search.choose(margin)

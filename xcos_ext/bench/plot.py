@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from xcos_ext.io.optional import need
 from xcos_ext.io.text import duration
 
-from .cases import RUNTIMES, Key
-from .report import Report, Result
+from .cases import PIXELS, RUNTIMES, STAGES, Key
+from .results import Report, Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["bench_figure"]
+__all__ = ["plot_report"]
 
-# Okabe and Ito's colours, which stay apart under colour blindness.
-_COLOURS = {
-    "eager": "#4d4d4d",
-    "for_inference": "#0072b2",
-    "compiled": "#009e73",
-    "graph": "#e69f00",
-    "onnxruntime": "#d55e00",
-    "tensorrt": "#cc79a7",
+# Okabe and Ito's colours, which stay apart under colour blindness; and a marker.
+_LOOKS = {
+    "eager": ("#4d4d4d", "o"),
+    "for_inference": ("#0072b2", "s"),
+    "compiled": ("#009e73", "^"),
+    "graph": ("#e69f00", "v"),
+    "onnxruntime": ("#d55e00", "D"),
+    "tensorrt": ("#cc79a7", "P"),
 }
-_MARKERS = {"eager": "o", "for_inference": "s", "compiled": "^", "graph": "v", "onnxruntime": "D", "tensorrt": "P"}
 _LINES = {"fp32": "-", "bf16": (0, (4, 1.5)), "fp16": (0, (1, 1))}
 _PARTS = {
     "decode": "#bdbdbd",
@@ -38,10 +38,9 @@ _PARTS = {
 }
 #: Throughputs that are further apart go on a logarithmic axis.
 _WIDE = 20
-_PICTURES = ("decode", "detect", "align")
 
 
-def bench_figure(report: Report) -> Figure:
+def plot_report(report: Report) -> Figure:
     """Draw a run.
 
     Latency and throughput of a whole pair (or of the backbone, where no pair was measured) against the batch, a line
@@ -63,71 +62,57 @@ def bench_figure(report: Report) -> Figure:
     need("matplotlib.backends.backend_agg", "drawing").FigureCanvasAgg(figure)
     panels = figure.subplots(1, (2 if stage else 0) + (1 if bars else 0), squeeze=False)[0]
     if stage is not None:
-        unit = "pairs" if stage == "pair" else "pictures"
+        unit = STAGES[stage].unit
         name = "a pair of crops to its score" if stage == "pair" else "the backbone"
-        _draw_lines(panels[0], report, stage, throughput=False)
+        lines = _lines(report, stage)
+        _draw_lines(panels[0], lines, throughput=False)
         _tidy(panels[0], f"Latency of a call, {name}", f"{unit} a call", "ms (bars: 95 %)")
-        _draw_lines(panels[1], report, stage, throughput=True)
+        _draw_lines(panels[1], lines, throughput=True)
         _tidy(panels[1], f"Throughput, {name}", f"{unit} a call", f"{unit} a second")
         panels[0].legend(fontsize=8, frameon=False, loc="upper left")
     if bars:
         _draw_bars(panels[-1], bars)
-    figure.suptitle(_heading(report), fontsize=10.5, x=0.01, ha="left", parse_math=False)
+    cold = "; cold caches" if report.settings.get("cold") else ""
+    heading = f"{report.model['name']} on {report.place}; torch {report.machine['torch']}{cold}"
+    figure.suptitle(heading, fontsize=10.5, x=0.01, ha="left", parse_math=False)
     return figure
 
 
-def _heading(report: Report) -> str:
-    machine = report.machine
-    gpu = machine.get("gpu")
-    where = f"{machine['processor']}, {machine['threads']} thread{'' if machine['threads'] == 1 else 's'}"
-    if isinstance(gpu, dict):
-        where += f"; {gpu['name']}"
-    cold = "; cold caches" if report.settings.get("cold") else ""
-    return f"{report.model['name']} on {where}; torch {machine['torch']}{cold}"
+def _lines(report: Report, stage: str) -> dict[str, list[Result]]:
+    """Label -> its cases by batch; devices and dtypes are named where there are several."""
+    results = sorted((r for r in report.results if r.key.stage == stage), key=lambda r: (r.key.device, r.key.order))
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(_label(result.key, results), []).append(result)
+    runtimes = {label: RUNTIMES.index(found[label][0].key.runtime) for label in found}
+    return {label: found[label] for label in sorted(found, key=runtimes.__getitem__)}
 
 
-def _lines(report: Report, stage: str) -> dict[tuple[str, str, str], list[Result]]:
-    """(runtime, device, dtype) -> its cases by batch."""
-    found: dict[tuple[str, str, str], list[Result]] = {}
-    for result in report.results:
-        key = result.key
-        if key.stage == stage:
-            found.setdefault((key.runtime, key.device, key.dtype), []).append(result)
-    order = sorted(found, key=lambda name: (name[1], RUNTIMES.index(name[0]), name[2]))
-    return {name: sorted(found[name], key=lambda result: result.key.batch) for name in order}
+def _label(key: Key, among: Sequence[Result]) -> str:
+    several = [name for name in ("device", "dtype") if len({getattr(result.key, name) for result in among}) > 1]
+    return ", ".join([key.runtime, *(getattr(key, name) for name in several)])
 
 
-def _draw_lines(axes: Axes, report: Report, stage: str, *, throughput: bool) -> None:
-    lines = _lines(report, stage)
-    devices = {device for _, device, _ in lines}
-    dtypes = {dtype for _, _, dtype in lines}
-    for (runtime, device, dtype), results in lines.items():
+def _draw_lines(axes: Axes, lines: dict[str, list[Result]], *, throughput: bool) -> None:
+    values: list[float] = []
+    for label, results in lines.items():
+        key = results[0].key
+        colour, marker = _LOOKS[key.runtime]
+        look: dict[str, Any] = {"color": colour, "linestyle": _LINES[key.dtype], "marker": marker, "label": label}
+        look |= {"markerfacecolor": "white" if key.device == "cuda" else None, "markersize": 5, "linewidth": 1.5}
         batches = [result.key.batch for result in results]
-        label = runtime + (f", {device}" if len(devices) > 1 else "") + (f", {dtype}" if len(dtypes) > 1 else "")
-        look: dict[str, Any] = {
-            "color": _COLOURS.get(runtime, "#222222"),
-            "linestyle": _LINES.get(dtype, "-"),
-            "marker": _MARKERS.get(runtime, "o"),
-            "markerfacecolor": "white" if device == "cuda" else None,
-            "markersize": 5,
-            "linewidth": 1.5,
-            "label": label,
-        }
         if throughput:
-            axes.plot(batches, [result.throughput for result in results], **look)
+            rates = [result.throughput for result in results]
+            axes.plot(batches, rates, **look)
+            values += rates
             continue
-        middle = [1e3 * result.latency.p50 for result in results]
-        low = [m - 1e3 * result.latency.low for m, result in zip(middle, results, strict=True)]
-        high = [1e3 * result.latency.high - m for m, result in zip(middle, results, strict=True)]
-        axes.errorbar(batches, middle, [low, high], elinewidth=1, capsize=2, **look)
+        low, middle, high = ([1e3 * getattr(r.latency, name) for r in results] for name in ("low", "p50", "high"))
+        ends = [[m - x for m, x in zip(middle, low, strict=True)], [x - m for m, x in zip(middle, high, strict=True)]]
+        axes.errorbar(batches, middle, ends, elinewidth=1, capsize=2, **look)
+        values += low + high
     ticks = sorted({result.key.batch for results in lines.values() for result in results})
     axes.set_xscale("log")
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    shown = [result for results in lines.values() for result in results]
-    if throughput:
-        values = [result.throughput for result in shown]
-    else:
-        values = [1e3 * end for result in shown for end in (result.latency.low, result.latency.high)]
     if throughput and max(values) < _WIDE * min(values):
         axes.set_ylim(0, 1.1 * max(values))
     else:
@@ -151,50 +136,35 @@ def _bars(report: Report) -> dict[str, dict[str, float]]:
 
     Where photographs were measured, the first bar has the whole way from two of them, in the runtime that is fastest.
     """
-    pairs = sorted(
-        (result for result in report.results if result.key.stage == "pair"),
-        key=lambda result: (result.key.device, result.key.batch, RUNTIMES.index(result.key.runtime), result.key.dtype),
-    )
+    pairs = sorted((r for r in report.results if r.key.stage == "pair"), key=lambda r: (r.key.device, r.key.order))
     batches = sorted({result.key.batch for result in pairs})
-    several = len({result.key.device for result in pairs}) > 1, len({result.key.dtype for result in pairs}) > 1
     found: dict[str, dict[str, float]] = {}
-    best: tuple[float, str] | None = None
+    singles: dict[str, float] = {}
     for result in pairs:
         key = result.key
         parts = _parts(report, key) if key.batch in (batches[0], batches[-1]) else {}
-        if not parts:
-            continue
-        label = key.runtime + (f", {key.device}" if several[0] else "") + (f", {key.dtype}" if several[1] else "")
-        label += f", batch {key.batch}"
-        found[label] = parts
-        if key.batch == 1 and (best is None or result.latency.p50 < best[0]):
-            best = result.latency.p50, label
-    pictures = _picture_seconds(report)
-    if pictures and best is not None:
-        first = f"from photographs,\n{best[1]}"
-        found = {first: {**pictures, **found[best[1]]}, **found}
+        if parts:
+            label = f"{_label(key, pairs)}, batch {key.batch}"
+            found[label] = parts
+            if key.batch == 1:
+                singles[label] = result.latency.p50
+    stages = [name for name, stage in STAGES.items() if stage.of_pictures]
+    pictures = {name: report.find(Key(name, "native", "cpu", PIXELS, 1)) for name in stages}
+    before = {name: 2 * result.latency.p50 for name, result in pictures.items() if result is not None}
+    if before and singles:
+        best = min(singles, key=singles.__getitem__)
+        found = {f"from photographs,\n{best}": {**before, **found[best]}, **found}
     return found
 
 
 def _parts(report: Report, key: Key) -> dict[str, float]:
     """Seconds of one pair by stage: both faces' backbones, projections where these were measured, and the head."""
-
-    def seconds(stage: str) -> float | None:
-        result = report.find(Key(stage, key.runtime, key.device, key.dtype, key.batch))
-        return None if result is None else result.latency.p50 / key.batch
-
-    backbone, projection, head = seconds("backbone"), seconds("projection"), seconds("head")
+    results = [report.find(replace(key, stage=stage)) for stage in ("backbone", "projection", "head")]
+    backbone, projection, head = (None if r is None else r.latency.p50 / key.batch for r in results)
     if backbone is None or head is None:
         return {}
     inner = min(projection or 0.0, backbone)
     return {"backbone": 2 * (backbone - inner), "projection": 2 * inner, "head": head}
-
-
-def _picture_seconds(report: Report) -> dict[str, float]:
-    """Seconds that two photographs take before the model, by stage."""
-    keys = {stage: Key(stage, "native", "cpu", "uint8", 1) for stage in _PICTURES}
-    results = {stage: report.find(key) for stage, key in keys.items()}
-    return {stage: 2 * result.latency.p50 for stage, result in results.items() if result is not None}
 
 
 def _draw_bars(axes: Axes, bars: dict[str, dict[str, float]]) -> None:
@@ -218,16 +188,9 @@ def _draw_bars(axes: Axes, bars: dict[str, dict[str, float]]) -> None:
     handles, names = axes.get_legend_handles_labels()
     order = sorted(range(len(names)), key=lambda place: list(_PARTS).index(names[place]))
     axes.legend(
-        [handles[place] for place in order],
-        [names[place] for place in order],
-        fontsize=8,
-        frameon=False,
-        loc="upper center",
-        bbox_to_anchor=(0.45, -0.13),
-        ncols=6,
-        columnspacing=0.9,
-        handlelength=1.2,
-    )
+        [handles[place] for place in order], [names[place] for place in order], loc="upper center", frameon=False,
+        fontsize=8, bbox_to_anchor=(0.45, -0.13), ncols=6, columnspacing=0.9, handlelength=1.2,
+    )  # fmt: skip
 
 
 def _tidy(axes: Axes, title: str, x: str, y: str) -> None:

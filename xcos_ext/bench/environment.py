@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import subprocess
 import time
 from dataclasses import dataclass
@@ -11,7 +12,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Watch", "available_memory", "busy_warning", "cache_bytes", "conditions", "machine", "processor_name"]
+import torch
+
+import xcos_ext
+
+__all__ = ["ColdCache", "Watch", "busy_warning", "conditions", "machine"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 _CPU = Path("/sys/devices/system/cpu")
@@ -41,23 +46,10 @@ def _cpuinfo(key: str) -> list[str]:
     return [line.partition(":")[2].strip() for line in lines if line.startswith(key)]
 
 
-def processor_name() -> str:
-    """The processor as it calls itself."""
-    return next(iter(_cpuinfo("model name")), "") or platform.processor() or platform.machine()
-
-
 def _nvidia_smi(query: str) -> dict[str, str]:
-    import torch
-
     gpu = f"--id={torch.cuda.current_device()}"
     answer = _command("nvidia-smi", gpu, f"--query-gpu={query}", "--format=csv,noheader").splitlines()
     return dict(zip(query.split(","), answer[0].split(", ") if answer else (), strict=False))
-
-
-def _checkout(folder: Path) -> bool:
-    """Whether a folder is itself a git checkout, and does not merely lie in somebody else's."""
-    top = _command("git", "-C", str(folder), "rev-parse", "--show-toplevel")
-    return bool(top) and Path(top).resolve() == folder.resolve()
 
 
 def machine(repository: Path = _ROOT) -> dict[str, Any]:
@@ -69,14 +61,11 @@ def machine(repository: Path = _ROOT) -> dict[str, Any]:
     Returns:
         JSON-ready values. Outside a checkout ``commit`` is what XCOS_COMMIT says; ``gpu`` is there if torch sees one.
     """
-    import torch
-
-    import xcos_ext
-
-    ours = _checkout(repository)
     git = ("git", "-C", str(repository))
+    top = _command(*git, "rev-parse", "--show-toplevel")
+    ours = bool(top) and Path(top).resolve() == repository.resolve()  # and does not merely lie in somebody else's
     info: dict[str, Any] = {
-        "processor": processor_name(),
+        "processor": next(iter(_cpuinfo("model name")), "") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -106,7 +95,7 @@ def conditions(*, cuda: bool = False) -> dict[str, Any]:
         cuda: ask nvidia-smi too.
 
     Returns:
-        ``load`` (1-minute average), ``mhz`` (lowest and highest of the cores now), ``governor``, ``turbo``, and
+        ``load`` (1-minute average), ``mhz`` (lowest and highest of the cores now), ``governor``, and
         ``gpu`` (clocks, temperature, power as nvidia-smi writes them).
     """
     try:
@@ -118,12 +107,10 @@ def conditions(*, cuda: bool = False) -> dict[str, Any]:
     mhz = [int(text) / 1e3 for text in now if text.isdigit()]
     if not mhz:
         mhz = [float(text) for text in _cpuinfo("cpu MHz") if text.replace(".", "", 1).isdigit()]
-    no_turbo, boost = _read(_CPU / "intel_pstate/no_turbo"), _read(_CPU / "cpufreq/boost")
     found: dict[str, Any] = {
         "load": load,
         "mhz": [min(mhz), max(mhz)] if mhz else None,
         "governor": ", ".join(governors) or None,
-        "turbo": no_turbo == "0" if no_turbo else boost == "1" if boost else None,
     }
     if cuda:
         found["gpu"] = _nvidia_smi(_GPU_STATE)
@@ -138,7 +125,7 @@ def busy_warning(state: dict[str, Any]) -> str | None:
     return f"the machine is busy: load {load:.2f} on {cores} cores before anything was measured"
 
 
-def cache_bytes() -> int:
+def _cache_bytes() -> int:
     """Size of the processor's last-level cache; 32 MiB where it cannot be read."""
     sizes = []
     for path in (_CPU / "cpu0" / "cache").glob("index*/size"):
@@ -148,12 +135,40 @@ def cache_bytes() -> int:
     return max(sizes, default=32 << 20)
 
 
-def available_memory() -> int:
+def _available_memory() -> int:
     """Bytes that can be allocated without swapping; 1 GiB where it cannot be read."""
     for line in _read(Path("/proc/meminfo")).splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) << 10
     return 1 << 30
+
+
+class ColdCache:
+    """Empties caches by going over a buffer that is larger than they are.
+
+    On a CPU, torch's own threads read and write 1.25 times the last-level cache, so that every core's private caches
+    are emptied too; on a GPU, twice its L2 is overwritten on the current stream.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Attributes:
+        bytes: of the buffer.
+        whole: whether it is as large as it should be; a quarter of the free memory is the limit.
+    """
+
+    def __init__(self, device: str) -> None:
+        if device == "cuda":
+            wanted = 2 * int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
+            limit = int(torch.cuda.mem_get_info()[0]) // 4
+        else:
+            wanted, limit = _cache_bytes() * 5 // 4, _available_memory() // 4
+        self.bytes = min(wanted, limit) // 8 * 8
+        self.whole = wanted <= limit
+        self._buffer = torch.zeros(self.bytes // 8, dtype=torch.int64, device=device)
+
+    def __call__(self) -> None:
+        self._buffer.add_(1)
 
 
 @dataclass
@@ -166,13 +181,7 @@ class _Usage:
     @classmethod
     def now(cls) -> _Usage:
         times = os.times()
-        switches = 0
-        try:
-            import resource
-
-            switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-        except ImportError:  # not a Unix
-            pass
+        switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
         fields = _read(Path("/proc/stat")).partition("\n")[0].split()
         busy = None
         if len(fields) > 8 and fields[0] == "cpu":

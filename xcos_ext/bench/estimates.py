@@ -1,4 +1,4 @@
-"""Percentiles with their uncertainty, and what differs between two sets of samples beyond noise.
+"""Percentiles with their uncertainty, and whether two sets of samples differ beyond noise.
 
 Calls of one round share what the machine did then, so they are not independent: intervals come from drawing whole
 rounds with replacement (a block bootstrap), never single calls.
@@ -7,11 +7,12 @@ rounds with replacement (a block bootstrap), never single calls.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from xcos_ext.io.optional import need
 
 __all__ = ["MOST_SAMPLES", "Estimate", "Latency", "drift", "latency", "mann_whitney", "ratio", "thin"]
 
@@ -26,12 +27,7 @@ _REPLICATES = 1000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A median with the interval it lies in.
-
-    Attributes:
-        median: the value.
-        low, high: 95 % unless told otherwise.
-    """
+    """A median with the interval ``low`` to ``high`` that it lies in, 95 % unless told otherwise."""
 
     median: float
     low: float
@@ -56,10 +52,6 @@ class Latency:
     p99: float | None
     mean: float
     fastest: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
 
 
 def thin(rounds: Rounds, most: int = MOST_SAMPLES) -> list[list[float]]:
@@ -94,31 +86,21 @@ def _medians(rounds: Rounds, replicates: int, rng: np.random.Generator) -> NDArr
     return (values[order][lower] + values[order][upper]) / 2
 
 
-def _interval(draws: NDArray[np.float64], confidence: float) -> tuple[float, float]:
+def _estimate(middle: float, draws: NDArray[np.float64], confidence: float = 0.95) -> Estimate:
     tail = 50 * (1 - confidence)
-    low, high = np.percentile(draws, (tail, 100 - tail))
-    return float(low), float(high)
+    low, high = map(float, np.percentile(draws, (tail, 100 - tail)))
+    return Estimate(middle, min(low, middle), max(high, middle))
 
 
-def latency(rounds: Rounds, *, seed: int = 0) -> Latency:
-    """Percentiles of all calls.
-
-    Args:
-        rounds: seconds of each call, round by round; at least one.
-        seed: of the interval's draws.
-    """
+def latency(rounds: Rounds) -> Latency:
+    """Percentiles of all calls; at least one."""
     values = np.concatenate([np.asarray(samples, np.float64) for samples in rounds])
-    low, high = _interval(_medians(rounds, _REPLICATES, np.random.default_rng(seed)), 0.95)
-    tails = {p: float(np.percentile(values, p)) if values.size >= least else None for p, least in _NEEDED.items()}
-    middle = float(np.median(values))
-    return Latency(
-        middle, min(low, middle), max(high, middle), tails[90], tails[99], float(values.mean()), float(values.min())
-    )
+    found = _estimate(float(np.median(values)), _medians(rounds, _REPLICATES, np.random.default_rng(0)))
+    p90, p99 = (float(np.percentile(values, p)) if values.size >= least else None for p, least in _NEEDED.items())
+    return Latency(found.median, found.low, found.high, p90, p99, float(values.mean()), float(values.min()))
 
 
-def ratio(
-    top: Rounds, bottom: Rounds, *, paired: bool, confidence: float = 0.95, replicates: int = 2000, seed: int = 0
-) -> Estimate:
+def ratio(top: Rounds, bottom: Rounds, *, paired: bool, confidence: float = 0.95) -> Estimate:
     """Median of ``top`` over median of ``bottom``.
 
     Args:
@@ -126,22 +108,15 @@ def ratio(
         paired: both were measured in the same rounds: the ratio is taken round by round, so that a drift of the machine
             cancels, and rounds are drawn together. Else, rounds of either are drawn for themselves.
         confidence: of the interval.
-        replicates: draws.
-        seed: of the draws.
     """
-    rng = np.random.default_rng(seed)
+    rng, replicates = np.random.default_rng(0), 2 * _REPLICATES
     if paired:
         if len(top) != len(bottom):
             raise ValueError(f"top, bottom: expected as many rounds, got {len(top)} and {len(bottom)}")
         ratios = np.array([np.median(a) / np.median(b) for a, b in zip(top, bottom, strict=True)])
-        middle = float(np.median(ratios))
-        draws = _medians([[value] for value in ratios], replicates, rng)
-    else:
-        first, second = (np.concatenate([np.asarray(s, np.float64) for s in rounds]) for rounds in (top, bottom))
-        middle = float(np.median(first) / np.median(second))
-        draws = _medians(top, replicates, rng) / _medians(bottom, replicates, rng)
-    low, high = _interval(draws, confidence)
-    return Estimate(middle, min(low, middle), max(high, middle))
+        return _estimate(float(np.median(ratios)), _medians(ratios[:, None], replicates, rng), confidence)  # type: ignore[arg-type]
+    middle = np.median(np.concatenate(top)) / np.median(np.concatenate(bottom))  # type: ignore[arg-type]
+    return _estimate(float(middle), _medians(top, replicates, rng) / _medians(bottom, replicates, rng), confidence)
 
 
 def drift(rounds: Rounds) -> float | None:
@@ -149,8 +124,7 @@ def drift(rounds: Rounds) -> float | None:
     third = len(rounds) // 3
     if third < 2:
         return None
-    ends = [np.median(np.concatenate([np.asarray(s) for s in part])) for part in (rounds[-third:], rounds[:third])]
-    return float(ends[0] / ends[1])
+    return float(np.median(np.concatenate(rounds[-third:])) / np.median(np.concatenate(rounds[:third])))  # type: ignore[arg-type]
 
 
 def mann_whitney(a: Sequence[float], b: Sequence[float]) -> float:
@@ -158,7 +132,5 @@ def mann_whitney(a: Sequence[float], b: Sequence[float]) -> float:
 
     Exact for small samples, else the normal approximation, corrected for ties (needs scipy, of the ``cli`` extra).
     """
-    from xcos_ext.io.optional import need
-
     p = float(need("scipy.stats", "comparing measurements").mannwhitneyu(a, b, alternative="two-sided").pvalue)
     return p if p == p else 1.0  # NaN where all values are the same

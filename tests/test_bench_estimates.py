@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from xcos_ext.bench.statistics import MOST_SAMPLES, drift, latency, mann_whitney, ratio, thin
+from xcos_ext.bench.estimates import MOST_SAMPLES, drift, latency, mann_whitney, ratio, thin
 from xcos_ext.io.text import duration, rate, span
 
 

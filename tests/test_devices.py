@@ -307,7 +307,7 @@ def graph_score(*options: str) -> float:
 
 def test_providers_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = pytest.importorskip("onnxruntime")
-    from xcos_ext.onnx.sessions import CPU, providers_on
+    from xcos_ext.onnx.session import CPU, providers_on
 
     monkeypatch.setattr(runtime, "get_available_providers", lambda: list(CPU))
     assert providers_on("auto") == providers_on("cpu") == list(CPU)

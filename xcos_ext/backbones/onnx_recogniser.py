@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from xcos_ext.card.preprocessing import ARCFACE, Preprocessing
 from xcos_ext.io.errors import ModelError
 from xcos_ext.onnx.graph import BATCH, Graph
-from xcos_ext.onnx.parts import Runner
 from xcos_ext.onnx.pixels import check_range, normalisation_of
+from xcos_ext.onnx.session import Runner
 from xcos_ext.onnx.tail import AffineTail, NotAffineError, first_obstacle
 
 from .feature_map import FeatureMap, is_map_shape, shown, with_choice

@@ -21,7 +21,7 @@ from xcos_ext.io.text import first_line
 from xcos_ext.model.attention import XCosAttention
 from xcos_ext.model.model import XCosModel
 from xcos_ext.onnx.files import contents_hash
-from xcos_ext.onnx.sessions import run_graph, session_of
+from xcos_ext.onnx.session import run_graph, session_of
 from xcos_ext.onnx.splice import with_body
 
 from .graphs import BodyGraph, PairGraph, ScoreGraph, TemplateGraph, attention_of, check_exportable, layout_of

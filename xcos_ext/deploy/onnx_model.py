@@ -12,7 +12,7 @@ from xcos_ext.card.card import INPUTS, Kind, OnnxCard
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.optional import need
 from xcos_ext.onnx.files import contents_hash, metadata, read_onnx
-from xcos_ext.onnx.sessions import CPU, Provider, run_graph, session_of
+from xcos_ext.onnx.session import CPU, Provider, run_graph, session_of
 
 if TYPE_CHECKING:
     from xcos_ext.card.calibration import FMRCurve

@@ -10,7 +10,7 @@ import numpy as np
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.optional import need
 
-from .sessions import run_graph, session_of
+from .session import run_graph, session_of
 
 if TYPE_CHECKING:
     import onnx

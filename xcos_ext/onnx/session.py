@@ -15,7 +15,7 @@ from xcos_ext.io.text import first_line
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Provider", "providers_on", "run_graph", "session_of"]
+__all__ = ["Provider", "Runner", "providers_on", "run_graph", "session_of"]
 
 #: A name, or a name with options.
 Provider = str | tuple[str, Mapping[str, Any]]
@@ -87,3 +87,29 @@ def run_graph(session: Any, given: Mapping[str, np.ndarray], where: str) -> list
     except Exception as error:  # onnxruntime's own types
         raise ModelError(f"{where}: onnxruntime cannot run it ({first_line(error, 300)})") from error
     return results
+
+
+class Runner:
+    """A part of a graph in onnxruntime: from one tensor to others. Copies share the session, which has no state."""
+
+    def __init__(self, proto: onnx.ModelProto, where: str, threads: int | None) -> None:
+        self._proto, self._where, self._threads = proto, where, threads
+        self._session = session_of(proto, where, threads)
+        (given,) = self._session.get_inputs()
+        self._name = given.name
+        self._dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}.get(given.type, np.float64)
+
+    def __call__(self, value: np.ndarray) -> list[np.ndarray]:
+        return run_graph(self._session, {self._name: value.astype(self._dtype, copy=False)}, self._where)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Runner:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _runner, (self._proto.SerializeToString(), self._where, self._threads)
+
+
+def _runner(contents: bytes, where: str, threads: int | None) -> Runner:
+    import onnx
+
+    return Runner(onnx.load_model_from_string(contents), where, threads)

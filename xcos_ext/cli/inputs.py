@@ -113,7 +113,7 @@ def load_either(path: str, device: str) -> XCosModel | OnnxModel:
 
 def _graph(path: str, device: str) -> OnnxModel:
     from xcos_ext.deploy import OnnxModel
-    from xcos_ext.onnx.sessions import CPU, providers_on
+    from xcos_ext.onnx.session import CPU, providers_on
 
     try:
         providers = providers_on(device)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TypeVar
 
-from xcos_ext.explain.report import PairsFile
+from xcos_ext.explain.pairs_file import PairsFile
 from xcos_ext.faces.folders import PersonFolder, PictureTree
 
 from .insightface import InsightfaceBin

@@ -28,7 +28,7 @@ KERNELS = REPOSITORY / "csrc" / "cuda"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
 # Registers of one thread, by kernel family. Staged kernels hide latency with 24 warps an SM
-# (docs/cuda_kernels.md): 65,536 registers / (24 x 32 threads) = 85, in multiples of 8.
+# (docs/kernels.md): 65,536 registers / (24 x 32 threads) = 85, in multiples of 8.
 # General kernels run two blocks of 256 threads an SM, matrix_plain and matrix_backward too (one in fp64); a block of
 # topk_update has 512 threads. match_* have four blocks of 128, head_forward
 # has three of 256.

@@ -6,7 +6,7 @@
 Models are files, names of models that the package ships, or architectures (with random weights). Every candidate scores
 the same pairs, whole: body, 1x1 block, score and maps. They take turns within one run; reported are median and
 quartiles of the time, of the times faster than the eager model and than onnxruntime, the largest difference of a score,
-and which is chosen. The tables of docs/inference.md are made of the results (tables.py).
+and which is chosen. The tables of docs/deploy.md are made of the results (tables.py).
 """
 
 from __future__ import annotations

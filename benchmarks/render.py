@@ -20,18 +20,7 @@ import gpu_table
 import tables
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (
-    ROOT / "README.md",
-    ROOT / "docs" / "training.md",
-    ROOT / "docs" / "default_model.md",
-    ROOT / "docs" / "gallery.md",
-    ROOT / "docs" / "alignment_tolerance.md",
-    ROOT / "docs" / "faithfulness.md",
-    ROOT / "docs" / "local_cells.md",
-    ROOT / "docs" / "inference.md",
-    ROOT / "docs" / "onnx.md",
-    ROOT / "docs" / "bench.md",
-)
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MARKER = re.compile(r"(<!-- results: (\w+) (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 TABLES = {
     "alignment": tables.alignment,
@@ -40,6 +29,7 @@ TABLES = {
     "inference": tables.inference,
     "models": tables.models,
     "onnx": tables.onnx,
+    "speed": tables.speed,
 }
 
 

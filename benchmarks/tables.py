@@ -143,6 +143,51 @@ def operators(files: Iterable[Path], kind: str) -> list[str]:
 # Matching cells with their neighbourhoods: alignment_tolerance.py
 
 
+# What README shows of the operators' speed: where it was measured, the case, what it is, the peer and its name.
+_HEADLINES = (
+    ("cpu.json", "xcos_score/forward/fp32", "score of 4,096 pairs", "torch.compile", "torch.compile, leanest form"),
+    ("cpu.json", "xcos_score/forward+backward/fp32", "score and gradients", "torch.compile", "torch.compile"),
+    (
+        "cpu.json",
+        "xcos_topk/learned/bf16",
+        "64 x 100,000 pairs, learned W, top 10, bf16",
+        "cosine fp32",
+        "torch's fp32 cosine",
+    ),
+    ("head/threads2.json", "xcos_head/ordered/256", "learned head, 256 pairs", "eager", "the published head, eager"),
+    ("gpu", "xcos_score/forward/fp32", "score of 262,144 pairs", "copy", "copying as many bytes"),
+)
+
+
+def speed(name: str) -> list[str]:
+    """Five lines for README."""
+    rows = []
+    for file, case, what, peer, peer_name in _HEADLINES:
+        found, where = _headline(file, case)
+        if found is None:
+            continue
+        seconds, times = found["seconds"], found["speedup"][peer]["median"]
+        ours = spread(seconds["xcos_ext"], duration)
+        rows.append((what, where, ours, f"{peer_name}: {duration(seconds[peer]['median'])}", f"{times:.2f}"))
+    return markdown(("what", "where", "xcos_ext, median and quartiles", "peer, same run", "times faster"), rows)
+
+
+def _headline(file: str, case: str) -> tuple[Data | None, str]:
+    if file == "gpu":
+        for path in sorted((RESULTS / "gpu").glob("*/roofline.jsonl")):
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            return next((row for row in rows if row.get("name") == case), None), path.parent.name.upper().replace(
+                "-", " "
+            )
+        return None, ""
+    results = load(file)
+    if results is None:
+        return None, ""
+    machine = results["machine"]
+    row = next((row for row in results["cases"] if row["name"] == case), None)
+    return row, f"{machine['processor']}, {machine['threads']} threads"
+
+
 def alignment_rules(contents: Data) -> list[str]:
     """A table for each model: rows are sets of pairs, columns rules of matching.
 

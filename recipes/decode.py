@@ -1,4 +1,4 @@
-"""Training a decoder: the picture of a face from what a frozen model keeps of it (docs/reconstruction.md)."""
+"""Training a decoder: the picture of a face from what a frozen model keeps of it (docs/maps.md)."""
 
 from __future__ import annotations
 

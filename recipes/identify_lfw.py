@@ -66,7 +66,7 @@ ENROLLED = 3  # pictures of a person at most
 CANDIDATES = 20  # persons that a search lists
 RANKS = (1, 5, 10, 20)
 FPIRS = (1e-1, 1e-2)
-SHIPPED_UNSEEN = (7, 8)  # folds whose people the shipped model has never seen: docs/default_model.md
+SHIPPED_UNSEEN = (7, 8)  # folds whose people the shipped model has never seen: docs/models.md
 BATCH = 64
 # --quick: what is left of each part, and of the training.
 QUICK_SEVERAL, QUICK_SINGLE, QUICK_PICTURES = 20, 30, 4

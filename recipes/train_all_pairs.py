@@ -6,7 +6,7 @@ Faces are aligned crops ``<person>/<picture>`` in a folder or zip archive, the n
 ``xcos_ext.model.load_recogniser`` reads. The network is run once per face; from then on only the head is computed: its
 1x1 block and its attention, whose weights differ from pair to pair. A batch of B faces has B * B of them, and
 ``xcos_matrix`` scores them all without keeping any: its backward pass computes the pairs again. Figures are in
-docs/training_all_pairs.md.
+docs/training.md.
 
 People are held out before anything is computed; verification before and after training is measured on all pairs among
 them. Nothing is written without ``--out``.

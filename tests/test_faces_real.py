@@ -1,6 +1,6 @@
 """The main job on real photographs with a real network: right verdicts end to end.
 
-A fifth of the pairs; all of them are run by recipes/verify_photo_pairs.py, whose figures are in docs/faces.md.
+A fifth of the pairs; all of them are run by recipes/verify_photo_pairs.py, whose figures are in docs/verify.md.
 """
 
 from __future__ import annotations

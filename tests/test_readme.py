@@ -13,6 +13,7 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
+OPERATORS = REPOSITORY / "docs" / "operators.md"
 
 pytestmark = pytest.mark.skipif(not README.is_file(), reason="needs the source folder")
 
@@ -28,8 +29,9 @@ def test_links_lead_somewhere():
 @pytest.mark.real_data
 def test_the_screen_of_code_runs(shared_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    block = block.replace('"mobilefacenet_arcface.pt"', f'"{shared_data / "mobilefacenet_arcface.pt"}"')
+    (start,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    screen, _ = re.findall(r"```python\n(.*?)```", OPERATORS.read_text(), re.DOTALL)
+    block = (start + screen).replace('"mobilefacenet_arcface.pt"', f'"{shared_data / "mobilefacenet_arcface.pt"}"')
     a, b = (torch.randn(4, 32, 7, 7, requires_grad=True) for _ in range(2))
     names = {
         "a": a,
@@ -57,7 +59,7 @@ def test_the_screen_of_code_runs(shared_data, tmp_path, monkeypatch):
 
 
 def test_the_code_of_the_page_on_all_pairs_runs():
-    (block,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "all_pairs.md").read_text(), re.DOTALL)
+    _, block = re.findall(r"```python\n(.*?)```", OPERATORS.read_text(), re.DOTALL)
     names: dict[str, object] = {}
     exec(block, names)
     assert names["maps"].contribution.shape == (4, 7, 7)  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@
 #
 # The environment is made in FOLDER/VERSION (default: build/torch_versions), once; a CUDA build of torch takes some
 # 5 GB there. The build is that of a copy of the checkout, CPU only unless XCOS_CUDA says otherwise. The last line is
-# a row for the table in docs/torch_versions.md.
+# a row for the table in docs/reliability.md.
 set -euo pipefail
 
 if [ $# -lt 1 ] || [ $# -gt 2 ]; then

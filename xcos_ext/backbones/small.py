@@ -76,7 +76,7 @@ class CompactNet(_StagedNet):
 
     Blocks of 2x2 pixels become channels, then come three stages of plain residual blocks at 28, 14 and 7 pixels.
     Dense 3x3 convolutions rather than depthwise ones: on a CPU they do several times the work in the same time
-    (figures in docs/default_model.md). The head behind it projects every cell to the grid feature. There is no output
+    (figures in docs/models.md). The head behind it projects every cell to the grid feature. There is no output
     block: the flattened grid feature serves as the embedding.
 
     Args:

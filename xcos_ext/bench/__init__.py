@@ -1,4 +1,4 @@
-"""How long the way from two photographs to a score takes, stage by stage and runtime by runtime (docs/bench.md).
+"""How long the way from two photographs to a score takes, stage by stage and runtime by runtime (docs/benchmarks.md).
 
 ``xcos bench`` on the command line; here::
 

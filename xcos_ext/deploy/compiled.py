@@ -1,4 +1,4 @@
-"""The fastest way to run a model on this machine, found by trying candidates in turns (docs/inference.md)."""
+"""The fastest way to run a model on this machine, found by trying candidates in turns (docs/deploy.md)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Which part of a face a cell lies on, and what each part did to the score.
 
 The parts are drawn from five landmarks in the crop. Every cell belongs to exactly one part, so the parts' contributions
-add up to what the cells' add up to. A cell of a usual backbone sees most of the face (docs/explain.md): a part is the
+add up to what the cells' add up to. A cell of a usual backbone sees most of the face (docs/verify.md): a part is the
 place whose features agree, not the pixels that they come from.
 """
 

@@ -1,7 +1,7 @@
 """Face detection with nothing to download: boxes by the Haar cascades that come with OpenCV 4, five landmarks and the
 verdict whether it is a face by the small network that comes with this package.
 
-docs/faces.md explains and measures.
+docs/verify.md explains and measures.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Five landmarks and a verdict for every rough box: the network of :mod:`.landmark_network` on pictures.
 
-The weights that come with the package were distilled from YuNet by ``recipes/train_landmarks.py``; docs/faces.md
+The weights that come with the package were distilled from YuNet by ``recipes/train_landmarks.py``; docs/verify.md
 explains and measures.
 """
 

@@ -23,7 +23,7 @@ _DEFAULT_WEIGHTS = DATA / SHIPPED["compact"]
 
 
 def default_weights() -> Path:
-    """The file of the model that the package ships: compact, trained by its own scripts (docs/default_model.md).
+    """The file of the model that the package ships: compact, trained by its own scripts (docs/models.md).
 
     Raises:
         ModelError: the package was installed without it.

@@ -1,4 +1,4 @@
-"""Are explanations true? Protocols that measure it, with controls; see docs/faithfulness.md."""
+"""Are explanations true? Protocols that measure it, with controls; see docs/maps.md."""
 
 from xcos_ext.explain.fills import FILLS
 

@@ -1,6 +1,6 @@
 """The decoder: a face drawn from what a recogniser kept of it, whole or with parts of that put out, and its files.
 
-The network is our design, see docs/reconstruction.md.
+The network is our design, see docs/maps.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What makes two faces similar and dissimilar, as changes of a face's reconstruction: see docs/reconstruction.md.
+"""What makes two faces similar and dissimilar, as changes of a face's reconstruction: see docs/maps.md.
 
 The abstract of arXiv 2306.00402 says that a decoder shows what a set of channels means and that there is one map of
 similar and one of dissimilar regions; how, its abstract does not say, so everything here is ours.

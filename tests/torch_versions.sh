@@ -46,10 +46,10 @@ echo "--- test"
 cd "$source/tests"
 status=0
 PATH=$folder/bin:$PATH "$python" -m pytest -q -p no:cacheprovider --show-capture=no \
-  test_grid_cosine.py test_grid_match.py test_xcos_score.py test_xcos_matrix.py test_xcos_topk.py test_xcos_maps.py \
-  test_xcos_head.py test_all_pairs_operators.py test_templates.py test_contracts.py \
-  test_numpy.py test_nn_attention.py test_nn_compiled.py test_nn_inference.py test_nn_matching.py test_nn_model.py \
-  test_nn_residual.py test_tracing.py 2>&1 | tee "$folder/tests.log" || status=$?
+  -o pythonpath=support \
+  ops/test_{grid_cosine,grid_match,xcos_score,xcos_matrix,xcos_topk,xcos_maps,xcos_head,all_pairs_operators}.py \
+  ops/test_{templates,contracts,numpy,tracing}.py \
+  model/test_nn_{attention,matching,model,residual}.py deploy/test_nn_{compiled,inference}.py 2>&1 | tee "$folder/tests.log" || status=$?
 
 echo "| $("$python" -c 'import torch; print(torch.__version__)') | $("$python" -c 'import platform; print(platform.python_version())') \
 | $(date +%F) | $(tail -n 1 "$folder/tests.log") |"

@@ -38,9 +38,13 @@ def _has(module: str) -> bool:
 
 def tests_of_gpus() -> list[str]:
     """Files with tests that want a GPU: every worker collects them all. The native driver has a stage of its own."""
-    files = sorted((REPOSITORY / "tests").glob("test_*.py"))
+    files = sorted((REPOSITORY / "tests").rglob("test_*.py"))
     wanted = [file for file in files if re.search(r"mark\.(cuda|tensorrt)|\bdevice\b", file.read_text())]
-    return [f"tests/{file.name}" for file in wanted if file.name not in ("test_cuda_native.py", "test_gpu_kit.py")]
+    return [
+        str(file.relative_to(REPOSITORY))
+        for file in wanted
+        if file.name not in ("test_cuda_native.py", "test_gpu_kit.py")
+    ]
 
 
 def kit() -> list[Stage]:

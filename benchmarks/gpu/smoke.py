@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "tests" / "support"))
 
 import torch
 from closeness import BACKWARD_RTOL, FORWARD_ATOL
@@ -147,7 +147,7 @@ def problems(device: str, dtype: torch.dtype, size: int = 1) -> Iterator[tuple[s
                 lambda x, y, p=wide, o=options: reference.xcos_head(x, y, p, **o),
                 [a, b], dtype, False,
             )  # fmt: skip
-            problem.bound = 1e-5  # logits in fp32, as tests/test_xcos_head.py allows
+            problem.bound = 1e-5  # logits in fp32, as tests/ops/test_xcos_head.py allows
             yield f"xcos_head {'symmetric' if symmetric else 'ordered'}", problem
 
     # 32 x 7 x 7 is the tuned shape, the other one is not.
@@ -195,7 +195,7 @@ def problems(device: str, dtype: torch.dtype, size: int = 1) -> Iterator[tuple[s
         ),
     )
     if half:
-        return  # the backward pass of halves rounds what it recomputes: tests/test_xcos_matrix.py has its bounds
+        return  # the backward pass of halves rounds what it recomputes: tests/ops/test_xcos_matrix.py has its bounds
 
     def gradients(which: str) -> Results:
         first, second, tensors = leaves(p, g) if which == "ours" else leaves(wide_p, wide_g)

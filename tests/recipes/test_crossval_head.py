@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_training_tasks import EACH, PEOPLE, SOURCES, network
+from training_people import EACH, PEOPLE, SOURCES, network
 
 from recipes import crossval_head as example
 from xcos_ext.backbones import registry

@@ -23,7 +23,7 @@ from xcos_ext.training.tasks.config import DataConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 PEOPLE, EACH = 6, 2
 SMALL = DecoderConfig(widths=(8, 8, 4, 4))
 SHORT = TrainConfig(

@@ -1,7 +1,7 @@
 """The operators' argument checks for fake tensors.
 
 Word for word those of csrc/ops (tensors.h, xcos_score.cpp), so that tracing and running a call fail alike;
-tests/test_errors.py compares the two.
+tests/ops/test_errors.py compares the two.
 """
 
 from __future__ import annotations

@@ -424,7 +424,7 @@ before = peak()
 torch.autograd.grad(xcos_ext.xcos_matrix(p, g).square().sum(), tensors)
 print(peak() - before)
 """
-        code = script.format(folder=str(Path(__file__).parent))
+        code = script.format(folder=str(Path(__file__).resolve().parents[1] / "support"))
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
         assert run.returncode == 0, run.stderr
         # The gradients themselves take 10 MB.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from test_nn_attention import randomised
+from networks import randomised
 from torch import Tensor
 
 from xcos_ext.faces.folders import PersonFolder

@@ -215,7 +215,7 @@ def test_parts_of_pages_come_with_the_package() -> None:
         *("base.css", "page.css", "page.js", "report.css", "report.js"),
     ):
         assert folder.joinpath(name).is_file()
-    pyproject = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
     if pyproject.is_file():
         for suffix in ("html", "css", "js"):
             assert f'"explain/*.{suffix}"' in pyproject.read_text()

@@ -1,6 +1,6 @@
 """Galleries whose processes are killed (SIGKILL) in the middle of what they do, again and again.
 
-    python tests/gallery_faults_driver.py --kills 200 --seed 0
+    python tests/support/gallery_faults_driver.py --kills 200 --seed 0
 
 A child process adds, replaces or removes faces, compacts, or packs the tiles of a first search, and writes a line to a
 log when a commit begins and when it has returned. It is killed a random time after such a line; the times are drawn

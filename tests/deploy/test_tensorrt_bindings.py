@@ -2,7 +2,7 @@
 
 What our code uses is what the stand-ins have, so this holds our code to the real API. The bindings come from the
 package index and meet stub libraries: classes, enumerations and signatures are real, but nothing can be built. See
-tests/tensorrt_stubs. XCOS_TENSORRT_BINDINGS=required makes a skip a failure.
+tests/support/tensorrt_stubs. XCOS_TENSORRT_BINDINGS=required makes a skip a failure.
 """
 
 from __future__ import annotations

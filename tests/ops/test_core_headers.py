@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 PROGRAM = r"""
 #include <cstdio>

@@ -349,7 +349,7 @@ def test_figure(threshold: float | None) -> None:
 
 
 def test_the_code_of_the_page_runs() -> None:
-    page = Path(__file__).resolve().parent.parent / "docs" / "verify.md"
+    page = Path(__file__).resolve().parents[2] / "docs" / "verify.md"
     if not page.is_file():
         pytest.skip("needs the source folder")
     code = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)[0]

@@ -19,7 +19,7 @@ from xcos_ext.model import XCosHead, XCosModel, load_model, save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PHOTOGRAPHS = Path(__file__).resolve().parent.parent / "examples" / "photographs"
+PHOTOGRAPHS = Path(__file__).resolve().parents[2] / "examples" / "photographs"
 UNSEEN = (6, 7)  # folds, from 0, whose people the model has never seen
 
 

@@ -30,7 +30,7 @@ from xcos_ext.training.settings import ConfigError
 from xcos_ext.training.state import averaged_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TOY = str(REPOSITORY / "tests" / "training_toy.py")
+TOY = str(REPOSITORY / "tests" / "support" / "training_toy.py")
 
 
 def run(out: Path, *assignments: str, launcher: tuple[str, ...] = (), **environment: str) -> Any:

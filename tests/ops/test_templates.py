@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import TinyBackbone
 from template_samples import F64, KINDS, attention, eager, features, head, random_parameters, random_templates, sides
-from test_nn_model import TinyBackbone
 from torch import nn
 
 from xcos_ext import reference

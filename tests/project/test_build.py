@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.skipif(
     not (REPOSITORY / "CMakeLists.txt").is_file() or shutil.which("cmake") is None or shutil.which("ninja") is None,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from networks import randomised
+from torch import Tensor
 
 from xcos_ext.model import XCosAttention
 
@@ -36,19 +37,6 @@ OFFICIAL = {
     "attention.4.num_batches_tracked": (),
     "attention.5.weight": (1,),
 }
-
-
-def randomised(module: nn.Module) -> nn.Module:
-    """Batch norms and slopes away from their neutral values, evaluation mode, fp64."""
-    for layer in module.modules():
-        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            nn.init.normal_(layer.running_mean)
-            nn.init.uniform_(layer.running_var, 0.5, 2)
-            nn.init.normal_(layer.weight)
-            nn.init.normal_(layer.bias)
-        elif isinstance(layer, nn.PReLU):
-            nn.init.uniform_(layer.weight, -0.5, 0.5)
-    return module.double().eval()
 
 
 def by_hand(state: dict[str, Tensor], a: Tensor, b: Tensor) -> Tensor:

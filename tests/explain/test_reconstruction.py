@@ -32,7 +32,7 @@ from xcos_ext.io.errors import ModelError
 from xcos_ext.io.weights import read_safetensors, write_safetensors
 from xcos_ext.model import XCosHead, XCosModel, load_model
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WIDTHS = (6, 5, 4, 4)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 README = REPOSITORY / "README.md"
 OPERATORS = REPOSITORY / "docs" / "operators.md"
 

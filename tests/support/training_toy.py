@@ -1,6 +1,6 @@
 """A small training problem; run as a program it trains, so that tests can kill it, limit it, or start it twice.
 
-python tests/training_toy.py OUT [table.key=value ...]
+python tests/support/training_toy.py OUT [table.key=value ...]
 """
 
 from __future__ import annotations

@@ -333,7 +333,7 @@ for attention in ("own", "uniform", "norm"):
     assert (hits.indices == torch.arange(10)).all()
 print(peak() - before)
 """
-        code = script.format(folder=str(Path(__file__).parent))
+        code = script.format(folder=str(Path(__file__).resolve().parents[1] / "support"))
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
         assert run.returncode == 0, run.stderr
         assert int(run.stdout) < 64 * 1024, f"{run.stdout.strip()} KiB more at the peak"

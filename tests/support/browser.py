@@ -2,7 +2,7 @@
 
 The pipe needs nothing but the standard library: messages are JSON with a NUL behind, on file descriptors 3 and 4.
 
-    python tests/browser.py PAGE OUT.png [SELECTOR [NUMBER]]    # a screenshot, after a click on an element
+    python tests/support/browser.py PAGE OUT.png [SELECTOR [NUMBER]]    # a screenshot, after a click on an element
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Galleries killed, filled up, flipped, truncated, locked and misused; 200 kills: tests/gallery_faults_driver.py."""
+"""Galleries killed, filled up, flipped, truncated, locked and misused.
+
+200 kills: tests/support/gallery_faults_driver.py.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,8 @@ lance = pytest.importorskip("lance", reason="needs the extra gallery (pylance)")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+# For processes of their own, which take names of this module.
+PATHS = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "support")]
 
 
 def faces(count: int, seed: int = 0, role: str = "gallery") -> Templates:
@@ -104,7 +108,7 @@ def in_a_mount(tmp_path: Path, mount: str, code: str) -> str:
     """Run code in a mount namespace of its own; skip where that is not allowed."""
     script = tmp_path / "code.py"
     prelude = "import sys, torch; torch.set_num_threads(1)\n"
-    prelude += f"sys.path.insert(0, {str(REPOSITORY / 'tests')!r})\n"
+    prelude += f"sys.path[:0] = {PATHS!r}\n"
     prelude += "from test_gallery_faults import *\n"
     script.write_text(prelude + textwrap.dedent(code))
     (tmp_path / "mount").mkdir(exist_ok=True)
@@ -294,7 +298,7 @@ def test_truncated_files(gallery: Gallery) -> None:
 WRITER = """
 import sys, torch
 torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {paths!r}
 from test_gallery_faults import *
 stored = faces(200)
 gallery = Gallery.open({path!r}, timeout=60)
@@ -304,7 +308,7 @@ for i in range(8):
 
 
 def test_two_processes_write(gallery: Gallery) -> None:
-    code = WRITER.format(tests=str(REPOSITORY / "tests"), path=str(gallery.path))
+    code = WRITER.format(paths=PATHS, path=str(gallery.path))
     writers = [subprocess.Popen([sys.executable, "-c", code, name]) for name in ("a", "b")]
     assert [writer.wait(120) for writer in writers] == [0, 0]
     ids = list(gallery.refresh().ids())
@@ -730,7 +734,7 @@ def test_files_must_not_grow(tmp_path: Path, gallery: Gallery) -> None:
     code = f"""
 import sys, torch
 torch.set_num_threads(1)
-sys.path.insert(0, {str(REPOSITORY / "tests")!r})
+sys.path[:0] = {PATHS!r}
 from test_gallery_faults import *
 import resource
 stored = faces(200)

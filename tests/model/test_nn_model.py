@@ -5,26 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from networks import TinyBackbone
+from torch import nn
 
 from xcos_ext import backbones, reference
 from xcos_ext.card.preprocessing import IMAGENET
 from xcos_ext.model import ClosedFormHead, XCosAttention, XCosHead, XCosModel
 from xcos_ext.model.model import Preprocessing
 from xcos_ext.ops import XCosScore
-
-
-class TinyBackbone(backbones.Recogniser):
-    """Three channels pooled to a 7x7 map: enough to test what surrounds a backbone."""
-
-    grid_shape = (6, 7, 7)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 6, 16, 16)
-
-    def grid(self, images: Tensor) -> Tensor:
-        return self.conv(images)
 
 
 def attention(**options: object) -> XCosAttention:

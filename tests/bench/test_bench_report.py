@@ -349,7 +349,7 @@ def test_a_run_without_pairs_has_a_smaller_picture_and_one_of_searches_none():
 
 @pytest.fixture
 def tables() -> Iterator[Any]:
-    folder = str(Path(__file__).resolve().parent.parent / "benchmarks")
+    folder = str(Path(__file__).resolve().parents[2] / "benchmarks")
     sys.path.insert(0, folder)
     try:
         import bench_table

@@ -286,14 +286,20 @@ def test_phases_within_phases_add_up_and_never_fall(trt: Any) -> None:
 def test_a_failing_progress_callback_and_ctrl_c_end_the_build_and_leave_nothing(
     trt: Any, graph: Path, plan: Path, end: str
 ) -> None:
+    # A process that was started in the background may ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def progress(done: int, total: int) -> None:
         if end == "progress":
             raise OSError("the terminal has gone")
         signal.raise_signal(signal.SIGINT)  # Python's handler runs where TensorRT calls Python
 
     trt.script.until_cancelled = True
-    with pytest.raises(KeyboardInterrupt if end == "Ctrl-C" else OSError):
-        build_engine(graph, plan, progress=progress)
+    try:
+        with pytest.raises(KeyboardInterrupt if end == "Ctrl-C" else OSError):
+            build_engine(graph, plan, progress=progress)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert calls(trt, "stopped") == [()]
     assert leftovers(plan.parent) == []
 

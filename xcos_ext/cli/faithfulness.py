@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from xcos_ext.evaluation.datasets import PairList
     from xcos_ext.evaluation.faithfulness import Deletion, Faithfulness, Locality, Patch, RegionSwap
-    from xcos_ext.evaluation.figures import Estimate, plain
+    from xcos_ext.evaluation.figures import Estimate
     from xcos_ext.explain.explainers import PairModel
 
 
@@ -123,6 +123,7 @@ def run(
     aligned = aligned or listed.aligned
     finder = None if aligned else create_detector(detector)
     from xcos_ext.evaluation.faithfulness import Faces, Settings, faithfulness
+    from xcos_ext.evaluation.figures import plain
     from xcos_ext.explain.explainers import available
 
     for name in explainers:

@@ -191,9 +191,7 @@ def pairs_of_file(path: str | os.PathLike[str]) -> list[Pair]:
     """
     try:
         return read_pairs(path)
-    except OSError as error:
-        raise XCosError(f"data.pairs: {path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise XCosError(f"data.pairs: {error}") from error
 
 

@@ -56,10 +56,10 @@ def kit() -> list[Stage]:
         # The first import of torch from a cold disk may take most of it.
         Stage("env", [python, "benchmarks/gpu/env.py"], 25, [python, "benchmarks/gpu/env.py", "--device", "cpu"]),
         # No more than eight files come back: the build's few lines stand beside those of the kit itself.
-        Stage("build", build, 90, [*build, "--dry-run"], file="kit"),
-        Stage("native", native, 40),
+        Stage("build", build, 85, [*build, "--dry-run"], file="kit"),
+        Stage("native", native, 35),
         Stage(
-            "smoke", [python, "benchmarks/gpu/smoke.py"], 40, [python, "benchmarks/gpu/smoke.py", "--device", "cpu"],
+            "smoke", [python, "benchmarks/gpu/smoke.py"], 55, [python, "benchmarks/gpu/smoke.py", "--device", "cpu"],
         ),
         Stage(
             "roofline", [python, "benchmarks/gpu/roofline.py"], 90,

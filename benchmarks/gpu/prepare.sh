@@ -16,7 +16,8 @@ fi
 torch=$(cd "$1" && pwd)
 python=${2:-python3.12}
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-mkdir -p .kit
+rm -rf .kit  # what an older source was compiled to
+mkdir .kit
 
 echo "--- variants"
 python3 benchmarks/gpu/variants.py build .kit/variants

@@ -281,7 +281,8 @@ __device__ inline void build_bands(const MmaParams<T>& p, const MmaShape<kTuned>
 
 // A lane's part of one pair's running score: RunningScore without branches, two cells at a time, and with
 // exponentials as powers of two (logits come multiplied by log2(e) / T). A lane of a narrow map may have one
-// cell in a row, or none.
+// cell in a row, or none. Where two products are added, one is rounded by itself: which of them the compiler
+// fuses with the addition would else depend on the place in the tile, and so would the bits.
 struct LaneScore {
   float extreme;
   float total;
@@ -304,7 +305,7 @@ struct LaneScore {
     const float e_0 = power_of_two(z_0 - largest);
     const float e_1 = power_of_two(z_1 - largest);
     total = total * scale + (e_0 + e_1);
-    weighted = weighted * scale + (e_0 * cosine_0 + e_1 * cosine_1);
+    weighted = weighted * scale + (e_0 * cosine_0 + rounded_product(e_1, cosine_1));
     extreme = largest;
   }
 
@@ -317,7 +318,7 @@ struct LaneScore {
     const float d_0 = first ? logits[0] - smallest : 0.0f;
     const float d_1 = second ? logits[1] - smallest : 0.0f;
     total = (total + step * seen) + (d_0 + d_1);
-    weighted = (weighted + step * plain) + (d_0 * cosine_0 + d_1 * cosine_1);
+    weighted = (weighted + step * plain) + (d_0 * cosine_0 + rounded_product(d_1, cosine_1));
     plain += cosine_0 + cosine_1;
     extreme = smallest;
   }
@@ -328,8 +329,10 @@ struct LaneScore {
     const float largest = larger(other, extreme);
     const float own_scale = power_of_two(extreme - largest);
     const float other_scale = power_of_two(other - largest);
-    total = total * own_scale + __shfl_xor_sync(kFullWarp, total, step) * other_scale;
-    weighted = weighted * own_scale + __shfl_xor_sync(kFullWarp, weighted, step) * other_scale;
+    total = rounded_product(total, own_scale) +
+            rounded_product(__shfl_xor_sync(kFullWarp, total, step), other_scale);
+    weighted = rounded_product(weighted, own_scale) +
+               rounded_product(__shfl_xor_sync(kFullWarp, weighted, step), other_scale);
     extreme = largest;
   }
 
@@ -339,9 +342,10 @@ struct LaneScore {
     const float smallest = other < extreme ? other : extreme;
     const float own_step = seen > 0.0f ? extreme - smallest : 0.0f;
     const float other_step = other_seen > 0.0f ? other - smallest : 0.0f;
-    total = (total + own_step * seen) + (__shfl_xor_sync(kFullWarp, total, step) + other_step * other_seen);
-    weighted = (weighted + own_step * plain) +
-               (__shfl_xor_sync(kFullWarp, weighted, step) + other_step * other_plain);
+    total = (total + rounded_product(own_step, seen)) +
+            (__shfl_xor_sync(kFullWarp, total, step) + rounded_product(other_step, other_seen));
+    weighted = (weighted + rounded_product(own_step, plain)) +
+               (__shfl_xor_sync(kFullWarp, weighted, step) + rounded_product(other_step, other_plain));
     plain += other_plain;
     extreme = smallest;
   }

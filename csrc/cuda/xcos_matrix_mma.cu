@@ -272,8 +272,8 @@ __device__ inline void build_bands(const MmaParams<T>& p, const MmaShape<kTuned>
       const bool inside = l >= 0 && l < 3 && column < shape.width() && j < shape.width();
       four[n] = inside ? p.matrix.weight[(channel + n) * 9 + 3 * (2 - r) + l] : 0.0f;
     }
-    // Whole words: of a memcpy of four halves, nvcc 13.0 made stores of bytes, one of them the value itself
-    // converted to an integer.
+    // Whole words: a memcpy of four halves is stores of bytes in PTX, and ptxas 13.0 made one of them the
+    // value itself, converted to an integer.
     *reinterpret_cast<uint2*>(bands + e * 8) =
         make_uint2(Element<T>::pack({four[0], four[1]}), Element<T>::pack({four[2], four[3]}));
   }

@@ -30,7 +30,9 @@ void check(bool condition, const Parts&... parts) {
   if (condition) return;
   std::string text;
   const auto add = [&](const auto& part) {
-    if constexpr (std::is_arithmetic_v<std::decay_t<decltype(part)>>) {
+    using Part = std::decay_t<decltype(part)>;
+    static_assert(!std::is_floating_point_v<Part>, "number_string() writes these");
+    if constexpr (std::is_integral_v<Part>) {
       text += std::to_string(part);
     } else {
       text += part;

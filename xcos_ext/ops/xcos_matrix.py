@@ -171,14 +171,15 @@ class AllPairs:
         if self.how.weights is None:
             norms = self.probe_norms[probes], self.norms(self.gallery.norms[gallery])
         tensors = (rows, features, *(norms or ()))
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return self._differentiable(rows, features, norms)
-        if rows.device.type == "cpu":
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if rows.device.type == "cpu" and not needs_grad:
             return _fixed(rows, features, *(norms or (None, None)))
+        # A GPU multiplies rows of the stored type; gradients are those of the result's.
+        dtype = self.dtype if needs_grad else features.dtype
         if norms is not None:
-            features = (features * norms[1].unsqueeze(2)).to(features.dtype)
+            features = features.to(dtype) * norms[1].unsqueeze(2)
         with torch.autocast(rows.device.type, enabled=False):
-            scores = _product(rows.flatten(1).to(features.dtype), features.flatten(1).T, self.dtype)
+            scores = _product(rows.flatten(1).to(dtype), features.to(dtype).flatten(1).T, self.dtype)
             return scores if norms is None else _divided(scores, *norms)
 
     def _learned(self, chosen: slice, gallery: slice) -> Tensor:
@@ -192,14 +193,6 @@ class AllPairs:
         needs_grad = any(t.requires_grad for t in tensors)
         options = (*self.probes.grid, _NORMALIZE[parameters.normalize], parameters.temperature)
         return apply(_XCosMatrix, _forward, needs_grad, *tensors, *options)
-
-    def _differentiable(self, rows: Tensor, features: Tensor, norms: tuple[Tensor, Tensor] | None) -> Tensor:
-        features = features.to(self.dtype)
-        if norms is not None:
-            features = features * norms[1].unsqueeze(2)
-        with torch.autocast(rows.device.type, enabled=False):
-            scores = rows.flatten(1) @ features.flatten(1).T
-            return scores if norms is None else _divided(scores, *norms)
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

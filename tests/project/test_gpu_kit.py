@@ -332,4 +332,4 @@ def test_tables_of_whatever_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write("variants", {"case": "x", "variant": "4 warps", "status": "ok", "probes": 256, "gallery": 1_000_000,
                        "type": "f16", "pairs_per_s": 5e9, "registers": [214, 247], "spill_bytes": [0],
                        **timing})  # fmt: skip
-    assert "| 256 x 1,000,000 f16 | 4 warps | 1 ms (900 us – 1.1 ms) | 5e+09 | 247, 0 |" in gpu_table.table("variants")
+    assert "| 256 x 1,000,000 f16 | 4 warps | 1 ms (900 µs – 1.1 ms) | 5e+09 | 247, 0 |" in gpu_table.table("variants")

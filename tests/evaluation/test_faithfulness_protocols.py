@@ -456,7 +456,8 @@ def test_pictures_that_cannot_be_used_are_counted(root: Path, tmp_path: Path) ->
     assert len(result.as_dict()["failed_pictures"]) == 2
     for key in faces.pairs.keys:
         (tmp_path / "crops" / key).write_bytes(b"no picture")
-    with pytest.raises(TooFewError, match=r"none of the 8 genuine pairs has the pictures that are needed: .*not a picture"):
+    words = "none of the 8 genuine pairs has the pictures that are needed: .*not a picture"
+    with pytest.raises(TooFewError, match=words):
         Faces(LFW(tmp_path / "crops", root / "pairs.txt")).draw(True, 2, np.random.default_rng(0))
 
 

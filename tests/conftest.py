@@ -14,14 +14,19 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.append(str(REPOSITORY))  # recipes/ is not installed
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked slow run only when asked for by marker; tests marked cuda need a GPU."""
-    wants_slow = "slow" in (config.getoption("markexpr") or "")
+@pytest.hookimpl(tryfirst=True)  # marks must be there before -m is asked
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks combinations of parameters that show no value for the first time `thorough`; tests marked cuda need a GPU."""
+    seen: dict[str, set[tuple[str, int]]] = {}
     for item in items:
-        if "slow" in item.keywords and not wants_slow:
-            item.add_marker(pytest.mark.skip(reason="exhaustive run: ask for it with -m slow"))
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            known = seen.setdefault(item.nodeid.partition("[")[0], set())
+            values = {(name, id(value)) for name, value in item.callspec.params.items()}
+            if values <= known:
+                item.add_marker(pytest.mark.thorough)
+            known |= values
 
 
 # Without a GPU the CUDA half of these tests is not collected at all: thousands of skips would hide the others.

@@ -16,7 +16,7 @@ sys.path.append(str(REPOSITORY))  # recipes/ is not installed
 
 @pytest.hookimpl(tryfirst=True)  # marks must be there before -m is asked
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks combinations of parameters that show no value for the first time `thorough`; tests marked cuda need a GPU."""
+    """Combinations of parameters that show no value for the first time are `thorough`; `cuda` needs a GPU."""
     seen: dict[str, set[tuple[str, int]]] = {}
     for item in items:
         if "cuda" in item.keywords and not torch.cuda.is_available():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import signal
 import sys
 import threading
@@ -282,22 +284,27 @@ def test_phases_within_phases_add_up_and_never_fall(trt: Any) -> None:
     assert seen == [0, 25, 37]
 
 
-@pytest.mark.parametrize("end", ["progress", "Ctrl-C"])
-def test_a_failing_progress_callback_and_ctrl_c_end_the_build_and_leave_nothing(
-    trt: Any, graph: Path, plan: Path, end: str
-) -> None:
-    # A process that was started in the background may ignore it.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-
+def test_a_failing_progress_callback_ends_the_build_and_leaves_nothing(trt: Any, graph: Path, plan: Path) -> None:
     def progress(done: int, total: int) -> None:
-        if end == "progress":
-            raise OSError("the terminal has gone")
-        signal.raise_signal(signal.SIGINT)  # Python's handler runs where TensorRT calls Python
+        raise OSError("the terminal has gone")
 
     trt.script.until_cancelled = True
+    with pytest.raises(OSError, match="the terminal has gone"):
+        build_engine(graph, plan, progress=progress)
+    assert calls(trt, "stopped") == [()]
+    assert leftovers(plan.parent) == []
+
+
+@pytest.mark.parametrize("told", [True, False])  # whether somebody is told of the progress
+def test_ctrl_c_ends_the_build_and_leaves_nothing(trt: Any, graph: Path, plan: Path, told: bool) -> None:
+    # A process that was started in the background may ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    trt.script.until_cancelled = True
+    steps = itertools.count()
+    trt.script.on_step = lambda: os.kill(os.getpid(), signal.SIGINT) if next(steps) == 1000 else None
     try:
-        with pytest.raises(KeyboardInterrupt if end == "Ctrl-C" else OSError):
-            build_engine(graph, plan, progress=progress)
+        with pytest.raises(KeyboardInterrupt):
+            build_engine(graph, plan, progress=(lambda done, total: None) if told else None)
     finally:
         signal.signal(signal.SIGINT, before)
     assert calls(trt, "stopped") == [()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from dataclasses import replace
@@ -336,6 +337,20 @@ def test_a_sidecar_that_is_something_else_is_refused(plan: Path, text: bytes) ->
     sidecar(plan).write_bytes(text)
     with pytest.raises(EngineError, match=r"sum.plan.json: damaged"):
         TrtRunner(plan)
+
+
+def test_files_that_have_no_end_are_not_read(plan: Path, tmp_path: Path) -> None:
+    sidecar(plan).write_bytes(b"1" * (1 << 24) + b"1")
+    with pytest.raises(EngineError, match=r"no sidecar sum.plan.json \(more than 16 MiB\)"):
+        TrtRunner(plan)
+    sidecar(plan).unlink()
+    os.mkfifo(sidecar(plan))
+    with pytest.raises(EngineError, match=r"no sidecar sum.plan.json \(not a file\)"):
+        TrtRunner(plan)
+    os.mkfifo(tmp_path / "pipe.plan")
+    for endless in (tmp_path / "pipe.plan", "/dev/zero"):
+        with pytest.raises(EngineError, match="cannot be read: not a file"):
+            TrtRunner(endless)
 
 
 # Where a plan fits

@@ -39,7 +39,7 @@ def writer_lock(folder: Path, timeout: float) -> Iterator[None]:
         GalleryError: the folder cannot be written.
     """
     filelock, path = gallery_package("filelock"), folder / WRITER
-    lock = filelock.FileLock(path, thread_local=False)
+    lock = filelock.FileLock(path, thread_local=False, fallback_to_soft=False)  # a soft lock would outlive its process
     try:
         lock.acquire(timeout, poll_interval=_POLL)
     except filelock.Timeout as error:
@@ -124,6 +124,7 @@ def wait_for_readers(folder: Path, versions: Iterable[int], timeout: float) -> N
         GalleryError: the folder cannot be written.
     """
     end = time.monotonic() + timeout
+    (folder / READERS).mkdir(exist_ok=True)
     for version in versions:
         try:
             descriptor = _opened(folder / READERS / str(version))

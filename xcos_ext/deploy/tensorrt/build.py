@@ -8,6 +8,8 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import asdict
 from operator import methodcaller
 from pathlib import Path
@@ -84,7 +86,7 @@ def build_engine(
         fitting = _fitting(inputs, wanted, file)
         config = _config(trt, builder, inputs, fitting, tf32)
         config.progress_monitor = steps.monitor(trt)
-        built = builder.build_serialized_network(network, config)
+        built = steps.run(lambda: builder.build_serialized_network(network, config), gpu.device)
     if steps.failure is not None:
         raise steps.failure
     if built is None:
@@ -213,6 +215,23 @@ class _Steps:
         self.failure: BaseException | None = None
         self._progress, self._percent = progress, -1
         self._phases: dict[str, list[int]] = {}  # steps and those done; outer phases first
+
+    def run(self, build: Callable[[], Any], device: torch.device) -> Any:
+        """Build in a thread of its own: one that is in TensorRT cannot take a Ctrl-C, and TensorRT swallows it."""
+
+        def work() -> Any:
+            with torch.cuda.device(device):
+                return build()
+
+        with ThreadPoolExecutor(1, "xcos-tensorrt") as pool:
+            try:
+                built = pool.submit(work)
+                while True:
+                    with contextlib.suppress(FutureTimeout):  # again and again: a signal may meet another thread
+                        return built.result(timeout=0.1)
+            except KeyboardInterrupt as error:
+                self.failure = error
+                raise
 
     def note(self, phase: str, total: int | None, done: int) -> bool:
         """A phase begins with a total, goes on without, and ends with 0; gives whether to go on."""

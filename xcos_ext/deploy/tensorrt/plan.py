@@ -22,6 +22,7 @@ from xcos_ext.io.optional import MissingPackageError, need
 
 __all__ = ["BatchProfile", "EngineError", "PlanCard", "TensorCard", "TensorRTError", "load_plan", "read_card"]
 
+_SIDECAR_LIMIT = 16 << 20  # bytes
 _OLDEST = (10, 3)  # the first TensorRT that has everything used here
 #: TensorRT's element types that graphs have at their ends, and torch's names of them.
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64"}
@@ -229,12 +230,23 @@ def sidecar(plan: StrPath) -> Path:
     return Path(f"{os.fspath(plan)}.json")
 
 
+def _read(path: Path, limit: int | None = None) -> bytes:
+    """A regular file's content; OSError for what is none, would never end, or is larger than the limit."""
+    if path.exists() and not path.is_file():
+        raise OSError("not a file")
+    with path.open("rb") as file:
+        data = file.read(None if limit is None else limit + 1)
+    if limit is not None and len(data) > limit:
+        raise OSError(f"more than {limit >> 20} MiB")
+    return data
+
+
 def read_card(plan: StrPath) -> PlanCard:
     """What a plan's sidecar says, without TensorRT; EngineError if it is missing or damaged."""
     pydantic = need("pydantic", "reading a plan's sidecar", extra="tensorrt")
     path = sidecar(plan)
     try:
-        card: PlanCard = pydantic.TypeAdapter(PlanCard).validate_json(path.read_bytes(), strict=True)
+        card: PlanCard = pydantic.TypeAdapter(PlanCard).validate_json(_read(path, _SIDECAR_LIMIT), strict=True)
     except OSError as error:
         raise EngineError(
             f"{plan}: no sidecar {path.name} ({error.strerror or error}); build the plan again"
@@ -256,7 +268,7 @@ def load_plan(plan: StrPath) -> tuple[PlanCard, bytes]:
         EngineError: missing, cut off, without its sidecar, or one of both changed after it was written.
     """
     try:
-        data = Path(plan).read_bytes()
+        data = _read(Path(plan))
     except (OSError, ValueError) as error:
         raise EngineError(f"{plan}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     card = read_card(plan)

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from tables import RESULTS, duration
 
 import xcos_ext.bench
 from xcos_ext.deploy.timing import Contender, Spread, clock_for, measure_in_turns
 from xcos_ext.io.atomic import write_atomically
 
-SCHEMA = 1
 K = TypeVar("K")
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclass
@@ -143,17 +142,10 @@ def machine() -> dict[str, Any]:
     return xcos_ext.bench.machine(RESULTS.parent.parent)
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_json(path: Path, data: Any, indent: int | None = 1) -> None:
     """Writes a results file: complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"schema": SCHEMA, "machine": machine(), "cases": rows}, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def duration(seconds: float) -> str:
-    """Three digits that count."""
-    unit, scale = next((u for u in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)) if seconds >= u[1]), ("ns", 1e-9))
-    return f"{seconds / scale:.3g} {unit}"
+    write_atomically(path, lambda file: file.write(f"{json.dumps(data, indent=indent)}\n".encode()))
 
 
 def describe(row: dict[str, Any]) -> str:

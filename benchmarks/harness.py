@@ -59,10 +59,6 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
     return {"median": found.median, "low": found.low, "high": found.high, "rounds": found.samples}
 
 
-def _ratios(top: Sequence[float], bottom: Sequence[float], scale: float = 1.0) -> dict[str, float]:
-    return spread([scale * a / b for a, b in zip(top, bottom, strict=True)])
-
-
 def in_turns(
     calls: Mapping[K, Callable[[], Any]], seconds: float, device: torch.device | str = "cpu"
 ) -> dict[K, list[float]]:
@@ -93,45 +89,36 @@ def measure(case: Case) -> dict[str, Any]:
         for name, taken in in_turns(case.contenders, case.budget, case.device).items()
     }
     timings = {name: spread(values) for name, values in samples.items()}
+
+    def times(peer: str, scale: float = 1.0) -> dict[str, float]:
+        return spread([scale * a / b for a, b in zip(samples[peer], samples["xcos_ext"], strict=True)])
+
     row: dict[str, Any] = {
         "name": case.name,
         "device": case.device,
         "note": case.note,
         "seconds": timings,
-        "speedup": {},
-        "bandwidth": {},
+        "speedup": {name: times(name) for name in case.contenders if name != "xcos_ext"},
+        "bandwidth": {name: size / timings[name]["median"] for name, size in case.bytes_moved.items()},
         "targets": [],
         "pairs": case.pairs,
         "scaled": sorted(case.scale),
         "multiply_adds": {name: count / timings[name]["median"] for name, count in case.multiply_adds.items()},
         "facts": case.facts,
     }
-    ours = samples["xcos_ext"]
-    for name in case.contenders:
-        if name != "xcos_ext":
-            row["speedup"][name] = _ratios(samples[name], ours)
-    for name, size in case.bytes_moved.items():
-        row["bandwidth"][name] = size / timings[name]["median"]
     if len(case.bytes_moved) == 2 and "xcos_ext" in case.bytes_moved:
         (peer,) = set(case.bytes_moved) - {"xcos_ext"}
         scale = case.bytes_moved["xcos_ext"] / case.bytes_moved[peer]
-        row["bandwidth_share"] = _ratios(samples[peer], ours, scale)
+        row["bandwidth_share"] = times(peer, scale)
+    median = timings["xcos_ext"]["median"]
+    at_most = {"seconds": median, **case.facts}
+    at_least = {name: speed["median"] for name, speed in row["speedup"].items()}
+    at_least["pairs"] = (case.pairs or 0) / median
+    if "bandwidth_share" in row:
+        at_least["bandwidth"] = row["bandwidth_share"]["median"]
     for peer, bound, text in case.targets:
-        if peer == "seconds":
-            reached, met = timings["xcos_ext"]["median"], timings["xcos_ext"]["median"] <= bound
-        elif peer in case.facts:
-            reached = case.facts[peer]
-            met = reached <= bound
-        elif peer == "pairs":
-            assert case.pairs is not None
-            reached = case.pairs / timings["xcos_ext"]["median"]
-            met = reached >= bound
-        elif peer == "bandwidth":
-            reached = row["bandwidth_share"]["median"]
-            met = reached >= bound
-        else:
-            reached = row["speedup"][peer]["median"]
-            met = reached >= bound
+        reached = at_most[peer] if peer in at_most else at_least[peer]
+        met = reached <= bound if peer in at_most else reached >= bound
         row["targets"].append({"text": text, "bound": bound, "reached": reached, "met": met})
     return row
 

@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,8 +30,7 @@ _FEATURES_AT_ONCE = 1000
 #: What belongs to one batch size.
 _OF_A_BATCH = ("images", "features", "reference", "compiled", "engine")
 
-P = ParamSpec("P")
-R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def default_picture() -> Path | None:
@@ -45,11 +44,11 @@ def default_picture() -> Path | None:
     return file if file.is_file() else None
 
 
-def once(make: Callable[Concatenate[Workload, P], R]) -> Callable[Concatenate[Workload, P], R]:
+def once(make: F) -> F:
     """A method whose result is made when it is first asked for; a failure is raised again, not tried again."""
 
     @functools.wraps(make)
-    def kept(self: Workload, *args: P.args, **kwargs: P.kwargs) -> R:
+    def kept(self: Workload, *args: Any, **kwargs: Any) -> Any:
         name = (make.__name__, *args, *kwargs.values())
         if name not in self._made:
             try:
@@ -58,12 +57,11 @@ def once(make: Callable[Concatenate[Workload, P], R]) -> Callable[Concatenate[Wo
                     self._made[name] = make(self, *args, **kwargs)
             except Exception as error:
                 self._made[name] = error
-        found: Any = self._made[name]
-        if isinstance(found, Exception):
-            raise found
-        return found  # type: ignore[no-any-return]
+        if isinstance(self._made[name], Exception):
+            raise self._made[name]
+        return self._made[name]
 
-    return kept
+    return kept  # type: ignore[return-value]
 
 
 class Workload:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from xcos_ext.io.errors import DeviceError, XCosError
+from xcos_ext.io.optional import need
+from xcos_ext.io.text import display_name
 
 from . import options
 from .console import bar, note, one_line, print_json, table_console
@@ -124,19 +126,17 @@ def run(
         raise XCosError(f"{new}: a file to compare with is named by --compare OLD.json, which is missing")
     if minimum is not None and old is None:
         raise XCosError("--minimum: expected --compare with it, got none")
-    from xcos_ext.io.optional import need
-
     need("rich", "printing tables")
     if old is not None:
         need("scipy", "comparing measurements")
     silent = quiet or json_file == _STDOUT
-    from xcos_ext.bench import compare, read_report
+    from xcos_ext.bench import Settings, compare, read_report
 
     before = None if old is None else read_report(old)
     if new is not None:
         report = read_report(new)
     else:
-        settings = _settings(chosen)
+        settings = Settings(**{name: value for name, value in chosen.items() if value != ()})
         if plot is not None and not {"pair", "backbone"} & set(settings.stages):
             raise XCosError("--plot: expected --stage pair or backbone among those that are measured, got neither")
         report = _measured(model, settings, devices, threads, picture, detector, silent)
@@ -165,18 +165,10 @@ def run(
     if plot is not None:
         _draw(report, plot)
     if not silent:
-        from xcos_ext.faces import display_name
-
         for title, path in (("all figures", json_file), ("picture", plot)):
             if path is not None:
                 click.echo(f"{title}: {display_name(path)}")
     return 0
-
-
-def _settings(chosen: dict[str, Any]) -> Settings:
-    from xcos_ext.bench import Settings
-
-    return Settings(**{name: value for name, value in chosen.items() if value != ()})
 
 
 def _devices(names: Sequence[str]) -> tuple[tuple[str, ...], int]:
@@ -201,7 +193,7 @@ def _measured(
     path = check_model_path(model)
     if is_graph(path):
         raise XCosError(f"{path}: expected a model in torch, of which graphs are made here, got an ONNX graph")
-    from xcos_ext.faces import create_detector, display_name, read_picture
+    from xcos_ext.faces import create_detector, read_picture
 
     if picture is not None:
         read_picture(picture)

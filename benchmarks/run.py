@@ -10,11 +10,8 @@ and commit that the file names.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import bench_grid_cosine
 import bench_grid_match

@@ -73,26 +73,23 @@ def _accuracy(attention: XCosAttention, a: Tensor, b: Tensor, dtype: torch.dtype
     }
 
 
-def extra_memory(function: Callable[[], Any], device: str) -> float | None:
-    """Bytes that a call needed at its peak beyond what was there before; None where nobody says."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return float(torch.cuda.max_memory_allocated() - before)
+def _memory(calls: dict[str, Callable[[], Any]], device: str) -> dict[str, float]:
+    """Megabytes that calls need at their peak beyond what was there before, by name; nothing where nobody says."""
 
     def status(name: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
+    found = {}
     with contextlib.suppress(OSError, StopIteration, AttributeError):
-        function()  # what the first call alone needs is not the call's
-        ctypes.CDLL(None).malloc_trim(0)  # or memory kept from the first call would serve the second
-        Path("/proc/self/clear_refs").write_text("5")  # peak := now
-        before = status("VmRSS")
-        function()
-        return float(status("VmHWM") - before)
-    return None
+        for name, function in calls.items() if device == "cpu" else ():
+            function()  # what the first call alone needs is not the call's
+            ctypes.CDLL(None).malloc_trim(0)  # or memory kept from the first call would serve the second
+            Path("/proc/self/clear_refs").write_text("5")  # peak := now
+            before = status("VmRSS")
+            function()
+            found[name] = (status("VmHWM") - before) / 1e6
+    return found
 
 
 def _one_thread(function: Callable[[], Any]) -> Callable[[], Any]:
@@ -126,8 +123,7 @@ def _faiss(gallery: Tensor, probes: Tensor) -> dict[str, Callable[[], Any]]:
 
 @torch.no_grad()
 def _search(device: str, probes: int, gallery: int) -> Iterator[Case]:
-    gpu = device == "cuda"
-    pairs = probes * gallery
+    pairs, on_cpu = probes * gallery, device == "cpu"
     note = f"{probes} probes x {gallery} faces, top {K}"
     a, b = generated_faces(probes, gallery, device)
     attention = trained_attention(device)
@@ -136,45 +132,33 @@ def _search(device: str, probes: int, gallery: int) -> Iterator[Case]:
     part = min(128, gallery)
     square = torch.randn(2048, COSINE, device=device), torch.randn(COSINE, 4096, device=device)
 
+    def case(name: str, contenders: dict[str, Callable[[], Any]], **options: Any) -> Case:
+        return Case(f"xcos_topk/{name}", contenders, device=device, **{"note": note, "pairs": pairs, **options})
+
     for name, dtype in DTYPES.items():
         stored = p.to(dtype), g.to(dtype)
+        # torch multiplies halves on a CPU that lacks them slower than it multiplies floats: no measure of the machine.
+        matrices = tuple(t.to(torch.float32 if dtype == torch.float16 and on_cpu else dtype) for t in square)
         learned = {
             "xcos_ext": lambda s=stored: xcos_ext.xcos_topk(*s, K),
             "eager": lambda: eager_matrix(attention, a[:16], b[:part]),
             "cosine fp32": lambda: (a1 @ b1.T).topk(K),
+            "gemm": lambda m=matrices: m[0] @ m[1],
         }
-        if gpu:
-            half = a1.to(dtype), b1.to(dtype)
-            learned[f"cosine {name}"] = lambda h=half: (h[0] @ h[1].T).topk(K)
-        # torch multiplies halves on a CPU that lacks them slower than it multiplies floats: no measure of the machine.
-        matrices = tuple(t.to(torch.float32 if dtype == torch.float16 and not gpu else dtype) for t in square)
-        learned["gemm"] = lambda m=matrices: m[0] @ m[1]
-        facts = _accuracy(attention, a, b, dtype)
-        targets: list[tuple[str, float, str]] = []
-        if gpu:
-            if name == "fp16":
-                targets = [("pairs", 1.5e9, "learned: pairs/s >= 1.5e9"), ("pairs", 5e9, "learned: pairs/s >= 5e9")]
-        else:
-            if name == "fp32":
-                learned["one thread"] = _one_thread(learned["xcos_ext"])
-            memory = extra_memory(learned["xcos_ext"], device)
-            if memory is not None:
-                facts["extra MB"] = memory / 1e6
-                targets.append(("extra MB", 64.0, "learned: extra memory under 64 MB"))
-            factor = {"fp32": 200.0, "bf16": 350.0, "fp16": 350.0}[name]
-            targets += [
-                ("eager", factor, f"learned: times eager >= {factor:.0f}"),
-                ("cosine fp32", 0.5, "learned: speed of torch's fp32 cosine top-k >= 0.5"),
-            ]
-        yield Case(
-            f"xcos_topk/learned/{name}",
+        if on_cpu and name == "fp32":
+            learned["one thread"] = _one_thread(learned["xcos_ext"])
+        facts = _accuracy(attention, a, b, dtype) | _memory({"extra MB": learned["xcos_ext"]}, device)
+        factor = {"fp32": 200.0, "bf16": 350.0, "fp16": 350.0}[name]
+        targets = [("extra MB", 64.0, "learned: extra memory under 64 MB")] if "extra MB" in facts else []
+        targets += [
+            ("eager", factor, f"learned: times eager >= {factor:.0f}"),
+            ("cosine fp32", 0.5, "learned: speed of torch's fp32 cosine top-k >= 0.5"),
+        ]
+        yield case(
+            f"learned/{name}",
             learned,
-            {},
-            targets,
-            device,
-            note=note,
+            targets=targets if on_cpu else [],
             scale={"eager": pairs / (16 * part)},
-            pairs=pairs,
             multiply_adds={
                 "xcos_ext": pairs * MULTIPLY_ADDS,
                 "gemm": square[0].numel() * square[1].shape[1],
@@ -189,88 +173,50 @@ def _search(device: str, probes: int, gallery: int) -> Iterator[Case]:
             "xcos_ext": lambda s=stored: xcos_ext.xcos_topk(*s, K, "uniform"),
             "matmul": lambda m=plain: (m[0] @ m[1].T).topk(K),
         }
-        targets = [
-            ("matmul", 0.8 if gpu else 1 / 1.15, f"fixed map: speed of matmul + top-k >= {0.8 if gpu else 0.87}")
-        ]
-        if name == "fp32" and not gpu:
-            faiss = _faiss(b1, a1)
-            fixed |= faiss
-            targets += [("faiss", 1.0, "fixed map: faster than faiss")] if faiss else []
-        yield Case(f"xcos_topk/fixed/{name}", fixed, {}, targets, device, note=note, pairs=pairs)
-        if gpu:
-            few = stored[0][:4]
-            size = stored[1].features.numel() * stored[1].features.element_size()
-            target = torch.empty_like(stored[1].features)
-            yield Case(
-                f"xcos_topk/fixed, 4 probes/{name}",
-                {
-                    "xcos_ext": lambda s=stored, f=few: xcos_ext.xcos_topk(f, s[1], K, "uniform"),
-                    "copy": lambda s=stored, t=target: t.copy_(s[1].features),
-                },
-                {"xcos_ext": size, "copy": 2 * size},
-                [("bandwidth", 0.8, "fixed map, 4 probes: share of bandwidth >= 0.8")],
-                device,
-                note=f"4 probes x {gallery} faces, top {K}",
-                pairs=4 * gallery,
-            )
-            del target, few
-        del fixed, plain
+        targets = [("matmul", 1 / 1.15, "fixed map: speed of matmul + top-k >= 0.87")] if on_cpu else []
+        faiss = _faiss(b1, a1) if on_cpu and name == "fp32" else {}
+        targets += [("faiss", 1.0, "fixed map: faster than faiss")] if faiss else []
+        yield case(f"fixed/{name}", fixed | faiss, targets=targets)
+        del fixed, plain, faiss
 
-        one = stored[0][:1]
         single = {
-            "xcos_ext": lambda s=stored, o=one: xcos_ext.xcos_topk(o, s[1], K),
+            "xcos_ext": lambda o=stored[0][:1], s=stored[1]: xcos_ext.xcos_topk(o, s, K),
             "cosine fp32": lambda: (a1[:1] @ b1.T).topk(K),
         }
-        yield Case(
-            f"xcos_topk/learned, 1 probe/{name}", single, {}, [], device,
-            note=f"1 probe x {gallery} faces, top {K}", pairs=gallery,
-        )  # fmt: skip
-        del single, one, stored
+        one = f"1 probe x {gallery} faces, top {K}"
+        yield case(f"learned, 1 probe/{name}", single, note=one, pairs=gallery)
+        del single, stored
 
-    yield Case(
-        "xcos_topk/norm/fp32",
-        {
-            "xcos_ext": lambda: xcos_ext.xcos_topk(p, g, K, "norm"),
-            "matmul": lambda: (a1 @ b1.T).topk(K),
-        },
-        {}, [], device, note=note, pairs=pairs,
-    )  # fmt: skip
-
+    norm = {"xcos_ext": lambda: xcos_ext.xcos_topk(p, g, K, "norm"), "matmul": lambda: (a1 @ b1.T).topk(K)}
+    yield case("norm/fp32", norm)
     both = trained_attention(device, symmetric=True)
     ps, gs = both.templates(a, "probe"), both.templates(b, "gallery")
-    yield Case(
-        "xcos_topk/symmetric/fp32",
-        {
-            "xcos_ext": lambda: xcos_ext.xcos_topk(ps, gs, K),
-            "one order": lambda: xcos_ext.xcos_topk(p, g, K),
-        },
-        {}, [("one order", 0.5, "symmetric: under twice the cost of one order (speed > 0.5)")], device, note=note,
-        pairs=pairs,
-    )  # fmt: skip
+    symmetric = {"xcos_ext": lambda: xcos_ext.xcos_topk(ps, gs, K), "one order": lambda: xcos_ext.xcos_topk(p, g, K)}
+    bound = ("one order", 0.5, "symmetric: under twice the cost of one order (speed > 0.5)")
+    yield case("symmetric/fp32", symmetric, targets=[bound])
 
 
-def _training(device: str, batch: int) -> Iterator[Case]:
-    attention = trained_attention(device)
-    for parameter in attention.parameters():
-        parameter.requires_grad_(True)
+def training_batch(device: str, batch: int) -> dict[str, Callable[[], Any]]:
+    """All pairs of a batch, forward and backward to the features: ours and the published composition."""
+    attention = trained_attention(device).requires_grad_(True)
     features = torch.randn(batch, *SHAPE, device=device, requires_grad=True)
 
     def ours(f: Tensor) -> Tensor:
         templates = attention.templates(f, "both")
         return xcos_ext.xcos_matrix(templates, templates)
 
-    def theirs(f: Tensor) -> Tensor:
-        return eager_matrix(attention, f, f)
+    return {
+        "xcos_ext": with_gradients(ours, features),
+        "eager": with_gradients(lambda f: eager_matrix(attention, f, f), features),
+    }
 
-    facts = {}
-    for name, function in (("extra MB", ours), ("extra MB of eager", theirs)):
-        memory = extra_memory(with_gradients(function, features), device)
-        if memory is not None:
-            facts[name] = memory / 1e6
-    yield Case(
-        "xcos_matrix/forward+backward/fp32",
-        {"xcos_ext": with_gradients(ours, features), "eager": with_gradients(theirs, features)},
-        {}, [], device, note=f"all pairs of {batch} faces, to the features", pairs=batch * batch, facts=facts,
+
+def _training(device: str, batch: int) -> Case:
+    made = training_batch(device, batch)
+    facts = _memory({"extra MB": made["xcos_ext"], "extra MB of eager": made["eager"]}, device)
+    return Case(
+        "xcos_matrix/forward+backward/fp32", made, device=device, note=f"all pairs of {batch} faces, to the features",
+        pairs=batch * batch, facts=facts,
     )  # fmt: skip
 
 
@@ -281,4 +227,4 @@ def cases(device: str, pairs: int | None = None) -> Iterator[Case]:
     if pairs is not None:
         probes, gallery = min(probes, 16), max(16, pairs // 16)
     yield from _search(device, probes, gallery)
-    yield from _training(device, 64 if pairs is None else 8)
+    yield _training(device, 64 if pairs is None else 8)

@@ -4,13 +4,12 @@ A spill, a stack frame or too many registers is invisible in tests and costs ban
 Needs nvcc and no GPU::
 
     python benchmarks/cubin_gate.py                    # all architectures, a table, status 1 on a violation
-    python benchmarks/cubin_gate.py -a 90 --json out.json
+    python benchmarks/cubin_gate.py -a 90
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -18,9 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -71,11 +71,13 @@ class CompilerError(RuntimeError):
 
 def find_nvcc() -> str | None:
     """Path of nvcc: $CUDACXX, then $CUDA_HOME and $CUDA_PATH, then PATH, then the usual place."""
-    places = [os.environ.get("CUDACXX", "")]
-    places += [
-        os.path.join(os.environ[name], "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+    places = [
+        os.environ.get("CUDACXX", ""),
+        *(f"{home}/bin/nvcc" for home in homes),
+        "nvcc",
+        "/usr/local/cuda/bin/nvcc",
     ]
-    places += ["nvcc", "/usr/local/cuda/bin/nvcc"]
     return next((found for place in places if place and (found := shutil.which(place))), None)
 
 
@@ -152,11 +154,10 @@ def gather(nvcc: str, architectures: Sequence[int], workers: int = 2) -> list[Ke
 
 def violations(reports: Iterable[KernelReport]) -> list[str]:
     """One line for everything that breaks a limit; empty when all is well."""
-    found = []
-    count: dict[int, int] = {}
+    reports, found = list(reports), []
+    count = Counter(r.architecture for r in reports)
     for r in reports:
         where = f"sm_{r.architecture} {r.name}"
-        count[r.architecture] = count.get(r.architecture, 0) + 1
         if r.spill_bytes:
             found.append(f"{where}: spills {r.spill_bytes} bytes, expected none")
         if r.stack_bytes:
@@ -182,15 +183,12 @@ def violations(reports: Iterable[KernelReport]) -> list[str]:
 
 def table(reports: Sequence[KernelReport]) -> str:
     """Registers of each kernel, a column for each architecture; ``!`` marks a spill or stack frame."""
-    architectures = sorted({r.architecture for r in reports})
     cells = {(r.name, r.architecture): f"{r.registers}{'!' if r.spill_bytes or r.stack_bytes else ''}" for r in reports}
-    names = sorted({r.name for r in reports})
-    width = max(len(name) for name in names)
-    lines = [" ".join(["registers".ljust(width), *(f"sm_{a}".rjust(6) for a in architectures)])]
-    lines += [
-        " ".join([name.ljust(width), *(cells.get((name, a), "-").rjust(6) for a in architectures)]) for name in names
-    ]
-    return "\n".join(lines)
+    names, architectures = (sorted(set(part)) for part in zip(*cells, strict=True))
+    rows = [["registers", *(f"sm_{a}" for a in architectures)]]
+    rows += [[name, *(cells.get((name, a), "-") for a in architectures)] for name in names]
+    width = max(map(len, names))
+    return "\n".join(" ".join([name.ljust(width), *(cell.rjust(6) for cell in row)]) for name, *row in rows)
 
 
 def main() -> int:
@@ -198,7 +196,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("-a", "--architecture", type=int, action="append", help="compute capability such as 90")
     parser.add_argument("-j", "--jobs", type=int, default=2, help="compilations at a time")
-    parser.add_argument("--json", type=Path, help="write the reports to this file")
     options = parser.parse_args()
     nvcc = find_nvcc()
     if nvcc is None:
@@ -212,10 +209,6 @@ def main() -> int:
     reports = gather(nvcc, architectures, options.jobs)
     print(table(reports))
     print(f"{len(reports)} kernels in {time.perf_counter() - start:.0f} s")
-    if options.json is not None:
-        fresh = options.json.with_suffix(".tmp")
-        fresh.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
-        os.replace(fresh, options.json)
     found = violations(reports)
     for line in found:
         print(line, file=sys.stderr)

@@ -8,26 +8,22 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+
+import tables
+from tables import Data, commit, duration, markdown, spread
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "gpu"))
 
-from harness import duration
 from stages import counted, read_lines
 
-RESULTS = Path(__file__).resolve().parent / "results" / "gpu"
+RESULTS = tables.RESULTS / "gpu"
 PENDING = "Pending: no run on a GPU has been committed yet.\n"
-Row = dict[str, Any]
-
-
-def _named(folder: Path, stage: str, case: str) -> Row:
-    """A case's line; empty where it is missing."""
-    return next((row for row in read_lines(folder / f"{stage}.jsonl") if row.get("case") == case), {})
 
 
 def heading(folder: Path) -> list[str]:
     """What the figures belong to, and the ceilings that were measured there."""
-    machine = _named(folder, "env", "machine")
+    cases = {row["case"]: row for row in read_lines(folder / "env.jsonl") if "case" in row}
+    machine = cases.get("machine", {})
     gpu, packages = machine.get("gpu", {}), machine.get("packages", {})
     parts = [f"**{gpu.get('name', folder.name)}**"]
     if "driver_version" in gpu:
@@ -35,24 +31,19 @@ def heading(folder: Path) -> list[str]:
     if "torch" in packages:
         parts.append(f"torch {packages['torch']}")
     if machine.get("commit"):
-        parts.append(f"commit `{machine['commit'][:10]}`, {machine.get('date', '')[:10]}")
+        parts.append(commit(machine))
     ceilings = []
-    copy = _named(folder, "env", "copy")
-    if "gb_per_s" in copy:
-        ceilings.append(f"a copy moves {copy['gb_per_s'] / 1e3:.2f} TB/s (read and written)")
+    if "gb_per_s" in cases.get("copy", {}):
+        ceilings.append(f"a copy moves {cases['copy']['gb_per_s'] / 1e3:.2f} TB/s (read and written)")
     for dtype in ("float16", "bfloat16", "float32"):
-        product = _named(folder, "env", f"gemm {dtype}")
+        product = cases.get(f"gemm {dtype}", {})
         if "tflop_per_s" in product:
             ceilings.append(f"{dtype} products of {product['side']}² matrices {product['tflop_per_s']:.0f} TFLOP/s")
     text = ", ".join(parts) + "."
     return [f"{text} Ceilings: {'; '.join(ceilings)}." if ceilings else text, ""]
 
 
-def _spread(timing: Row) -> str:
-    return f"{duration(timing['median'])} ({duration(timing['low'])} – {duration(timing['high'])})"
-
-
-def _reached(row: Row) -> str:
+def _reached(row: Data) -> str:
     """How near to the ceiling."""
     said = []
     if "xcos_ext" in row["bandwidth"]:
@@ -68,55 +59,48 @@ def _reached(row: Row) -> str:
 def roofline(folder: Path) -> list[str]:
     """A line a case; cases that failed or had no time say so."""
     rows = [row for row in read_lines(folder / "roofline.jsonl") if row.get("case") != "machine"]
-    if not rows:
-        return []
-    peers = "peers in the same rounds: time, times faster ours is"
-    lines = [f"| case | xcos_ext, median and quartiles | pairs/s | reached | {peers} |", "|---|---|---|---|---|"]
-    targets = []
+    cells, aims = [], []
     for row in rows:
         if row.get("status") != "ok":
-            lines.append(f"| {row['case']} | {row.get('status')}: {str(row.get('message'))[:120]} | | | |")
+            cells.append([row["case"], f"{row.get('status')}: {str(row.get('message'))[:120]}", "", "", ""])
             continue
+        seconds = row["seconds"]
         peers = "; ".join(
-            f"{name} {duration(row['seconds'][name]['median'])}, **{speed['median']:.2f}**"
+            f"{name} {duration(seconds[name]['median'])}, **{speed['median']:.2f}**"
             for name, speed in row["speedup"].items()
             if name not in ("gemm", "copy")
         )
-        pairs = f"{row['pairs'] / row['seconds']['xcos_ext']['median']:.3g}" if row.get("pairs") else ""
-        lines.append(f"| {row['case']} | {_spread(row['seconds']['xcos_ext'])} | {pairs} | {_reached(row)} | {peers} |")
-        targets += [(row["case"], target) for target in row["targets"]]
-    if targets:
-        lines += ["", "| target | reached | |", "|---|---|---|"]
-        for case, target in targets:
+        pairs = f"{row['pairs'] / seconds['xcos_ext']['median']:.3g}" if row.get("pairs") else ""
+        cells.append([row["case"], spread(seconds["xcos_ext"], duration), pairs, _reached(row), peers])
+        for target in row["targets"]:
             reached = duration(target["reached"]) if target["bound"] < 1e-3 else f"{target['reached']:.3g}"
-            lines.append(f"| {case}: {target['text']} | {reached} | {'met' if target['met'] else '**missed**'} |")
-    return lines
+            aims.append((f"{row['case']}: {target['text']}", reached, "met" if target["met"] else "**missed**"))
+    peers = "peers in the same rounds: time, times faster ours is"
+    columns = ("case", "xcos_ext, median and quartiles", "pairs/s", "reached", peers)
+    return [*markdown(columns, cells), *tables.targets(aims)] if rows else []
 
 
 def stages(folder: Path) -> list[str]:
     """How the kit's stages ended, and what each counted."""
-    rows = [row for row in read_lines(folder / "kit.jsonl") if "cap" in row]
-    if not rows:
-        return []
-    lines = ["| stage | ended | seconds | cases |", "|---|---|---|---|"]
-    for row in rows:
-        counts = counted(read_lines(folder / row["file"]))
-        text = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-        lines.append(f"| {row['stage']} | {row['status']} | {row['seconds']:.0f} | {text} |")
-    return lines
+    cells = []
+    for row in read_lines(folder / "kit.jsonl"):
+        if "cap" in row:
+            counts = sorted(counted(read_lines(folder / row["file"])).items())
+            text = ", ".join(f"{count} {status}" for status, count in counts)
+            cells.append([row["stage"], row["status"], f"{row['seconds']:.0f}", text])
+    return markdown(("stage", "ended", "seconds", "cases"), cells) if cells else []
 
 
 def variants(folder: Path) -> list[str]:
     """The learned kernel in other blocks, by size."""
-    rows = [row for row in read_lines(folder / "variants.jsonl") if row.get("status") == "ok"]
-    if not rows:
-        return []
-    lines = ["| size | variant | median and quartiles | pairs/s | registers, bytes spilled |", "|---|---|---|---|---|"]
-    for row in rows:
-        size = f"{row['probes']:,} x {row['gallery']:,} {row['type']}"
-        registers = f"{max(row['registers'])}, {max(row['spill_bytes'], default=0)}" if row.get("registers") else ""
-        lines.append(f"| {size} | {row['variant']} | {_spread(row)} | {row['pairs_per_s']:.3g} | {registers} |")
-    return lines
+    cells = []
+    for row in read_lines(folder / "variants.jsonl"):
+        if row.get("status") == "ok":
+            size = f"{row['probes']:,} x {row['gallery']:,} {row['type']}"
+            registers = f"{max(row['registers'])}, {max(row['spill_bytes'], default=0)}" if row.get("registers") else ""
+            cells.append([size, row["variant"], spread(row, duration), f"{row['pairs_per_s']:.3g}", registers])
+    columns = ("size", "variant", "median and quartiles", "pairs/s", "registers, bytes spilled")
+    return markdown(columns, cells) if cells else []
 
 
 def table(kind: str) -> str:

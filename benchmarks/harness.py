@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from tables import RESULTS, duration
 
 import xcos_ext.bench
 from xcos_ext.deploy.timing import Contender, Spread, clock_for, measure_in_turns
 from xcos_ext.io.atomic import write_atomically
 
-SCHEMA = 1
 K = TypeVar("K")
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclass
@@ -60,10 +59,6 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
     return {"median": found.median, "low": found.low, "high": found.high, "rounds": found.samples}
 
 
-def _ratios(top: Sequence[float], bottom: Sequence[float], scale: float = 1.0) -> dict[str, float]:
-    return spread([scale * a / b for a, b in zip(top, bottom, strict=True)])
-
-
 def in_turns(
     calls: Mapping[K, Callable[[], Any]], seconds: float, device: torch.device | str = "cpu"
 ) -> dict[K, list[float]]:
@@ -94,45 +89,36 @@ def measure(case: Case) -> dict[str, Any]:
         for name, taken in in_turns(case.contenders, case.budget, case.device).items()
     }
     timings = {name: spread(values) for name, values in samples.items()}
+
+    def times(peer: str, scale: float = 1.0) -> dict[str, float]:
+        return spread([scale * a / b for a, b in zip(samples[peer], samples["xcos_ext"], strict=True)])
+
     row: dict[str, Any] = {
         "name": case.name,
         "device": case.device,
         "note": case.note,
         "seconds": timings,
-        "speedup": {},
-        "bandwidth": {},
+        "speedup": {name: times(name) for name in case.contenders if name != "xcos_ext"},
+        "bandwidth": {name: size / timings[name]["median"] for name, size in case.bytes_moved.items()},
         "targets": [],
         "pairs": case.pairs,
         "scaled": sorted(case.scale),
         "multiply_adds": {name: count / timings[name]["median"] for name, count in case.multiply_adds.items()},
         "facts": case.facts,
     }
-    ours = samples["xcos_ext"]
-    for name in case.contenders:
-        if name != "xcos_ext":
-            row["speedup"][name] = _ratios(samples[name], ours)
-    for name, size in case.bytes_moved.items():
-        row["bandwidth"][name] = size / timings[name]["median"]
     if len(case.bytes_moved) == 2 and "xcos_ext" in case.bytes_moved:
         (peer,) = set(case.bytes_moved) - {"xcos_ext"}
         scale = case.bytes_moved["xcos_ext"] / case.bytes_moved[peer]
-        row["bandwidth_share"] = _ratios(samples[peer], ours, scale)
+        row["bandwidth_share"] = times(peer, scale)
+    median = timings["xcos_ext"]["median"]
+    at_most = {"seconds": median, **case.facts}
+    at_least = {name: speed["median"] for name, speed in row["speedup"].items()}
+    at_least["pairs"] = (case.pairs or 0) / median
+    if "bandwidth_share" in row:
+        at_least["bandwidth"] = row["bandwidth_share"]["median"]
     for peer, bound, text in case.targets:
-        if peer == "seconds":
-            reached, met = timings["xcos_ext"]["median"], timings["xcos_ext"]["median"] <= bound
-        elif peer in case.facts:
-            reached = case.facts[peer]
-            met = reached <= bound
-        elif peer == "pairs":
-            assert case.pairs is not None
-            reached = case.pairs / timings["xcos_ext"]["median"]
-            met = reached >= bound
-        elif peer == "bandwidth":
-            reached = row["bandwidth_share"]["median"]
-            met = reached >= bound
-        else:
-            reached = row["speedup"][peer]["median"]
-            met = reached >= bound
+        reached = at_most[peer] if peer in at_most else at_least[peer]
+        met = reached <= bound if peer in at_most else reached >= bound
         row["targets"].append({"text": text, "bound": bound, "reached": reached, "met": met})
     return row
 
@@ -143,17 +129,10 @@ def machine() -> dict[str, Any]:
     return xcos_ext.bench.machine(RESULTS.parent.parent)
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_json(path: Path, data: Any, indent: int | None = 1) -> None:
     """Writes a results file: complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"schema": SCHEMA, "machine": machine(), "cases": rows}, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def duration(seconds: float) -> str:
-    """Three digits that count."""
-    unit, scale = next((u for u in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)) if seconds >= u[1]), ("ns", 1e-9))
-    return f"{seconds / scale:.3g} {unit}"
+    write_atomically(path, lambda file: file.write(f"{json.dumps(data, indent=indent)}\n".encode()))
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -3,48 +3,48 @@
     python benchmarks/render.py            rewrite the pages between their results markers
     python benchmarks/render.py --check    fail if a page does not show what the files say
 
-A table is named by a marker ``<!-- results: cpu pairs -->`` ... ``<!-- /results -->``: ``cpu`` and ``pairs``
-(operators on N pairs), ``matrix`` (all pairs) or ``all`` (both); ``head pairs`` is of the files in results/head.
-``bench`` is in bench_table.py (stages and runtimes), ``gpu`` in gpu_table.py; the others are functions of tables.py.
+A table is named by a marker ``<!-- results: cpu pairs -->`` ... ``<!-- /results -->``: a key of TABLES, and what its
+function takes.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import re
+import sys
 from pathlib import Path
 
 import bench_table
 import gpu_table
 import tables
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes" / "studies"))
+
+import study_tables
+
+from xcos_ext.io.atomic import write_atomically
+
+ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-MARKER = re.compile(r"(<!-- results: (\w+) (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+MARKER = re.compile(r"(<!-- results: (\w+) (\w+) -->)\n.*?(<!-- /results -->)", re.DOTALL)
 TABLES = {
-    "alignment": tables.alignment,
-    "faithfulness": tables.faithfulness,
-    "gallery": tables.gallery,
-    "inference": tables.inference,
-    "models": tables.models,
-    "onnx": tables.onnx,
+    "alignment": study_tables.alignment,
+    "bench": lambda kind: [bench_table.table(kind).rstrip("\n")],
+    "cpu": lambda kind: tables.operators(["cpu.json"], kind),
+    "faithfulness": study_tables.faithfulness,
+    "gallery": study_tables.gallery,
+    "gpu": lambda kind: [gpu_table.table(kind).rstrip("\n")],
+    "head": lambda kind: tables.operators(["head/threads1.json", "head/threads2.json"], kind),
+    "inference": study_tables.inference,
+    "models": study_tables.models,
+    "onnx": study_tables.onnx,
     "speed": tables.speed,
 }
 
 
-def _table(kind: str, name: str) -> str:
-    if kind in ("bench", "gpu"):
-        return {"bench": bench_table, "gpu": gpu_table}[kind].table(name)
-    if kind in ("cpu", "head"):
-        files = [tables.RESULTS / "cpu.json"] if kind == "cpu" else sorted((tables.RESULTS / "head").glob("*.json"))
-        return "\n".join(tables.operators(files, name)) + "\n"
-    return "\n".join(TABLES[kind](name)) + "\n"
-
-
 def render(text: str) -> str:
     """A page with its tables as the results files have them."""
-    return MARKER.sub(lambda match: match[1] + _table(match[2], match[3]) + match[4], text)
+    return MARKER.sub(lambda match: "\n".join([match[1], *TABLES[match[2]](match[3]), match[4]]), text)
 
 
 def main() -> int:
@@ -61,9 +61,7 @@ def main() -> int:
             print(f"{page.name} does not show the figures of benchmarks/results; run python benchmarks/render.py")
             status = 1
             continue
-        temporary = page.with_suffix(".tmp")
-        temporary.write_text(rendered)
-        os.replace(temporary, page)
+        write_atomically(page, lambda file, rendered=rendered: file.write(rendered.encode()))  # type: ignore[misc]
     return status
 
 

@@ -10,11 +10,8 @@ and commit that the file names.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import bench_grid_cosine
 import bench_grid_match
@@ -22,7 +19,7 @@ import bench_xcos_head
 import bench_xcos_score
 import bench_xcos_topk
 import torch
-from harness import RESULTS, describe, measure, write
+from harness import RESULTS, describe, machine, measure, write_json
 
 SUITES = (bench_xcos_score, bench_grid_cosine, bench_grid_match, bench_xcos_head, bench_xcos_topk)
 
@@ -49,7 +46,8 @@ def main() -> int:
                 case.budget = options.budget
                 rows.append(measure(case))
                 print(describe(rows[-1]), flush=True)
-                write(out, rows)  # what is measured is kept, whatever comes
+                # What is measured is kept, whatever comes.
+                write_json(out, {"schema": 1, "machine": machine(), "cases": rows})
             del case
             if options.device == "cuda":
                 torch.cuda.empty_cache()

@@ -5,20 +5,14 @@ Without a GPU the CPU cases run. For figures to keep use run.py, which times the
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import bench_deployment
 import bench_grid_cosine
 import bench_grid_match
 import bench_xcos_head
 import bench_xcos_score
 import bench_xcos_topk
+import pytest
+import torch
 
 from xcos_ext.bench import Workload, default_picture
 from xcos_ext.bench.runtimes import Unavailable

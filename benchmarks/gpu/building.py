@@ -18,9 +18,7 @@ import sysconfig
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from stages import emit, seconds_left
+from stages import emit, gpu_facts, seconds_left
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 NATIVE = REPOSITORY / "tests" / "cuda_native"
@@ -42,16 +40,6 @@ def carried() -> Path | None:
     return path if path.is_file() else None
 
 
-def architecture() -> str:
-    """Of the visible GPU; 90 where none is."""
-    try:
-        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10)
-        return done.stdout.split()[0].replace(".", "") if done.returncode == 0 else "90"
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return "90"
-
-
 def main() -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -60,7 +48,9 @@ def main() -> int:
     parser.add_argument("--library", type=Path, default=carried(), help="default: the one in .kit, if there is any")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     options = parser.parse_args()
-    target, jobs = options.architecture or architecture(), str(os.cpu_count() or 1)
+    # Of the visible GPU; 90 where none is.
+    target = options.architecture or "".join(gpu_facts("compute_cap")).replace(".", "") or "90"
+    jobs = str(os.cpu_count() or 1)
     environment = {
         **os.environ, "XCOS_CUDA": "on", "XCOS_CUDA_ARCHITECTURES": f"{target}-real", "XCOS_BUILD_JOBS": jobs,
     }  # fmt: skip

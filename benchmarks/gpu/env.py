@@ -11,16 +11,12 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from stages import emit
+from stages import emit, gpu_facts
 
 PACKAGES = (
     "torch", "numpy", "safetensors", "pybind11", "cmake", "ninja", "setuptools", "pytest", "pytest-xdist",
@@ -114,13 +110,7 @@ def main() -> int:
             "ncu": said("ncu", "--version"),
             "compute-sanitizer": said("compute-sanitizer", "--version"),
         },
-        "gpu": dict(
-            zip(
-                GPU_FACTS.split(","),
-                said("nvidia-smi", f"--query-gpu={GPU_FACTS}", "--format=csv,noheader").split(", "),
-                strict=False,
-            )
-        ),
+        "gpu": dict(zip(GPU_FACTS.split(","), gpu_facts(GPU_FACTS), strict=False)),
     }
     emit(case="machine", status="ok", **facts)
     print(facts)
@@ -131,11 +121,7 @@ def main() -> int:
         return 1
     ceilings(options.device, options.device == "cpu")
     if options.device == "cuda":
-        emit(
-            case="gpu after the products",
-            status="ok",
-            gpu=said("nvidia-smi", f"--query-gpu={GPU_FACTS}", "--format=csv,noheader"),
-        )
+        emit(case="gpu after the products", status="ok", gpu=", ".join(gpu_facts(GPU_FACTS)))
     return 0
 
 

@@ -18,9 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from stages import Stage, run
+from stages import Stage, gpu_facts, run
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
@@ -99,13 +97,7 @@ def tune(folder: Path) -> list[Stage]:
 
 def gpu_name() -> str | None:
     """As a file's name; None where no GPU answers."""
-    try:
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    name = done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or None
+    return re.sub(r"[^a-z0-9]+", "-", "".join(gpu_facts("name")).lower()).strip("-") or None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

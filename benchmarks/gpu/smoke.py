@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "tests" / "support"))
 
 import torch
@@ -77,25 +77,22 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
     return [t.detach().double().cpu() for t in tensors]
 
 
-def _pairs(
-    ours: Callable[..., Tensor], theirs: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype, backward: bool
-) -> Problem:
-    """An operator on pairs, its result and, if asked for, the gradients of a weighted sum of it."""
-    weights = torch.linspace(-1, 1, 64, dtype=torch.float64)
+Operator = Callable[..., Tensor]  # of xcos_ext or its reference, and inputs
 
-    def with_gradients(function: Callable[..., Tensor], tensors: list[Tensor]) -> Results:
-        if not backward:
-            with torch.no_grad():
-                return [function(*tensors)]
+
+def _pairs(operator: Operator, inputs: list[Tensor], dtype: torch.dtype) -> Problem:
+    """An operator on pairs: its result, and the gradients of a weighted sum of it."""
+    weights = torch.linspace(-1, 1, 64, dtype=torch.float64).to(inputs[0].device)  # before anything is launched
+
+    def with_gradients(module: Any, tensors: list[Tensor]) -> Results:
         own = [t.detach().requires_grad_() for t in tensors]
-        result = function(*own)
+        result = operator(module, *own)
         w = weights.to(result.device, result.dtype)[: len(result)].view(-1, *(1,) * (result.dim() - 1))
         return [result.detach(), *torch.autograd.grad((result * w).sum(), own)]
 
-    weights = weights.to(inputs[0].device)  # before anything is launched
     return Problem(
-        lambda: with_gradients(ours, inputs), lambda: with_gradients(theirs, _wide(*inputs)), FORWARD_ATOL[dtype],
-        BACKWARD_RTOL[dtype],
+        lambda: with_gradients(xcos_ext, inputs), lambda: with_gradients(reference, _wide(*inputs)),
+        FORWARD_ATOL[dtype], BACKWARD_RTOL[dtype],
     )  # fmt: skip
 
 
@@ -104,62 +101,45 @@ def problems(device: str, dtype: torch.dtype, size: int = 1) -> Iterator[tuple[s
     torch.manual_seed(3 + size)
     n, half = 5 * size, dtype in (torch.float16, torch.bfloat16)
     for layout in ("contiguous", "channels_last"):
-        a, b = feature_maps((n, 32, 7, 7), dtype, layout, device)
+        maps = list(feature_maps((n, 32, 7, 7), dtype, layout, device))
         logits = torch.randn(n, 7, 7, dtype=dtype).to(device)  # a capture that failed holds on to the GPU's generator
         name = "" if layout == "contiguous" else ", channels_last"
-        yield f"grid_cosine{name}", _pairs(xcos_ext.grid_cosine, reference.grid_cosine, [a, b], dtype, True)
-        yield (
-            f"xcos_score norm{name}",
-            _pairs(
-                lambda x, y: xcos_ext.xcos_score(x, y, "norm"), lambda x, y: reference.xcos_score(x, y, "norm"),
-                [a, b], dtype, True,
-            ),
-        )  # fmt: skip
+        yield f"grid_cosine{name}", _pairs(lambda m, x, y: m.grid_cosine(x, y), maps, dtype)
+        yield f"xcos_score norm{name}", _pairs(lambda m, x, y: m.xcos_score(x, y, "norm"), maps, dtype)
+        with_logits = [*maps, logits]
         yield (
             f"xcos_score logits{name}",
-            _pairs(
-                lambda x, y, z: xcos_ext.xcos_score(x, y, z, logits=True),
-                lambda x, y, z: reference.xcos_score(x, y, z, logits=True),
-                [a, b, logits], dtype, True,
-            ),
-        )  # fmt: skip
-    a, b = feature_maps((n, 32, 7, 7), dtype, "contiguous", device)
+            _pairs(lambda m, x, y, z: m.xcos_score(x, y, z, logits=True), with_logits, dtype),
+        )
+    maps = list(feature_maps((n, 32, 7, 7), dtype, "contiguous", device))
     for match in ("best", "soft"):
-        yield (
-            f"grid_match {match}",
-            _pairs(
-                lambda x, y, m=match: xcos_ext.grid_match(x, y, radius=1, match=m),
-                lambda x, y, m=match: reference.grid_match(x, y, radius=1, match=m),
-                [a, b], dtype, True,
-            ),
-        )  # fmt: skip
-    if dtype != torch.float64:
-        for symmetric in (False, True):
-            net = attention("symmetric" if symmetric else "softmax")
-            own = net.float().to(device)
-            parameters = own.head_parameters()
-            net = attention("symmetric" if symmetric else "softmax")
-            net.load_state_dict({k: v.double().cpu() for k, v in own.state_dict().items()})
-            wide = net.eval().requires_grad_(False).head_parameters()
-            options = {"temperature": own.temperature, "symmetric": symmetric}
-            problem = _pairs(
-                lambda x, y, p=parameters, o=options: xcos_ext.xcos_head(x, y, p, **o),
-                lambda x, y, p=wide, o=options: reference.xcos_head(x, y, p, **o),
-                [a, b], dtype, False,
-            )  # fmt: skip
-            problem.bound = 1e-5  # logits in fp32, as tests/ops/test_xcos_head.py allows
-            yield f"xcos_head {'symmetric' if symmetric else 'ordered'}", problem
+        yield f"grid_match {match}", _pairs(lambda m, x, y, k=match: m.grid_match(x, y, radius=1, match=k), maps, dtype)
+    for kind in ("softmax", "symmetric") if dtype != torch.float64 else ():
+        own = attention(kind).float().to(device)
+        exact_net = attention(kind)
+        exact_net.load_state_dict({k: v.double().cpu() for k, v in own.state_dict().items()})
+        parameters = own.head_parameters()
+        wide = exact_net.eval().requires_grad_(False).head_parameters()
+        options = {"temperature": own.temperature, "symmetric": kind == "symmetric"}
+
+        def head(parameters: Any = parameters, maps: Any = maps, options: Any = options) -> Results:
+            with torch.no_grad():
+                return [xcos_ext.xcos_head(*maps, parameters, **options)]
+
+        def exact_head(parameters: Any = wide, maps: Any = maps, options: Any = options) -> Results:
+            return [reference.xcos_head(*_wide(*maps), parameters, **options)]
+
+        # Logits in fp32, as tests/ops/test_xcos_head.py allows.
+        yield f"xcos_head {'symmetric' if kind == 'symmetric' else 'ordered'}", Problem(head, exact_head, 1e-5)
 
     # 32 x 7 x 7 is the tuned shape, the other one is not.
     for kind, shape in (("softmax", {}), ("symmetric", {}), ("min-shift", {"channels": 16, "grid": (5, 6)})):
         p, g = sides(6 * size, 37 * size, kind, dtype=dtype, device=device, **shape)
-        wide_p, wide_g = (t.to(torch.float64).to("cpu") for t in (p, g))
 
-        def exact(p: xcos_ext.Templates = wide_p, g: xcos_ext.Templates = wide_g) -> Tensor:
-            return reference.xcos_matrix(p, g)
+        both = tuple(t.to(torch.float64).to("cpu") for t in (p, g))
 
-        def exact_best(exact: Callable[[], Tensor] = exact) -> Results:
-            return [exact().topk(5).values] * 2
+        def exact(both: Any = both) -> Tensor:
+            return reference.xcos_matrix(*both)
 
         def matrix(p: xcos_ext.Templates = p, g: xcos_ext.Templates = g) -> Results:
             with torch.no_grad():
@@ -171,20 +151,17 @@ def problems(device: str, dtype: torch.dtype, size: int = 1) -> Iterator[tuple[s
                 return [best.values, xcos_ext.xcos_matrix(p, g).gather(1, best.indices)]
 
         yield f"xcos_matrix {kind}", Problem(matrix, lambda e=exact: [e()], PAIRS_ATOL[dtype])
-        yield f"xcos_topk {kind}", Problem(topk, exact_best, PAIRS_ATOL[dtype])
+        yield f"xcos_topk {kind}", Problem(topk, lambda e=exact: [e().topk(5).values] * 2, PAIRS_ATOL[dtype])
     p, g = sides(6 * size, 37 * size, dtype=dtype, device=device)
     wide_p, wide_g = (t.to(torch.float64).to("cpu") for t in (p, g))
     for fixed in ("uniform", "norm"):
         # Rows are products of matrices in the templates' type on a GPU: half an ulp of every product's factors.
         bound = {torch.float16: 2e-3, torch.bfloat16: 1e-2}.get(dtype, PAIRS_ATOL[dtype])
-        yield (
-            f"xcos_matrix {fixed}",
-            Problem(
-                lambda f=fixed: [xcos_ext.xcos_matrix(p, g, f)],
-                lambda f=fixed: [reference.xcos_matrix(wide_p, wide_g, f)],
-                bound,
-            ),
+        ours, theirs = (
+            lambda m=m, sides=sides, f=fixed: [m.xcos_matrix(*sides, f)]
+            for m, sides in ((xcos_ext, (p, g)), (reference, (wide_p, wide_g)))
         )
+        yield f"xcos_matrix {fixed}", Problem(ours, theirs, bound)
     index_pairs = torch.tensor([[0, 3], [5, 36], [2, 2]], device=device)
     yield (
         "xcos_maps",
@@ -197,16 +174,14 @@ def problems(device: str, dtype: torch.dtype, size: int = 1) -> Iterator[tuple[s
     if half:
         return  # the backward pass of halves rounds what it recomputes: tests/ops/test_xcos_matrix.py has its bounds
 
-    def gradients(which: str) -> Results:
-        first, second, tensors = leaves(p, g) if which == "ours" else leaves(wide_p, wide_g)
-        scores = (xcos_ext if which == "ours" else reference).xcos_matrix(first, second)
+    def gradients(module: Any, *sides: xcos_ext.Templates) -> Results:
+        first, second, tensors = leaves(*sides)
+        scores = module.xcos_matrix(first, second)
         return [scores.detach(), *torch.autograd.grad(scores.square().sum(), tensors)]
 
     rtol = 10 * BACKWARD_RTOL[dtype]  # sums over all pairs
-    yield (
-        "xcos_matrix backward",
-        Problem(lambda: gradients("ours"), lambda: gradients("reference"), PAIRS_ATOL[dtype], rtol),
-    )
+    made = (lambda: gradients(xcos_ext, p, g)), (lambda: gradients(reference, wide_p, wide_g))
+    yield "xcos_matrix backward", Problem(*made, PAIRS_ATOL[dtype], rtol)
 
 
 def _poisoned(device: str) -> bool:

@@ -68,6 +68,16 @@ def emit(**values: Any) -> None:
         file.write(line + "\n")
 
 
+def gpu_facts(query: str) -> list[str]:
+    """What nvidia-smi says of the first GPU; empty where it does not answer."""
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return lines[0].split(", ") if lines else []
+
+
 def seconds_left(begin: float, default: float = 60.0) -> float:
     """Of the stage's cap, for stages that can stop early; begin: time.monotonic() at its start."""
     return float(os.environ.get("XCOS_STAGE_SECONDS", default)) - (time.monotonic() - begin)

@@ -10,7 +10,6 @@ of threads. Needs onnxruntime and onnx.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import warnings
@@ -18,9 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
 import numpy as np
 import torch
-from harness import in_turns
+from harness import in_turns, write_json
 from torch import Tensor, nn
 
 from xcos_ext.deploy import for_inference
@@ -119,7 +120,7 @@ def main() -> int:
                 f"{figures['relative_error']:.1e} |"
             )
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(options.json, result)
     return 0
 
 

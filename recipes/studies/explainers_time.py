@@ -13,7 +13,6 @@ noise, on which networks take as long.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,12 +22,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import torch
-from harness import duration, machine, spread
+from harness import duration, machine, spread, write_json
 from torch import Tensor
 
 from xcos_ext.evaluation.datasets import LFW
 from xcos_ext.explain.explainers import EmbeddingCosine, Explainer, PairModel, XCosPairs, available, create
-from xcos_ext.io.atomic import write_atomically
 from xcos_ext.io.errors import XCosError
 from xcos_ext.model import load_model, load_recogniser
 
@@ -164,7 +162,7 @@ def main() -> int:
             "pairs_at_once": options.at_once,
             "models": results,
         }
-        write_atomically(options.json, lambda file: file.write(f"{json.dumps(found, indent=1)}\n".encode()))
+        write_json(options.json, found)
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import tables
+import study_tables as tables
 from matplotlib.figure import Figure
 
 from xcos_ext.explain import save_figure

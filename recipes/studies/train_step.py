@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import torch
-from harness import RESULTS, Case, describe, measure, write
+from harness import RESULTS, Case, describe, machine, measure, write_json
 from torch import Tensor
 
 from recipes import train_all_pairs as example
@@ -147,7 +147,7 @@ def main() -> int:
     print(rows[-1]["name"])
     for name, peak in rows[-1]["peak_bytes"].items():
         print(f"    {name:<22}{peak / 1e6:10.1f} MB{rows[-1]['seconds'][name]:10.2f} s")
-    write(options.out, rows)
+    write_json(options.out, {"schema": 1, "machine": machine(), "cases": rows})
     return 0
 
 

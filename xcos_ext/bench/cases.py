@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
 import pydantic.dataclasses
 from pydantic import Field, Strict
@@ -59,6 +60,9 @@ def _check(name: str, values: Sequence[str], known: Sequence[str]) -> None:
 class Key:
     """Names a case.
 
+    >>> print(Key("pair", "eager", "cpu", "fp32", 16))
+    pair, eager, cpu, fp32, batch 16
+
     Attributes:
         stage: of :data:`STAGES`.
         runtime: of :data:`RUNTIMES`.
@@ -88,9 +92,10 @@ class Key:
         return kind, self.device, self.batch
 
     @property
-    def order(self) -> tuple[int, int, str, int, str]:
+    def order(self) -> tuple[int, int, str, int, int]:
         """Sorts cases as tables show them."""
-        return list(STAGES).index(self.stage), self.batch, self.device, RUNTIMES.index(self.runtime), self.dtype
+        dtype = (*DTYPES, PIXELS).index(self.dtype)
+        return list(STAGES).index(self.stage), self.batch, self.device, RUNTIMES.index(self.runtime), dtype
 
     def __str__(self) -> str:
         return f"{self.stage}, {self.runtime}, {self.device}, {self.dtype}, batch {self.batch}"
@@ -99,6 +104,9 @@ class Key:
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What to measure and for how long.
+
+    >>> Settings(stages=("pair",), batches=(1, 64), seconds=0.1).runtimes[:3]
+    ('eager', 'for_inference', 'compiled')
 
     Attributes:
         stages: of :data:`STAGES`.
@@ -137,28 +145,17 @@ class Settings:
         if not 1 <= self.gallery <= 100_000_000:
             raise ValueError(f"gallery: expected 1 to 100,000,000 faces, got {self.gallery}")
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
-
-def _keys(settings: Settings) -> Iterator[Key]:
-    for name, stage in STAGES.items():
-        if name not in settings.stages:
-            continue
-        runtimes = [r for r in stage.runtimes or settings.runtimes if r == "native" or r in settings.runtimes]
-        devices, dtypes, batches = settings.devices, settings.dtypes, sorted(settings.batches)
-        if stage.of_pictures:
-            devices, dtypes, batches = ("cpu",), (PIXELS,), [1]
-        for device in devices:
-            for batch in batches:
-                for runtime in runtimes:
-                    yield from (Key(name, runtime, device, dtype, batch) for dtype in dtypes)
-
 
 def plan(settings: Settings) -> dict[tuple[str, str, int], list[Key]]:
     """The cases of a run, in groups that are measured in turns, in the order of measuring."""
     groups: dict[tuple[str, str, int], list[Key]] = {}
-    for key in dict.fromkeys(_keys(settings)):
-        groups.setdefault(key.group, []).append(key)
-    return groups
+    for name, stage in STAGES.items():
+        if name not in settings.stages:
+            continue
+        runtimes = [r for r in stage.runtimes or settings.runtimes if r == "native" or r in settings.runtimes]
+        ways = settings.devices, sorted(settings.batches), runtimes, settings.dtypes
+        for device, batch, runtime, dtype in dict.fromkeys(itertools.product(*ways)):
+            way = ("cpu", PIXELS, 1) if stage.of_pictures else (device, dtype, batch)
+            key = Key(name, runtime, *way)
+            groups.setdefault(key.group, []).append(key)
+    return {group: list(dict.fromkeys(keys)) for group, keys in groups.items()}

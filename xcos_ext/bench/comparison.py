@@ -23,19 +23,16 @@ from .results import Report
 
 __all__ = ["MINIMUM_EFFECT", "Change", "Comparison", "Verdict", "compare"]
 
-Verdict = Literal["slower", "faster", "same", "unclear"]
+Verdict = Literal["slower", "faster", "unclear", "same"]
 
 #: Smaller changes are not called changes: two runs of one thing differ by a few per cent.
 MINIMUM_EFFECT = 0.05
 _CONFIDENCE, _LEVEL = 0.99, 0.01
 
-#: What a run was told that figures depend on.
-_OF_SETTINGS = {"cold caches": "cold", "gallery": "gallery", "detector": "detector", "TF32": "tf32"}
-
 
 @dataclass(frozen=True)
 class Change:
-    """A case that both runs have.
+    """A case that both runs have. :func:`compare` makes them.
 
     Attributes:
         key: which one.
@@ -58,7 +55,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs held against each other.
+    """Two runs held against each other. :func:`compare` makes one.
 
     Attributes:
         changes: cases that both have.
@@ -98,14 +95,17 @@ class Comparison:
 
 def _facts(report: Report) -> dict[str, Any]:
     """What must be the same, or the figures are not of the same thing."""
-    machine, model = report.machine, report.model
+    machine, model, settings = report.machine, report.model, report.settings
     return {
         "processor": machine["processor"],
         "cores": machine.get("cores"),
         "GPU": report.gpu,
         "threads": machine["threads"],
         "model": f"{model['name']} {model['fingerprint']}",
-        **{name: report.settings.get(key) for name, key in _OF_SETTINGS.items()},
+        "cold caches": settings.get("cold"),
+        "gallery": settings.get("gallery"),
+        "detector": settings.get("detector"),
+        "TF32": settings.get("tf32"),
     }
 
 
@@ -116,21 +116,18 @@ def _software(report: Report) -> dict[str, Any]:
 
 
 def _different(old: dict[str, Any], new: dict[str, Any], word: str) -> list[str]:
-    return [f"{name} {_shown(a)} {word} {_shown(new[name])}" for name, a in old.items() if a != new[name]]
+    def shown(value: Any) -> str:
+        return "none" if value is None or value == "" else str(value)[:80]
 
-
-def _shown(value: Any) -> str:
-    return "none" if value is None or value == "" else str(value)[:80]
+    return [f"{name} {shown(a)} {word} {shown(new[name])}" for name, a in old.items() if a != new[name]]
 
 
 def _holm(values: Sequence[float]) -> list[float]:
     """Holm's correction of p-values (Scandinavian Journal of Statistics 6, 1979)."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    corrected, highest = [1.0] * len(values), 0.0
-    for rank, place in enumerate(order):
-        highest = max(highest, min(1.0, values[place] * (len(values) - rank)))
-        corrected[place] = highest
-    return corrected
+    order = np.argsort(values)
+    corrected = np.empty(len(values))
+    corrected[order] = np.maximum.accumulate(np.asarray(values)[order] * np.arange(len(values), 0, -1))
+    return np.minimum(corrected, 1).tolist()  # type: ignore[no-any-return]
 
 
 def _verdict(change: Estimate, fast: float, p: float, minimum: float) -> Verdict:
@@ -145,6 +142,15 @@ def _verdict(change: Estimate, fast: float, p: float, minimum: float) -> Verdict
 
 def compare(old: Report, new: Report, *, minimum: float = MINIMUM_EFFECT) -> Comparison:
     """Which cases changed from one run to another.
+
+    >>> from xcos_ext.bench import Result
+    >>> def made(*seconds):
+    ...     rounds = tuple((s, 1.01 * s) for s in seconds)
+    ...     case = Result(Key("pair", "eager", "cpu", "fp32", 1), 1, "host", rounds, seconds, calls=2 * len(rounds))
+    ...     place = {"processor": "", "threads": 1, "torch": "", "commit": "", "date": ""}
+    ...     return Report(place, {}, {"name": "a", "fingerprint": "f"}, {}, [case])
+    >>> compare(made(*[0.1, 0.11] * 5), made(*[0.2, 0.21] * 5)).changes[0].verdict
+    'slower'
 
     Args:
         old, new: the runs; cases are told by stage, runtime, device, dtype and batch.
@@ -169,6 +175,10 @@ def compare(old: Report, new: Report, *, minimum: float = MINIMUM_EFFECT) -> Com
         found = ratio(b.rounds, a.rounds, paired=False, confidence=_CONFIDENCE)
         fast = float(np.percentile(b.samples, 10) / np.percentile(a.samples, 10))
         changes.append(Change(key, a.latency.p50, b.latency.p50, found, fast, p, _verdict(found, fast, p, minimum)))
+    disturbed = {
+        name: any(group.get("disturbed") is True for group in report.groups)
+        for name, report in (("old", old), ("new", new))
+    }
     return Comparison(
         changes=changes,
         only_old=[key for key in before if key not in after],
@@ -176,9 +186,5 @@ def compare(old: Report, new: Report, *, minimum: float = MINIMUM_EFFECT) -> Com
         differences=_different(_facts(old), _facts(new), "and"),
         versions=_different(_software(old), _software(new), "to"),
         minimum=minimum,
-        disturbed=[
-            name
-            for name, report in (("old", old), ("new", new))
-            if any(group.get("disturbed") is True for group in report.groups)
-        ],
+        disturbed=[name for name, was in disturbed.items() if was],
     )

@@ -7,7 +7,6 @@ import platform
 import resource
 import subprocess
 import time
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -55,6 +54,9 @@ def _nvidia_smi(query: str) -> dict[str, str]:
 def machine(repository: Path = _ROOT) -> dict[str, Any]:
     """What the figures belong to: processor, GPU with driver and clocks, versions, commit.
 
+    >>> sorted(machine())[:4]
+    ['build', 'clean', 'commit', 'cores']
+
     Args:
         repository: whose commit it is, where it is a git checkout; by default the one that this package lies in.
 
@@ -98,28 +100,21 @@ def conditions(*, cuda: bool = False) -> dict[str, Any]:
         ``load`` (1-minute average), ``mhz`` (lowest and highest of the cores now), ``governor``, and
         ``gpu`` (clocks, temperature, power as nvidia-smi writes them).
     """
-    try:
-        load: float | None = round(os.getloadavg()[0], 2)
-    except OSError:
-        load = None
-    governors = sorted({text for path in _CPU.glob("cpu[0-9]*/cpufreq/scaling_governor") if (text := _read(path))})
-    now = [_read(path) for path in _CPU.glob("cpu[0-9]*/cpufreq/scaling_cur_freq")]
-    mhz = [int(text) / 1e3 for text in now if text.isdigit()]
-    if not mhz:
-        mhz = [float(text) for text in _cpuinfo("cpu MHz") if text.replace(".", "", 1).isdigit()]
-    found: dict[str, Any] = {
-        "load": load,
+    governors = {_read(path) for path in _CPU.glob("cpu[0-9]*/cpufreq/scaling_governor")} - {""}
+    khz = filter(None, map(_read, _CPU.glob("cpu[0-9]*/cpufreq/scaling_cur_freq")))
+    load = _read(Path("/proc/loadavg")).split()
+    mhz = [int(text) / 1e3 for text in khz] or [float(text) for text in _cpuinfo("cpu MHz")]
+    return {
+        "load": float(load[0]) if load else None,
         "mhz": [min(mhz), max(mhz)] if mhz else None,
-        "governor": ", ".join(governors) or None,
+        "governor": ", ".join(sorted(governors)) or None,
+        **({"gpu": _nvidia_smi(_GPU_STATE)} if cuda else {}),
     }
-    if cuda:
-        found["gpu"] = _nvidia_smi(_GPU_STATE)
-    return found
 
 
 def busy_warning(state: dict[str, Any]) -> str | None:
     """A sentence about a machine that was at work before the first measurement, or None."""
-    load, cores = state.get("load"), os.cpu_count() or 1
+    load, cores = state["load"], os.cpu_count() or 1
     if load is None or load < 0.5 * cores:
         return None
     return f"the machine is busy: load {load:.2f} on {cores} cores before anything was measured"
@@ -135,14 +130,6 @@ def _cache_bytes() -> int:
     return max(sizes, default=32 << 20)
 
 
-def _available_memory() -> int:
-    """Bytes that can be allocated without swapping; 1 GiB where it cannot be read."""
-    for line in _read(Path("/proc/meminfo")).splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    return 1 << 30
-
-
 class ColdCache:
     """Empties caches by going over a buffer that is larger than they are.
 
@@ -154,62 +141,45 @@ class ColdCache:
 
     Attributes:
         bytes: of the buffer.
-        whole: whether it is as large as it should be; a quarter of the free memory is the limit.
     """
 
     def __init__(self, device: str) -> None:
         if device == "cuda":
-            wanted = 2 * int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
-            limit = int(torch.cuda.mem_get_info()[0]) // 4
+            self.bytes = 2 * int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
         else:
-            wanted, limit = _cache_bytes() * 5 // 4, _available_memory() // 4
-        self.bytes = min(wanted, limit) // 8 * 8
-        self.whole = wanted <= limit
+            self.bytes = _cache_bytes() * 5 // 4
         self._buffer = torch.zeros(self.bytes // 8, dtype=torch.int64, device=device)
 
     def __call__(self) -> None:
         self._buffer.add_(1)
 
 
-@dataclass
-class _Usage:
-    wall: float
-    own: float
-    switches: int
-    busy: float | None
-
-    @classmethod
-    def now(cls) -> _Usage:
-        times = os.times()
-        switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-        fields = _read(Path("/proc/stat")).partition("\n")[0].split()
-        busy = None
-        if len(fields) > 8 and fields[0] == "cpu":
-            # user, nice, system, idle, iowait, irq, softirq, steal
-            ticks = [int(field) for field in fields[1:9]]
-            busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
-        return cls(time.perf_counter(), times.user + times.system, switches, busy)
-
-
 class Watch:
     """How much of the machine others used since it was made."""
 
     def __init__(self) -> None:
-        self._start = _Usage.now()
+        self._start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float | None, float, int]:
+        """Seconds of the clock, of all cores, and of this process; how often it was made to wait for others."""
+        times, busy = os.times(), None
+        fields = _read(Path("/proc/stat")).partition("\n")[0].split()
+        if len(fields) > 8 and fields[0] == "cpu":
+            # user, nice, system, idle, iowait, irq, softirq, steal
+            ticks = [int(field) for field in fields[1:9]]
+            busy = (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+        switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+        return time.perf_counter(), busy, times.user + times.system, switches
 
     def read(self) -> dict[str, Any]:
         """``seconds``; ``others``: cores that other processes, or other guests of the host, kept busy on average (None
         where it cannot be told); ``preempted``: how often this process was made to wait for others."""
-        start, now = self._start, _Usage.now()
-        seconds = max(now.wall - start.wall, 1e-9)
-        others = None
-        if start.busy is not None and now.busy is not None:
-            others = max(0.0, (now.busy - start.busy) - (now.own - start.own)) / seconds
-        return {
-            "seconds": seconds,
-            "others": None if others is None else round(others, 3),
-            "preempted": now.switches - start.switches,
-        }
+        (begin, before, own, switches), (end, after, own_after, more) = self._start, self._now()
+        seconds, others = max(end - begin, 1e-9), None
+        if before is not None and after is not None:
+            others = round(max(0.0, (after - before) - (own_after - own)) / seconds, 3)
+        return {"seconds": seconds, "others": others, "preempted": more - switches}
 
     @staticmethod
     def warning(reading: dict[str, Any]) -> str | None:

@@ -27,7 +27,11 @@ _REPLICATES = 1000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A median with the interval ``low`` to ``high`` that it lies in, 95 % unless told otherwise."""
+    """A median with the interval ``low`` to ``high`` that it lies in, 95 % unless told otherwise.
+
+    >>> ratio([[1.0], [1.1]], [[2.0], [2.2]], paired=True)
+    Estimate(median=0.5, low=0.5, high=0.5)
+    """
 
     median: float
     low: float
@@ -37,6 +41,10 @@ class Estimate:
 @dataclass(frozen=True)
 class Latency:
     """Seconds a call takes.
+
+    >>> found = latency([[0.001, 0.002, 0.003]] * 4)
+    >>> found.p50, found.p90, found.p99
+    (0.002, 0.003, None)
 
     Attributes:
         p50: median, with the 95 % interval ``low`` to ``high``.
@@ -59,30 +67,29 @@ def thin(rounds: Rounds, most: int = MOST_SAMPLES) -> list[list[float]]:
 
     Where there are more rounds than ``most``, some of these are left out, evenly spaced too.
     """
-    kept = [list(samples) for samples in rounds if len(samples)]
-    if len(kept) > most:
-        kept = [kept[i * len(kept) // most] for i in range(most)]
-    total = sum(map(len, kept))
+    kept = [list(rounds[i * len(rounds) // most]) for i in range(most)] if len(rounds) > most else [*map(list, rounds)]
+    total, thinned = sum(map(len, kept)), []
     if total <= most:
         return kept
-    spare = most - len(kept)
-    thinned = []
     for samples in kept:
-        count = min(len(samples), 1 + spare * len(samples) // total)
+        count = min(len(samples), 1 + (most - len(kept)) * len(samples) // total)
         thinned.append([samples[i * len(samples) // count] for i in range(count)])
     return thinned
 
 
+def _all(rounds: Rounds) -> NDArray[np.float64]:
+    return np.concatenate([np.asarray(samples, np.float64) for samples in rounds])
+
+
 def _medians(rounds: Rounds, replicates: int, rng: np.random.Generator) -> NDArray[np.float64]:
     """Medians over all calls, with rounds drawn with replacement."""
-    values = np.concatenate([np.asarray(samples, np.float64) for samples in rounds])
+    values = _all(rounds)
     owner = np.repeat(np.arange(len(rounds)), [len(samples) for samples in rounds])
     order = np.argsort(values, kind="stable")
     weights = rng.multinomial(len(rounds), np.full(len(rounds), 1 / len(rounds)), replicates)
     running = np.cumsum(weights[:, owner[order]], axis=1)
     half = running[:, -1:] / 2
-    lower = (running >= half).argmax(axis=1)
-    upper = (running > half).argmax(axis=1)
+    lower, upper = (running >= half).argmax(axis=1), (running > half).argmax(axis=1)
     return (values[order][lower] + values[order][upper]) / 2
 
 
@@ -94,7 +101,7 @@ def _estimate(middle: float, draws: NDArray[np.float64], confidence: float = 0.9
 
 def latency(rounds: Rounds) -> Latency:
     """Percentiles of all calls; at least one."""
-    values = np.concatenate([np.asarray(samples, np.float64) for samples in rounds])
+    values = _all(rounds)
     found = _estimate(float(np.median(values)), _medians(rounds, _REPLICATES, np.random.default_rng(0)))
     p90, p99 = (float(np.percentile(values, p)) if values.size >= least else None for p, least in _NEEDED.items())
     return Latency(found.median, found.low, found.high, p90, p99, float(values.mean()), float(values.min()))
@@ -113,18 +120,16 @@ def ratio(top: Rounds, bottom: Rounds, *, paired: bool, confidence: float = 0.95
     if paired:
         if len(top) != len(bottom):
             raise ValueError(f"top, bottom: expected as many rounds, got {len(top)} and {len(bottom)}")
-        ratios = np.array([np.median(a) / np.median(b) for a, b in zip(top, bottom, strict=True)])
-        return _estimate(float(np.median(ratios)), _medians(ratios[:, None], replicates, rng), confidence)  # type: ignore[arg-type]
-    middle = np.median(np.concatenate(top)) / np.median(np.concatenate(bottom))  # type: ignore[arg-type]
-    return _estimate(float(middle), _medians(top, replicates, rng) / _medians(bottom, replicates, rng), confidence)
+        ratios = [[float(np.median(a) / np.median(b))] for a, b in zip(top, bottom, strict=True)]
+        return _estimate(float(np.median(ratios)), _medians(ratios, replicates, rng), confidence)
+    middle = float(np.median(_all(top)) / np.median(_all(bottom)))
+    return _estimate(middle, _medians(top, replicates, rng) / _medians(bottom, replicates, rng), confidence)
 
 
 def drift(rounds: Rounds) -> float | None:
     """Median of the last third of the rounds over that of the first third; None for fewer than six rounds."""
     third = len(rounds) // 3
-    if third < 2:
-        return None
-    return float(np.median(np.concatenate(rounds[-third:])) / np.median(np.concatenate(rounds[:third])))  # type: ignore[arg-type]
+    return float(np.median(_all(rounds[-third:])) / np.median(_all(rounds[:third]))) if third > 1 else None
 
 
 def mann_whitney(a: Sequence[float], b: Sequence[float]) -> float:

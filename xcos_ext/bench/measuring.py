@@ -6,13 +6,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from xcos_ext.deploy.timing import Clock, Contender, DeviceClock, Measured, measure_in_turns
+from xcos_ext.deploy.timing import Contender, clock_for, measure_in_turns
 from xcos_ext.io.text import first_line
 
 from .cases import Key, Settings, plan
@@ -41,6 +42,15 @@ def run(
     Cases of one device and batch size are timed in turns, round by round, so that a drift of the machine's speed meets
     all of them. What cannot be run is listed with the reason.
 
+    >>> from xcos_ext.model import load_model
+    >>> settings = Settings(stages=("head",), runtimes=("eager", "graph"), batches=(2,), seconds=0.02)
+    >>> with Workload(load_model()) as workload:
+    ...     report = run(workload, settings)
+    >>> [str(result.key) for result in report.results], report.results[0].latency.p50 < 1
+    (['head, eager, cpu, fp32, batch 2'], True)
+    >>> report.skipped[0].reason
+    'CUDA graphs need a GPU (--device cuda)'
+
     Args:
         workload: the model with its inputs.
         settings: what to measure.
@@ -58,50 +68,44 @@ def run(
     skipped: list[Skipped] = []
     notes: list[dict[str, Any]] = []
     groups = plan(settings)
+    devices = {device for _, device, _ in groups} - (set() if cuda else {"cuda"})
+    caches = {device: ColdCache(device) for device in devices} if settings.cold else {}
     total, done = sum(map(len, groups.values())), 0
-    caches = _cold_caches(settings) if settings.cold else {}
     progress(0, total)
-    for (kind, device, batch), keys in groups.items():
+    with _opencv_threads():
+        for (kind, device, batch), keys in groups.items():
 
-        def tick(share: float, done: int = done, count: int = len(keys)) -> None:
-            progress(done + int(share * count), total)
+            def tick(share: float, done: int = done, count: int = len(keys)) -> None:
+                progress(done + int(share * count), total)
 
-        with _opencv_threads(kind == "pictures"):
             measured, left_out, note = _group(keys, workload, settings.seconds, caches.get(device), tick)
-        results += measured
-        skipped += left_out
-        done += len(keys)
-        progress(done, total)
-        if measured:
-            title, found = f"{kind}, {device}, batch {batch}", _disturbances(note)
-            notes.append({"name": title, **note, "disturbed": bool(found)})
-            warnings += [f"{title}: {'; '.join(found)}"] if found else []
-        workload.forget()
+            results += measured
+            skipped += left_out
+            done += len(keys)
+            progress(done, total)
+            if measured:
+                title, found = f"{kind}, {device}, batch {batch}", _disturbances(note)
+                notes.append({"name": title, **note, "disturbed": bool(found)})
+                warnings += [f"{title}: {'; '.join(found)}"] if found else []
+            workload.forget()
     warnings += [
         f"{result.key}: a score differs from the eager fp32 model's by {result.error:.2g}"
         for result in results
         if result.error is not None and result.error > _WRONG[result.key.dtype]
     ]
-    warnings += [
-        f"{device}: {cache.bytes >> 20} MiB is what memory allows for emptying the caches, which may hold more"
-        for device, cache in caches.items()
-        if not cache.whole
-    ]
     model = workload.model
+    facts = {
+        "name": model.name,
+        "fingerprint": model.fingerprint(),
+        "architecture": model.architecture,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
     return Report(
         machine=cast(Any, machine()),
         conditions={"start": start, "end": conditions(cuda=cuda)},
-        model=cast(
-            Any,
-            {
-                "name": model.name,
-                "fingerprint": model.fingerprint(),
-                "architecture": model.architecture,
-                "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            },
-        ),
+        model=cast(Any, facts),
         settings={
-            **settings.as_dict(),
+            **asdict(settings),
             "detector": workload.detector_name,
             "flush_bytes": {device: cache.bytes for device, cache in caches.items()},
             "tf32": bool(torch.backends.cudnn.allow_tf32) if cuda else None,
@@ -113,17 +117,10 @@ def run(
     )
 
 
-def _cold_caches(settings: Settings) -> dict[str, ColdCache]:
-    devices = {device for _, device, _ in plan(settings)}
-    return {device: ColdCache(device) for device in devices if device == "cpu" or torch.cuda.is_available()}
-
-
 @contextmanager
-def _opencv_threads(wanted: bool) -> Iterator[None]:
+def _opencv_threads() -> Iterator[None]:
     """OpenCV on as many threads as torch; by itself it takes all cores."""
     try:
-        if not wanted:
-            raise ImportError
         import cv2
     except ImportError:
         yield
@@ -153,49 +150,40 @@ def _group(
     tick: Callable[[float], None],
 ) -> tuple[list[Result], list[Skipped], dict[str, Any]]:
     """Cases that are timed in turns: results, what was left out, and how the machine did."""
-    ready: dict[Key, Ready] = {}
-    prepared: dict[Key, tuple[float, float | None]] = {}
+    ready: dict[Key, tuple[Ready, dict[str, Any]]] = {}
     reasons: dict[Key, str] = {}
     for key in keys:
         begin = time.perf_counter()
         try:
             made = make_ready(key, workload, seconds=_CHOOSING * seconds)
             made.call()
-            prepared[key] = time.perf_counter() - begin, _error(key, made, workload)
-            ready[key] = made
+            preparation = time.perf_counter() - begin
+            ready[key] = made, {"preparation": preparation, "error": _error(key, made, workload)}
         except Exception as error:
             reasons[key] = _reason(error)
-    contenders = [Contender(made.call, DeviceClock() if made.on_device else Clock(), flush) for made in ready.values()]
+    contenders = [
+        Contender(made.call, clock_for("cuda" if made.on_device else "cpu"), flush) for made, _ in ready.values()
+    ]
     watch = Watch()
     timed = measure_in_turns(contenders, seconds, tick=tick)
     notes = watch.read()
     results, moved = [], []
-    for (key, made), contender, measured in zip(ready.items(), contenders, timed, strict=True):
+    for (key, (made, prepared)), contender, measured in zip(ready.items(), contenders, timed, strict=True):
         if measured.failure is not None:
             reasons[key] = _reason(measured.failure)
             continue
-        results.append(_result(key, made, contender.clock.name, measured, *prepared[key]))
+        rounds, bursts = thin(measured.rounds), thin([[burst] for burst in measured.bursts])
+        results.append(
+            Result(
+                key, made.items, contender.clock.name, rounds=tuple(map(tuple, rounds)),
+                bursts=tuple(values[0] for values in bursts), calls=sum(map(len, measured.rounds)),
+                warm_calls=measured.warm_calls, detail=made.detail, **prepared,
+            )
+        )  # fmt: skip
         change = drift(measured.rounds)
         moved += [] if change is None else [math.log(change)]
     notes["drift"] = math.exp(sum(moved) / len(moved)) if moved else None
     return results, [Skipped(key, reasons[key]) for key in keys if key in reasons], notes
-
-
-def _result(
-    key: Key, ready: Ready, clock: str, measured: Measured, preparation: float, error: float | None
-) -> Result:  # fmt: skip
-    return Result(
-        key=key,
-        items=ready.items,
-        clock=clock,
-        rounds=tuple(map(tuple, thin(measured.rounds))),
-        bursts=tuple(values[0] for values in thin([[burst] for burst in measured.bursts])),
-        calls=measured.calls,
-        warm_calls=measured.warm_calls,
-        preparation=preparation,
-        detail=ready.detail,
-        error=error,
-    )
 
 
 def _reason(error: Exception) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from xcos_ext.io.optional import need
 from xcos_ext.io.text import duration
 
-from .cases import PIXELS, RUNTIMES, STAGES, Key
+from .cases import PIXELS, STAGES, Key
 from .results import Report, Result
 
 if TYPE_CHECKING:
@@ -53,21 +53,20 @@ def plot_report(report: Report) -> Figure:
         ValueError: neither pairs nor stages of one were measured.
         MissingPackageError: matplotlib is not installed.
     """
-    stage = next((name for name in ("pair", "backbone") if _lines(report, name)), None)
+    stage = next((name for name in ("pair", "backbone") if _of(report, name)), None)
     bars = _bars(report)
     if stage is None and not bars:
         raise ValueError("report: expected cases of pair, backbone or head, got none")
-    need("matplotlib.backends.backend_agg", "drawing")
+    canvas = need("matplotlib.backends.backend_agg", "drawing").FigureCanvasAgg
     figure = need("matplotlib.figure", "drawing").Figure(figsize=(13.5, 4.6), layout="constrained", facecolor="white")
-    need("matplotlib.backends.backend_agg", "drawing").FigureCanvasAgg(figure)
+    canvas(figure)
     panels = figure.subplots(1, (2 if stage else 0) + (1 if bars else 0), squeeze=False)[0]
     if stage is not None:
         unit = STAGES[stage].unit
         name = "a pair of crops to its score" if stage == "pair" else "the backbone"
-        lines = _lines(report, stage)
-        _draw_lines(panels[0], lines, throughput=False)
+        for axes, throughput in zip(panels, (False, True), strict=False):
+            _draw_lines(axes, _of(report, stage), throughput)
         _tidy(panels[0], f"Latency of a call, {name}", f"{unit} a call", "ms (bars: 95 %)")
-        _draw_lines(panels[1], lines, throughput=True)
         _tidy(panels[1], f"Throughput, {name}", f"{unit} a call", f"{unit} a second")
         panels[0].legend(fontsize=8, frameon=False, loc="upper left")
     if bars:
@@ -78,57 +77,47 @@ def plot_report(report: Report) -> Figure:
     return figure
 
 
-def _lines(report: Report, stage: str) -> dict[str, list[Result]]:
-    """Label -> its cases by batch; devices and dtypes are named where there are several."""
-    results = sorted((r for r in report.results if r.key.stage == stage), key=lambda r: (r.key.device, r.key.order))
-    found: dict[str, list[Result]] = {}
-    for result in results:
-        found.setdefault(_label(result.key, results), []).append(result)
-    runtimes = {label: RUNTIMES.index(found[label][0].key.runtime) for label in found}
-    return {label: found[label] for label in sorted(found, key=runtimes.__getitem__)}
+def _of(report: Report, stage: str) -> list[Result]:
+    """A stage's cases, those of a runtime, device and dtype together, by batch."""
+    found = [result for result in report.results if result.key.stage == stage]
+    return sorted(found, key=lambda r: (r.key.order[3], r.key.device, r.key.order[4], r.key.batch))
 
 
 def _label(key: Key, among: Sequence[Result]) -> str:
+    """Its runtime; devices and dtypes are named where there are several."""
     several = [name for name in ("device", "dtype") if len({getattr(result.key, name) for result in among}) > 1]
     return ", ".join([key.runtime, *(getattr(key, name) for name in several)])
 
 
-def _draw_lines(axes: Axes, lines: dict[str, list[Result]], *, throughput: bool) -> None:
+def _draw_lines(axes: Axes, results: Sequence[Result], throughput: bool) -> None:
+    ticker = need("matplotlib.ticker", "drawing")
     values: list[float] = []
-    for label, results in lines.items():
-        key = results[0].key
+    for label in dict.fromkeys(_label(result.key, results) for result in results):
+        line = [result for result in results if _label(result.key, results) == label]
+        key = line[0].key
         colour, marker = _LOOKS[key.runtime]
         look: dict[str, Any] = {"color": colour, "linestyle": _LINES[key.dtype], "marker": marker, "label": label}
         look |= {"markerfacecolor": "white" if key.device == "cuda" else None, "markersize": 5, "linewidth": 1.5}
-        batches = [result.key.batch for result in results]
         if throughput:
-            rates = [result.throughput for result in results]
-            axes.plot(batches, rates, **look)
-            values += rates
-            continue
-        low, middle, high = ([1e3 * getattr(r.latency, name) for r in results] for name in ("low", "p50", "high"))
+            middle = low = high = [result.throughput for result in line]
+        else:
+            low, middle, high = ([1e3 * getattr(r.latency, name) for r in line] for name in ("low", "p50", "high"))
         ends = [[m - x for m, x in zip(middle, low, strict=True)], [x - m for m, x in zip(middle, high, strict=True)]]
-        axes.errorbar(batches, middle, ends, elinewidth=1, capsize=2, **look)
+        axes.errorbar(
+            [r.key.batch for r in line], middle, None if throughput else ends, elinewidth=1, capsize=2, **look
+        )
         values += low + high
-    ticks = sorted({result.key.batch for results in lines.values() for result in results})
+    ticks = sorted({result.key.batch for result in results})
     axes.set_xscale("log")
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     if throughput and max(values) < _WIDE * min(values):
         axes.set_ylim(0, 1.1 * max(values))
-    else:
+    else:  # 1, 2, 5 times powers of ten, written without exponents
         axes.set_yscale("log")
-        _plain_ticks(axes, values)
+        axes.set_ylim(min(values) / 1.3, max(values) * 1.3)
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.6g}"))
     axes.minorticks_off()
-
-
-def _plain_ticks(axes: Axes, values: Sequence[float]) -> None:
-    """1, 2, 5 times powers of ten inside the range of the values, written without exponents."""
-    least, most = min(values), max(values)
-    ticks = [m * 10.0**e for e in range(-6, 10) for m in (1, 2, 5)]
-    inside = [tick for tick in ticks if least / 1.6 <= tick <= most * 1.6]
-    if inside:
-        axes.set_yticks(inside, [f"{tick:,.6g}" for tick in inside])
-    axes.set_ylim(least / 1.3, most * 1.3)
 
 
 def _bars(report: Report) -> dict[str, dict[str, float]]:
@@ -136,13 +125,13 @@ def _bars(report: Report) -> dict[str, dict[str, float]]:
 
     Where photographs were measured, the first bar has the whole way from two of them, in the runtime that is fastest.
     """
-    pairs = sorted((r for r in report.results if r.key.stage == "pair"), key=lambda r: (r.key.device, r.key.order))
-    batches = sorted({result.key.batch for result in pairs})
+    pairs = sorted(_of(report, "pair"), key=lambda r: (r.key.device, r.key.order))
+    batches = [result.key.batch for result in pairs]
     found: dict[str, dict[str, float]] = {}
     singles: dict[str, float] = {}
     for result in pairs:
         key = result.key
-        parts = _parts(report, key) if key.batch in (batches[0], batches[-1]) else {}
+        parts = _parts(report, key) if key.batch in (min(batches), max(batches)) else {}
         if parts:
             label = f"{_label(key, pairs)}, batch {key.batch}"
             found[label] = parts
@@ -168,28 +157,23 @@ def _parts(report: Report, key: Key) -> dict[str, float]:
 
 
 def _draw_bars(axes: Axes, bars: dict[str, dict[str, float]]) -> None:
-    seen: set[str] = set()
-    for place, parts in enumerate(bars.values()):
-        start, total = 0.0, sum(parts.values())
-        for part, seconds in parts.items():
-            if seconds <= 0:
-                continue
-            share = 100 * seconds / total
-            axes.barh(place, share, 0.68, start, color=_PARTS[part], label=None if part in seen else part)
-            seen.add(part)
-            start += share
-        share = 100 * parts["head"] / total
-        axes.text(101.5, place, f"{duration(total)}, head {share:.1f} %", va="center", fontsize=8)
+    start, totals = [0.0] * len(bars), [sum(parts.values()) for parts in bars.values()]
+    for part, colour in _PARTS.items():
+        shares = [100 * parts.get(part, 0.0) / total for parts, total in zip(bars.values(), totals, strict=True)]
+        if any(shares):
+            axes.barh(range(len(bars)), shares, 0.68, start, color=colour, label=part)
+            start = [a + b for a, b in zip(start, shares, strict=True)]
+    for place, (parts, total) in enumerate(zip(bars.values(), totals, strict=True)):
+        text = f"{duration(total)}, head {100 * parts['head'] / total:.1f} %"
+        axes.text(101.5, place, text, va="center", fontsize=8)
     axes.set_yticks(range(len(bars)), list(bars))
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     _tidy(axes, "Stages of one pair, both faces", "share of their time, %", "")
     axes.grid(False, axis="y")
-    handles, names = axes.get_legend_handles_labels()
-    order = sorted(range(len(names)), key=lambda place: list(_PARTS).index(names[place]))
     axes.legend(
-        [handles[place] for place in order], [names[place] for place in order], loc="upper center", frameon=False,
-        fontsize=8, bbox_to_anchor=(0.45, -0.13), ncols=6, columnspacing=0.9, handlelength=1.2,
+        loc="upper center", frameon=False, fontsize=8, bbox_to_anchor=(0.45, -0.13), ncols=6, columnspacing=0.9,
+        handlelength=1.2,
     )  # fmt: skip
 
 
@@ -200,5 +184,4 @@ def _tidy(axes: Axes, title: str, x: str, y: str) -> None:
     axes.tick_params(labelsize=8)
     axes.grid(True, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError, mo
 from typing_extensions import NotRequired, TypedDict
 
 from xcos_ext.io.errors import XCosError
-from xcos_ext.io.text import first_line
+from xcos_ext.io.text import display_name, first_line
 
 from .cases import STAGES, Key
 from .estimates import MOST_SAMPLES, Estimate, Latency, latency, ratio
@@ -32,6 +32,7 @@ HEAD_TARGET = 0.02
 Count = Annotated[int, Strict(), Field(ge=0, le=2**53)]
 Positive = Annotated[int, Strict(), Field(ge=1, le=2**53)]
 Seconds = Annotated[float, Strict(), Field(gt=0, lt=1e6)]
+NotNegative = Annotated[float, Strict(), Field(ge=0, lt=1e6)]
 
 
 def _key_inside(data: Any) -> Any:
@@ -42,6 +43,10 @@ def _key_inside(data: Any) -> Any:
 @pydantic.dataclasses.dataclass(frozen=True)
 class Result:
     """A case that was measured.
+
+    >>> key = Key("pair", "eager", "cpu", "fp32", 4)
+    >>> Result(key, items=4, clock="host", rounds=((0.02,), (0.02,)), bursts=(0.02,), calls=2).throughput
+    200.0
 
     Attributes:
         key: which one.
@@ -63,9 +68,9 @@ class Result:
     bursts: Annotated[tuple[Seconds, ...], Field(max_length=MOST_SAMPLES)]
     calls: Count
     warm_calls: Count = 0
-    preparation: Annotated[float, Strict(), Field(ge=0, lt=1e6)] = 0.0
+    preparation: NotNegative = 0.0
     detail: str = ""
-    error: Annotated[float, Strict(), Field(ge=0, lt=1e6)] | None = None
+    error: NotNegative | None = None
 
     _flat = model_validator(mode="before")(_key_inside)
 
@@ -92,23 +97,14 @@ class Result:
         """Seconds of the kept calls."""
         return [value for values in self.rounds for value in values]
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        data = asdict(self)
-        return {
-            **data.pop("key"),
-            **data,
-            "rounds": [list(values) for values in self.rounds],
-            "bursts": list(self.bursts),
-            "unit": STAGES[self.key.stage].unit,
-            "latency": asdict(self.latency),
-            "throughput": self.throughput,
-        }
-
 
 @pydantic.dataclasses.dataclass(frozen=True)
 class Skipped:
-    """A case that was not measured. Attributes: key: which one; reason: why."""
+    """A case that was not measured. Attributes: key: which one; reason: why.
+
+    >>> Skipped(Key("pair", "graph", "cpu", "fp32", 1), "CUDA graphs need a GPU").reason
+    'CUDA graphs need a GPU'
+    """
 
     key: Key
     reason: str
@@ -119,6 +115,9 @@ class Skipped:
 @dataclass(frozen=True)
 class Share(Estimate):
     """Share of a pair's time that a part takes: the median of the ratios within rounds, with its 95 % interval.
+
+    >>> Share(median=0.011, low=0.010, high=0.012, of_fastest=0.03).under(0.02)
+    False
 
     Attributes:
         of_fastest: the same of the fastest calls. On a busy machine long calls are interrupted and short ones are
@@ -132,15 +131,18 @@ class Share(Estimate):
         return max(self.median, self.of_fastest) < target
 
 
+_OPEN = ConfigDict(extra="allow")
+
+
 class _Gpu(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
     name: str
 
 
 class _Machine(TypedDict):
     """What figures cannot do without; the other facts are kept too."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
     processor: str
     threads: Positive
     torch: str
@@ -152,14 +154,19 @@ class _Machine(TypedDict):
 
 
 class _Model(TypedDict):
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    __pydantic_config__ = _OPEN  # type: ignore[misc]
     name: str
     fingerprint: str
 
 
 @pydantic.dataclasses.dataclass(frozen=True)
 class Report:
-    """All that a run found.
+    """All that a run found. :func:`xcos_ext.bench.run` makes one.
+
+    >>> from xcos_ext.bench import machine
+    >>> report = Report(machine(), {}, {"name": "a", "fingerprint": "f"}, {"cold": False}, results=[])
+    >>> list(report.as_dict())[:3]
+    ['format', 'schema', 'machine']
 
     Attributes:
         machine: as :func:`xcos_ext.bench.machine` says.
@@ -221,29 +228,33 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready; :func:`xcos_ext.bench.read_report` reads it."""
+        data = TypeAdapter(Report).dump_python(self, mode="json")
+        cases = [
+            {**case.pop("key"), **case, "unit": STAGES[result.key.stage].unit, "latency": asdict(result.latency),
+             "throughput": result.throughput}
+            for result, case in zip(self.results, data.pop("results"), strict=True)
+        ]  # fmt: skip
         shares = []
         for key, share in self.shares().items():
-            figures = {"share": share.median, "low": share.low, "high": share.high, "of_fastest": share.of_fastest}
-            target = HEAD_TARGET if key.device == "cpu" else None
-            met = share.under(target) if target is not None else None
-            shares.append({**asdict(key), **figures, "target": target, "met": met})
-        return {
-            "format": FORMAT,
-            "schema": SCHEMA,
-            "machine": dict(self.machine),
-            "conditions": self.conditions,
-            "model": dict(self.model),
-            "settings": self.settings,
-            "cases": [result.as_dict() for result in self.results],
-            "skipped": [{**asdict(skipped.key), "reason": skipped.reason} for skipped in self.skipped],
-            "groups": self.groups,
-            "head_share": shares,
-            "warnings": self.warnings,
-        }
+            figures = asdict(share)
+            aim = {"target": HEAD_TARGET, "met": share.under(HEAD_TARGET)} if key.device == "cpu" else {}
+            shares.append(
+                {**asdict(key), "share": figures.pop("median"), **figures, "target": None, "met": None, **aim}
+            )
+        skipped = [{**case["key"], "reason": case["reason"]} for case in data["skipped"]]
+        found = {"format": FORMAT, "schema": SCHEMA, **data}
+        return {**found, "cases": cases, "skipped": skipped, "head_share": shares}
 
 
 class FormatError(XCosError, ValueError):
-    """A results file that cannot be used: missing, not of this command, of another version, or damaged."""
+    """A results file that cannot be used: missing, not of this command, of another version, or damaged.
+
+    >>> try:
+    ...     read_report("nowhere.json")
+    ... except FormatError as error:
+    ...     print(error)
+    nowhere.json: no such file
+    """
 
 
 def _refuse_constant(name: str) -> Any:
@@ -253,23 +264,21 @@ def _refuse_constant(name: str) -> Any:
 def read_report(path: str | os.PathLike[str]) -> Report:
     """Read a results file. Its samples are the truth: figures that it claims are not read but computed again.
 
+    ``read_report("run.json").results[0].latency.p50`` is a median in seconds.
+
     Args:
         path: that ``xcos bench --json`` wrote; it may come from anywhere: nothing in it is trusted.
 
     Raises:
         FormatError: missing, too large, not JSON, not a results file, of another version, or damaged.
     """
-    from xcos_ext.faces import display_name
-
     file, where = Path(path), display_name(path)
+    if not file.is_file():  # a pipe would be waited for
+        raise FormatError(f"{where}: {'not a regular file' if file.exists() else 'no such file'}")
+    if file.stat().st_size > _MOST_BYTES:
+        raise FormatError(f"{where}: expected at most {_MOST_BYTES >> 20} MiB, got {file.stat().st_size:,} bytes")
     try:
-        if not file.is_file():  # a pipe would be waited for
-            raise FormatError(f"{where}: {'not a regular file' if file.exists() else 'no such file'}")
-        if file.stat().st_size > _MOST_BYTES:
-            raise FormatError(f"{where}: expected at most {_MOST_BYTES >> 20} MiB, got {file.stat().st_size:,} bytes")
         data = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except FormatError:
-        raise
     except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{where}: expected JSON, got something else ({first_line(error)})") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:

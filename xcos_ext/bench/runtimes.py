@@ -1,4 +1,4 @@
-"""Runtimes that run a model, each behind a small adapter that makes ready what one case calls.
+"""Runtimes that run a model: what makes ready what one case calls.
 
 What cannot be made ready raises :class:`Unavailable` with the reason, or any other error, and the case is listed with
 it.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from xcos_ext.backbones.recogniser import Recogniser
+from xcos_ext.card.card import INPUTS
 
 from .cases import Key
 from .workload import Workload
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["Ready", "Unavailable", "make_ready"]
 
 _TOP = 10
+#: The exported graph of a stage.
+_KINDS = {"backbone": "template", "head": "score", "pair": "pair"}
 
 
 class Unavailable(Exception):
@@ -64,60 +67,36 @@ def make_ready(key: Key, workload: Workload, *, seconds: float = 10.0) -> Ready:
     if key.device == "cuda" and not torch.cuda.is_available():
         raise Unavailable("this torch sees no GPU")
     if key.runtime == "native":
-        return _NATIVE[key.stage](key, workload)
-    if key.runtime == "compiled":
-        return _compiled(key, workload, seconds)
-    return _ADAPTERS[key.runtime](key, workload)
+        return _native(key, workload)
+    if key.runtime in ("onnxruntime", "tensorrt"):
+        return _exported(key, workload)
+    return _in_torch(key, workload, seconds)
 
 
-# --- stages with one implementation
+def _native(key: Key, workload: Workload) -> Ready:
+    """Stages with one implementation."""
+    from xcos_ext.faces import align_face, read_picture
+    from xcos_ext.ops import xcos_topk
 
-
-def _decode(key: Key, workload: Workload) -> Ready:
-    from xcos_ext.faces import read_picture
-
-    pixels, path = workload.pixels, workload.picture
-    assert path is not None
-    return Ready(lambda: read_picture(path), False, 1, f"{pixels.shape[1]} x {pixels.shape[0]} pixels")
-
-
-def _detect(key: Key, workload: Workload) -> Ready:
-    detector, pixels = workload.detector, workload.pixels
-    return Ready(
-        lambda: detector.detect(pixels), False, 1, "cascade" if workload.detector_name == "cascade" else "YuNet"
-    )
-
-
-def _align(key: Key, workload: Workload) -> Ready:
-    from xcos_ext.faces import align_face
-
-    pixels, landmarks, size = workload.pixels, workload.landmarks, workload.model.preprocessing.size
+    if key.stage == "search":
+        probes = workload.templates(key.batch, key.device, key.dtype, "probe")
+        gallery = workload.templates(workload.gallery_size, key.device, key.dtype, "gallery")
+        detail = f"{len(gallery):,} faces, {gallery.nbytes / 2**20:.0f} MiB"
+        call = _without_gradients(lambda: xcos_topk(probes, gallery, k=min(_TOP, len(gallery))))
+        return Ready(call, key.device == "cuda", key.batch * len(gallery), detail)
+    pixels, path = workload.pixels(), workload.picture
+    if key.stage == "decode":
+        assert path is not None
+        return Ready(lambda: read_picture(path), False, 1, f"{pixels.shape[1]} x {pixels.shape[0]} pixels")
+    if key.stage == "detect":
+        detector, name = workload.detector(), "cascade" if workload.detector_name == "cascade" else "YuNet"
+        return Ready(lambda: detector.detect(pixels), False, 1, name)
+    landmarks, size = workload.landmarks(), workload.model.preprocessing.size
     return Ready(lambda: align_face(pixels, landmarks, size), False, 1)
 
 
-def _search(key: Key, workload: Workload) -> Ready:
-    from xcos_ext.ops import xcos_topk
-
-    probes = workload.templates(key.batch, key.device, key.dtype, "probe")
-    gallery = workload.templates(workload.gallery_size, key.device, key.dtype, "gallery")
-    best = min(_TOP, len(gallery))
-    detail = f"{len(gallery):,} faces, {gallery.nbytes / 2**20:.0f} MiB"
-    call = _without_gradients(lambda: xcos_topk(probes, gallery, k=best))
-    return Ready(call, key.device == "cuda", key.batch * len(gallery), detail)
-
-
-_NATIVE = {"decode": _decode, "detect": _detect, "align": _align, "search": _search}
-
-
-# --- torch
-
-
 def _without_gradients(step: Callable[[], Any]) -> Callable[[], Any]:
-    def call() -> Any:
-        with torch.inference_mode():
-            return step()
-
-    return call
+    return torch.inference_mode()(step)
 
 
 def _torch_step(key: Key, workload: Workload, model: Any) -> Callable[[], Any]:
@@ -138,32 +117,26 @@ def _torch_step(key: Key, workload: Workload, model: Any) -> Callable[[], Any]:
     return lambda: model.head.features(grid)
 
 
-def _in_torch(key: Key, call: Callable[[], Any], detail: str = "") -> Ready:
+def _in_torch(key: Key, workload: Workload, seconds: float) -> Ready:
+    if key.runtime == "graph" and key.device != "cuda":
+        raise Unavailable("CUDA graphs need a GPU (--device cuda)")
+    detail = ""
+    if key.runtime == "compiled":
+        # Faces of a pair go through as one batch, so a backbone alone is compiled for another shape.
+        model = workload.compiled(key.device, key.dtype, key.batch, key.stage != "backbone", seconds)
+        # It looks after gradients itself, and has the model's own head.
+        call, detail = _torch_step(key, workload, model), "" if key.stage == "head" else str(model.chosen)
+    else:
+        make = workload.eager if key.runtime == "eager" else workload.folded
+        call = _without_gradients(_torch_step(key, workload, make(key.device, key.dtype)))
+    if key.runtime == "graph":
+        call = _captured(call)
     scores = (lambda: call().score) if key.stage in ("head", "pair") else None
     return Ready(call, key.device == "cuda", key.batch, detail, scores)
 
 
-def _eager(key: Key, workload: Workload) -> Ready:
-    return _in_torch(key, _without_gradients(_torch_step(key, workload, workload.eager(key.device, key.dtype))))
-
-
-def _for_inference(key: Key, workload: Workload) -> Ready:
-    return _in_torch(key, _without_gradients(_torch_step(key, workload, workload.folded(key.device, key.dtype))))
-
-
-def _compiled(key: Key, workload: Workload, seconds: float) -> Ready:
-    # Faces of a pair go through as one batch, so a backbone alone is compiled for another shape.
-    pairs = key.stage != "backbone"
-    model = workload.compiled(key.device, key.dtype, key.batch, pairs, seconds)
-    # It looks after gradients itself, and has the model's own head.
-    return _in_torch(key, _torch_step(key, workload, model), "" if key.stage == "head" else str(model.chosen))
-
-
-def _graph(key: Key, workload: Workload) -> Ready:
-    """A CUDA graph of the folded model: one launch for all its kernels; its inputs stay where they are."""
-    if key.device != "cuda":
-        raise Unavailable("CUDA graphs need a GPU (--device cuda)")
-    step = _without_gradients(_torch_step(key, workload, workload.folded(key.device, key.dtype)))
+def _captured(step: Callable[[], Any]) -> Callable[[], Any]:
+    """A CUDA graph of a step: one launch for all its kernels; its inputs stay where they are."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -179,26 +152,11 @@ def _graph(key: Key, workload: Workload) -> Ready:
         graph.replay()
         return output
 
-    return _in_torch(key, call)
-
-
-# --- exported graphs
-
-_KINDS = {"backbone": "template", "head": "score", "pair": "pair"}
-
-
-def _kind(key: Key) -> tuple[str, str]:
-    """Kind and dtype of the graph of a case's stage."""
-    if key.dtype == "bf16":
-        raise Unavailable("graphs are written in fp32 and fp16")
-    # The head computes in fp32 whatever the backbone does.
-    return _KINDS[key.stage], "fp32" if key.stage == "head" else key.dtype
+    return call
 
 
 def _graph_inputs(key: Key, workload: Workload) -> dict[str, Tensor]:
     """The graph's inputs by name, on the CPU: crops, or flat templates [N, T] of them for the head."""
-    from xcos_ext.card.card import INPUTS
-
     sides = [workload.images(key.batch, "cpu", side) for side in (0, 1)]
     if key.stage == "head":
         model = workload.session("template", "fp32", "cpu")
@@ -206,33 +164,27 @@ def _graph_inputs(key: Key, workload: Workload) -> dict[str, Tensor]:
     return dict(zip(INPUTS[_KINDS[key.stage]], sides, strict=False))
 
 
-def _onnxruntime(key: Key, workload: Workload) -> Ready:
+def _exported(key: Key, workload: Workload) -> Ready:
+    """The stage's ONNX graph in onnxruntime or TensorRT."""
+    if key.runtime == "tensorrt" and key.device != "cuda":
+        raise Unavailable("TensorRT needs a GPU (--device cuda)")
+    if key.dtype == "bf16":
+        raise Unavailable("graphs are written in fp32 and fp16")
+    # The head computes in fp32 whatever the backbone does.
+    kind, dtype = _KINDS[key.stage], "fp32" if key.stage == "head" else key.dtype
+    if key.runtime == "tensorrt":
+        runner = workload.engine(kind, dtype, key.device, key.batch)
+        on_device = {name: value.to(key.device) for name, value in _graph_inputs(key, workload).items()}
+        scores = (lambda: runner.run(on_device)["score"]) if key.stage != "backbone" else None
+        return Ready(lambda: runner.run(on_device), True, key.batch, scores=scores)
     if key.device == "cuda":
         import onnxruntime
 
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             raise Unavailable("this onnxruntime has no CUDA provider: pip install onnxruntime-gpu")
-    model = workload.session(*_kind(key), key.device)
+    model = workload.session(kind, dtype, key.device)
     inputs = [value.numpy() for value in _graph_inputs(key, workload).values()]
     run = {"backbone": model.templates, "head": model.score, "pair": model.pair}[key.stage]
     scores = (lambda: run(*inputs).score) if key.stage != "backbone" else None
     # Host arrays in and out: on a GPU the copies are part of the call.
     return Ready(lambda: run(*inputs), False, key.batch, "host arrays" if key.device == "cuda" else "", scores)
-
-
-def _tensorrt(key: Key, workload: Workload) -> Ready:
-    if key.device != "cuda":
-        raise Unavailable("TensorRT needs a GPU (--device cuda)")
-    runner = workload.engine(*_kind(key), key.device, key.batch)
-    inputs = {name: value.to(key.device) for name, value in _graph_inputs(key, workload).items()}
-    scores = (lambda: runner.run(inputs)["score"]) if key.stage != "backbone" else None
-    return Ready(lambda: runner.run(inputs), True, key.batch, scores=scores)
-
-
-_ADAPTERS: dict[str, Callable[[Key, Workload], Ready]] = {
-    "eager": _eager,
-    "for_inference": _for_inference,
-    "graph": _graph,
-    "onnxruntime": _onnxruntime,
-    "tensorrt": _tensorrt,
-}

@@ -7,9 +7,8 @@ import functools
 import os
 import tempfile
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,40 +30,48 @@ _FEATURES_AT_ONCE = 1000
 #: What belongs to one batch size.
 _OF_A_BATCH = ("images", "features", "reference", "compiled", "engine")
 
-P = ParamSpec("P")
-R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def default_picture() -> Path | None:
-    """The photograph of this package's checkout; None where the package is installed without it."""
+    """The photograph of this package's checkout; None where the package is installed without it.
+
+    >>> picture = default_picture()
+    >>> picture is None or picture.name
+    'astronaut.jpg'
+    """
     file = Path(__file__).resolve().parents[2] / "examples" / "photographs" / "astronaut.jpg"
     return file if file.is_file() else None
 
 
-def once(make: Callable[Concatenate[Workload, P], R]) -> Callable[Concatenate[Workload, P], R]:
+def once(make: F) -> F:
     """A method whose result is made when it is first asked for; a failure is raised again, not tried again."""
 
     @functools.wraps(make)
-    def kept(self: Workload, *args: P.args, **kwargs: P.kwargs) -> R:
+    def kept(self: Workload, *args: Any, **kwargs: Any) -> Any:
         name = (make.__name__, *args, *kwargs.values())
-        if name in self._failed:
-            raise self._failed[name]
         if name not in self._made:
             try:
                 # Not as inference tensors, whoever asks: compiled code would copy those in every call.
                 with torch.inference_mode(False), torch.no_grad():
                     self._made[name] = make(self, *args, **kwargs)
             except Exception as error:
-                self._failed[name] = error
-                raise
-        found: R = self._made[name]
-        return found
+                self._made[name] = error
+        if isinstance(self._made[name], Exception):
+            raise self._made[name]
+        return self._made[name]
 
-    return kept
+    return kept  # type: ignore[return-value]
 
 
 class Workload:
     """A model with the inputs that all runtimes get. A context manager: its folder of made files goes at the end.
+
+    >>> from xcos_ext.model import XCosHead, XCosModel
+    >>> model = XCosModel(nn.Conv2d(3, 32, 16, 16), XCosHead(32, attention="norm")).eval()
+    >>> with Workload(model) as workload:
+    ...     workload.images(4, "cpu").shape, workload.features(4, "cpu").shape
+    (torch.Size([4, 3, 112, 112]), torch.Size([4, 32, 7, 7]))
 
     Args:
         model: in evaluation mode, on the CPU.
@@ -94,7 +101,6 @@ class Workload:
         self.gallery_size = gallery
         self.seed = seed
         self._made: dict[Any, Any] = {}
-        self._failed: dict[Any, Exception] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="xcos-bench-")
         #: For files that runtimes make: graphs, engines.
         self.folder = Path(self._folder.name)
@@ -104,14 +110,11 @@ class Workload:
 
     def __exit__(self, *error: object) -> None:
         self._made.clear()
-        self._failed.clear()
         self._folder.cleanup()
 
     def forget(self) -> None:
         """Let go of what belongs to one batch size; models, graphs and the gallery stay."""
-        for made in (self._made, self._failed):
-            for name in [name for name in made if name[0] in _OF_A_BATCH]:
-                del made[name]
+        self._made = {name: made for name, made in self._made.items() if name[0] not in _OF_A_BATCH}
 
     # --- models
 
@@ -170,10 +173,8 @@ class Workload:
         from xcos_ext.deploy import TrtRunner, build_engine
 
         path = self.graph_file(kind, dtype)
-        plan = f"{path.removesuffix('.onnx')}-{batch}.plan"
-        build_engine(
-            path, plan, profiles=[(batch,) * 3], tf32=torch.backends.cudnn.allow_tf32, device=device
-        )  # fmt: skip
+        plan, tf32 = f"{path.removesuffix('.onnx')}-{batch}.plan", torch.backends.cudnn.allow_tf32
+        build_engine(path, plan, profiles=[(batch,) * 3], tf32=tf32, device=device)
         return TrtRunner(plan, device=device)
 
     # --- inputs
@@ -218,7 +219,7 @@ class Workload:
 
     # --- pictures
 
-    @cached_property
+    @once
     def pixels(self) -> NDArray[np.uint8]:
         """The photograph, uint8 RGB [H, W, 3].
 
@@ -232,14 +233,14 @@ class Workload:
             raise ValueError("there is no photograph to measure with; name one with --picture")
         return read_picture(self.picture)
 
-    @cached_property
+    @once
     def detector(self) -> Detector:
         """Finds faces."""
         from xcos_ext.faces import create_detector
 
         return create_detector(self.detector_name)
 
-    @cached_property
+    @once
     def landmarks(self) -> NDArray[np.float64]:
         """Five points [5, 2] of the photograph's most prominent face.
 
@@ -249,8 +250,8 @@ class Workload:
         from xcos_ext.faces import choose_face, display_name
         from xcos_ext.io.errors import PictureError
 
-        pixels, name = self.pixels, display_name(self.picture or "")
-        faces = self.detector.detect(pixels)
+        pixels, name = self.pixels(), display_name(self.picture or "")
+        faces = self.detector().detect(pixels)
         face = choose_face(faces, (pixels.shape[0], pixels.shape[1]), name=name) if faces else None
         if face is None or face.landmarks is None:
             raise PictureError(f"{name}: no face found, so that there is nothing to align")

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from xcos_ext.io.errors import DeviceError, XCosError
+from xcos_ext.io.optional import need
+from xcos_ext.io.text import display_name
 
 from . import options
-from .console import bar, note, print_json, table_console
+from .console import bar, note, one_line, print_json, table_console
 from .inputs import check_model_path, chosen_device, is_graph, load, write_text
 
 if TYPE_CHECKING:
     from xcos_ext.bench import Report, Settings
+    from xcos_ext.bench.tables import Table
 
 _STDOUT = "-"
+_STYLES = {"slower": "red", "faster": "green", "unclear": "yellow"}
 
 
 @click.command("bench")
@@ -121,19 +126,17 @@ def run(
         raise XCosError(f"{new}: a file to compare with is named by --compare OLD.json, which is missing")
     if minimum is not None and old is None:
         raise XCosError("--minimum: expected --compare with it, got none")
-    from xcos_ext.io.optional import need
-
     need("rich", "printing tables")
     if old is not None:
         need("scipy", "comparing measurements")
     silent = quiet or json_file == _STDOUT
-    from xcos_ext.bench import compare, read_report
+    from xcos_ext.bench import Settings, compare, read_report
 
     before = None if old is None else read_report(old)
     if new is not None:
         report = read_report(new)
     else:
-        settings = _settings(chosen)
+        settings = Settings(**{name: value for name, value in chosen.items() if value != ()})
         if plot is not None and not {"pair", "backbone"} & set(settings.stages):
             raise XCosError("--plot: expected --stage pair or backbone among those that are measured, got neither")
         report = _measured(model, settings, devices, threads, picture, detector, silent)
@@ -149,30 +152,23 @@ def run(
     if json_file == _STDOUT:
         print_json(data)
     else:
-        from .bench_tables import print_comparison, print_report
+        from xcos_ext.bench import tables
 
-        console = table_console()
         if new is None:
-            print_report(console, report, quiet=quiet)
+            below = [*tables.left_out(report), *([] if quiet else tables.summary(report))]
+            _say([tables.latency(report), tables.shares(report)], below)
         if comparison is not None:
-            print_comparison(console, comparison)
+            changes, below = tables.changes(comparison)
+            _say([changes], below)
         if json_file is not None:
             write_text(json_file, json.dumps(data, indent=1, allow_nan=False) + "\n")
     if plot is not None:
         _draw(report, plot)
     if not silent:
-        from xcos_ext.faces import display_name
-
         for title, path in (("all figures", json_file), ("picture", plot)):
             if path is not None:
                 click.echo(f"{title}: {display_name(path)}")
     return 0
-
-
-def _settings(chosen: dict[str, Any]) -> Settings:
-    from xcos_ext.bench import Settings
-
-    return Settings(**{name: value for name, value in chosen.items() if value != ()})
 
 
 def _devices(names: Sequence[str]) -> tuple[tuple[str, ...], int]:
@@ -197,7 +193,7 @@ def _measured(
     path = check_model_path(model)
     if is_graph(path):
         raise XCosError(f"{path}: expected a model in torch, of which graphs are made here, got an ONNX graph")
-    from xcos_ext.faces import create_detector, display_name, read_picture
+    from xcos_ext.faces import create_detector, read_picture
 
     if picture is not None:
         read_picture(picture)
@@ -230,6 +226,33 @@ def _measured(
         reasons = dict.fromkeys(skipped.reason for skipped in report.skipped)
         raise XCosError(f"{display_name(path)}: nothing could be measured: {'; '.join(reasons)}")
     return report
+
+
+def _say(tables: Sequence[Table], lines: Iterable[str]) -> None:
+    """Print tables and then lines, which may have names from files that come from anywhere."""
+    from rich import box, table
+    from rich.text import Text
+
+    console = table_console()
+    frame = box.ROUNDED if sys.stdout.isatty() else None
+    for one in tables:
+        if not one.rows:
+            continue
+        shown = table.Table(title=Text(one.title, no_wrap=True), title_justify="left", box=frame)
+        for place, column in enumerate(one.columns):
+            shown.add_column(column, justify="left" if place < one.left else "right", no_wrap=place < one.left)
+        before: list[str] = []
+        for row in one.rows:
+            known = next((n for n in range(one.grouped, 0, -1) if row[:n] == before[:n]), 0)
+            if known < one.grouped:
+                shown.add_section()
+            cells = [""] * known + [one_line(cell) for cell in row[known:]]
+            shown.add_row(*(Text(cell, _STYLES.get(cell, "")) for cell in cells))
+            before = row
+        console.print(shown)
+        console.print()
+    for line in lines:
+        console.print(Text(one_line(line)), soft_wrap=True)
 
 
 def _draw(report: Report, path: str) -> None:

@@ -1,6 +1,6 @@
 """How exactly exported graphs compute what the models compute: differences on real faces, and verdicts that change.
 
-    python benchmarks/onnx_parity.py --lfw ../shared/data/lfw112.zip --pairs ../shared/data/pairs.txt \\
+    python recipes/studies/onnx_parity.py --lfw ../shared/data/lfw112.zip --pairs ../shared/data/pairs.txt \\
         compact faithful local ../shared/data/mobilefacenet_arcface.pt --json benchmarks/results/models/onnx.json
 
 Every model is exported in fp32 and fp16, as a pair graph and as a template and a score graph. onnxruntime scores pairs
@@ -18,13 +18,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
 import numpy as np
 import torch
-from harness import machine
+from harness import machine, write_json
 
 from xcos_ext.deploy import OnnxModel, export_onnx
 from xcos_ext.evaluation.datasets import LFW
-from xcos_ext.io.atomic import write_atomically
 from xcos_ext.model import XCosModel, load_model
 
 BATCHES = (1, 2, 17)
@@ -109,7 +110,7 @@ def main() -> int:
         import onnxruntime
 
         data = {"machine": machine(), "onnxruntime": onnxruntime.__version__, "folds": options.folds, "rows": rows}
-        write_atomically(options.json, lambda file: file.write(f"{json.dumps(data, indent=1)}\n".encode()))
+        write_json(options.json, data)
     return 0
 
 

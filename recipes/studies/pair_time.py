@@ -1,6 +1,6 @@
 """Time per pair of pictures, network included: xCos models beside the plain cosine of a recogniser.
 
-    python benchmarks/pair_time.py --recogniser net.pt "closed form=net.pt" "trained head=runs/model.safetensors" \\
+    python recipes/studies/pair_time.py --recogniser net.pt "closed form=net.pt" "trained head=runs/head.safetensors" \\
         --threads 1 --json benchmarks/results/models/pair_time.json
 
 Every model is ``LABEL=FILE``; ``LABEL=`` alone is the shipped model. Contenders take turns within one run; what is
@@ -17,14 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
 import numpy as np
 import torch
-from harness import in_turns, machine
+from harness import in_turns, machine, write_json
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from xcos_ext.backbones import Recogniser
-from xcos_ext.io.atomic import write_atomically
 from xcos_ext.model import XCosModel, load_model, load_recogniser
 
 Step = Callable[[], Any]
@@ -35,10 +36,10 @@ def plain(recogniser: Recogniser, images: tuple[Tensor, Tensor]) -> tuple[Step, 
     grids = tuple(recogniser.grid(side) for side in images)
 
     def from_maps() -> Tensor:
-        return cosine_similarity(*(recogniser.embed(grid) for grid in grids))
+        return cosine_similarity(recogniser.embed(grids[0]), recogniser.embed(grids[1]))
 
     def whole() -> Tensor:
-        return cosine_similarity(*(recogniser(side) for side in images))
+        return cosine_similarity(recogniser(images[0]), recogniser(images[1]))
 
     return whole, from_maps
 
@@ -58,12 +59,12 @@ def xcos(model: XCosModel, images: tuple[Tensor, Tensor]) -> tuple[Step, Step]:
 def measure(recogniser: Recogniser, models: dict[str, XCosModel], pairs: int, seconds: float) -> dict[str, Any]:
     """Figures of every contender; seconds per pair."""
     torch.manual_seed(0)
-    sides = {
-        model: (torch.randn(pairs, 3, *model.preprocessing.size), torch.randn(pairs, 3, *model.preprocessing.size))
-        for model in (recogniser, *models.values())
-    }
-    steps = {"cosine": plain(recogniser, sides[recogniser])}
-    steps |= {label: xcos(model, sides[model]) for label, model in models.items()}
+
+    def sides(size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        return torch.randn(pairs, 3, *size), torch.randn(pairs, 3, *size)
+
+    steps = {"cosine": plain(recogniser, sides(recogniser.preprocessing.size))}
+    steps |= {label: xcos(model, sides(model.preprocessing.size)) for label, model in models.items()}
     calls = {(label, place): step for label, both in steps.items() for place, step in enumerate(both)}
     taken = {name: np.array(samples) / pairs for name, samples in in_turns(calls, seconds).items()}
 
@@ -113,7 +114,7 @@ def main() -> int:
             "pairs_at_a_time": options.pairs,
             "scores": found,
         }
-        write_atomically(options.json, lambda file: file.write(f"{json.dumps(known, indent=1)}\n".encode()))
+        write_json(options.json, known)
     return 0
 
 

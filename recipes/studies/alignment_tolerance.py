@@ -1,8 +1,8 @@
 """What matching cells with their neighbourhoods gains on turned and on badly aligned faces, and costs on good ones.
 
-    python benchmarks/alignment_tolerance.py --pictures lfw112.zip --pairs pairs.txt \\
+    python recipes/studies/alignment_tolerance.py --pictures lfw112.zip --pairs pairs.txt \\
         --recogniser mobilefacenet_arcface.pt --json benchmarks/results/alignment/lfw.json
-    python benchmarks/alignment_tolerance.py --table benchmarks/results/alignment/lfw.json
+    python recipes/studies/alignment_tolerance.py --table benchmarks/results/alignment/lfw.json
 
 LFW pairs of the folds that the shipped model was not trained on. "turned": the pairs whose faces differ most in the
 direction that they look, read off five landmarks. "moved" and the like: the first picture of every pair is shifted,
@@ -22,11 +22,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
 import numpy as np
 import torch
-from harness import machine
+from harness import machine, write_json
 from numpy.typing import NDArray
-from tables import alignment_rules
+from study_tables import alignment_rules
 from torch import Tensor
 from torch.nn import functional
 
@@ -35,7 +37,6 @@ from xcos_ext.evaluation.bootstrap import Resampling
 from xcos_ext.evaluation.datasets import LFW
 from xcos_ext.faces.alignment import warp
 from xcos_ext.faces.landmarks import LandmarkReader
-from xcos_ext.io.atomic import write_atomically
 from xcos_ext.model import XCosModel, load_model, load_recogniser, plug
 from xcos_ext.ops import grid_cosine, grid_match, xcos_score
 
@@ -155,7 +156,7 @@ def matched(a: Tensor, b: Tensor, rule: Rule, weights: Tensor) -> Tensor:
         ways = (grid_match(x, y, radius=rule.radius, symmetric=False) for x, y in ((a, b), (b, a)))
         s = torch.stack([torch.maximum(in_place, way - rule.temperature) for way in ways]).mean(0)
     else:
-        s = grid_match(a, b, radius=rule.radius, match=rule.match, temperature=rule.temperature)  # type: ignore[arg-type]
+        s = grid_match(a, b, radius=rule.radius, match=rule.match, temperature=rule.temperature)  # type: ignore
     return (weights * s).sum((1, 2))
 
 
@@ -318,9 +319,7 @@ def main() -> int:
         parser.error("expected --pictures and --pairs")
     contents = run(options)
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(contents, indent=1) + "\n"
-        write_atomically(options.json, lambda file: file.write(text.encode()))
+        write_json(options.json, contents)
     return 0
 
 

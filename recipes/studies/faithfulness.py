@@ -1,6 +1,6 @@
 """Explainers of the shipped models and of a recogniser's plain cosine, all protocols, on people not trained on.
 
-    python benchmarks/faithfulness.py --pictures lfw112.zip --pairs pairs.txt --folds 7 8 --model compact \\
+    python recipes/studies/faithfulness.py --pictures lfw112.zip --pairs pairs.txt --folds 7 8 --model compact \\
         --json benchmarks/results/faithfulness/compact.json
 
 Explainers that need hundreds of passes get fewer pairs in region swaps, which ask each for some 38 maps a pair: first
@@ -11,21 +11,21 @@ all that are fast on many pairs, then the slow ones, each time beside xCos's own
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
 import torch
-from harness import machine
+from harness import machine, write_json
 
 from xcos_ext.deploy import for_inference
 from xcos_ext.evaluation.datasets import open_pairs
 from xcos_ext.evaluation.faithfulness import Faces, Settings, faithfulness
 from xcos_ext.explain.explainers import EmbeddingCosine, PairModel, XCosPairs
-from xcos_ext.io.atomic import write_atomically
 from xcos_ext.model import load_model, load_recogniser
 
 OWN = ("xcos-similarity", "xcos", "xcos-attention")  # the first is what the others are held against
@@ -40,7 +40,7 @@ class Part(NamedTuple):
     """Attributes: protocols, pairs of each kind, explainers, whether the model has batch norms folded, for speed."""
 
     protocols: list[str]
-    count: int
+    pairs: int
     explainers: tuple[str, ...]
     folded: bool = True
 
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     if options.recogniser:
         model: PairModel = EmbeddingCosine(load_recogniser(options.recogniser).requires_grad_(False))
-        folded, own = model, ()
+        folded, own = model, tuple[str, ...]()
     else:
         loaded = load_model(options.model).requires_grad_(False)
         model, folded, own = XCosPairs(loaded), XCosPairs(for_inference(loaded).requires_grad_(False)), OWN
@@ -93,11 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = []
     started = time.perf_counter()
     for part in parts(own, options.without, options.count):
-        settings = Settings(count=part.count)
+        settings = Settings(count=part.pairs)
         chosen = folded if part.folded else model
         found = faithfulness(chosen, faces, part.explainers, protocols=part.protocols, settings=settings)
-        results.append({"count": part.count} | found.as_dict())
-        done = f"{', '.join(part.protocols)}; {', '.join(part.explainers)}; {part.count} pairs"
+        results.append({"count": part.pairs} | found.as_dict())
+        done = f"{', '.join(part.protocols)}; {', '.join(part.explainers)}; {part.pairs} pairs"
         print(f"{done}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
     data = {
         "schema": 1,
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "parts": rounded(results),
         "machine": machine(),
     }
-    write_atomically(options.json, lambda file: file.write(f"{json.dumps(data, separators=(',', ':'))}\n".encode()))
+    write_json(options.json, data, indent=None)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Verification with the shipped models on people whom none of them was trained on, and what locality could give them.
 
-    python benchmarks/shipped_models.py --pictures lfw112.zip --pairs pairs.txt --folds 7 8 \\
+    python recipes/studies/shipped_models.py --pictures lfw112.zip --pairs pairs.txt --folds 7 8 \\
         --json benchmarks/results/faithfulness/verification.json
 
 Thresholds are each fold's from the other folds; 95 % intervals from a bootstrap over people.
@@ -12,19 +12,19 @@ impostor's whole picture in the region, of the pair elsewhere. What is missing t
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
 import numpy as np
 import torch
-from harness import machine
+from harness import machine, write_json
 
 from xcos_ext.evaluation import evaluate
 from xcos_ext.evaluation.datasets import LFW
 from xcos_ext.evaluation.faithfulness import REGIONS, areas, region_mask
-from xcos_ext.io.atomic import write_atomically
 from xcos_ext.io.shipped import SHIPPED
 from xcos_ext.model import XCosModel, load_model
 
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "composed": composed(model, lfw),
         }
     data = {"folds": options.folds, "pairs": len(lfw), "models": models, "machine": machine()}
-    write_atomically(options.json, lambda file: file.write(f"{json.dumps(data, indent=1)}\n".encode()))
+    write_json(options.json, data)
     return 0
 
 

@@ -1,6 +1,6 @@
 """A gallery on disk, measured: enrolment, size, first and later searches, memory, cost against N, re-rank, ranks.
 
-    python benchmarks/gallery_scale.py --faces 1000000 --folder /tmp/xcos-scale
+    python recipes/studies/gallery_scale.py --faces 1000000 --folder /tmp/xcos-scale
 
 Generated faces: 10 of each person, a person's features drawn from a normal distribution, a face's at a distance from
 them; probes are further faces of persons who are enrolled. Templates are of the published head (attention of one order,
@@ -25,15 +25,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
 import numpy as np
 import torch
-from harness import RESULTS, machine, spread
+from harness import RESULTS, machine, spread, write_json
 from torch import Tensor
 
 import xcos_ext
 from xcos_ext.gallery import FaissIndex, Gallery
 from xcos_ext.gallery.scoring import exact_topk
-from xcos_ext.io.atomic import write_atomically
 from xcos_ext.ops.templates import Templates
 
 OUT = RESULTS / "gallery"
@@ -155,7 +156,7 @@ def cold_disk(folder: Path, faces: int) -> dict[str, Any]:
     some = probes(16, faces, head())
     for _ in range(3):
         drop_page_cache()
-        reads.append(timed(lambda: [_read(f) for f in files]))
+        reads.append(timed(lambda: _read(files)))
         drop_page_cache()
         with Gallery.open(folder) as gallery:
             searches.append(timed(lambda: gallery.search(some, 10)))
@@ -167,11 +168,12 @@ def cold_disk(folder: Path, faces: int) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> None:
+def _read(paths: list[Path]) -> None:
     buffer = bytearray(16 << 20)
-    with open(path, "rb", buffering=0) as file:
-        while file.readinto(buffer):
-            pass
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
 
 
 def against_memory(folder: Path, faces: int) -> dict[str, Any]:
@@ -443,10 +445,9 @@ def main() -> None:
         report["phases"][name] = found
         print(name, json.dumps(found, indent=1), flush=True)
     report["machine"] = machine()
-    options.json.parent.mkdir(parents=True, exist_ok=True)
+    write_json(options.json, report)
     if "sizes" in report["phases"]:
         plot(report, options.plot or options.json.with_suffix(".png"))
-    write_atomically(options.json, lambda file: file.write((json.dumps(report, indent=1) + "\n").encode()))
     if not options.keep:
         shutil.rmtree(options.folder, ignore_errors=True)
     return None

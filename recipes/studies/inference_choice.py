@@ -1,12 +1,12 @@
 """What ``compile_for_inference`` finds on a machine: its candidates beside each other and beside onnxruntime.
 
-    OMP_NUM_THREADS=1 python benchmarks/inference_choice.py compact mobilefacenet_arcface.pt ir_se_50 \\
+    OMP_NUM_THREADS=1 python recipes/studies/inference_choice.py compact mobilefacenet_arcface.pt ir_se_50 \\
         --faces lfw112.zip --batches 1 16 --threads 1 --json benchmarks/results/models/inference.json
 
 Models are files, names of models that the package ships, or architectures (with random weights). Every candidate scores
 the same pairs, whole: body, 1x1 block, score and maps. They take turns within one run; reported are median and
 quartiles of the time, of the times faster than the eager model and than onnxruntime, the largest difference of a score,
-and which is chosen. The tables of docs/deploy.md are made of the results (tables.py).
+and which is chosen. The tables of docs/deploy.md are made of the results (study_tables.py).
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
 import numpy as np
 import torch
-from harness import in_turns, machine, spread
-from tables import inference_case
+from harness import in_turns, machine, spread, write_json
+from study_tables import inference_case
 from torch import Tensor, nn
 
 from xcos_ext import backbones
 from xcos_ext.deploy.compiled import DEFAULT_CANDIDATES, DTYPE_NAMES, Candidate, build_candidate, choose
 from xcos_ext.deploy.timing import Spread
 from xcos_ext.faces import decode_picture
-from xcos_ext.io.atomic import write_atomically
 from xcos_ext.io.shipped import SHIPPED
 from xcos_ext.model import XCosHead, XCosModel, load_model
 
@@ -171,8 +172,7 @@ def main() -> int:
             results = {"cases": [*kept, case]}
             print("\n".join(inference_case(case)), flush=True)
             if options.json is not None:
-                text = f"{json.dumps(results, indent=1)}\n".encode()
-                write_atomically(options.json, lambda file, text=text: file.write(text))  # type: ignore[misc]
+                write_json(options.json, results)
     return 0
 
 

@@ -1,8 +1,8 @@
 """Verification and identification figures, and the protocols that produce them."""
 
 from .bootstrap import Estimator, Resampling, bootstrap
-from .calibration import all_pair_scores, calibrate, fmr_curve
 from .figures import Estimate, Interval
+from .fmr import all_pair_scores, calibrate, fmr_curve
 from .identification import (
     Candidates,
     IdentificationPoint,

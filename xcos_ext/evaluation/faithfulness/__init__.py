@@ -1,47 +1,32 @@
 """Are explanations true? Protocols that measure it, with controls; see docs/maps.md."""
 
-from xcos_ext.explain.fills import FILLS
-
-from .curves import Curve, areas, standardised
-from .deletion import Deletion, DeletionRow, deletion_identification, deletion_verification
-from .faces import Drawn, Faces, TooFewError, fold_numbers
-from .locality import Locality, LocalityRow, locality
-from .maps import to_cells, to_pixels
-from .measure import CONTROLS, PROTOCOLS, Faithfulness, Timing, default_explainers, faithfulness
-from .patch import Patch, PatchRow, patch_replacement
+from .deletion import Deletion, deletion_identification, deletion_verification
+from .faces import Faces, TooFewError, fold_numbers
+from .locality import Locality, locality
+from .maps import areas, to_cells, to_pixels
+from .measure import CONTROLS, PROTOCOLS, Faithfulness, faithfulness
+from .pasting import REGIONS, SIZES, paste, region_mask
+from .patch import Patch, patch_replacement
 from .plots import faithfulness_figure
-from .regions import REGIONS, SIZES, Pasted, paste, region_mask
-from .study import DIRECTIONS, Settings, Study
-from .swap import PASTES, RegionSwap, SwapDraw, SwapRow, region_swap
+from .study import Settings, Study
+from .swap import DIRECTIONS, RegionSwap, region_swap
 
 __all__ = [
     "CONTROLS",
     "DIRECTIONS",
-    "FILLS",
-    "PASTES",
     "PROTOCOLS",
     "REGIONS",
     "SIZES",
-    "Curve",
     "Deletion",
-    "DeletionRow",
-    "Drawn",
     "Faces",
     "Faithfulness",
     "Locality",
-    "LocalityRow",
-    "Pasted",
     "Patch",
-    "PatchRow",
     "RegionSwap",
     "Settings",
     "Study",
-    "SwapDraw",
-    "SwapRow",
-    "Timing",
     "TooFewError",
     "areas",
-    "default_explainers",
     "deletion_identification",
     "deletion_verification",
     "faithfulness",
@@ -52,7 +37,6 @@ __all__ = [
     "patch_replacement",
     "region_mask",
     "region_swap",
-    "standardised",
     "to_cells",
     "to_pixels",
 ]

@@ -59,8 +59,7 @@ def roc_figure(curves: Mapping[str, ErrorCurves], impostors: int, *, title: str 
     axes.set_ylabel("true accept rate")
     axes.grid(True, which="major", color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False)
     if title:
         axes.set_title(title, fontsize=10, loc="left", parse_math=False)

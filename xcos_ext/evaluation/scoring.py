@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xcos_ext.backbones import Recogniser
+from xcos_ext.devices import module_device
 from xcos_ext.faces.detector import Detector
 from xcos_ext.faces.reader import extract_face
 from xcos_ext.io.errors import PictureError
@@ -47,7 +48,7 @@ class Scores:
     """What scoring a list of pairs gives.
 
     Attributes:
-        values: name -> fp64 [N], or [N, K] for scorers that give K numbers a pair; NaN for pairs that failed.
+        values: name -> fp64 [N], or [N, ...] for scorers that give several numbers a pair; NaN for pairs that failed.
         failures: pictures that could not be enrolled (unreadable, no face, of another size) -> why.
         failed: bool [N], pairs with such a picture.
     """
@@ -75,7 +76,7 @@ def score_pairs(
     Args:
         pairs: the list.
         extract: uint8 RGB pictures -> name -> features [n, ...].
-        scorers: name -> (name of the features, function of two batches of them that gives [n] or [n, K]).
+        scorers: name -> (name of the features, function of two batches of them that gives [n] or [n, ...]).
         read: gives a picture by its key, by default ``pairs.read``; a ``PictureError`` is a failure to enrol.
         batch_size: pictures per forward pass.
         track: wraps the blocks of pairs that are iterated over, for a progress bar.
@@ -124,18 +125,13 @@ def score_pairs(
 
 def crops(pairs: PairList, detector: Detector | None, size: tuple[int, int]) -> Read:
     """A reader of aligned crops."""
-    if pairs.aligned:
-        detector = None
-
-    def read(key: str) -> NDArray[np.uint8]:
-        return extract_face(pairs.read(key), detector, name=key, size=size).rgb
-
-    return read
+    finder = None if pairs.aligned else detector
+    return lambda key: extract_face(pairs.read(key), finder, name=key, size=size).rgb
 
 
 def extractor(model: XCosModel, recogniser: Recogniser | None, flip: bool) -> Extract:
     """Grid features and, with a recogniser, its embedding."""
-    device = next(model.parameters()).device
+    device = module_device(model)
     shared = (
         recogniser is not None
         and isinstance(model.backbone, Recogniser)
@@ -169,14 +165,14 @@ def extractor(model: XCosModel, recogniser: Recogniser | None, flip: bool) -> Ex
 
 
 def scorers_of(model: XCosModel, attentions: Sequence[str], embedding: bool) -> dict[str, tuple[str, Score]]:
-    """For :func:`score_pairs`: attentions, ``corr`` as S of every cell, and the embedding's cosine as ``teacher``."""
+    """For :func:`score_pairs`: attentions, ``corr`` as S [n, H, W], and the embedding's cosine as ``teacher``."""
     known: dict[str, Score] = {
         "own": lambda a, b: model.score(a, b),
         "uniform": lambda a, b: xcos_score(a, b),
         "norm": lambda a, b: xcos_score(a, b, "norm"),
         # S is the same in both orders, so this is the mean of both W.
         "symmetric": lambda a, b: (model.score(a, b) + model.score(b, a)) / 2,
-        "corr": lambda a, b: grid_cosine(a, b).flatten(1),
+        "corr": lambda a, b: grid_cosine(a, b),
     }
     scorers = {name: ("features", known[name]) for name in attentions}
     if embedding:

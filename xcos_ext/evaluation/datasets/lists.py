@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TypeVar
 
 from xcos_ext.explain.pairs_file import PairsFile
 from xcos_ext.faces.folders import PersonFolder, PictureTree
+from xcos_ext.io.text import few
 
 from .insightface import InsightfaceBin
 from .pairs import PairList
@@ -18,7 +20,6 @@ __all__ = ["CFP", "FORMATS", "LFW", "CSVPairs", "Pair", "open_pairs", "read_pair
 #: Names of the formats, as ``open_pairs(format=...)`` takes them.
 FORMATS = ("lfw", "cfp", "bin", "csv")
 
-_NAMED = 3  # pictures named in an error before "..."
 # CFP's split folder -> the lists that the first and the second number of a line point into.
 _CFP_LISTS = {"FF": ("F", "F"), "FP": ("F", "P")}
 
@@ -51,8 +52,7 @@ def _located(
     found = {name: find(name) for name in dict.fromkeys(names)}
     missing = [shown(name) for name, key in found.items() if key is None]
     if missing:
-        some = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
-        raise ValueError(f"{file}: {len(missing)} pictures are not in {pictures.path}: {some}")
+        raise ValueError(f"{file}: {len(missing)} pictures are not in {pictures.path}: {few(missing, 3)}")
     return {name: key for name, key in found.items() if key is not None}
 
 
@@ -101,16 +101,11 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
         fold, within = divmod(index, 2 * per_kind)
         genuine = within < per_kind
         try:
-            if genuine:
-                person, first_number, second_number = fields
-                pair = Pair(person, int(first_number), person, int(second_number), True, fold)
-            else:
-                person_a, number_a, person_b, number_b = fields
-                pair = Pair(person_a, int(number_a), person_b, int(number_b), False, fold)
+            a, number_a, b, number_b = [*fields[:2], *fields[:1], *fields[2:]] if genuine else fields
+            pairs.append(Pair(a, int(number_a), b, int(number_b), genuine, fold))
         except ValueError as error:
             expected = "person number number" if genuine else "person number person number"
             raise ValueError(f"{file}, line {number}: expected '{expected}', got {' '.join(fields)!r}") from error
-        pairs.append(pair)
     return pairs
 
 
@@ -235,10 +230,7 @@ def _numbered(file: Path) -> dict[int, str]:
             index = int(number)
         except ValueError as error:
             raise ValueError(f"{file}, line {line_number}: expected 'number path', got {line!r}") from error
-        inside = path.replace("\\", "/")
-        while inside.startswith("../"):
-            inside = inside[3:]
-        found[index] = inside
+        found[index] = re.sub(r"^(\.\./)+", "", path.replace("\\", "/"))
     return found
 
 

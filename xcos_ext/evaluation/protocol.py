@@ -121,6 +121,15 @@ def evaluate(
     together: what is reported is the training, not one model. ``corr`` is estimated on the other folds' pairs,
     whichever model scored them.
 
+    >>> from types import SimpleNamespace
+    >>> crops = {key: np.random.default_rng(ord(key)).integers(0, 256, (112, 112, 3), np.uint8) for key in "abcd"}
+    >>> pairs = PairList([("a", "b"), ("c", "d")], [True, False], pictures=SimpleNamespace(read=crops.get))
+    >>> from torch.nn import AvgPool2d
+    >>> from xcos_ext.model import XCosHead
+    >>> model = XCosModel(AvgPool2d(16), XCosHead(3, 8, attention="norm")).eval()
+    >>> evaluate(model, pairs, replicates=0).variants["own"].scores.shape
+    (2,)
+
     Args:
         model: any model, in evaluation mode; or models with their pairs, of which one is looked at at a time, so they
             may be loaded on the way. A fold is with one model only.

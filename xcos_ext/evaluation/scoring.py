@@ -73,6 +73,15 @@ def score_pairs(
     Features are kept from a picture's first pair to its last, so memory holds the pictures that are open at one time:
     a fold of LFW, not the list.
 
+    >>> from types import SimpleNamespace
+    >>> crops = {key: np.random.default_rng(ord(key)).integers(0, 256, (112, 112, 3), np.uint8) for key in "abcd"}
+    >>> pairs = PairList([("a", "b"), ("c", "d")], [True, False], pictures=SimpleNamespace(read=crops.get))
+    >>> def extract(pictures):
+    ...     return {"mean": torch.from_numpy(np.stack(pictures).mean((1, 2)))}
+    >>> scored = score_pairs(pairs, extract, {"cosine": ("mean", torch.cosine_similarity)})
+    >>> scored.values["cosine"].round(2).tolist(), scored.failures
+    ([1.0, 1.0], {})
+
     Args:
         pairs: the list.
         extract: uint8 RGB pictures -> name -> features [n, ...].

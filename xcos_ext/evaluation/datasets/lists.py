@@ -74,6 +74,12 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
     genuine pairs (``person number number``) and its impostor pairs (``person number person number``),
     separated by tabs or blanks.
 
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "pairs.txt").write_text("1 1\\nAnn 1 2\\nAnn 1 Bob 1")
+    ...     read_pairs(Path(folder, "pairs.txt"))[1]
+    Pair(person_a='Ann', number_a=1, person_b='Bob', number_b=1, genuine=False, fold=0)
+
     Returns:
         Pairs in file order, folds numbered from 0.
 
@@ -111,6 +117,15 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
 
 class LFW(PairList):
     """The LFW verification protocol: View 2, or sub-sets of it.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for person, number in (("Ann", 1), ("Ann", 2), ("Bob", 1)):
+    ...         Path(folder, person).mkdir(exist_ok=True)
+    ...         Path(folder, person, f"{person}_{number:04d}.jpg").touch()
+    ...     _ = Path(folder, "pairs.txt").write_text("1 1\\nAnn 1 2\\nAnn 1 Bob 1")
+    ...     LFW(folder, Path(folder, "pairs.txt")).keys
+    ('Ann/Ann_0001.jpg', 'Ann/Ann_0002.jpg', 'Bob/Bob_0001.jpg')
 
     Args:
         pictures: folder or zip archive of ``<person>/<person>_NNNN.<suffix>``.
@@ -295,6 +310,16 @@ def open_pairs(
     path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None, *, format: str | None = None
 ) -> PairList:
     """Read a list of pairs.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for name in ("Ann/1", "Ann/2", "Bob/1"):
+    ...         Path(folder, name).parent.mkdir(exist_ok=True)
+    ...         Path(folder, f"{name}.png").touch()
+    ...     _ = Path(folder, "list.csv").write_text("a,b,genuine\\nAnn/1.png,Ann/2.png,1\\nAnn/1.png,Bob/1.png,0")
+    ...     pairs = open_pairs(Path(folder, "list.csv"), folder)
+    >>> pairs.format, pairs.genuine.tolist(), pairs.people
+    ('csv', [True, False], ('Ann', 'Ann', 'Bob'))
 
     Args:
         path: LFW's ``pairs.txt`` or a sub-set of it, CFP's folder ``Split/FF`` or ``Split/FP``, an insightface

@@ -16,6 +16,10 @@ class PairList:
 
     Readers are subclasses that hand over what their file says.
 
+    >>> pairs = PairList([("b", "a"), ("a", "c")], [True, False])
+    >>> pairs.keys, pairs.first.tolist(), pairs.second.tolist(), pairs.folds.tolist()
+    (('a', 'b', 'c'), [1, 0], [0, 2], [0, 0])
+
     Args:
         named: the pairs as keys of pictures.
         genuine: whether each pair shows one person.

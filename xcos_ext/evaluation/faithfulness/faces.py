@@ -42,7 +42,11 @@ class Drawn(NamedTuple):
 
 
 def fold_numbers(pairs: PairList) -> dict[int, int]:
-    """The number that a fold has on the command line -> in ``pairs.folds``: a CSV file's own numbers, else from 1."""
+    """The number that a fold has on the command line -> in ``pairs.folds``: a CSV file's own numbers, else from 1.
+
+    >>> fold_numbers(PairList([("a", "b"), ("a", "c")], [True, False], folds=[0, 4]))
+    {1: 0, 5: 4}
+    """
     first = 0 if pairs.format == "csv" and pairs.own_folds else 1
     return {int(fold) + first: int(fold) for fold in np.unique(pairs.folds)}
 
@@ -51,6 +55,14 @@ class Faces:
     """Aligned crops of a list's pictures, each found and cut out when it is first needed.
 
     Crops are kept, the last 2,048. A picture without a face is left out and counted in ``failures``.
+
+    >>> from types import SimpleNamespace
+    >>> named = [("Ann/1", "Ann/2"), ("Ann/1", "Bob/1")]
+    >>> crops = SimpleNamespace(read=lambda key: np.full((112, 112, 3), 50 * int(key[-1]), np.uint8))
+    >>> pairs = PairList(named, [True, False], person=lambda key: key[:3], pictures=crops)
+    >>> faces = Faces(pairs)
+    >>> faces.people, faces.of("Ann"), faces.stacked(["Ann/2"]).shape
+    (('Ann', 'Bob'), ('Ann/1', 'Ann/2'), torch.Size([1, 3, 112, 112]))
 
     Args:
         pairs: the list. Of LFW, all pictures of the people in the pairs can be donors and probes, of other lists those

@@ -386,8 +386,7 @@ def test_local_cells_are_local(faces: Faces) -> None:
     result = locality(study(faces, local_model(faces), count=3, fills=("zero", "mean-face"), replicates=30), [])
     assert result.chance == pytest.approx(1 / 49) and result.chance_neighbourhood == pytest.approx(361 / 49**2)
     for row in result.rows:
-        assert row.own.value > 0.999 and row.neighbourhood.value > 0.999 and row.unmoved < 0.1
-        assert np.array(row.cells).shape == (7, 7)
+        assert row.own.value > 0.999 and row.neighbourhood.value > 0.999
     shared = locality(study(faces, local_model(faces, spread=1.0), count=3, replicates=0), []).rows[0]
     assert shared.own.value < 0.7 and shared.own.value < shared.neighbourhood.value < 1
     json.dumps(result.as_dict(), allow_nan=False)
@@ -425,9 +424,10 @@ def test_patches_that_decide_turn_the_verdict(faces: Faces) -> None:
     result = patch_replacement(
         study(faces, model, count=6, replicates=30), [Fixed(one_cell(10), "first"), last, RandomMap()]
     )
-    assert result.right == 12 and result.steps[:3] == (0, 1, 2) and result.cells == 49
+    assert result.right == 12
     for kind in ("genuine", "impostor", "all"):
         first, late = (result.find(name, pairs=kind).flips for name in ("first", "last"))
+        assert first.levels[:3] == (0, 1 / 49, 2 / 49)
         assert first.values[0] == 0 and set(first.values[1:]) == {1.0}  # one cell is enough
         assert set(late.values[:-1]) == {0.0} and late.values[-1] == 1.0  # and nothing else does it
         assert late.area.value < result.find("random", pairs=kind).flips.area.value < first.area.value

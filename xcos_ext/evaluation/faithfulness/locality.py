@@ -30,17 +30,13 @@ class LocalityRow:
 
     Attributes:
         fill: what took the place of a cell's pixels.
-        own: mean over pairs and cells of |dS_ij| / sum |dS|.
+        own: mean over pairs and cells of |dS_ij| / sum |dS|, without the occlusions that changed no cell.
         neighbourhood: the same of the 3x3 cells around (fewer at the edge).
-        cells: ``own`` of every cell, mean over pairs, [rows][columns].
-        unmoved: share of the occlusions that changed no cell; left out of the means.
     """
 
     fill: str
     own: Estimate
     neighbourhood: Estimate
-    cells: list[list[float]]
-    unmoved: float
 
 
 @dataclass(frozen=True)
@@ -99,10 +95,8 @@ def locality(study: Study, explainers: Sequence[Explainer] = ()) -> Locality:
             answers = torch.stack([change.diagonal(), (change * near).sum(1)])
             shares[fill][:, number] = answers / change.sum(1)  # NaN where nothing changed
     estimator = study.estimator(found)
-    rows = []
-    for fill, both in shares.items():
-        known = np.ma.masked_invalid(both)
-        own, around = (estimator.mean(of_pairs) for of_pairs in known.mean(2).filled(np.nan))
-        of_cells = known[0].mean(0).filled(np.nan).reshape(grid).tolist()
-        rows.append(LocalityRow(fill, own, around, of_cells, float(np.isnan(both[0]).mean())))
-    return Locality(tuple(rows), estimator.unit, len(found), 1 / cells, near.double().mean().item(), passed)
+    rows = tuple(
+        LocalityRow(fill, *map(estimator.mean, np.ma.masked_invalid(both).mean(2).filled(np.nan)))
+        for fill, both in shares.items()
+    )
+    return Locality(rows, estimator.unit, len(found), 1 / cells, near.double().mean().item(), passed)

@@ -137,8 +137,8 @@ def faithfulness(
     >>> named, crops = [("Ann/1", "Ann/2"), ("Ann/1", "Bob/1")], SimpleNamespace(read=draw)
     >>> faces = Faces(PairList(named, [True, False], person=lambda key: key[:3], pictures=crops))
     >>> model = XCosPairs(XCosModel(torch.nn.AvgPool2d(16), XCosHead(3, 8, attention="norm")).eval())
-    >>> settings = Settings(regions=("nose",), replicates=0)
-    >>> found = faithfulness(model, faces, ["xcos-similarity"], protocols=["region-swap", "locality"], settings=settings)
+    >>> settings, wanted = Settings(regions=("nose",), replicates=0), ["region-swap", "locality"]
+    >>> found = faithfulness(model, faces, ["xcos-similarity"], protocols=wanted, settings=settings)
     >>> found.region_swap.find("centre").difference, round(found.locality.chance, 4)
     (Estimate(value=0.5, interval=None), 0.0204)
 

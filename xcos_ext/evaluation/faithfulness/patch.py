@@ -52,16 +52,12 @@ class Patch(Results[PatchRow]):
     """All figures: per explainer a row of genuine, of impostor and of all pairs.
 
     Attributes:
-        steps: numbers of cells replaced.
-        cells: of the grid.
         threshold: of the equal error rate on the untouched pairs.
         genuine, impostor: pairs drawn.
         right: of them, those whose verdict was right.
         passed_over: pairs left out for want of a picture or a donor.
     """
 
-    steps: tuple[int, ...]
-    cells: int
     threshold: float
     genuine: int
     impostor: int
@@ -129,8 +125,6 @@ def patch_replacement(study: Study, explainers: Sequence[Explainer]) -> Patch:
     return Patch(
         tuple(rows),
         estimator.unit,
-        steps=steps,
-        cells=cells,
         threshold=threshold,
         genuine=len(first),
         impostor=len(second),

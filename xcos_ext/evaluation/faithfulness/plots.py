@@ -101,9 +101,8 @@ def _draw_swap(part: Any, found: RegionSwap, looks: dict[str, dict[str, Any]]) -
     axes_rows = _row(part, len(directions) * len(readings))
     size = found.rows[0].size
     regions = list(dict.fromkeys(row.region for row in found.rows))
-    for column, axes in enumerate(axes_rows):
-        direction, reading = directions[column // len(readings)], readings[column % len(readings)]
-        names = [name for name in looks if any(row.explainer == name for row in found.rows)]
+    names = [name for name in looks if any(row.explainer == name for row in found.rows)]
+    for axes, (direction, reading) in zip(axes_rows, itertools.product(directions, readings), strict=True):
         for place, name in enumerate(names):
             values = [
                 getattr(found.find(name, direction=direction, region=region, size=size), reading) for region in regions
@@ -112,9 +111,8 @@ def _draw_swap(part: Any, found: RegionSwap, looks: dict[str, dict[str, Any]]) -
             look = looks[name] | {"linestyle": "", "markersize": 4}
             y = np.arange(len(regions)) + shift
             axes.plot([value.value for value in values], y, **look)
-            for value, height in zip(values, y, strict=True):
-                if value.interval is not None:
-                    axes.plot(value.interval, (height, height), color=look["color"], linewidth=0.8)
+            low, high = zip(*(value.interval or (value.value, value.value) for value in values), strict=True)
+            axes.hlines(y, low, high, colors=look["color"], linewidth=0.8)
         axes.axvline(0.5, color="#444444", linewidth=0.8)
         axes.set_xlim(0, 1.02)
         axes.set_yticks(range(len(regions)), regions)

@@ -128,20 +128,6 @@ def faithfulness(
 ) -> Faithfulness:
     """Measure explainers on a model.
 
-    >>> import numpy as np
-    >>> from types import SimpleNamespace
-    >>> from xcos_ext.evaluation.datasets import PairList
-    >>> from xcos_ext.explain.explainers import XCosPairs
-    >>> from xcos_ext.model import XCosHead, XCosModel
-    >>> draw = lambda key: np.random.default_rng([*key.encode()]).integers(0, 256, (112, 112, 3), np.uint8)
-    >>> named, crops = [("Ann/1", "Ann/2"), ("Ann/1", "Bob/1")], SimpleNamespace(read=draw)
-    >>> faces = Faces(PairList(named, [True, False], person=lambda key: key[:3], pictures=crops))
-    >>> model = XCosPairs(XCosModel(torch.nn.AvgPool2d(16), XCosHead(3, 8, attention="norm")).eval())
-    >>> settings, wanted = Settings(regions=("nose",), replicates=0), ["region-swap", "locality"]
-    >>> found = faithfulness(model, faces, ["xcos-similarity"], protocols=wanted, settings=settings)
-    >>> found.region_swap.find("centre").difference, round(found.locality.chance, 4)
-    (Estimate(value=0.5, interval=None), 0.0204)
-
     Args:
         model: whose decisions are explained. A plain cosine without a threshold gets that of the equal error rate on
             these pairs, for the explainers that need one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -19,11 +20,7 @@ _REPLICATES_AT_ONCE = 64
 
 
 def check_resampling(replicates: int, confidence: float) -> None:
-    """Check what a bootstrap is asked for.
-
-    Raises:
-        ValueError: fewer than 20 replicates, other than 0 for none, or a confidence outside (0, 1).
-    """
+    """Refuse fewer than 20 replicates, other than 0 for none, and a confidence outside (0, 1)."""
     if replicates and replicates < 20:
         raise ValueError(f"replicates: expected 0 or at least 20, got {replicates}")
     if not 0 < confidence < 1:
@@ -153,18 +150,15 @@ def bootstrap(
         rows = np.broadcast_to(np.asarray(scores if fold_scores is None else fold_scores), (names.size, values.size))
         prepared = [_Fold(row, labels, np.asarray(folds) == name) for name, row in zip(names, rows, strict=True)]
     area = need("sklearn.metrics", "evaluation").auc
-    found: dict[str, list[float]] = {name: [] for name in ("auc", "eer", *(f"tar@{rate:g}" for rate in fmrs))}
-    if prepared:
-        found["accuracy"] = []
+    found: dict[str, list[float]] = defaultdict(list)
     for weights in resampling.blocks(replicates, seed):
-        kinds = (weights[:, labels].sum(1) > 0) & (weights[:, ~labels].sum(1) > 0)
-        weights = weights[kinds]  # a replicate of one kind has no figures
+        # A replicate of one kind has no figures.
+        weights = weights[weights[:, labels].any(1) & weights[:, ~labels].any(1)]
         if prepared and len(weights):
             found["accuracy"] += np.nanmean([fold.accuracy(weights) for fold in prepared], axis=0).tolist()
         for row in weights:
             curves = error_curves(values, labels, row)
-            fmr, fnmr = curves.fmr, curves.fnmr
-            found["auc"].append(float(area(fmr, 1 - fnmr)))
+            found["auc"].append(float(area(curves.fmr, 1 - curves.fnmr)))
             found["eer"].append(crossing(curves).rate)
             for rate in fmrs:
                 found[f"tar@{rate:g}"].append(accept_rate(curves, rate))

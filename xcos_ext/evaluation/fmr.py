@@ -67,13 +67,8 @@ def _effective_pairs(matches: NDArray[np.int64], of_person: NDArray[np.float64],
     """How many independent pairs would tell a rate as well as these, which share people.
 
     The variance of the rate with all covariances between pairs that share a person (Aronow, Samii and Assenova,
-    "Cluster-robust variance estimation for dyadic data", 2015), against that of independent pairs.
-
-    Args:
-        matches: [P], false matches that each person takes part in.
-        of_person: [P], impostor pairs that each person takes part in.
-        rate: false matches / pairs.
-        pairs: impostor pairs.
+    "Cluster-robust variance estimation for dyadic data", 2015), against that of independent pairs. ``matches`` and
+    ``of_person`` [P] are the false matches and the impostor pairs that each person takes part in.
     """
     independent = pairs * rate * (1 - rate)
     excess = matches - rate * of_person

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 
 from xcos_ext.evaluation.datasets import LFW
-from xcos_ext.evaluation.faithfulness.curves import areas
-from xcos_ext.evaluation.faithfulness.regions import paste, region_cells, region_mask
+from xcos_ext.evaluation.faithfulness import areas, paste, region_mask
 from xcos_ext.explain.explainers import CentreMap
 from xcos_ext.explain.explainers.interface import XCosPairs
 from xcos_ext.io.fingerprint import fingerprint_weights
@@ -28,11 +27,8 @@ from xcos_ext.model import XCosModel, find_statistics, load_recogniser, plug
 
 __all__ = ["MAPS", "REGIONS", "region_swap"]
 
-#: Region -> cells (row, column) of the 7x7 grid over an aligned 112x112 crop. Left and right are the picture's.
-REGIONS: Mapping[str, tuple[tuple[int, int], ...]] = {
-    region: region_cells(region)
-    for region in ("left eye", "right eye", "nose", "mouth", "forehead", "left cheek", "chin")
-}
+#: Of the regions of :data:`xcos_ext.evaluation.faithfulness.REGIONS`, those that are swapped here, in medium size.
+REGIONS = ("left eye", "right eye", "nose", "mouth", "forehead", "left cheek", "chin")
 
 #: Maps that are judged: name -> meaning.
 MAPS: Mapping[str, str] = {

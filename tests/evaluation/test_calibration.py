@@ -116,20 +116,16 @@ def test_files_of_the_previous_version_load(saved: Path) -> None:
     assert loaded.fmr_curve is None and loaded.fmr_thresholds == {0.1: 0.1, 0.01: 0.3}
 
 
+BAD_THRESHOLDS = ["{", "[]", '{"2": 0.1}', '{"0.1": NaN}', '{"x": 1}', '{"0.1": 0.5, "0.01": 0.3}']
+BAD_CURVES = ["{", "[]", "3", '"x"', "{}", *(json.dumps(CURVE.as_dict() | change) for change, _ in BAD)]
+
+
 @pytest.mark.parametrize(
-    "value",
-    ["{", "[]", "3", '"x"', "{}", *(json.dumps(CURVE.as_dict() | change) for change, _ in BAD)],
+    ("key", "value"), [*(("fmr_curve", v) for v in BAD_CURVES), *(("fmr_thresholds", v) for v in BAD_THRESHOLDS)]
 )
-def test_bad_curves_in_a_file(saved: Path, value: str) -> None:
-    rewrite(saved, {"fmr_curve": value})
-    with pytest.raises(ModelError, match=rf"{saved}: damaged metadata: fmr_curve"):
-        load_model(saved)
-
-
-@pytest.mark.parametrize("value", ["{", "[]", '{"2": 0.1}', '{"0.1": NaN}', '{"x": 1}', '{"0.1": 0.5, "0.01": 0.3}'])
-def test_bad_thresholds_in_a_file(saved: Path, value: str) -> None:
-    rewrite(saved, {"fmr_thresholds": value})
-    with pytest.raises(ModelError, match=rf"{saved}: damaged metadata: fmr_thresholds"):
+def test_bad_calibrations_in_a_file(saved: Path, key: str, value: str) -> None:
+    rewrite(saved, {key: value})
+    with pytest.raises(ModelError, match=rf"{saved}: damaged metadata: {key}"):
         load_model(saved)
 
 

@@ -201,7 +201,7 @@ def small_model(attention: XCosAttention | Literal["uniform", "norm"] | None) ->
 def test_all_pair_scores_are_the_pairs_scores(
     attention: XCosAttention | Literal["uniform", "norm"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("xcos_ext.evaluation.calibration._PROBES_AT_ONCE", 7)
+    monkeypatch.setattr("xcos_ext.evaluation.fmr._PROBES_AT_ONCE", 7)
     model = small_model(attention)
     features = torch.randn(20, 4, 3, 3)
     people = [f"p{i // 2}" for i in range(20)]

@@ -8,8 +8,7 @@ import torch
 from sklearn import metrics
 
 from xcos_ext.evaluation.bootstrap import Estimator, Resampling
-from xcos_ext.evaluation.faithfulness.curves import areas, curve_areas, mean_curve, standardised
-from xcos_ext.evaluation.faithfulness.maps import LEVELS, kept_pixels, ranks
+from xcos_ext.evaluation.faithfulness.maps import LEVELS, areas, kept_pixels, mean_curve, ranks, standardised
 from xcos_ext.evaluation.figures import plain
 from xcos_ext.explain.fills import blurred, filled
 
@@ -53,11 +52,12 @@ def test_standardised_removes_what_is_always_there() -> None:
     assert (areas(standardised(constant, constant), truth) == 0.5).all()
 
 
-def test_curve_areas() -> None:
-    curves = RNG.random((5, 11))
-    assert curve_areas(LEVELS, curves) == pytest.approx([100 * metrics.auc(LEVELS, curve) for curve in curves])
+def test_areas_under_curves() -> None:
+    alone = Estimator(1, replicates=0)
+    for curve in RNG.random((5, 11)):
+        assert mean_curve(LEVELS, curve[None], alone).area.value == pytest.approx(100 * metrics.auc(LEVELS, curve))
     uneven = np.array([0, 0.02, 0.1, 0.7, 1])
-    assert curve_areas(uneven, uneven) == pytest.approx(50)
+    assert mean_curve(uneven, uneven[None], alone).area.value == pytest.approx(50)
 
 
 def test_ranks_follow_the_map_and_mix_equal_values() -> None:

@@ -578,7 +578,7 @@ def test_without_captum(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_real_faces(shared_data: Path) -> None:
     """Swap the eyes of a genuine pair: the pictures' explanations move to them."""
     from xcos_ext.evaluation.datasets import LFW
-    from xcos_ext.evaluation.faithfulness.regions import region_mask
+    from xcos_ext.evaluation.faithfulness.pasting import region_mask
 
     data = LFW(shared_data / "lfw112.zip", shared_data / "pairs.txt", folds=[0])
     chosen = data.pairs[:2]

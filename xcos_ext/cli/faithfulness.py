@@ -328,7 +328,7 @@ def _time_table(result: Faithfulness) -> Table:
     shown = table(f"Time for the maps of one pair, ms ({result.device})", ["explainer", "median", "quartiles", "pairs"])
     for name, timing in result.timings.items():
         low, median, high = (f"{1000 * value:.3g}" for value in (timing.low, timing.median, timing.high))
-        shown.add_row(name, median, f"{low}, {high}", str(timing.pairs))
+        shown.add_row(name, median, f"{low}, {high}", str(timing.samples))
     return shown
 
 

@@ -1,24 +1,19 @@
 """Verification and identification figures, and the protocols that produce them."""
 
-from .bootstrap import Estimator, Resampling, bootstrap
-from .calibration import all_pair_scores, calibrate, fmr_curve
-from .figures import Estimate, Interval
+from .bootstrap import Resampling, bootstrap
+from .figures import Estimate
+from .fmr import all_pair_scores, calibrate, fmr_curve
 from .identification import (
     Candidates,
-    IdentificationPoint,
     IdentificationReport,
     average_identification,
     identification,
     ranked_persons,
 )
-from .protocol import Evaluation, Variant, corr_attention, evaluate
+from .protocol import Evaluation, corr_attention, evaluate
 from .roc import roc_figure
-from .scoring import ATTENTIONS, Scores, score_pairs
+from .scoring import score_pairs
 from .verification import (
-    EER,
-    ErrorCurves,
-    KFoldAccuracy,
-    OperatingPoint,
     VerificationReport,
     auc,
     best_threshold,
@@ -32,21 +27,11 @@ from .verification import (
 )
 
 __all__ = [
-    "ATTENTIONS",
-    "EER",
     "Candidates",
-    "ErrorCurves",
     "Estimate",
-    "Estimator",
     "Evaluation",
-    "IdentificationPoint",
     "IdentificationReport",
-    "Interval",
-    "KFoldAccuracy",
-    "OperatingPoint",
     "Resampling",
-    "Scores",
-    "Variant",
     "VerificationReport",
     "all_pair_scores",
     "auc",

@@ -30,6 +30,9 @@ def plain(value: Any) -> Any:
 
     Dataclasses and named tuples become dictionaries (an interval its two ends), sequences and arrays lists, the keys of
     mappings text, numbers that are not finite None.
+
+    >>> plain({1: Estimate(float("nan"), Interval(0.1, 0.2)), "a": np.arange(2)})
+    {'1': {'value': None, 'interval': [0.1, 0.2]}, 'a': [0, 1]}
     """
     if isinstance(value, Interval):
         return [plain(end) for end in value]

@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from xcos_ext.io.text import few
+
 from .bootstrap import Resampling, accept_rate, check_resampling, percentile_interval
 from .figures import Estimate, Interval, plain
 from .verification import allowed_matches, error_curves, fmr_threshold, fmr_upper_bound
@@ -38,7 +40,6 @@ __all__ = [
 
 Floats = NDArray[np.float64]
 _RANKS = (1, 5, 10, 20)  # given by default, as far as the lists reach
-_SHOWN = 3  # names in a message
 
 
 class Candidates(NamedTuple):
@@ -55,6 +56,10 @@ class Candidates(NamedTuple):
 
 def ranked_persons(scores: ArrayLike, persons: Sequence[str], k: int) -> Candidates:
     """Candidate lists from the scores of all pairs; a person's score is the best of its templates.
+
+    >>> found = ranked_persons([[0.2, 0.9, 0.5]], ["Ann", "Bob", "Ann"], 2)
+    >>> found.persons, found.scores.tolist()
+    ([['Bob', 'Ann']], [[0.9, 0.5]])
 
     Args:
         scores: [P, G], finite; larger is more alike.
@@ -212,20 +217,16 @@ def _read(
     mate = np.full(len(values), -np.inf)
     for probe, (row, person) in enumerate(zip(candidates, persons, strict=True)):
         if len(set(row)) < len(row):
-            raise ValueError(f"candidates: expected every person once, got {_some(row)} ({probe=})")
+            raise ValueError(f"candidates: expected every person once, got {few(map(repr, row), 3)} ({probe=})")
         if not known.issuperset(row):
-            strangers = [name for name in row if name not in known]
-            raise ValueError(f"candidates: expected persons who are enrolled, got {_some(strangers)} ({probe=})")
+            strangers = few((repr(name) for name in row if name not in known), 3)
+            raise ValueError(f"candidates: expected persons who are enrolled, got {strangers} ({probe=})")
         if person in row:
             rank = list(row).index(person)
             mate_rank[probe], mate[probe] = rank + 1, values[probe, rank]
     _, people = np.unique(np.asarray(persons), return_inverse=True)
     mated = np.array([person in known for person in persons])
     return _Probes(people, mated, mate_rank, mate, values[:, 0]), k
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:_SHOWN])) + (", ..." if len(names) > _SHOWN else "")
 
 
 def identification(
@@ -243,6 +244,12 @@ def identification(
     seed: int = 0,
 ) -> IdentificationReport:
     """Closed-set and open-set figures of the answers to P probes.
+
+    >>> answers = [["Ann", "Bob"], ["Bob", "Ann"], ["Bob"]]
+    >>> scores = [[0.9, 0.1], [0.6, 0.5], [0.7, -np.inf]]
+    >>> report = identification(answers, scores, ["Ann", "Ann", "Cid"], {"Ann", "Bob"}, fpirs=[0.5], replicates=0)
+    >>> report.cmc, report.operating_points[0].fnir
+    ((0.5, 1.0), 0.5)
 
     Intervals are percentiles of bootstrap replicates: people on the probes are drawn with replacement, all probes of a
     person together, and thresholds are chosen anew in each. The gallery stays as it is, so they do not say how
@@ -285,9 +292,9 @@ def identification(
     counts = np.bincount(probes.mate_rank[mated], minlength=k + 2)[1 : k + 1]
     cmc = tuple((counts.cumsum() / mated.sum()).tolist()) if mated.any() else ()
     mate, best, lowest = _two_kinds(probes, rank)
-    draws: dict[str, Floats] = {}
-    if replicates:
-        draws = _replicates(probes, mate, best, ranks, fpirs, replicates, seed)
+    requested = [(fmr_threshold(best, rate), float(rate)) for rate in fpirs] if best.size else []
+    given = thresholds if best.size else ()
+    draws = _replicates(probes, mate, best, ranks, fpirs, replicates, seed) if replicates else {}
     return IdentificationReport(
         mated=int(mated.sum()),
         non_mated=int((~mated).sum()),
@@ -297,8 +304,8 @@ def identification(
         rank=rank,
         cmc=cmc,
         rates={wanted: cmc[wanted - 1] for wanted in ranks} if cmc else {},
-        operating_points=tuple(_requested(mate, best, lowest, rate) for rate in fpirs) if best.size else (),
-        at_thresholds=tuple(_given(mate, best, lowest, threshold) for threshold in thresholds) if best.size else (),
+        operating_points=tuple(_point(mate, best, lowest, *wanted) for wanted in requested),
+        at_thresholds=tuple(_point(mate, best, lowest, threshold) for threshold in given),
         intervals={name: percentile_interval(values, confidence) for name, values in draws.items()},
         draws=draws,
     )
@@ -319,30 +326,23 @@ def _two_kinds(probes: _Probes, rank: int) -> tuple[Floats, Floats, float]:
     return np.maximum(mate, nothing), np.maximum(best, nothing), low
 
 
-def _point(mate: Floats, best: Floats, threshold: float, requested: float | None) -> IdentificationPoint:
-    false_positives = int((best >= threshold).sum())
+def _point(
+    mate: Floats, best: Floats, lowest: float, threshold: float, requested: float | None = None
+) -> IdentificationPoint:
+    """The point at a threshold; one that was found for a rate and is below every score that was given is none."""
+    at = max(threshold, lowest)  # never down to the stand-ins for what was not found
+    false_positives, found = int((best >= at).sum()), mate >= at
     return IdentificationPoint(
         requested=requested,
-        threshold=threshold,
+        threshold=float(threshold) if requested is None or threshold >= lowest else -np.inf,
         fpir=false_positives / best.size,
         fpir_upper95=fmr_upper_bound(false_positives, best.size),
-        tpir=float((mate >= threshold).mean()) if mate.size else None,
-        fnir=float((mate < threshold).mean()) if mate.size else None,
+        tpir=float(found.mean()) if mate.size else None,
+        fnir=float((~found).mean()) if mate.size else None,
         false_positives=false_positives,
         non_mated=best.size,
         resolved=requested is None or allowed_matches(requested, best.size) >= 1,
     )
-
-
-def _requested(mate: Floats, best: Floats, lowest: float, fpir: float) -> IdentificationPoint:
-    """The point at a rate; a threshold below every score that was given is none."""
-    point = _point(mate, best, fmr_threshold(best, fpir), float(fpir))
-    return point if point.threshold >= lowest else replace(point, threshold=-np.inf)
-
-
-def _given(mate: Floats, best: Floats, lowest: float, threshold: float) -> IdentificationPoint:
-    """The point at a threshold, which must not go below the stand-ins for what was not found."""
-    return replace(_point(mate, best, max(threshold, lowest), None), threshold=float(threshold))
 
 
 def _replicates(
@@ -389,6 +389,10 @@ def average_identification(
 ) -> dict[str, Estimate]:
     """Figures averaged over parts with a gallery and perhaps a model each, or differences of two such averages.
 
+    >>> part = identification([["Ann"], ["Bob"]], [[0.9], [0.8]], ["Ann", "Ann"], {"Ann", "Bob"}, replicates=0)
+    >>> average_identification([part, part])["rank@1"].value
+    0.5
+
     Scores of different parts are never put under one threshold: every part has its own, and the figures are averaged,
     each part alike. Intervals come from the parts' replicates; those of differences reckon with both sides' having
     answered the same probes.
@@ -417,10 +421,9 @@ def average_identification(
         sizes = {report.draws[name].size if name in report.draws else 0 for report in everything}
         if len(sizes) > 1:
             raise ValueError(f"reports, minus: expected as many replicates of all, got {sorted(sizes)}")
-        value = float(np.mean([report.figures[name] for report in reports]))
-        drawn = np.mean([report.draws.get(name, ()) for report in reports], axis=0)
-        if others:
-            value -= float(np.mean([report.figures[name] for report in others]))
-            drawn = drawn - np.mean([report.draws.get(name, ()) for report in others], axis=0)
-        result[name] = Estimate(value, percentile_interval(drawn, confidence) if drawn.size else None)
+        sides = [side for side in (reports, others) if side]
+        value, *less = (float(np.mean([report.figures[name] for report in side])) for side in sides)
+        drawn, *fewer = (np.mean([report.draws.get(name, ()) for report in side], axis=0) for side in sides)
+        interval = percentile_interval(drawn - sum(fewer), confidence) if drawn.size else None
+        result[name] = Estimate(value - sum(less), interval)
     return result

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from xcos_ext.backbones import Recogniser
@@ -23,11 +22,16 @@ from .verification import VerificationReport, verification
 
 __all__ = ["Evaluation", "Variant", "corr_attention", "evaluate"]
 
+Floats = NDArray[np.float64]
 
-def corr_attention(similarity: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
+
+def corr_attention(similarity: Floats, target: Floats) -> Floats:
     """The fixed attention "corr": Pearson correlation of each cell's similarity with a target cosine, normalised.
 
     Cells that do not correlate, or correlate negatively, get no weight.
+
+    >>> corr_attention(np.array([[0.1, 0.9], [0.4, 0.1], [0.8, 0.3]]), np.array([0.2, 0.5, 0.9])).round(3).tolist()
+    [1.0, 0.0]
 
     Args:
         similarity: S of pairs [N, cells].
@@ -62,11 +66,11 @@ class Variant:
     """
 
     name: str
-    scores: NDArray[np.float64]
+    scores: Floats
     report: VerificationReport
     intervals: dict[str, Interval]
     correlation: float | None = None
-    attention: NDArray[np.float64] | None = None
+    attention: Floats | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; without the scores."""
@@ -98,12 +102,6 @@ class Evaluation:
     corr_target: str | None
 
 
-def _rejected(values: NDArray[np.float64], failed: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Scores [..., N] with failed pairs below all others."""
-    lowest = values[..., ~failed].min() - 1
-    return np.where(failed, lowest, values)
-
-
 def evaluate(
     model: XCosModel | Iterable[tuple[XCosModel, PairList]],
     pairs: PairList | None = None,
@@ -122,6 +120,15 @@ def evaluate(
     Cross-validation: several models, each with the pairs whose people it has never seen. Figures are then of all pairs
     together: what is reported is the training, not one model. ``corr`` is estimated on the other folds' pairs,
     whichever model scored them.
+
+    >>> from types import SimpleNamespace
+    >>> crops = {key: np.random.default_rng(ord(key)).integers(0, 256, (112, 112, 3), np.uint8) for key in "abcd"}
+    >>> pairs = PairList([("a", "b"), ("c", "d")], [True, False], pictures=SimpleNamespace(read=crops.get))
+    >>> from torch.nn import AvgPool2d
+    >>> from xcos_ext.model import XCosHead
+    >>> model = XCosModel(AvgPool2d(16), XCosHead(3, 8, attention="norm")).eval()
+    >>> evaluate(model, pairs, replicates=0).variants["own"].scores.shape
+    (2,)
 
     Args:
         model: any model, in evaluation mode; or models with their pairs, of which one is looked at at a time, so they
@@ -145,94 +152,55 @@ def evaluate(
         ValueError: an unknown attention, ``corr`` without a target or with a single fold, scores that are not finite,
             no models, or a fold with two of them.
     """
-    parts: Iterable[tuple[XCosModel, PairList]]
-    if isinstance(model, XCosModel):
-        if pairs is None:
-            raise ValueError("pairs: expected a list for the model, got none")
-        _check_folds(attentions, pairs.folds)  # before the work, not after it
-        parts = [(model, pairs)]
-    else:
-        parts = model
     attentions = tuple(dict.fromkeys(attentions))
     unknown = [name for name in attentions if name not in ATTENTIONS]
     if unknown or not attentions:
         raise ValueError(f"attentions: expected some of {', '.join(ATTENTIONS)}, got {', '.join(unknown) or 'none'}")
+    if isinstance(model, XCosModel):
+        if pairs is None:
+            raise ValueError("pairs: expected a list for the model, got none")
+        _check_folds(attentions, pairs.folds)  # before the work, not after it
+        model = [(model, pairs)]
     lists: list[PairList] = []
     found: list[Scores] = []
     target: str | None = None
-    grid: tuple[int, int] = (0, 0)
-    for scorer, part in parts:
+    for scorer, part in model:
         shared = [fold for other in lists for fold in np.intersect1d(other.folds, part.folds)]
         if shared:
             raise ValueError(f"parts: expected every fold in one part, got fold {shared[0]} in several")
-        recogniser, target = teacher, None if teacher is None else "teacher"
-        if "corr" in attentions:
-            own = scorer.backbone
-            if recogniser is None and isinstance(own, Recogniser) and own.embedding_size is not None:
-                recogniser, target = own, "embedding"
-            if recogniser is None:
-                raise ValueError("corr: the model has no embedding of its own to correlate with; give a teacher")
+        recogniser, target = _embedding(scorer, teacher, attentions)
+        extract, scorers = extractor(scorer, recogniser, flip), scorers_of(scorer, attentions, recogniser is not None)
+        read = crops(part, detector, scorer.preprocessing.size)
         lists.append(part)
-        grid = _grid(scorer)
-        found.append(
-            score_pairs(
-                part,
-                extractor(scorer, recogniser, flip),
-                scorers_of(scorer, attentions, recogniser is not None),
-                read=crops(part, detector, scorer.preprocessing.size),
-                batch_size=batch_size,
-                track=track,
-            )
-        )
+        found.append(score_pairs(part, extract, scorers, read=read, batch_size=batch_size, track=track))
     if not lists:
         raise ValueError("parts: expected at least one model with its pairs, got none")
-    scored = Scores(
-        {name: np.concatenate([part.values[name] for part in found]) for name in found[0].values},
-        {key: why for part in found for key, why in part.failures.items()},
-        np.concatenate([part.failed for part in found]),
-    )
-    genuine, all_folds = (np.concatenate([getattr(part, name) for part in lists]) for name in ("genuine", "folds"))
-    names = _check_folds(attentions, all_folds)
-    good = ~scored.failed
-    if not (good & genuine).any() or not (good & ~genuine).any():
-        reason = next(iter(scored.failures.values()), "the list has pairs of one kind only")
-        raise PictureError(f"no genuine or no impostor pair can be scored: {reason}")
-    for name, values in scored.values.items():
-        bad = int((~np.isfinite(values[good])).sum())
-        if bad:
-            raise ValueError(f"{name}: {bad} scores are NaN or infinite")
+    genuine, folds = (np.concatenate([getattr(part, name) for part in lists]) for name in ("genuine", "folds"))
+    _check_folds(attentions, folds)
+    scored = _joined(found, genuine)
+    good, cosine = ~scored.failed, scored.values.get("teacher")
     resampling = Resampling(genuine.size, _people(lists)) if replicates else None
-    cosine = scored.values.get("teacher")
 
     def variant(name: str) -> Variant:
         values, by_fold, attention = scored.values[name], None, None
         if name == "corr":
             assert cosine is not None
-            maps = []
-            by_fold = np.empty((names.size, genuine.size))
-            for row, fold in zip(by_fold, names, strict=True):
-                train = good & (all_folds != fold)
-                maps.append(corr_attention(values[train], cosine[train]))
-                row[:] = values @ maps[-1]
-            values = by_fold[np.searchsorted(names, all_folds), np.arange(genuine.size)]
+            values, by_fold, attention = _corr(values, cosine, good, folds)
             by_fold = _rejected(by_fold, scored.failed)
-            attention = np.mean(maps, 0).reshape(grid)
-        final = _rejected(values, scored.failed)
-        folds = all_folds if names.size > 1 else None
-        report = verification(final, genuine, folds, fold_scores=by_fold, fmrs=fmrs)
+        final, tested = _rejected(values, scored.failed), folds if np.unique(folds).size > 1 else None
+        report = verification(final, genuine, tested, fold_scores=by_fold, fmrs=fmrs)
         intervals = {}
         if resampling is not None:
             intervals = bootstrap(
-                final, genuine, resampling, folds, fold_scores=by_fold, fmrs=fmrs, replicates=replicates
+                final, genuine, resampling, tested, fold_scores=by_fold, fmrs=fmrs, replicates=replicates
             )
         correlation = None
         if teacher is not None and cosine is not None:
             correlation = _correlation(values[good], cosine[good])
         return Variant(name, final, report, intervals, correlation, attention)
 
-    shown = [*attentions, *(["teacher"] if teacher is not None else [])]
     return Evaluation(
-        {name: variant(name) for name in shown},
+        {name: variant(name) for name in (*attentions, *(["teacher"] if teacher is not None else []))},
         genuine,
         scored.failures,
         scored.failed,
@@ -241,12 +209,53 @@ def evaluate(
     )
 
 
-def _check_folds(attentions: Sequence[str], folds: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The folds, each once."""
-    names = np.unique(folds)
-    if "corr" in attentions and names.size < 2:
+def _check_folds(attentions: Sequence[str], folds: NDArray[np.int64]) -> None:
+    if "corr" in attentions and np.unique(folds).size < 2:
         raise ValueError("corr: its weights are estimated on the other folds, and these pairs have a single one")
-    return names
+
+
+def _embedding(
+    model: XCosModel, teacher: Recogniser | None, attentions: Sequence[str]
+) -> tuple[Recogniser | None, str | None]:
+    """Whose plain cosine is needed, if anybody's, and what it is called as the target of ``corr``."""
+    own = model.backbone
+    if teacher is not None:
+        return teacher, "teacher"
+    if "corr" not in attentions:
+        return None, None
+    if not isinstance(own, Recogniser) or own.embedding_size is None:
+        raise ValueError("corr: the model has no embedding of its own to correlate with; give a teacher")
+    return own, "embedding"
+
+
+def _joined(parts: Sequence[Scores], genuine: NDArray[np.bool_]) -> Scores:
+    """The scores of all parts, if they can be used."""
+    values = {name: np.concatenate([part.values[name] for part in parts]) for name in parts[0].values}
+    failures = {key: why for part in parts for key, why in part.failures.items()}
+    failed = np.concatenate([part.failed for part in parts])
+    if np.unique(genuine[~failed]).size < 2:
+        reason = next(iter(failures.values()), "the list has pairs of one kind only")
+        raise PictureError(f"no genuine or no impostor pair can be scored: {reason}")
+    for name, found in values.items():
+        bad = int((~np.isfinite(found[~failed])).sum())
+        if bad:
+            raise ValueError(f"{name}: {bad} scores are NaN or infinite")
+    return Scores(values, failures, failed)
+
+
+def _corr(similarity: Floats, cosine: Floats, good: NDArray[np.bool_], folds: NDArray[np.int64]) -> tuple[Floats, ...]:
+    """Scores [N] with the weights from the other folds, those [K, N] with each fold's weights, the mean weights."""
+    cells = similarity.reshape(len(similarity), -1)
+    names, fold = np.unique(folds, return_inverse=True)
+    trained = [good & (folds != name) for name in names]
+    weights = [corr_attention(cells[train], cosine[train]) for train in trained]
+    by_fold = np.stack([cells @ row for row in weights])
+    return by_fold[fold, np.arange(fold.size)], by_fold, np.mean(weights, 0).reshape(similarity.shape[1:])
+
+
+def _rejected(values: Floats, failed: NDArray[np.bool_]) -> Floats:
+    """Scores [..., N] with failed pairs below all others."""
+    return np.where(failed, values[..., ~failed].min() - 1, values)
 
 
 def _people(lists: Sequence[PairList]) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
@@ -262,17 +271,6 @@ def _people(lists: Sequence[PairList]) -> tuple[NDArray[np.int64], NDArray[np.in
     return first, second
 
 
-def _grid(model: XCosModel) -> tuple[int, int]:
-    height, width = model.preprocessing.size
-    if isinstance(model.backbone, Recogniser):
-        return model.backbone.grid_shape[1:]
-    with torch.no_grad():
-        shape = model.features(torch.zeros(1, 3, height, width, device=next(model.parameters()).device)).shape
-    return shape[2], shape[3]
-
-
-def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | None:
+def _correlation(a: Floats, b: Floats) -> float | None:
     """Pearson's, or None where one side is constant."""
-    if a.std() == 0 or b.std() == 0:
-        return None
-    return float(np.corrcoef(a, b)[0, 1])
+    return None if a.std() == 0 or b.std() == 0 else float(np.corrcoef(a, b)[0, 1])

@@ -24,6 +24,11 @@ def roc_figure(curves: Mapping[str, ErrorCurves], impostors: int, *, title: str 
 
     Where fewer than 30 impostor pairs are false matches, rates are uncertain by a third and more; that part is shaded.
 
+    >>> from xcos_ext.evaluation import error_curves
+    >>> figure = roc_figure({"a model": error_curves([0.9, 0.6, 0.7, 0.1], [1, 1, 0, 0])}, impostors=2)
+    >>> figure.axes[0].get_ylabel()
+    'true accept rate'
+
     Args:
         curves: label -> curves.
         impostors: number of impostor pairs.
@@ -59,8 +64,7 @@ def roc_figure(curves: Mapping[str, ErrorCurves], impostors: int, *, title: str 
     axes.set_ylabel("true accept rate")
     axes.grid(True, which="major", color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False)
     if title:
         axes.set_title(title, fontsize=10, loc="left", parse_math=False)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xcos_ext.backbones import Recogniser
+from xcos_ext.devices import module_device
 from xcos_ext.faces.detector import Detector
 from xcos_ext.faces.reader import extract_face
 from xcos_ext.io.errors import PictureError
@@ -47,7 +48,7 @@ class Scores:
     """What scoring a list of pairs gives.
 
     Attributes:
-        values: name -> fp64 [N], or [N, K] for scorers that give K numbers a pair; NaN for pairs that failed.
+        values: name -> fp64 [N], or [N, ...] for scorers that give several numbers a pair; NaN for pairs that failed.
         failures: pictures that could not be enrolled (unreadable, no face, of another size) -> why.
         failed: bool [N], pairs with such a picture.
     """
@@ -72,10 +73,19 @@ def score_pairs(
     Features are kept from a picture's first pair to its last, so memory holds the pictures that are open at one time:
     a fold of LFW, not the list.
 
+    >>> from types import SimpleNamespace
+    >>> crops = {key: np.random.default_rng(ord(key)).integers(0, 256, (112, 112, 3), np.uint8) for key in "abcd"}
+    >>> pairs = PairList([("a", "b"), ("c", "d")], [True, False], pictures=SimpleNamespace(read=crops.get))
+    >>> def extract(pictures):
+    ...     return {"mean": torch.from_numpy(np.stack(pictures).mean((1, 2)))}
+    >>> scored = score_pairs(pairs, extract, {"cosine": ("mean", torch.cosine_similarity)})
+    >>> scored.values["cosine"].round(2).tolist(), scored.failures
+    ([1.0, 1.0], {})
+
     Args:
         pairs: the list.
         extract: uint8 RGB pictures -> name -> features [n, ...].
-        scorers: name -> (name of the features, function of two batches of them that gives [n] or [n, K]).
+        scorers: name -> (name of the features, function of two batches of them that gives [n] or [n, ...]).
         read: gives a picture by its key, by default ``pairs.read``; a ``PictureError`` is a failure to enrol.
         batch_size: pictures per forward pass.
         track: wraps the blocks of pairs that are iterated over, for a progress bar.
@@ -124,18 +134,13 @@ def score_pairs(
 
 def crops(pairs: PairList, detector: Detector | None, size: tuple[int, int]) -> Read:
     """A reader of aligned crops."""
-    if pairs.aligned:
-        detector = None
-
-    def read(key: str) -> NDArray[np.uint8]:
-        return extract_face(pairs.read(key), detector, name=key, size=size).rgb
-
-    return read
+    finder = None if pairs.aligned else detector
+    return lambda key: extract_face(pairs.read(key), finder, name=key, size=size).rgb
 
 
 def extractor(model: XCosModel, recogniser: Recogniser | None, flip: bool) -> Extract:
     """Grid features and, with a recogniser, its embedding."""
-    device = next(model.parameters()).device
+    device = module_device(model)
     shared = (
         recogniser is not None
         and isinstance(model.backbone, Recogniser)
@@ -143,22 +148,21 @@ def extractor(model: XCosModel, recogniser: Recogniser | None, flip: bool) -> Ex
         and (recogniser is model.backbone or fingerprint_weights(recogniser) == fingerprint_weights(model.backbone))
     )
 
-    def once(images: Tensor, others: Tensor | None) -> dict[str, Tensor]:
+    def once(pictures: Pictures) -> dict[str, Tensor]:
+        images = model.preprocessing(pictures).to(device)
         if shared:
             assert isinstance(model.backbone, Recogniser)
             grid = model.backbone.grid(images)
             return {"features": model.head.features(grid), "embedding": model.backbone.embed(grid)}
         found = {"features": model.features(images)}
-        if recogniser is not None and others is not None:
-            found["embedding"] = recogniser(others)
+        if recogniser is not None:
+            found["embedding"] = recogniser(recogniser.preprocessing(pictures).to(device))
         return found
 
     def extract(pictures: Pictures) -> dict[str, Tensor]:
-        images = model.preprocessing(pictures).to(device)
-        others = None if recogniser is None or shared else recogniser.preprocessing(pictures).to(device)
-        found = once(images, others)
+        found = once(pictures)
         if flip:
-            mirrored = once(images.flip(3), None if others is None else others.flip(3))
+            mirrored = once([picture[:, ::-1] for picture in pictures])
             # Flipped back in width, so that every cell meets the same part of the face.
             found["features"] = (found["features"] + mirrored["features"].flip(3)) / 2
             if "embedding" in found:
@@ -169,14 +173,14 @@ def extractor(model: XCosModel, recogniser: Recogniser | None, flip: bool) -> Ex
 
 
 def scorers_of(model: XCosModel, attentions: Sequence[str], embedding: bool) -> dict[str, tuple[str, Score]]:
-    """For :func:`score_pairs`: attentions, ``corr`` as S of every cell, and the embedding's cosine as ``teacher``."""
+    """For :func:`score_pairs`: attentions, ``corr`` as S [n, H, W], and the embedding's cosine as ``teacher``."""
     known: dict[str, Score] = {
         "own": lambda a, b: model.score(a, b),
         "uniform": lambda a, b: xcos_score(a, b),
         "norm": lambda a, b: xcos_score(a, b, "norm"),
         # S is the same in both orders, so this is the mean of both W.
         "symmetric": lambda a, b: (model.score(a, b) + model.score(b, a)) / 2,
-        "corr": lambda a, b: grid_cosine(a, b).flatten(1),
+        "corr": lambda a, b: grid_cosine(a, b),
     }
     scorers = {name: ("features", known[name]) for name in attentions}
     if embedding:

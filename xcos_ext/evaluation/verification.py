@@ -6,6 +6,9 @@ Everywhere a larger score means more alike, and a pair is declared genuine if sc
 * FMR(t), false match rate: share of impostor pairs with score >= t (also FAR),
 * FNMR(t), false non-match rate: share of genuine pairs with score < t; TAR = 1 - FNMR.
 
+Scores are [N] and finite; ``genuine`` is [N], booleans or 0 and 1, and both kinds must occur: anything else is a
+ValueError.
+
 Curves and areas are scikit-learn's, the binomial bound is SciPy's. Impostor pairs that share people are not
 independent, so the confidence bounds here are optimistic where few people make many pairs; :mod:`.bootstrap` and
 :func:`.fmr_curve` reckon with that.
@@ -78,13 +81,11 @@ class ErrorCurves(NamedTuple):
 def error_curves(scores: ArrayLike, genuine: ArrayLike, weights: ArrayLike | None = None) -> ErrorCurves:
     """FMR and FNMR as functions of the threshold, exactly (``sklearn.metrics.roc_curve``).
 
-    Args:
-        scores: [N], finite.
-        genuine: [N], booleans or 0/1; both kinds must occur.
-        weights: [N] how often each pair counts, or None for once; pairs of weight 0 are left out.
+    ``weights`` [N] say how often each pair counts (None: once); pairs of weight 0 are left out.
 
-    Raises:
-        ValueError: shapes differ, scores are not finite, or one kind is missing.
+    >>> curves = error_curves([0.9, 0.6, 0.7, 0.1], [1, 1, 0, 0])
+    >>> [part.tolist() for part in curves]
+    [[0.1, 0.6, 0.7, 0.9, inf], [1.0, 0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5, 1.0]]
     """
     values, labels = _split(scores, genuine)
     fpr, tpr, thresholds = need("sklearn.metrics", "evaluation").roc_curve(
@@ -96,9 +97,8 @@ def error_curves(scores: ArrayLike, genuine: ArrayLike, weights: ArrayLike | Non
 def auc(scores: ArrayLike, genuine: ArrayLike) -> float:
     """Area under the ROC curve: P(genuine score > impostor score) + P(equal) / 2 (``sklearn.metrics``).
 
-    Args:
-        scores: [N], finite.
-        genuine: [N], booleans or 0/1; both kinds must occur.
+    >>> auc([0.9, 0.6, 0.7, 0.1], [1, 1, 0, 0])
+    0.75
     """
     values, labels = _split(scores, genuine)
     return float(need("sklearn.metrics", "evaluation").roc_auc_score(labels, values))
@@ -114,9 +114,8 @@ class EER(NamedTuple):
 def eer(scores: ArrayLike, genuine: ArrayLike) -> EER:
     """Equal error rate, interpolated linearly between the two thresholds around the crossing.
 
-    Args:
-        scores: [N], finite.
-        genuine: [N], booleans or 0/1; both kinds must occur.
+    >>> eer([0.9, 0.6, 0.7, 0.1], [1, 1, 0, 0])
+    EER(rate=0.5, threshold=0.7)
     """
     return crossing(error_curves(scores, genuine))
 
@@ -139,9 +138,8 @@ def best_threshold(scores: ArrayLike, genuine: ArrayLike) -> float:
 
     It is chosen from the midpoints between neighbouring distinct scores, which lose no accuracy.
 
-    Args:
-        scores: [N], finite.
-        genuine: [N], booleans or 0/1; both kinds must occur.
+    >>> round(best_threshold([0.9, 0.7, 0.3, 0.1], [1, 1, 0, 0]), 3)
+    0.5
     """
     values, labels = _split(scores, genuine)
     distinct = np.unique(values)
@@ -172,10 +170,13 @@ class KFoldAccuracy(NamedTuple):
 def kfold_accuracy(scores: ArrayLike, genuine: ArrayLike, folds: ArrayLike) -> KFoldAccuracy:
     """Accuracy on each fold with the threshold that is best on all other folds (LFW's View 2 protocol).
 
+    >>> kfold_accuracy([0.9, 0.1, 0.8, 0.2, 0.4, 0.6], [1, 0, 1, 0, 1, 0], [0, 0, 1, 1, 2, 2]).folds
+    (1.0, 1.0, 0.0)
+
     Args:
-        scores: [N], finite; or [K, N], row k being what scores the pairs where the k-th fold (in ascending order) is
+        scores: [N]; or [K, N], row k being what scores the pairs where the k-th fold (in ascending order) is
             tested, for scores with parts estimated on the other folds.
-        genuine: [N], booleans or 0/1.
+        genuine: [N].
         folds: [N], integers; at least two different ones.
 
     Raises:
@@ -208,6 +209,9 @@ def fmr_upper_bound(false_matches: float, impostors: float, confidence: float = 
 
     With no false match among n independent impostor pairs this is about 3 / n at 95 %.
 
+    >>> round(fmr_upper_bound(0, 1000), 6)
+    0.002991
+
     Args:
         false_matches: observed, 0..impostors.
         impostors: independent impostor comparisons, at least 1; an effective number need not be whole.
@@ -229,9 +233,8 @@ def fmr_threshold(impostor_scores: ArrayLike, fmr: float) -> float:
     It lies halfway between the largest score that has to be rejected and the next one above, or just above
     the largest score where the number of pairs cannot resolve the rate.
 
-    Args:
-        impostor_scores: [N], finite, N >= 1.
-        fmr: requested false match rate in (0, 1).
+    >>> round(fmr_threshold([0.1, 0.2, 0.3, 0.5], 0.25), 3)
+    0.4
 
     Raises:
         ValueError: a rate outside (0, 1), no scores, or scores that are not finite.
@@ -283,15 +286,11 @@ class OperatingPoint:
 
 
 def operating_point(scores: ArrayLike, genuine: ArrayLike, fmr: float) -> OperatingPoint:
-    """Threshold and true accept rate at a false match rate (TAR@FAR).
+    """Threshold and true accept rate at a false match rate in (0, 1) (TAR@FAR).
 
-    Args:
-        scores: [N], finite.
-        genuine: [N], booleans or 0/1; both kinds must occur.
-        fmr: requested rate in (0, 1).
-
-    Raises:
-        ValueError: a rate outside (0, 1), or scores as in :func:`error_curves`.
+    >>> point = operating_point([0.9, 0.6, 0.7, 0.1], [1, 1, 0, 0], 0.5)
+    >>> point.tar, point.fmr, point.resolved
+    (1.0, 0.5, True)
     """
     values, labels = _split(scores, genuine)
     impostors = values[~labels]
@@ -344,9 +343,13 @@ def verification(
 ) -> VerificationReport:
     """Every figure of this module at once.
 
+    >>> report = verification([0.9, 0.6, 0.7, 0.1], [1, 1, 0, 0], fmrs=[0.5])
+    >>> report.pairs, report.auc, report.eer, report.accuracy
+    (4, 0.75, 0.5, None)
+
     Args:
-        scores: [N], finite.
-        genuine: [N], booleans or 0/1; both kinds must occur.
+        scores: [N].
+        genuine: [N].
         folds: [N] integers for the k-fold accuracy, or None to leave it out.
         fold_scores: [K, N] for the k-fold accuracy, as in :func:`kfold_accuracy`; by default ``scores``.
         fmrs: false match rates for the operating points.

@@ -162,6 +162,12 @@ class InsightfaceBin(PairList):
     memory, encoded. Pictures are aligned crops. Ten consecutive folds, as insightface's own evaluation makes
     them; nothing says who is who.
 
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "two.bin").write_bytes(pickle.dumps(([b"a", b"b", b"c", b"d"], [True, False])))
+    ...     InsightfaceBin(Path(folder, "two.bin")).genuine.tolist()
+    [True, False]
+
     Args:
         path: the file.
 

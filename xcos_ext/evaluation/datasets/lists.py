@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TypeVar
 
 from xcos_ext.explain.pairs_file import PairsFile
 from xcos_ext.faces.folders import PersonFolder, PictureTree
+from xcos_ext.io.text import few
 
 from .insightface import InsightfaceBin
 from .pairs import PairList
@@ -18,7 +20,6 @@ __all__ = ["CFP", "FORMATS", "LFW", "CSVPairs", "Pair", "open_pairs", "read_pair
 #: Names of the formats, as ``open_pairs(format=...)`` takes them.
 FORMATS = ("lfw", "cfp", "bin", "csv")
 
-_NAMED = 3  # pictures named in an error before "..."
 # CFP's split folder -> the lists that the first and the second number of a line point into.
 _CFP_LISTS = {"FF": ("F", "F"), "FP": ("F", "P")}
 
@@ -51,8 +52,7 @@ def _located(
     found = {name: find(name) for name in dict.fromkeys(names)}
     missing = [shown(name) for name, key in found.items() if key is None]
     if missing:
-        some = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
-        raise ValueError(f"{file}: {len(missing)} pictures are not in {pictures.path}: {some}")
+        raise ValueError(f"{file}: {len(missing)} pictures are not in {pictures.path}: {few(missing, 3)}")
     return {name: key for name, key in found.items() if key is not None}
 
 
@@ -73,6 +73,12 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
     The first line gives the number of folds and the number of pairs per kind; then every fold lists its
     genuine pairs (``person number number``) and its impostor pairs (``person number person number``),
     separated by tabs or blanks.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "pairs.txt").write_text("1 1\\nAnn 1 2\\nAnn 1 Bob 1")
+    ...     read_pairs(Path(folder, "pairs.txt"))[1]
+    Pair(person_a='Ann', number_a=1, person_b='Bob', number_b=1, genuine=False, fold=0)
 
     Returns:
         Pairs in file order, folds numbered from 0.
@@ -101,21 +107,25 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
         fold, within = divmod(index, 2 * per_kind)
         genuine = within < per_kind
         try:
-            if genuine:
-                person, first_number, second_number = fields
-                pair = Pair(person, int(first_number), person, int(second_number), True, fold)
-            else:
-                person_a, number_a, person_b, number_b = fields
-                pair = Pair(person_a, int(number_a), person_b, int(number_b), False, fold)
+            a, number_a, b, number_b = [*fields[:2], *fields[:1], *fields[2:]] if genuine else fields
+            pairs.append(Pair(a, int(number_a), b, int(number_b), genuine, fold))
         except ValueError as error:
             expected = "person number number" if genuine else "person number person number"
             raise ValueError(f"{file}, line {number}: expected '{expected}', got {' '.join(fields)!r}") from error
-        pairs.append(pair)
     return pairs
 
 
 class LFW(PairList):
     """The LFW verification protocol: View 2, or sub-sets of it.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for person, number in (("Ann", 1), ("Ann", 2), ("Bob", 1)):
+    ...         Path(folder, person).mkdir(exist_ok=True)
+    ...         Path(folder, person, f"{person}_{number:04d}.jpg").touch()
+    ...     _ = Path(folder, "pairs.txt").write_text("1 1\\nAnn 1 2\\nAnn 1 Bob 1")
+    ...     LFW(folder, Path(folder, "pairs.txt")).keys
+    ('Ann/Ann_0001.jpg', 'Ann/Ann_0002.jpg', 'Bob/Bob_0001.jpg')
 
     Args:
         pictures: folder or zip archive of ``<person>/<person>_NNNN.<suffix>``.
@@ -235,10 +245,7 @@ def _numbered(file: Path) -> dict[int, str]:
             index = int(number)
         except ValueError as error:
             raise ValueError(f"{file}, line {line_number}: expected 'number path', got {line!r}") from error
-        inside = path.replace("\\", "/")
-        while inside.startswith("../"):
-            inside = inside[3:]
-        found[index] = inside
+        found[index] = re.sub(r"^(\.\./)+", "", path.replace("\\", "/"))
     return found
 
 
@@ -303,6 +310,16 @@ def open_pairs(
     path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None, *, format: str | None = None
 ) -> PairList:
     """Read a list of pairs.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for name in ("Ann/1", "Ann/2", "Bob/1"):
+    ...         Path(folder, name).parent.mkdir(exist_ok=True)
+    ...         Path(folder, f"{name}.png").touch()
+    ...     _ = Path(folder, "list.csv").write_text("a,b,genuine\\nAnn/1.png,Ann/2.png,1\\nAnn/1.png,Bob/1.png,0")
+    ...     pairs = open_pairs(Path(folder, "list.csv"), folder)
+    >>> pairs.format, pairs.genuine.tolist(), pairs.people
+    ('csv', [True, False], ('Ann', 'Ann', 'Bob'))
 
     Args:
         path: LFW's ``pairs.txt`` or a sub-set of it, CFP's folder ``Split/FF`` or ``Split/FP``, an insightface

@@ -16,6 +16,10 @@ class PairList:
 
     Readers are subclasses that hand over what their file says.
 
+    >>> pairs = PairList([("b", "a"), ("a", "c")], [True, False])
+    >>> pairs.keys, pairs.first.tolist(), pairs.second.tolist(), pairs.folds.tolist()
+    (('a', 'b', 'c'), [1, 0], [0, 2], [0, 0])
+
     Args:
         named: the pairs as keys of pictures.
         genuine: whether each pair shows one person.
@@ -70,17 +74,14 @@ class PairList:
         return picture
 
 
-def made_folds(genuine: NDArray[np.bool_], count: int = 10) -> NDArray[np.int64]:
-    """Folds for a list that has none: pairs of each kind are dealt out in turn, so that every fold has both.
+def made_folds(genuine: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Ten folds, or fewer where there are fewer pairs of a kind, for a list that has none: pairs of each kind are dealt
+    out in turn, so that every fold has both.
 
-    Args:
-        genuine: [N].
-        count: folds; fewer where there are fewer pairs of a kind.
-
-    Returns:
-        int64 [N].
+    >>> made_folds(np.array([True, True, True, False, False])).tolist()
+    [0, 1, 0, 0, 1]
     """
-    count = max(1, min(count, int(genuine.sum()), int((~genuine).sum())))
+    count = max(1, min(10, int(genuine.sum()), int((~genuine).sum())))
     folds = np.empty(genuine.size, dtype=np.int64)
     for kind in (genuine, ~genuine):
         folds[kind] = np.arange(int(kind.sum())) % count

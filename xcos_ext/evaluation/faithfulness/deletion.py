@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -25,9 +26,8 @@ from torch import Tensor
 from xcos_ext.evaluation.verification import eer
 from xcos_ext.explain.explainers.interface import Explainer, Saliency
 
-from .curves import Curve, mean_curve
 from .faces import Drawn, TooFewError
-from .maps import LEVELS, explained, kept_pixels, ranks, to_pixels
+from .maps import LEVELS, Curve, explained, kept_pixels, mean_curve, ranks, to_pixels
 from .study import Results, Study, mate_scorer
 
 __all__ = ["MODES", "Deletion", "DeletionRow", "deletion_identification", "deletion_verification"]
@@ -64,19 +64,18 @@ class Deletion(Results[DeletionRow]):
         protocol: ``"deletion"`` (verification) or ``"identification"``.
         pairs: compared: genuine and impostor pairs, or probes.
         clean: accuracy, or rank-1 rate, on untouched pictures.
-        threshold: of the equal error rate on untouched pairs; None for identification.
-        gallery: persons enrolled; 0 for verification.
-        top: gallery entries that a probe is explained against; 0 for verification.
         passed_over: pairs or people left out for want of a picture.
+        threshold: of verification: of the equal error rate on untouched pairs.
+        gallery, top: of identification: persons enrolled, and entries that a probe is explained against.
     """
 
     protocol: str
     pairs: int
     clean: float
-    threshold: float | None
-    gallery: int
-    top: int
     passed_over: int
+    threshold: float | None = None
+    gallery: int = 0
+    top: int = 0
 
 
 class _Batch(NamedTuple):
@@ -136,14 +135,15 @@ def _curves(
 
 def _against(explainer: Explainer, study: Study, a: Tensor, entries: Sequence[Tensor]) -> Saliency:
     """Maps against several faces as one: by the mean place of every pixel."""
-    all_maps = [explained(explainer, study.model, a, entry) for entry in entries]
-    if len(all_maps) == 1:
-        return all_maps[0]
-    means = []
-    for maps in zip(*all_maps, strict=True):
-        places = torch.stack([ranks(made, study.generator) for made in maps]).float().mean(0)
-        means.append(-places.view(maps[0].shape))
-    return Saliency(*means)
+    every = [explained(explainer, study.model, a, entry) for entry in entries]
+    if len(every) == 1:
+        return every[0]
+
+    def joined(maps: Sequence[Tensor]) -> Tensor:
+        places = torch.stack([ranks(made, study.generator) for made in maps])
+        return -places.float().mean(0).view(maps[0].shape)
+
+    return Saliency(*map(joined, zip(*every, strict=True)))
 
 
 @torch.no_grad()
@@ -177,10 +177,8 @@ def deletion_verification(study: Study, explainers: Sequence[Explainer]) -> Dele
         protocol="deletion",
         pairs=len(found),
         clean=float(((scores >= threshold) == genuine).mean()),
-        threshold=threshold,
-        gallery=0,
-        top=0,
         passed_over=passed,
+        threshold=threshold,
     )
 
 
@@ -226,10 +224,9 @@ def deletion_identification(study: Study, explainers: Sequence[Explainer]) -> De
         protocol="identification",
         pairs=len(found),
         clean=float(right_at_first.mean()),
-        threshold=None,
+        passed_over=passed,
         gallery=len(enrolled),
         top=top,
-        passed_over=passed,
     )
 
 
@@ -245,7 +242,7 @@ def _gallery(study: Study) -> tuple[list[Drawn], list[str], int]:
     for place in rng.permutation(len(several)).tolist():
         if len(found) == probes:
             break
-        mate = faces.another(several[place], rng, ())
+        mate = faces.another(several[place], rng)
         probe = None if mate is None else faces.another(several[place], rng, (mate,))
         if mate is None or probe is None:
             passed += 1
@@ -255,11 +252,6 @@ def _gallery(study: Study) -> tuple[list[Drawn], list[str], int]:
         raise TooFewError(f"pairs: none of the {len(several)} people has two pictures that can be used")
     mated = {faces.person(pair.a) for pair in found}
     rest = [person for person in faces.people if person not in mated]
-    enrolled = [pair.b for pair in found]
-    for place in rng.permutation(len(rest)).tolist():
-        if len(enrolled) >= study.settings.gallery:
-            break
-        key = faces.another(rest[place], rng, ())
-        if key is not None:
-            enrolled.append(key)
-    return found, enrolled, passed
+    others = (faces.another(rest[place], rng) for place in rng.permutation(len(rest)).tolist())
+    free = max(0, study.settings.gallery - len(found))
+    return found, [*(pair.b for pair in found), *islice(filter(None, others), free)], passed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -11,13 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xcos_ext.card import Preprocessing
 from xcos_ext.evaluation.datasets import LFW, PairList
 from xcos_ext.evaluation.scoring import crops
 from xcos_ext.faces.detector import Detector
 from xcos_ext.io.errors import PictureError, XCosError
 
-__all__ = ["Drawn", "Faces", "TooFewError", "fold_numbers", "mean_face_of", "normalised"]
+__all__ = ["Drawn", "Faces", "TooFewError", "fold_numbers"]
 
 _KEPT = 2048  # crops in memory: 77 MB of 112x112
 
@@ -42,20 +42,27 @@ class Drawn(NamedTuple):
 
 
 def fold_numbers(pairs: PairList) -> dict[int, int]:
-    """The number that a fold has on the command line -> in ``pairs.folds``: a CSV file's own numbers, else from 1."""
+    """The number that a fold has on the command line -> in ``pairs.folds``: a CSV file's own numbers, else from 1.
+
+    >>> fold_numbers(PairList([("a", "b"), ("a", "c")], [True, False], folds=[0, 4]))
+    {1: 0, 5: 4}
+    """
     first = 0 if pairs.format == "csv" and pairs.own_folds else 1
     return {int(fold) + first: int(fold) for fold in np.unique(pairs.folds)}
-
-
-def normalised(preprocessing: Preprocessing, pictures: Tensor, device: torch.device) -> Tensor:
-    """uint8 pictures [N, 3, H, W] as a network wants them."""
-    return preprocessing(pictures.permute(0, 2, 3, 1).contiguous().cpu().numpy()).to(device)
 
 
 class Faces:
     """Aligned crops of a list's pictures, each found and cut out when it is first needed.
 
     Crops are kept, the last 2,048. A picture without a face is left out and counted in ``failures``.
+
+    >>> from types import SimpleNamespace
+    >>> named = [("Ann/1", "Ann/2"), ("Ann/1", "Bob/1")]
+    >>> crops = SimpleNamespace(read=lambda key: np.full((112, 112, 3), 50 * int(key[-1]), np.uint8))
+    >>> pairs = PairList(named, [True, False], person=lambda key: key[:3], pictures=crops)
+    >>> faces = Faces(pairs)
+    >>> faces.people, faces.of("Ann"), faces.stacked(["Ann/2"]).shape
+    (('Ann', 'Bob'), ('Ann/1', 'Ann/2'), torch.Size([1, 3, 112, 112]))
 
     Args:
         pairs: the list. Of LFW, all pictures of the people in the pairs can be donors and probes, of other lists those
@@ -113,11 +120,7 @@ class Faces:
         return self._person[key]
 
     def need_people(self, purpose: str) -> None:
-        """Check that the list says who is who.
-
-        Raises:
-            TooFewError: it does not.
-        """
+        """Raise TooFewError if the list does not say who is who."""
         if not self._pictures:
             raise TooFewError(f"pairs: {purpose} needs to know who is on a picture, and this list does not say")
 
@@ -153,19 +156,10 @@ class Faces:
             found.append(crop)
         return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2)
 
-    def another(self, person: str, rng: np.random.Generator, avoid: Sequence[str]) -> str | None:
+    def another(self, person: str, rng: np.random.Generator, avoid: Sequence[str] = ()) -> str | None:
         """A usable picture of a person other than some; None: there is none."""
         keys = [key for key in self._pictures[person] if key not in avoid]
         return next((key for key in _shuffled(keys, rng) if self.crop(key) is not None), None)
-
-    def stranger(self, people: Sequence[str], rng: np.random.Generator) -> str | None:
-        """A usable picture of anybody but some people; None: there is none."""
-        others = [person for person in self._pictures if person not in people]
-        for person in _shuffled(others, rng):
-            found = self.another(person, rng, ())
-            if found is not None:
-                return found
-        return None
 
     def with_donor(self, pair: Drawn, genuine: bool, rng: np.random.Generator) -> Drawn | None:
         """A pair with a picture whose regions would turn its verdict; None where there is none.
@@ -174,7 +168,9 @@ class Faces:
         places where only A's person has one).
         """
         if genuine:
-            donor = self.stranger((self.person(pair.a),), rng)
+            others = [person for person in self._pictures if person != self.person(pair.a)]
+            found = (self.another(person, rng) for person in _shuffled(others, rng))
+            donor = next((key for key in found if key is not None), None)
             return None if donor is None else pair._replace(donor=donor)
         for a, b in ((pair.a, pair.b), (pair.b, pair.a)):
             donor = self.another(self.person(b), rng, (b,))
@@ -187,18 +183,12 @@ class Faces:
         genuine: bool,
         count: int,
         rng: np.random.Generator,
-        complete: Callable[[Drawn], Drawn | None] | None = None,
+        complete: Callable[[Drawn], Drawn | None] = lambda pair: pair,
     ) -> tuple[list[Drawn], int]:
-        """Pairs of one kind whose pictures can be used, in random order.
+        """So many pairs of one kind whose pictures can be used, in random order, as far as there are.
 
-        Args:
-            genuine: the kind.
-            count: how many, if the list has them.
-            rng: of the draw.
-            complete: finds donors for a pair; None from it leaves the pair out.
-
-        Returns:
-            The pairs, and how many were passed over because a picture or a donor could not be had.
+        ``complete`` finds donors for a pair; None from it leaves the pair out. Returned are the pairs, and how many
+        were passed over because a picture or a donor could not be had.
 
         Raises:
             TooFewError: the list has fewer pairs of the kind, or none that can be used.
@@ -212,12 +202,8 @@ class Faces:
         for row in rng.permutation(rows).tolist():
             if len(found) == count:
                 break
-            pair: Drawn | None = Drawn(self.pairs.keys[self.pairs.first[row]], self.pairs.keys[self.pairs.second[row]])
-            assert pair is not None
-            if self.crop(pair.a) is None or self.crop(pair.b) is None:
-                pair = None
-            elif complete is not None:
-                pair = complete(pair)
+            keys = [self.pairs.keys[side[row]] for side in (self.pairs.first, self.pairs.second)]
+            pair = None if any(self.crop(key) is None for key in keys) else complete(Drawn(*keys))
             if pair is None:
                 passed += 1
             else:
@@ -228,34 +214,18 @@ class Faces:
         return found, passed
 
     def draw_both(self, count: int, seed: int) -> tuple[list[Drawn], NDArray[np.bool_], int]:
-        """As many genuine as impostor pairs, in turns, so that a batch has both.
+        """So many genuine and as many impostor pairs, in turns, so that a batch has both.
 
-        Args:
-            count: of each kind.
-            seed: of the draw.
-
-        Returns:
-            The pairs, bool [N] whether they are genuine, and how many were passed over.
+        Returned are the pairs, bool [N] whether they are genuine, and how many were passed over.
 
         Raises:
             TooFewError: as :meth:`draw`.
         """
         rng = np.random.default_rng(seed)
-        genuine, passed = self.draw(True, count, rng)
-        impostor, also = self.draw(False, count, rng)
-        labelled = [(pair, True) for pair in genuine] + [(pair, False) for pair in impostor]
-        turns = [*range(len(genuine)), *range(len(impostor))]
-        labelled = [labelled[i] for i in np.argsort(turns, kind="stable")]
-        return [pair for pair, _ in labelled], np.array([same for _, same in labelled]), passed + also
-
-
-def mean_face_of(faces: Faces, keys: Sequence[str], preprocessing: Preprocessing, device: torch.device) -> Tensor:
-    """The mean of pictures, normalised [3, H, W]."""
-    total = torch.zeros(3, *preprocessing.size, dtype=torch.float64)
-    for key in keys:
-        total += faces.stacked([key])[0]
-    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
-    return ((total / len(keys) / 255 - mean) / std).float().to(device)
+        (genuine, passed), (impostor, also) = (self.draw(same, count, rng) for same in (True, False))
+        turns = itertools.zip_longest(((pair, True) for pair in genuine), ((pair, False) for pair in impostor))
+        drawn = [labelled for turn in turns for labelled in turn if labelled is not None]
+        return [pair for pair, _ in drawn], np.array([same for _, same in drawn]), passed + also
 
 
 def _shuffled(items: Sequence[str], rng: np.random.Generator) -> Iterator[str]:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
+from torch import Tensor
 
 from xcos_ext.evaluation.figures import Estimate
 from xcos_ext.explain.explainers.interface import Explainer, XCosPairs
 
-from .regions import pixel_mask
+from .pasting import pixel_mask
 from .study import Results, Study
 
 __all__ = ["Locality", "LocalityRow", "locality"]
@@ -30,17 +30,13 @@ class LocalityRow:
 
     Attributes:
         fill: what took the place of a cell's pixels.
-        own: mean over pairs and cells of |dS_ij| / sum |dS|.
+        own: mean over pairs and cells of |dS_ij| / sum |dS|, without the occlusions that changed no cell.
         neighbourhood: the same of the 3x3 cells around (fewer at the edge).
-        cells: ``own`` of every cell, mean over pairs, [rows][columns].
-        unmoved: share of the occlusions that changed no cell; left out of the means.
     """
 
     fill: str
     own: Estimate
     neighbourhood: Estimate
-    cells: tuple[tuple[float, ...], ...]
-    unmoved: float
 
 
 @dataclass(frozen=True)
@@ -61,8 +57,8 @@ class Locality(Results[LocalityRow]):
 
 
 @torch.no_grad()
-def locality(study: Study, explainers: Sequence[Explainer]) -> Locality:
-    """Locality of a model's cells.
+def locality(study: Study, explainers: Sequence[Explainer] = ()) -> Locality:
+    """Locality of a model's cells, whatever the explainers.
 
     Args:
         study: of a model with cells; of the settings, count, fills, seed, replicates and batch_size are used.
@@ -73,58 +69,34 @@ def locality(study: Study, explainers: Sequence[Explainer]) -> Locality:
     """
     if not isinstance(study.model, XCosPairs):
         raise ValueError(f"model: locality is about an xCos model's cells, and {study.model.name} has none")
-    score, fills = study.model.model.score, study.settings.fills
+    features_of, score, fills = study.model.features, study.model.model.score, study.settings.fills
     found, _, passed = study.faces.draw_both(study.count(), study.settings.seed)
-    rows, columns = study.grid
-    cells = rows * columns
-    masks = pixel_mask(torch.eye(cells, dtype=torch.bool).view(cells, rows, columns), study.preprocessing.size)
-    window = torch.ones(1, 1, 3, 3)
-    near = F.conv2d(torch.eye(cells).view(cells, 1, rows, columns), window, padding=1).view(cells, cells).numpy() > 0
+    grid = study.grid
+    cells = grid[0] * grid[1]
+    each = torch.eye(cells).view(cells, 1, *grid)
+    masks = pixel_mask(each.bool(), study.preprocessing.size).to(study.device)
+    near = F.conv2d(each, torch.ones(1, 1, 3, 3), padding=1).view(cells, cells).bool()
     fill_in = study.filler([key for pair in found for key in (pair.a, pair.b)])
-    own = {fill: np.full((len(found), cells), np.nan) for fill in fills}
-    around = {fill: np.full((len(found), cells), np.nan) for fill in fills}
+    # [own or around, pairs, cells]
+    shares = {fill: np.full((2, len(found), cells), np.nan) for fill in fills}
     study.begin(len(found) * cells * len(fills))
     for number, pair in enumerate(found):
         a, b = study.sides([pair])
-        enrolled = study.model.features(b)
-        clean = score(study.model.features(a), enrolled, return_maps=True).similarity
+        enrolled = features_of(b)
+        clean = score(features_of(a), enrolled, return_maps=True).similarity
         for fill, pixels in fill_in(a).items():
-            moved = []
-            for part in masks.to(study.device).unsqueeze(1).split(study.settings.batch_size):
-                features = study.model.features(torch.where(part, pixels, a))
+            moved: list[Tensor] = []
+            for part in masks.split(study.settings.batch_size):
+                features = features_of(torch.where(part, pixels, a))
                 changed = score(features, enrolled.expand_as(features), return_maps=True).similarity
                 moved.append((changed - clean).abs().flatten(1).double().cpu())
                 study.advance(len(part))
-            change = torch.cat(moved).numpy()  # [occluded cell, cell that changed]
-            _shares(change, near, own[fill][number], around[fill][number])
+            change = torch.cat(moved)  # [occluded cell, cell that changed]
+            answers = torch.stack([change.diagonal(), (change * near).sum(1)])
+            shares[fill][:, number] = answers / change.sum(1)  # NaN where nothing changed
     estimator = study.estimator(found)
-    made = []
-    for fill in fills:
-        known = ~np.isnan(own[fill])
-        by_cell = [float(own[fill][known[:, c], c].mean()) if known[:, c].any() else np.nan for c in range(cells)]
-        made.append(
-            LocalityRow(
-                fill,
-                estimator.mean(_row_means(own[fill])),
-                estimator.mean(_row_means(around[fill])),
-                tuple(tuple(by_cell[r * columns : (r + 1) * columns]) for r in range(rows)),
-                float(1 - known.mean()),
-            )
-        )
-    return Locality(tuple(made), estimator.unit, len(found), 1 / cells, float(near.mean()), passed)
-
-
-def _shares(
-    change: NDArray[np.float64], near: NDArray[np.bool_], own: NDArray[np.float64], around: NDArray[np.float64]
-) -> None:
-    total = change.sum(1)
-    moved = total > 0
-    own[moved] = np.diagonal(change)[moved] / total[moved]
-    around[moved] = (change * near).sum(1)[moved] / total[moved]
-
-
-def _row_means(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Means of rows without their NaNs; NaN where nothing else is in one."""
-    known = ~np.isnan(values)
-    count = known.sum(1)
-    return np.where(count > 0, np.where(known, values, 0.0).sum(1) / np.maximum(count, 1), np.nan)
+    rows = tuple(
+        LocalityRow(fill, *map(estimator.mean, np.ma.masked_invalid(both).mean(2).filled(np.nan)))
+        for fill, both in shares.items()
+    )
+    return Locality(rows, estimator.unit, len(found), 1 / cells, near.double().mean().item(), passed)

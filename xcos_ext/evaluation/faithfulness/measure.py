@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
+from xcos_ext.deploy.timing import Clock, Spread
+from xcos_ext.devices import module_device
 from xcos_ext.evaluation.figures import plain
 from xcos_ext.evaluation.verification import eer
 from xcos_ext.explain.explainers import available, create
@@ -25,10 +26,10 @@ from .faces import Faces
 from .locality import Locality, locality
 from .maps import explained
 from .patch import Patch, patch_replacement
-from .study import Results, Settings, Study, Tick, device_of
+from .study import Results, Settings, Study, Tick
 from .swap import RegionSwap, region_swap
 
-__all__ = ["CONTROLS", "PROTOCOLS", "Faithfulness", "Timing", "default_explainers", "faithfulness"]
+__all__ = ["CONTROLS", "PROTOCOLS", "Faithfulness", "faithfulness"]
 
 #: Protocol -> what it measures.
 PROTOCOLS: Mapping[str, str] = {
@@ -50,23 +51,10 @@ _FUNCTIONS: dict[str, Callable[..., Results[Any]]] = {
 #: Explainers that are always measured too.
 CONTROLS = ("random", "centre")
 
-_CHEAP = ("xcos", "xcos-similarity", "xcos-attention", "gradcam", "xssab")
+_USUAL = ("xcos", "xcos-similarity", "xcos-attention", "gradcam", "xssab")  # the cheap ones
 _TIMED, _TIMED_SECONDS = 20, 5.0
 
 Stage = Callable[[str], AbstractContextManager[Tick]]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds for the maps of one pair, features included, one pair at a time.
-
-    Attributes: median, low and high (quartiles), and the number of pairs timed.
-    """
-
-    median: float
-    low: float
-    high: float
-    pairs: int
 
 
 @dataclass(frozen=True)
@@ -79,7 +67,7 @@ class Faithfulness:
         threshold_from_pairs: whether it is the equal error rate's on these pairs, for want of another.
         explainers: names, controls last.
         skipped: explainer or protocol -> why it was left out.
-        timings: explainer -> seconds a pair.
+        timings: explainer -> seconds for the maps of one pair, features included, one pair at a time.
         region_swap, deletion, identification, locality, patch: results; None where not asked for, or not yet.
         failures: pictures that could not be used -> why.
         device: that it ran on.
@@ -91,7 +79,7 @@ class Faithfulness:
     threshold: float | None = None
     threshold_from_pairs: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
-    timings: dict[str, Timing] = field(default_factory=dict)
+    timings: dict[str, Spread] = field(default_factory=dict)
     region_swap: RegionSwap | None = None
     deletion: Deletion | None = None
     identification: Deletion | None = None
@@ -105,7 +93,7 @@ class Faithfulness:
         """Plain values, ready for JSON."""
         data: dict[str, Any] = plain(self)
         timings = {
-            name: {"median": t.median, "quartiles": [t.low, t.high], "pairs": t.pairs}
+            name: {"median": t.median, "quartiles": [t.low, t.high], "pairs": t.samples}
             for name, t in self.timings.items()
         }
         failed = [{"picture": key, "reason": why} for key, why in self.failures.items()]
@@ -113,28 +101,20 @@ class Faithfulness:
         return data | {"seconds_a_pair": timings, "failed_pictures": failed}
 
 
-def _field(protocol: str) -> str:
-    """Of :class:`Faithfulness`."""
-    return protocol.replace("-", "_")
-
-
-def default_explainers() -> tuple[str, ...]:
-    """xCos's own maps and the cheap ones of those that there are, then the controls."""
-    there = available()
-    return tuple(name for name in (*_CHEAP, *CONTROLS) if name in there)
-
-
 def _name(explainer: str | Explainer) -> str:
     return explainer if isinstance(explainer, str) else explainer.name
 
 
-def _made(explainer: str | Explainer) -> Explainer:
-    return create(explainer) if isinstance(explainer, str) else explainer
+def _made(explainer: str | Explainer, seed: int) -> Explainer:
+    if not isinstance(explainer, str):
+        return explainer
+    return create(explainer, seed=seed) if explainer == "random" else create(explainer)
 
 
-@contextlib.contextmanager
-def _no_stage(title: str) -> Iterator[Tick]:
-    yield lambda done, total: None
+def _check(values: Sequence[str], kind: str, expected: Sequence[str], how: str = "one") -> None:
+    for value in values:
+        if value not in expected:
+            raise ValueError(f"{kind}: expected {how} of {', '.join(expected)}, got {value!r}")
 
 
 def faithfulness(
@@ -144,8 +124,8 @@ def faithfulness(
     *,
     protocols: Sequence[str] | None = None,
     settings: Settings | None = None,
-    stage: Stage = _no_stage,
-    save: Callable[[Faithfulness], None] | None = None,
+    stage: Stage = lambda title: nullcontext(lambda done, total: None),
+    save: Callable[[Faithfulness], None] = lambda result: None,
 ) -> Faithfulness:
     """Measure explainers on a model.
 
@@ -153,8 +133,8 @@ def faithfulness(
         model: whose decisions are explained. A plain cosine without a threshold gets that of the equal error rate on
             these pairs, for the explainers that need one.
         faces: the pictures.
-        explainers: names of :func:`xcos_ext.explain.explainers.available`, or explainers; None:
-            :func:`default_explainers`, without those that cannot explain this model. The controls are added.
+        explainers: names of :func:`xcos_ext.explain.explainers.available`, or explainers; None: xCos's own maps and
+            other cheap ones, without those that cannot explain this model. The controls are added.
         protocols: keys of :data:`PROTOCOLS`; None: all that suit the model.
         settings: how much of what.
         stage: gives a progress bar, called with its title: a context manager of a function ``tick(done, total)``.
@@ -167,43 +147,36 @@ def faithfulness(
     """
     settings = settings or Settings()
     wanted = tuple(dict.fromkeys(PROTOCOLS if protocols is None else protocols))
-    for name in wanted:
-        if name not in PROTOCOLS:
-            raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {name!r}")
-    for name in settings.fills:
-        if name not in FILLS:
-            raise ValueError(f"fill: expected one of {', '.join(FILLS)}, got {name!r}")
-    asked = [item for item in (default_explainers() if explainers is None else explainers) if item not in CONTROLS]
-    for item in asked:
-        if isinstance(item, str) and item not in available():
-            raise ValueError(f"explainer: expected some of {', '.join(available())}, got {item!r}")
-    device = device_of(model)
+    asked = [item for item in (_USUAL if explainers is None else explainers) if item not in CONTROLS]
+    _check(wanted, "protocol", tuple(PROTOCOLS))
+    _check(settings.fills, "fill", tuple(FILLS))
+    _check([item for item in asked if isinstance(item, str)], "explainer", available(), "some")
+    device = module_device(getattr(model, "module", None))
     about = str(device) if device.type == "cpu" else torch.cuda.get_device_name(device)
     lent = model.threshold is None and isinstance(model, EmbeddingCosine)
     if lent:
         model = _with_threshold(model, faces, settings)
-    result = Faithfulness(model.name, (), model.threshold, lent, device=about)
     with stage("timing") as tick:
-        result, own = _timed(model, faces, asked, result, explainers is not None, settings.seed, tick)
-    result = replace(result, explainers=(*map(_name, own), *CONTROLS))
+        timings, skipped = _timed(model, faces, [*asked, *CONTROLS], settings.seed, explainers is not None, tick)
+    able = [item for item in [*asked, *CONTROLS] if _name(item) in timings]
+    names = tuple(map(_name, able))
+    result = Faithfulness(model.name, names, model.threshold, lent, skipped, timings, device=about)
     study = Study(model, faces, settings)
     for name in wanted:
-        # Made anew: what is random in a protocol does not depend on what was run before it.
-        every = [*map(_made, own), *(create(c, seed=settings.seed) if c == "random" else create(c) for c in CONTROLS)]
         try:
             with stage(name) as tick:
                 study.tick = tick
-                found = _FUNCTIONS[name](study, every)
+                # Made anew: what is random in a protocol does not depend on what was run before it.
+                found = _FUNCTIONS[name](study, [_made(item, settings.seed) for item in able])
         except ValueError as error:
             # A protocol that nobody named may not suit the model or the list.
             if protocols is not None or not str(error).startswith(("model:", "pairs:")):
                 raise
             result = replace(result, skipped=result.skipped | {name: str(error)})
             continue
-        changes: dict[str, Any] = {_field(name): found, "failures": dict(faces.failures)}
+        changes: dict[str, Any] = {name.replace("-", "_"): found, "failures": dict(faces.failures)}
         result = replace(result, **changes)
-        if save is not None:
-            save(result)
+        save(result)
     return replace(result, complete=True, failures=dict(faces.failures))
 
 
@@ -217,27 +190,22 @@ def _with_threshold(model: PairModel, faces: Faces, settings: Settings) -> Embed
     return EmbeddingCosine(model.recogniser, threshold=threshold, name=model.name)
 
 
+@torch.no_grad()
 def _timed(
-    model: PairModel,
-    faces: Faces,
-    asked: Sequence[str | Explainer],
-    result: Faithfulness,
-    strict: bool,
-    seed: int,
-    tick: Tick,
-) -> tuple[Faithfulness, list[str | Explainer]]:
-    """Seconds a pair of each explainer, and those that can explain the model."""
+    model: PairModel, faces: Faces, asked: Sequence[str | Explainer], seed: int, strict: bool, tick: Tick
+) -> tuple[dict[str, Spread], dict[str, str]]:
+    """Seconds a pair of each explainer that can explain the model; why the others cannot."""
     drawn, _, _ = faces.draw_both(1, seed)
-    device = device_of(model)
-    a, b = Study(model, faces).sides(drawn)
-    able: list[str | Explainer] = []
-    skipped, timings = dict(result.skipped), dict(result.timings)
-    for number, item in enumerate([*asked, *CONTROLS]):
-        tick(number, len(asked) + len(CONTROLS))
+    study = Study(model, faces)
+    a, b = study.sides(drawn)
+    clock = Clock()
+    timings: dict[str, Spread] = {}
+    skipped: dict[str, str] = {}
+    for number, item in enumerate(asked):
+        tick(number, len(asked))
         try:
-            explainer = _made(item)
-            with torch.no_grad():
-                explained(explainer, model, a[:1], b[:1])  # also warms up
+            explainer = _made(item, seed)
+            explained(explainer, model, a[:1], b[:1])  # also warms up
         except (ValueError, MissingPackageError) as error:
             if strict and isinstance(error, MissingPackageError):
                 raise
@@ -245,22 +213,17 @@ def _timed(
                 raise XCosError(f"{_name(item)} cannot explain this model: {error}") from error
             skipped[_name(item)] = str(error)
             continue
-        if item not in CONTROLS:
-            able.append(item)
         seconds: list[float] = []
         while len(seconds) < 3 or (len(seconds) < _TIMED and sum(seconds) < _TIMED_SECONDS):
             place = len(seconds) % len(a)
-            _wait(device)
-            started = time.perf_counter()
-            with torch.no_grad():
-                explainer(model, a[place : place + 1], b[place : place + 1])
-            _wait(device)
-            seconds.append(time.perf_counter() - started)
-        low, median, high = np.percentile(seconds, (25, 50, 75)).tolist()
-        timings[explainer.name] = Timing(median, low, high, len(seconds))
-    return replace(result, skipped=skipped, timings=timings), able
+            pair = a[place : place + 1], b[place : place + 1]
+            seconds.append(clock.seconds(partial(_finished, explainer, model, *pair), 1))
+        timings[explainer.name] = Spread.of(seconds)
+    return timings, skipped
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _finished(explainer: Explainer, model: PairModel, a: Tensor, b: Tensor) -> None:
+    """Make maps, and wait until a GPU has made them."""
+    explainer(model, a, b)
+    if a.is_cuda:
+        torch.cuda.synchronize(a.device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -18,15 +19,14 @@ import torch
 from xcos_ext.evaluation.verification import eer
 from xcos_ext.explain.explainers.interface import Explainer
 
-from .curves import Curve, mean_curve
-from .maps import explained, ranks, to_cells
-from .regions import paste
+from .maps import Curve, explained, mean_curve, ranks, to_cells
+from .pasting import paste
 from .study import Results, Study
 
-__all__ = ["STEPS", "Patch", "PatchRow", "patch_replacement"]
+__all__ = ["Patch", "PatchRow", "patch_replacement"]
 
-#: Cells replaced, of 49; other grids take the same shares.
-STEPS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 49)
+# Cells replaced, of 49; other grids take the same shares.
+_STEPS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 49)
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,12 @@ class Patch(Results[PatchRow]):
     """All figures: per explainer a row of genuine, of impostor and of all pairs.
 
     Attributes:
-        steps: numbers of cells replaced.
-        cells: of the grid.
         threshold: of the equal error rate on the untouched pairs.
         genuine, impostor: pairs drawn.
         right: of them, those whose verdict was right.
         passed_over: pairs left out for want of a picture or a donor.
     """
 
-    steps: tuple[int, ...]
-    cells: int
     threshold: float
     genuine: int
     impostor: int
@@ -83,23 +79,21 @@ def patch_replacement(study: Study, explainers: Sequence[Explainer]) -> Patch:
         ValueError: no verdict was right, or a map that is not finite.
     """
     study.faces.need_people("patch replacement")
-    asked, rng = study.settings, np.random.default_rng(study.settings.seed)
-    drawn = [
-        study.faces.draw(same, study.count(), rng, lambda pair, same=same: study.faces.with_donor(pair, same, rng))  # type: ignore[misc]
-        for same in (True, False)
-    ]
-    (first, passed), (second, also) = drawn
+    asked, faces, rng = study.settings, study.faces, np.random.default_rng(study.settings.seed)
+    (first, passed), (second, also) = (
+        faces.draw(same, study.count(), rng, partial(faces.with_donor, genuine=same, rng=rng)) for same in (True, False)
+    )
     found = [*first, *second]
     genuine = np.arange(len(found)) < len(first)
     grid = study.grid
     cells = grid[0] * grid[1]
-    steps = tuple(dict.fromkeys(round(step * cells / STEPS[-1]) for step in STEPS))
+    steps = tuple(dict.fromkeys(round(step * cells / _STEPS[-1]) for step in _STEPS))
     scores = np.empty(len(found))
     after = {explainer.name: np.empty((len(found), len(steps))) for explainer in explainers}
     study.begin(len(found) * len(explainers) * (len(steps) - 1))
     for block in study.blocks(len(first), len(second)):
         part = found[block]
-        pictures, donors = (study.faces.stacked(keys) for keys in ([p.a for p in part], [p.donor or p.a for p in part]))
+        pictures, donors = (faces.stacked(keys) for keys in ([p.a for p in part], [p.donor or p.a for p in part]))
         a, b = study.normalised(pictures), study.pictures([p.b for p in part])
         enrolled = study.model.features(b)
         scores[block] = study.scores(a, enrolled)
@@ -131,8 +125,6 @@ def patch_replacement(study: Study, explainers: Sequence[Explainer]) -> Patch:
     return Patch(
         tuple(rows),
         estimator.unit,
-        steps=steps,
-        cells=cells,
         threshold=threshold,
         genuine=len(first),
         impostor=len(second),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xcos_ext.explain.explainers.interface import Saliency
 from xcos_ext.explain.plotting import DASHES, GRID, LINES, new_figure
 from xcos_ext.io.optional import need
 
-from .deletion import MODES, Deletion
+from .deletion import Deletion
+from .maps import Curve
 from .measure import CONTROLS, Faithfulness
 from .patch import Patch
 from .swap import RegionSwap
@@ -40,12 +43,11 @@ def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     return made
 
 
-def faithfulness_figure(result: Faithfulness, *, fill: str | None = None) -> Figure:
+def faithfulness_figure(result: Faithfulness) -> Figure:
     """Draw what was measured: a row of panels for each protocol.
 
     Args:
         result: with at least one of region swap, deletion, identification and patch replacement.
-        fill: of deletion and identification; by default the first.
 
     Returns:
         A figure on the Agg canvas; write it with :func:`xcos_ext.explain.save_figure`.
@@ -54,26 +56,22 @@ def faithfulness_figure(result: Faithfulness, *, fill: str | None = None) -> Fig
         MissingPackageError: matplotlib is not installed.
         ValueError: nothing in it has curves.
     """
-    rows: list[tuple[str, Any]] = []
-    if result.region_swap is not None:
-        rows.append(("swap", result.region_swap))
-    rows += [("deletion", found) for found in (result.deletion, result.identification) if found is not None]
-    if result.patch is not None:
-        rows.append(("patch", result.patch))
+    # Region swaps have a line for each explainer in each region.
+    rows: list[tuple[Any, Callable[..., None], float]] = [
+        (result.region_swap, _draw_swap, max(3.3, 0.75 * len(result.explainers))),
+        (result.deletion, _draw_deletion, 3.3),
+        (result.identification, _draw_deletion, 3.3),
+        (result.patch, _draw_patch, 3.3),
+    ]
+    rows = [row for row in rows if row[0] is not None]
     if not rows:
         raise ValueError("result: expected a region swap, deletion, identification or patch replacement, got none")
-    # Region swaps have a line for each explainer in each region.
-    heights = [max(3.3, 0.75 * len(result.explainers)) if kind == "swap" else 3.3 for kind, _ in rows]
+    heights = [height for _, _, height in rows]
     figure = new_figure(13.0, 0.9 + sum(heights), layout="constrained")
     looks = _looks(result.explainers)
     parts = figure.subfigures(len(rows), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for part, (kind, found) in zip(parts, rows, strict=True):
-        if kind == "swap":
-            _draw_swap(part, found, looks)
-        elif kind == "deletion":
-            _draw_deletion(part, found, looks, fill)
-        else:
-            _draw_patch(part, found, looks)
+    for part, (found, draw, _) in zip(parts, rows, strict=True):
+        draw(part, found, looks)
     line = need("matplotlib.lines", "drawing").Line2D
     handles = [line([], [], label=name, markersize=5, **look) for name, look in looks.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False, fontsize=9)
@@ -94,8 +92,7 @@ def _tidy(axes: Axes, title: str, x: str, y: str) -> None:
     axes.tick_params(labelsize=8)
     axes.grid(True, color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_swap(part: Any, found: RegionSwap, looks: dict[str, dict[str, Any]]) -> None:
@@ -104,9 +101,8 @@ def _draw_swap(part: Any, found: RegionSwap, looks: dict[str, dict[str, Any]]) -
     axes_rows = _row(part, len(directions) * len(readings))
     size = found.rows[0].size
     regions = list(dict.fromkeys(row.region for row in found.rows))
-    for column, axes in enumerate(axes_rows):
-        direction, reading = directions[column // len(readings)], readings[column % len(readings)]
-        names = [name for name in looks if any(row.explainer == name for row in found.rows)]
+    names = [name for name in looks if any(row.explainer == name for row in found.rows)]
+    for axes, (direction, reading) in zip(axes_rows, itertools.product(directions, readings), strict=True):
         for place, name in enumerate(names):
             values = [
                 getattr(found.find(name, direction=direction, region=region, size=size), reading) for region in regions
@@ -115,9 +111,8 @@ def _draw_swap(part: Any, found: RegionSwap, looks: dict[str, dict[str, Any]]) -
             look = looks[name] | {"linestyle": "", "markersize": 4}
             y = np.arange(len(regions)) + shift
             axes.plot([value.value for value in values], y, **look)
-            for value, height in zip(values, y, strict=True):
-                if value.interval is not None:
-                    axes.plot(value.interval, (height, height), color=look["color"], linewidth=0.8)
+            low, high = zip(*(value.interval or (value.value, value.value) for value in values), strict=True)
+            axes.hlines(y, low, high, colors=look["color"], linewidth=0.8)
         axes.axvline(0.5, color="#444444", linewidth=0.8)
         axes.set_xlim(0, 1.02)
         axes.set_yticks(range(len(regions)), regions)
@@ -125,30 +120,23 @@ def _draw_swap(part: Any, found: RegionSwap, looks: dict[str, dict[str, Any]]) -
     axes_rows[0].invert_yaxis()
 
 
-def _curve(axes: Axes, curve: Any, look: dict[str, Any], scale: float = 100) -> None:
-    axes.plot(
-        [100 * level for level in curve.levels],
-        [scale * value for value in curve.values],
-        linewidth=1.5,
-        markersize=3.5,
-        **look,
-    )
+def _curve(axes: Axes, curve: Curve, look: dict[str, Any]) -> None:
+    x, y = (100 * np.array(values) for values in (curve.levels, curve.values))
+    axes.plot(x, y, linewidth=1.5, markersize=3.5, **look)
 
 
-def _draw_deletion(part: Any, found: Deletion, looks: dict[str, dict[str, Any]], fill: str | None) -> None:
-    fill = fill or found.rows[0].fill
-    what = "accuracy, %" if found.protocol == "deletion" else "rank-1 rate, %"
-    verb = {"deletion": "deleted", "insertion": "kept"}
-    for axes, (mode, kind) in zip(
-        _row(part, 4),
-        [(mode, kind) for mode in MODES for kind in ("similar", "dissimilar")],
-        strict=True,
-    ):
+def _draw_deletion(part: Any, found: Deletion, looks: dict[str, dict[str, Any]]) -> None:
+    fill = found.rows[0].fill  # the first that was asked for
+    name, what = {
+        "deletion": ("verification", "accuracy, %"),
+        "identification": ("identification", "rank-1 rate, %"),
+    }[found.protocol]
+    panels = itertools.product({"deletion": "deleted", "insertion": "kept"}.items(), Saliency._fields)
+    for axes, ((mode, verb), kind) in zip(_row(part, 4), panels, strict=True):
         for row in found.rows:
             if (row.mode, row.kind, row.fill) == (mode, kind, fill):
                 _curve(axes, row.curve, looks[row.explainer])
-        name = "verification" if found.protocol == "deletion" else "identification"
-        _tidy(axes, f"{name}, fill: {fill}\n{mode}, {kind} map", f"pixels {verb[mode]}, %", what)
+        _tidy(axes, f"{name}, fill: {fill}\n{mode}, {kind} map", f"pixels {verb}, %", what)
 
 
 def _draw_patch(part: Any, found: Patch, looks: dict[str, dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import numpy as np
@@ -12,22 +13,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xcos_ext.devices import module_device
 from xcos_ext.evaluation.bootstrap import Estimator
 from xcos_ext.evaluation.figures import plain
 from xcos_ext.explain.explainers.interface import EmbeddingCosine, PairModel, XCosPairs
 from xcos_ext.explain.fills import filled
 from xcos_ext.ops import xcos_matrix
 
-from .faces import Drawn, Faces, mean_face_of, normalised
-from .regions import REGIONS, Blend
+from .faces import Drawn, Faces
+from .pasting import REGIONS, Blend
 
-__all__ = ["DIRECTIONS", "Results", "Settings", "Study", "Tick", "device_of", "mate_scorer", "remembering"]
-
-#: Direction of a region swap -> what is done and asked.
-DIRECTIONS = {
-    "impostor-into-genuine": "an impostor's region in a genuine pair; the dissimilar map is asked",
-    "genuine-into-impostor": "a region of B's person in an impostor pair; the similar map is asked",
-}
+__all__ = ["Results", "Settings", "Study", "Tick", "mate_scorer", "remembering"]
 
 _COUNT = 60
 _REMEMBERED = 4  # batches of features
@@ -42,12 +38,14 @@ Row = TypeVar("Row")
 class Settings:
     """What the protocols share.
 
+    >>> Settings(count=10, fills=("blur",)).sizes
+    ('medium',)
+
     Attributes:
         count: pairs of each kind; probes of identification. None: 60, or as many as there are.
         regions: of region swaps, keys of ``REGIONS``.
         sizes: of the regions.
-        directions: of region swaps, keys of :data:`DIRECTIONS`.
-        blend, match_colour: of region swaps and patch replacement, see :func:`~.regions.paste`.
+        blend, match_colour: of region swaps and patch replacement, see :func:`~.pasting.paste`.
         pixels: also give a region swap's areas over pixels; cell maps are made larger bilinearly for it.
         fills: of deletion, identification and locality, keys of ``FILLS``; the mean face is that of the pictures used.
         gallery: people enrolled for identification, at most; those of the probes first.
@@ -61,7 +59,6 @@ class Settings:
     count: int | None = None
     regions: tuple[str, ...] = tuple(REGIONS)
     sizes: tuple[str, ...] = ("medium",)
-    directions: tuple[str, ...] = tuple(DIRECTIONS)
     blend: Blend = "hard"
     match_colour: bool = False
     pixels: bool = False
@@ -120,7 +117,8 @@ class Study:
 
     def __init__(self, model: PairModel, faces: Faces, settings: Settings | None = None) -> None:
         self.faces, self.settings = faces, settings or Settings()
-        self.model, self.device, self.preprocessing = remembering(model), device_of(model), model.preprocessing
+        self.model, self.preprocessing = remembering(model), model.preprocessing
+        self.device = module_device(getattr(model, "module", None))
         self.tick: Tick | None = None
         self.begin(0)
 
@@ -129,17 +127,19 @@ class Study:
         self.generator = torch.Generator().manual_seed(self.settings.seed)
         self._done, self._total = 0, total
 
-    def count(self, most: int | None = None) -> int:
-        """Pairs of each kind, or probes: the number asked for, else the usual one as far as there are so many.
+    def advance(self, count: int) -> None:
+        """Report that so many more are done."""
+        self._done += count
+        if self.tick is not None:
+            self.tick(self._done, self._total)
 
-        Args:
-            most: how many there are; None: the rarer kind of pairs.
-        """
+    def count(self, most: int | None = None) -> int:
+        """Pairs of each kind, or probes, of which there are so many (None: the rarer kind of pairs): the number asked
+        for, else the usual one as far as there are."""
         if self.settings.count is not None:
             return self.settings.count
         if most is None:
-            genuine = self.faces.pairs.genuine[self.faces.chosen]
-            most = int(min(genuine.sum(), (~genuine).sum()))
+            most = int(np.bincount(self.faces.pairs.genuine[self.faces.chosen], minlength=2).min())
         return max(1, min(_COUNT, most))
 
     @property
@@ -152,25 +152,20 @@ class Study:
         return cast(tuple[int, int], tuple(self.model.features(blank).shape[2:]))
 
     def blocks(self, *counts: int) -> Iterator[slice]:
-        """Batches of pairs, none of which holds pairs of two kinds.
-
-        Args:
-            counts: pairs of each kind, which follow one another.
-        """
+        """Batches of pairs that follow one another, so many of each kind; none holds pairs of two kinds."""
         start = 0
-        for count in counts:
-            stop = start + count
+        for stop in np.cumsum(counts).tolist():
             for first in range(start, stop, self.settings.batch_size):
                 yield slice(first, min(first + self.settings.batch_size, stop))
             start = stop
 
+    def normalised(self, pictures: Tensor) -> Tensor:
+        """uint8 pictures [N, 3, H, W] as the network wants them."""
+        return self.preprocessing(pictures.permute(0, 2, 3, 1).contiguous().cpu().numpy()).to(self.device)
+
     def pictures(self, keys: Sequence[str]) -> Tensor:
         """Pictures by their keys as the network wants them, [N, 3, H, W]."""
         return self.normalised(self.faces.stacked(keys))
-
-    def normalised(self, pictures: Tensor) -> Tensor:
-        """uint8 pictures [N, 3, H, W] as the network wants them."""
-        return normalised(self.preprocessing, pictures, self.device)
 
     def sides(self, pairs: Sequence[Drawn]) -> tuple[Tensor, Tensor]:
         """Pictures A and pictures B of pairs, each [N, 3, H, W]."""
@@ -182,24 +177,24 @@ class Study:
 
     def pair_scores(self, pairs: Sequence[Drawn]) -> NDArray[np.float64]:
         """Scores [N] of untouched pairs."""
-        parts = []
-        for block in self.blocks(len(pairs)):
-            a, b = self.sides(pairs[block])
-            parts.append(self.scores(a, self.model.features(b)))
-        return np.concatenate(parts)
+        sides = (self.sides(pairs[block]) for block in self.blocks(len(pairs)))
+        return np.concatenate([self.scores(a, self.model.features(b)) for a, b in sides])
+
+    def mean_face(self, keys: Sequence[str]) -> Tensor:
+        """The mean of pictures, each counted once, as the network wants it [3, H, W]."""
+        keys = list(dict.fromkeys(keys))
+        wanted = self.preprocessing
+        total = torch.zeros(3, *wanted.size, dtype=torch.float64)
+        for key in keys:
+            total += self.faces.stacked([key])[0]
+        mean, std = (torch.tensor(v, dtype=total.dtype).view(3, 1, 1) for v in (wanted.mean, wanted.std))
+        return ((total / len(keys) / 255 - mean) / std).float().to(self.device)
 
     def filler(self, keys: Sequence[str]) -> Callable[[Tensor], dict[str, Tensor]]:
         """A function from images to what takes the place of their pixels, by fill; the mean face is of these keys."""
-        mean = None
-        if "mean-face" in self.settings.fills:
-            mean = mean_face_of(self.faces, list(dict.fromkeys(keys)), self.preprocessing, self.device)
-        return lambda images: {f: filled(f, images, self.preprocessing, mean) for f in self.settings.fills}
-
-    def advance(self, count: int) -> None:
-        """Report that so many more are done."""
-        self._done += count
-        if self.tick is not None:
-            self.tick(self._done, self._total)
+        fills = self.settings.fills
+        mean = self.mean_face(keys) if "mean-face" in fills else None
+        return lambda images: {fill: filled(fill, images, self.preprocessing, mean) for fill in fills}
 
     def estimator(self, pairs: Sequence[Drawn]) -> Estimator:
         """For means over these pairs."""
@@ -207,43 +202,22 @@ class Study:
         return Estimator(len(pairs), self.faces.ids(pairs), replicates=settings.replicates, seed=settings.seed)
 
 
-class _Memory:
-    """The features of the last few batches, so that explainers that run one after another do not compute them anew."""
-
-    def __init__(self, compute: Callable[[Tensor], Tensor]) -> None:
-        self._compute = compute
-        self._kept: list[tuple[Tensor, Tensor]] = []
-
-    def __call__(self, images: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return self._compute(images)
-        for place, (known, features) in enumerate(self._kept):
-            if known is images:
-                self._kept.append(self._kept.pop(place))
-                return features
-        features = self._compute(images)
-        self._kept = [*self._kept[1 - _REMEMBERED :], (images, features)]
-        return features
-
-
 def remembering(model: PairModel) -> PairModel:
     """The same model, which keeps the features of the last few batches while no gradients are wanted.
 
-    A batch is known again as the same tensor object, so it must not be changed in place. Models of other classes come
-    back as they are.
+    Explainers that run one after another then do not compute them anew. A batch is known again as the same tensor
+    object, so it must not be changed in place. Models of other classes come back as they are.
     """
     if type(model) not in (XCosPairs, EmbeddingCosine):
         return model
-    kept = copy.copy(model)
-    kept.features = _Memory(model.features)  # type: ignore[method-assign]
+    kept, compute = copy.copy(model), model.features
+    known = lru_cache(_REMEMBERED)(compute)  # tensors are hashed by identity
+
+    def features(images: Tensor) -> Tensor:
+        return compute(images) if torch.is_grad_enabled() else known(images)
+
+    kept.features = features  # type: ignore[method-assign]
     return kept
-
-
-def device_of(model: PairModel) -> torch.device:
-    """Where its network is; the CPU if it has none."""
-    module = getattr(model, "module", None)
-    parameter = next(module.parameters(), None) if isinstance(module, torch.nn.Module) else None
-    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def mate_scorer(model: PairModel, gallery: Tensor) -> Callable[[Tensor], Tensor]:
@@ -257,12 +231,9 @@ def mate_scorer(model: PairModel, gallery: Tensor) -> Callable[[Tensor], Tensor]
         return lambda probes: xcos_matrix(head.templates(probes, "probe"), enrolled)
     if isinstance(model, EmbeddingCosine):
         return lambda probes: probes @ gallery.T
+    parts = gallery.split(_PAIRS_AT_ONCE)
 
-    def paired(probes: Tensor) -> Tensor:
-        rows = []
-        for probe in probes:
-            parts = gallery.split(_PAIRS_AT_ONCE)
-            rows.append(torch.cat([model.score(probe.expand_as(part), part) for part in parts]))
-        return torch.stack(rows)
+    def paired(probe: Tensor) -> Tensor:
+        return torch.cat([model.score(probe.expand_as(part), part) for part in parts])
 
-    return paired
+    return lambda probes: torch.stack([paired(probe) for probe in probes])

@@ -19,7 +19,7 @@ there is owed to the paste, not to the person.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -31,19 +31,26 @@ from xcos_ext.evaluation.bootstrap import Estimator
 from xcos_ext.evaluation.figures import Estimate
 from xcos_ext.explain.explainers.interface import Explainer
 
-from .curves import areas, standardised
 from .faces import Drawn
-from .maps import explained, to_cells, to_pixels
-from .regions import paste, region_mask
-from .study import DIRECTIONS, Results, Settings, Study
+from .maps import areas, explained, standardised, to_cells, to_pixels
+from .pasting import paste, region_mask
+from .study import Results, Settings, Study
 
-__all__ = ["PASTES", "OverPixels", "RegionSwap", "SwapDraw", "SwapRow", "region_swap"]
+__all__ = ["DIRECTIONS", "PASTES", "OverPixels", "RegionSwap", "SwapDraw", "SwapRow", "region_swap"]
+
+#: Direction of a region swap -> what is done and asked.
+DIRECTIONS = {
+    "impostor-into-genuine": "an impostor's region in a genuine pair; the dissimilar map is asked",
+    "genuine-into-impostor": "a region of B's person in an impostor pair; the similar map is asked",
+}
 
 #: Paste -> whose region it is.
 PASTES = {
     "swap": "of the other person, as the direction says",
     "same-person": "control: of another photograph of A's own person",
 }
+
+Floats = NDArray[np.float64]
 
 
 class OverPixels(NamedTuple):
@@ -114,20 +121,16 @@ class RegionSwap(Results[SwapRow]):
     usual: ClassVar = {"direction": "impostor-into-genuine", "region": "mean", "size": "medium", "paste": "swap"}
 
 
-class _Key(NamedTuple):
+class _Change(NamedTuple):
     paste: str
     size: str
     region: str
 
 
-@dataclass
-class _Asked:
-    """The maps [pairs, cells] of one explainer, of the unchanged pairs and of each change; areas over pixels [pairs, 2]
-    if they are asked for. NaN where there was no change."""
-
-    clean: NDArray[np.float64]
-    changed: dict[_Key, NDArray[np.float64]] = field(default_factory=dict)
-    pixels: dict[_Key, NDArray[np.float64]] = field(default_factory=dict)
+Masks = Mapping[_Change, Tensor]
+#: By change: areas [readings, pairs] of absolute, difference, centred, and of the first two over pixels if asked for.
+#: NaN where there was no change.
+Areas = dict[_Change, Floats]
 
 
 @torch.no_grad()
@@ -141,38 +144,31 @@ def region_swap(study: Study, explainers: Sequence[Explainer]) -> RegionSwap:
 
     Raises:
         TooFewError: fewer pairs of a kind than asked for, none that has donors, or people unknown.
-        ValueError: an unknown direction, region or size, or a map that is not finite.
+        ValueError: an unknown region or size, or a map that is not finite.
     """
     study.faces.need_people("region swap")
     asked = study.settings
-    for name in asked.directions:
-        if name not in DIRECTIONS:
-            raise ValueError(f"directions: expected some of {', '.join(DIRECTIONS)}, got {name!r}")
+    changes = [_Change(kind, size, region) for kind in PASTES for size in asked.sizes for region in asked.regions]
     grid = study.grid
-    masks = {
-        _Key(kind, size, region): region_mask(region, size, grid)
-        for kind in PASTES
-        for size in asked.sizes
-        for region in asked.regions
-    }
-    drawn = {name: _draw(study, name) for name in asked.directions}
+    masks = {change: region_mask(change.region, change.size, grid) for change in changes}
+    drawn = {direction: draw(study, direction) for direction in DIRECTIONS}
     study.begin(sum(len(found) for found, _ in drawn.values()) * (1 + len(masks)) * len(explainers))
     rows: list[SwapRow] = []
     draws: list[SwapDraw] = []
     for direction, (found, passed) in drawn.items():
-        kept = _ask(study, explainers, found, 1 if direction == "impostor-into-genuine" else 0, masks)
-        estimator = study.estimator(found)
         controls = sum(pair.own is not None for pair in found)
         draws.append(SwapDraw(direction, len(found), controls, passed))
-        first_of: dict[_Key, NDArray[np.float64]] = {}
-        for explainer, maps in zip(explainers, kept, strict=True):
+        estimator = study.estimator(found)
+        by_explainer = _ask(study, explainers, found, direction == "impostor-into-genuine", masks)
+        for explainer, by_change in zip(explainers, by_explainer, strict=True):
             for kind in PASTES if controls else ["swap"]:
-                rows += _rows(explainer.name, direction, kind, maps, masks, asked, estimator, first_of)
-    unit = estimator.unit if drawn else "people"
-    return RegionSwap(tuple(rows), unit, tuple(draws), asked.blend, asked.match_colour)
+                about = (explainer.name, direction, kind)
+                rows += _rows(about, by_change, by_explainer[0], asked, estimator)
+    return RegionSwap(tuple(rows), estimator.unit, tuple(draws), asked.blend, asked.match_colour)
 
 
-def _draw(study: Study, direction: str) -> tuple[list[Drawn], int]:
+def draw(study: Study, direction: str) -> tuple[list[Drawn], int]:
+    """Pairs with the donors of a direction and, where there is one, of the control; how many were passed over."""
     faces, rng = study.faces, np.random.default_rng(study.settings.seed)
     genuine = direction == "impostor-into-genuine"
 
@@ -187,97 +183,79 @@ def _draw(study: Study, direction: str) -> tuple[list[Drawn], int]:
 
 
 def _ask(
-    study: Study, explainers: Sequence[Explainer], found: Sequence[Drawn], which: int, masks: Mapping[_Key, Tensor]
-) -> list[_Asked]:
-    """The maps of each explainer over all pairs; ``which`` of (similar, dissimilar)."""
+    study: Study, explainers: Sequence[Explainer], found: Sequence[Drawn], which: int, masks: Masks
+) -> list[Areas]:
+    """The areas of each explainer; ``which`` of (similar, dissimilar) is asked."""
     faces, settings, grid = study.faces, study.settings, study.grid
-    cells = grid[0] * grid[1]
-    asked = [
-        _Asked(
-            np.full((len(found), cells), np.nan),
-            {key: np.full((len(found), cells), np.nan) for key in masks},
-            {key: np.full((len(found), 2), np.nan) for key in masks} if settings.pixels else {},
-        )
-        for _ in explainers
-    ]
+    shape = (len(explainers), len(found), grid[0] * grid[1])
+    clean = np.empty(shape)
+    changed = {change: np.full(shape, np.nan) for change in masks}
+    over_pixels = {change: np.full((len(explainers), 2 * settings.pixels, len(found)), np.nan) for change in masks}
     for block in study.blocks(len(found)):
         part = found[block]
         first = faces.stacked([pair.a for pair in part])
-        donors = {
-            "swap": faces.stacked([pair.donor or pair.a for pair in part]),
-            "same-person": faces.stacked([pair.own or pair.a for pair in part]),
-        }
-        # The control is made only where there is a picture for it.
-        usable = {"swap": np.ones(len(part), bool), "same-person": np.array([pair.own is not None for pair in part])}
         a, b = study.normalised(first), study.pictures([pair.b for pair in part])
         before: list[Tensor] = []
-        for explainer, kept in zip(explainers, asked, strict=True):
+        for number, explainer in enumerate(explainers):
             before.append(explained(explainer, study.model, a, b)[which])
-            kept.clean[block] = _flat(to_cells(before[-1], grid))
+            clean[number, block] = _flat(to_cells(before[-1], grid))
             study.advance(len(part))
-        for key, mask in masks.items():
-            used = usable[key.paste]
-            if not used.any():
+        for change, mask in masks.items():
+            donors = [pair.donor if change.paste == "swap" else pair.own for pair in part]
+            # The control is made only where there is a picture for it.
+            used = [place for place, key in enumerate(donors) if key is not None]
+            if not used:
                 study.advance(len(part) * len(explainers))
                 continue
-            chosen, rows = torch.from_numpy(used), block.start + np.flatnonzero(used)
-            made = paste(
-                first[chosen],
-                donors[key.paste][chosen],
-                mask,
-                blend=settings.blend,
-                match_colour=settings.match_colour,
-            )
-            changed, others = study.normalised(made.images), b[chosen]
-            for explainer, kept, clean in zip(explainers, asked, before, strict=True):
-                maps = explained(explainer, study.model, changed, others)[which]
-                kept.changed[key][rows] = _flat(to_cells(maps, grid))
+            given = faces.stacked([key for key in donors if key is not None])
+            made = paste(first[used], given, mask, blend=settings.blend, match_colour=settings.match_colour)
+            images, pairs = study.normalised(made.images), block.start + np.array(used)
+            for number, explainer in enumerate(explainers):
+                maps = explained(explainer, study.model, images, b[used])[which]
+                changed[change][number, pairs] = _flat(to_cells(maps, grid))
                 if settings.pixels:
                     truth = made.pixels[0].flatten().numpy()
-                    two = [_flat(to_pixels(m, study.preprocessing.size)) for m in (maps, maps - clean[chosen])]
-                    kept.pixels[key][rows] = np.stack([areas(m, truth) for m in two], 1)
+                    two = [to_pixels(m, study.preprocessing.size) for m in (maps, maps - before[number][used])]
+                    over_pixels[change][number][:, pairs] = [areas(_flat(m), truth) for m in two]
                 study.advance(len(part))
-    return asked
+    return [
+        {
+            key: np.concatenate((_readings(changed[key][number], clean[number], mask), over_pixels[key][number]))
+            for key, mask in masks.items()
+        }
+        for number in range(len(explainers))
+    ]
 
 
-def _flat(maps: Tensor) -> NDArray[np.float64]:
+def _readings(maps: Floats, clean: Floats, mask: Tensor) -> Floats:
+    """Areas [3, pairs] of maps [pairs, cells]: absolute, difference, centred."""
+    known, truth = ~np.isnan(maps[:, 0]), mask.flatten().numpy()
+    made = np.full((3, len(maps)), np.nan)
+    if known.any():
+        made[:, known] = [areas(values[known], truth) for values in (maps, maps - clean, standardised(maps, clean))]
+    return made
+
+
+def _flat(maps: Tensor) -> Floats:
     return maps.flatten(1).double().cpu().numpy()
 
 
 def _rows(
-    explainer: str,
-    direction: str,
-    kind: str,
-    kept: _Asked,
-    masks: Mapping[_Key, Tensor],
-    settings: Settings,
-    estimator: Estimator,
-    first_of: dict[_Key, NDArray[np.float64]],
+    about: tuple[str, str, str], by_change: Areas, first: Areas, settings: Settings, estimator: Estimator
 ) -> list[SwapRow]:
-    """The rows of one explainer, each size's mean over its regions behind them; ``first_of`` holds the absolute AUC of
-    every pair by the first explainer that comes here."""
-    made = []
+    """The rows of one explainer, direction and paste, beside the first explainer's; each size's mean over its regions
+    behind them."""
+
+    def with_mean(values: Areas, size: str) -> list[Floats]:
+        by_region = [values[_Change(about[2], size, region)] for region in settings.regions]
+        return [*by_region, np.mean(by_region, axis=0)]
+
+    rows = []
     for size in settings.sizes:
-        by_region: list[list[NDArray[np.float64]]] = []
-        for region in settings.regions:
-            key = _Key(kind, size, region)
-            maps, truth = kept.changed[key], masks[key].flatten().numpy()
-            known = ~np.isnan(maps[:, 0])
-            figures = []
-            for reading in (maps, maps - kept.clean, standardised(maps, kept.clean)):
-                values = np.full(len(maps), np.nan)
-                values[known] = areas(reading[known], truth)
-                figures.append(values)
-            if kept.pixels:
-                figures += list(kept.pixels[key].T)
-            by_region.append(figures)
-        means = [np.mean([figures[i] for figures in by_region], axis=0) for i in range(len(by_region[0]))]
-        for region, figures in zip((*settings.regions, "mean"), (*by_region, means), strict=True):
-            absolute, difference, centred, *over_pixels = map(estimator.mean, figures)
-            pixels = OverPixels(*over_pixels) if over_pixels else None
-            first = first_of.setdefault(_Key(kind, size, region), figures[0])
-            behind = None if first is figures[0] else estimator.mean(first - figures[0])
-            made.append(
-                SwapRow(explainer, direction, kind, region, size, absolute, difference, centred, behind, pixels)
-            )
-    return made
+        both = zip(with_mean(by_change, size), with_mean(first, size), strict=True)
+        for region, (figures, firsts) in zip((*settings.regions, "mean"), both, strict=True):
+            absolute, difference, centred, *pixels = map(estimator.mean, figures)
+            behind = None if by_change is first else estimator.mean(firsts[0] - figures[0])
+            over_pixels = OverPixels(*pixels) if pixels else None
+            rows.append(SwapRow(*about, region, size, absolute, difference, centred, behind, over_pixels))
+    return rows

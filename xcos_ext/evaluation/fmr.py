@@ -29,6 +29,12 @@ def all_pair_scores(
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Scores of every unordered pair of different pictures, through templates (:func:`xcos_ext.xcos_matrix`).
 
+    >>> from xcos_ext.model import XCosHead
+    >>> model = XCosModel(torch.nn.Identity(), XCosHead(4, 4, attention="norm")).eval()
+    >>> scores, genuine = all_pair_scores(model, torch.randn(3, 4, 7, 7), ["Ann", "Ann", "Bob"])
+    >>> scores.shape, genuine.tolist()
+    ((3,), [True, False, False])
+
     Args:
         model: scores the features; in evaluation mode.
         features: grid features F [N, C, H, W].
@@ -61,13 +67,8 @@ def _effective_pairs(matches: NDArray[np.int64], of_person: NDArray[np.float64],
     """How many independent pairs would tell a rate as well as these, which share people.
 
     The variance of the rate with all covariances between pairs that share a person (Aronow, Samii and Assenova,
-    "Cluster-robust variance estimation for dyadic data", 2015), against that of independent pairs.
-
-    Args:
-        matches: [P], false matches that each person takes part in.
-        of_person: [P], impostor pairs that each person takes part in.
-        rate: false matches / pairs.
-        pairs: impostor pairs.
+    "Cluster-robust variance estimation for dyadic data", 2015), against that of independent pairs. ``matches`` and
+    ``of_person`` [P] are the false matches and the impostor pairs that each person takes part in.
     """
     independent = pairs * rate * (1 - rate)
     excess = matches - rate * of_person
@@ -82,6 +83,10 @@ def fmr_curve(
     thresholds: Sequence[float] = (),
 ) -> FMRCurve:
     """The false match rate at any score, from a sample of impostor pairs.
+
+    >>> found = fmr_curve(np.arange(1000) / 1000, thresholds=[0.9]).at(0.9)
+    >>> round(found.rate, 3), found.resolved
+    (0.1, True)
 
     Args:
         impostor_scores: [N], finite.
@@ -142,6 +147,13 @@ def calibrate(
     fmrs: Sequence[float] = (1e-1, 1e-2, 1e-3),
 ) -> Calibration:
     """Thresholds at false match rates, and the rate at any score, over all impostor pairs of a set of people.
+
+    >>> from xcos_ext.model import XCosHead
+    >>> model = XCosModel(torch.nn.Identity(), XCosHead(4, 4, attention="norm")).eval()
+    >>> people = [f"p{i // 2}" for i in range(60)]
+    >>> found = calibrate(model, torch.randn(60, 4, 7, 7), people, decision_fmr=0.05, fmrs=(0.1,))
+    >>> found.impostor_pairs, round(found.curve.at(found.threshold).rate, 3)
+    (1740, 0.05)
 
     The decision threshold is the one at ``decision_fmr``. It needs no genuine pairs, so people with one
     picture each are enough, and a thousand people give a rate of 1e-3 with confidence. The default rate is

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["REGIONS", "SIZES", "Blend", "Pasted", "paste", "pixel_mask", "region_cells", "region_mask", "soft_mask"]
+__all__ = ["REGIONS", "SIZES", "Blend", "Pasted", "paste", "pixel_mask", "region_mask", "soft_mask"]
 
 Cells = tuple[tuple[int, int], ...]
 Blend = Literal["hard", "soft"]
@@ -24,75 +24,44 @@ _GRID = (7, 7)
 _MAX_GAIN = 2.0  # of contrast in matching colours
 
 
-def _box(rows: range, columns: range) -> Cells:
-    return tuple((row, column) for row in rows for column in columns)
+def _box(top: int, bottom: int, left: int, right: int) -> Cells:
+    return tuple((row, column) for row in range(top, bottom) for column in range(left, right))
 
 
-def _mirrored(cells: Cells) -> Cells:
-    return tuple(sorted((row, _GRID[1] - 1 - column) for row, column in cells))
+def _sizes(*cells: Cells) -> dict[str, Cells]:
+    return dict(zip(SIZES, cells, strict=True))
 
 
-def _sided(small: Cells, medium: Cells, large: Cells) -> tuple[dict[str, Cells], dict[str, Cells]]:
-    left = dict(zip(SIZES, (small, medium, large), strict=True))
-    return left, {size: _mirrored(cells) for size, cells in left.items()}
+def _mirrored(region: Mapping[str, Cells]) -> dict[str, Cells]:
+    return {size: tuple((row, _GRID[1] - 1 - column) for row, column in cells) for size, cells in region.items()}
 
 
-_LEFT_EYE, _RIGHT_EYE = _sided(
-    _box(range(3, 4), range(1, 3)), _box(range(2, 4), range(1, 3)), _box(range(2, 4), range(0, 3))
-)
-_LEFT_CHEEK, _RIGHT_CHEEK = _sided(((4, 1),), ((4, 0), (4, 1)), _box(range(4, 6), range(0, 2)))
+_EYE = _sizes(_box(3, 4, 1, 3), _box(2, 4, 1, 3), _box(2, 4, 0, 3))
+_OTHER_EYE = _mirrored(_EYE)
+_CHEEK = _sizes(_box(4, 5, 1, 2), _box(4, 5, 0, 2), _box(4, 6, 0, 2))
 
 #: Region -> size -> cells (row, column) of a 7x7 grid over a crop that is aligned to the ArcFace template: eyes at
 #: (38, 52) and (74, 52), the tip of the nose at (56, 72), the corners of the mouth at (42, 92) and (71, 92) of 112
 #: pixels. Left and right are the picture's.
 REGIONS: Mapping[str, Mapping[str, Cells]] = {
-    "left eye": _LEFT_EYE,
-    "right eye": _RIGHT_EYE,
-    "both eyes": {
-        "small": tuple(sorted(_LEFT_EYE["small"] + _RIGHT_EYE["small"])),
-        "medium": tuple(sorted(_LEFT_EYE["medium"] + _RIGHT_EYE["medium"])),
-        "large": _box(range(2, 4), range(1, 6)),  # with the bridge of the nose
-    },
-    "nose": {
-        "small": ((4, 3),),
-        "medium": ((3, 3), (4, 3)),
-        "large": ((2, 3), (3, 3), (4, 2), (4, 3), (4, 4)),
-    },
-    "mouth": {
-        "small": ((5, 3),),
-        "medium": _box(range(5, 6), range(2, 5)),
-        "large": _box(range(5, 7), range(2, 5)),
-    },
-    "forehead": {
-        "small": ((0, 3),),
-        "medium": _box(range(0, 1), range(2, 5)),
-        "large": _box(range(0, 2), range(2, 5)),
-    },
-    "chin": {
-        "small": ((6, 3),),
-        "medium": _box(range(6, 7), range(2, 5)),
-        "large": _box(range(6, 7), range(1, 6)),
-    },
-    "left cheek": _LEFT_CHEEK,
-    "right cheek": _RIGHT_CHEEK,
+    "left eye": _EYE,
+    "right eye": _OTHER_EYE,
+    # The large one with the bridge of the nose.
+    "both eyes": _sizes(*(_EYE[size] + _OTHER_EYE[size] for size in SIZES[:2]), _box(2, 4, 1, 6)),
+    "nose": _sizes(_box(4, 5, 3, 4), _box(3, 5, 3, 4), _box(2, 4, 3, 4) + _box(4, 5, 2, 5)),
+    "mouth": _sizes(_box(5, 6, 3, 4), _box(5, 6, 2, 5), _box(5, 7, 2, 5)),
+    "forehead": _sizes(_box(0, 1, 3, 4), _box(0, 1, 2, 5), _box(0, 2, 2, 5)),
+    "chin": _sizes(_box(6, 7, 3, 4), _box(6, 7, 2, 5), _box(6, 7, 1, 6)),
+    "left cheek": _CHEEK,
+    "right cheek": _mirrored(_CHEEK),
 }
 
 
-def region_cells(region: str, size: str = "medium") -> Cells:
-    """Cells (row, column) of the 7x7 grid.
-
-    Raises:
-        ValueError: no such region or size.
-    """
-    if region not in REGIONS:
-        raise ValueError(f"region: expected one of {', '.join(REGIONS)}, got {region!r}")
-    if size not in SIZES:
-        raise ValueError(f"size: expected one of {', '.join(SIZES)}, got {size!r}")
-    return REGIONS[region][size]
-
-
 def region_mask(region: str, size: str = "medium", grid: tuple[int, int] = _GRID) -> Tensor:
-    """A region as a mask of cells.
+    """A region as a mask of cells, on the CPU.
+
+    >>> region_mask("mouth", "large").nonzero().tolist()
+    [[5, 2], [5, 3], [5, 4], [6, 2], [6, 3], [6, 4]]
 
     Args:
         region: a key of :data:`REGIONS`.
@@ -100,16 +69,17 @@ def region_mask(region: str, size: str = "medium", grid: tuple[int, int] = _GRID
         grid: rows and columns. Of another grid than 7x7, cells whose middle lies in the region belong to it.
 
     Returns:
-        bool [h, w], on the CPU.
+        bool [h, w].
 
     Raises:
         ValueError: no such region or size, or a grid so coarse that no cell's middle lies in the region.
     """
-    cells = region_cells(region, size)
+    if region not in REGIONS:
+        raise ValueError(f"region: expected one of {', '.join(REGIONS)}, got {region!r}")
+    if size not in SIZES:
+        raise ValueError(f"size: expected one of {', '.join(SIZES)}, got {size!r}")
     mask = torch.zeros(_GRID, dtype=torch.bool)
-    mask[tuple(zip(*cells, strict=True))] = True
-    if tuple(grid) == _GRID:
-        return mask
+    mask[tuple(zip(*REGIONS[region][size], strict=True))] = True
     mask = pixel_mask(mask, grid)
     if not mask.any():
         raise ValueError(f"grid: expected one fine enough for {region}, {size}, got {list(grid)}")
@@ -117,15 +87,8 @@ def region_mask(region: str, size: str = "medium", grid: tuple[int, int] = _GRID
 
 
 def pixel_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """A mask of cells as one of pixels: each pixel belongs to the cell that its middle lies in.
-
-    Args:
-        mask: bool [h, w] or [N, h, w].
-        size: (height, width).
-
-    Returns:
-        bool [height, width] or [N, height, width].
-    """
+    """A mask of cells, bool [..., h, w], as one of pixels [..., height, width]: each pixel belongs to the cell that its
+    middle lies in."""
     index = []
     for pixels, cells in zip(size, mask.shape[-2:], strict=True):
         middles = (torch.arange(pixels, device=mask.device) * 2 + 1) * cells
@@ -134,21 +97,16 @@ def pixel_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def soft_mask(pixels: Tensor, border: int) -> Tensor:
-    """Weights that rise evenly from 0 just outside a mask to 1 at 2 * ``border`` - 1 pixels inside.
+    """Weights [N, H, W] that rise evenly from 0 just outside a mask to 1 at 2 * ``border`` - 1 pixels inside.
 
     They are 0 wherever the mask is not, so the mask stays the exact place of a change. There is no ramp along the edge
     of the picture.
 
     Args:
         pixels: bool [N, H, W].
-        border: half the ramp's length in pixels, from 0: where the weight is one half.
-
-    Returns:
-        fp32 [N, H, W], in [0, 1].
+        border: half the ramp's length in pixels, at least 1: where the weight is one half.
     """
     outside = (~pixels).float().unsqueeze(1)
-    if border < 1:
-        return 1 - outside.squeeze(1)
     # The mask without its border, spread by as much as was taken off: its support is the mask's.
     window = 2 * border - 1
     pad = (border - 1,) * 4
@@ -157,37 +115,27 @@ def soft_mask(pixels: Tensor, border: int) -> Tensor:
 
 
 class Pasted(NamedTuple):
-    """What :func:`paste` made.
-
-    Attributes:
-        images: [N, 3, H, W], in the type of the receivers.
-        pixels: bool [N, H, W], the mask: nothing outside it differs from the receivers.
-        weight: fp32 [N, H, W], how much of every pixel is the donor's.
-    """
+    """Attributes: images [N, 3, H, W] in the type of the receivers, and the mask of pixels, bool [N, H, W]: nothing
+    outside it differs from the receivers."""
 
     images: Tensor
     pixels: Tensor
-    weight: Tensor
 
 
-def paste(
-    images: Tensor,
-    donors: Tensor,
-    mask: Tensor,
-    *,
-    blend: Blend = "hard",
-    border: int | None = None,
-    match_colour: bool = False,
-) -> Pasted:
+def paste(images: Tensor, donors: Tensor, mask: Tensor, *, blend: Blend = "hard", match_colour: bool = False) -> Pasted:
     """Replace a region of pictures by the same region of others.
+
+    >>> import torch
+    >>> made = paste(torch.zeros(1, 3, 112, 112), torch.ones(1, 3, 112, 112), region_mask("nose"))
+    >>> made.images.sum((2, 3)).tolist(), made.pixels.sum().item()
+    ([[512.0, 512.0, 512.0]], 512)
 
     Args:
         images: [N, 3, H, W], uint8 or floating point (normalised or not).
         donors: the same shape and type.
         mask: bool [h, w] or [N, h, w], of cells or of pixels: H x W is divided among them evenly.
-        blend: ``"hard"``: the donor's pixels as they are; ``"soft"``: faded in from the mask's edge inwards.
-        border: pixels inside the mask where ``"soft"`` has faded to one half, and on to 1 in as many more; None: 1/28
-            of the picture's height, a quarter of a 7x7 cell.
+        blend: ``"hard"``: the donor's pixels as they are; ``"soft"``: faded in from the mask's edge inwards, to one
+            half at 1/28 of the picture's height, a quarter of a 7x7 cell, and on to 1 in as many more.
         match_colour: shift and scale each channel of the donor's region to the mean and standard deviation of the
             region that it replaces (the scale is kept in [1/2, 2]). Takes the light and the tint out of the change, and
             a part of the person with them.
@@ -197,8 +145,7 @@ def paste(
 
     Raises:
         TypeError: pictures of two types, or neither uint8 nor floating point; a mask that is not bool.
-        ValueError: shapes that do not fit, an unknown blend, a negative border, or one so wide that nothing of a mask
-            is left.
+        ValueError: shapes that do not fit, an unknown blend, or a mask so narrow that fading leaves nothing of it.
     """
     if images.dim() != 4 or images.shape[1] != 3 or donors.shape != images.shape:
         raise ValueError(
@@ -216,30 +163,28 @@ def paste(
         )
     if blend not in get_args(Blend):
         raise ValueError(f"blend: expected one of {', '.join(get_args(Blend))}, got {blend!r}")
-    if border is None:
-        border = max(height // 28, 1)
-    if border < 0:
-        raise ValueError(f"border: expected at least 0 pixels, got {border}")
     pixels = pixel_mask(mask.to(images.device), (height, width)).expand(count, height, width)
+    inside = pixels.unsqueeze(1)
     if blend == "hard" and not match_colour:
-        return Pasted(torch.where(pixels.unsqueeze(1), donors, images), pixels, pixels.float())
-    receiver = images if images.is_floating_point() else images.float()
-    donor = donors if images.is_floating_point() else donors.float()
+        return Pasted(torch.where(inside, donors, images), pixels)
+    receiver, donor = (side if side.is_floating_point() else side.float() for side in (images, donors))
     if match_colour:
-        donor = _matched(receiver, donor, pixels)
-    weight = soft_mask(pixels, border) if blend == "soft" else pixels.float()
-    if ((weight.amax((1, 2)) > 0) != pixels.flatten(1).any(1)).any():
-        raise ValueError(f"border: expected less than half the width of the mask, got {border} pixels")
-    alpha = weight.unsqueeze(1).to(receiver.dtype)
-    mixed = torch.where(pixels.unsqueeze(1), receiver + alpha * (donor - receiver), receiver)
-    if images.dtype == torch.uint8:
-        mixed = mixed.round().clamp(0, 255).to(torch.uint8)
-    return Pasted(mixed, pixels, weight)
+        donor = _matched(receiver, donor, inside)
+    if blend == "soft":
+        border = max(height // 28, 1)
+        weight = soft_mask(pixels, border)
+        if ((weight.amax((1, 2)) > 0) != pixels.flatten(1).any(1)).any():
+            raise ValueError(
+                f"mask: expected at least {2 * border - 1} pixels in height and width, or fading leaves nothing"
+            )
+        donor = receiver + weight.unsqueeze(1).to(receiver.dtype) * (donor - receiver)
+    mixed = torch.where(inside, donor, receiver)
+    return Pasted(mixed if images.is_floating_point() else mixed.round().clamp(0, 255).to(torch.uint8), pixels)
 
 
 def _matched(receiver: Tensor, donor: Tensor, pixels: Tensor) -> Tensor:
     """The donor with the receiver's mean and standard deviation, per picture and channel, inside the mask."""
-    inside = pixels.unsqueeze(1).to(receiver.dtype)
+    inside = pixels.to(receiver.dtype)
     total = inside.sum((2, 3), keepdim=True).clamp_min(1)
 
     def moments(pictures: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from . import options
 from .console import bar, note, print_json, print_rows
 
 
-@click.command("train")
+@options.command("train")
 @click.argument("config", type=click.Path())
 @click.option(
     "--set", "assignments", multiple=True, metavar="TABLE.KEY=VALUE", help="Change a setting of the file; repeatable."
@@ -47,18 +47,9 @@ def run(
     if not first:
         return 0
     if as_json:
-        print_json(
-            {
-                "out": folder,
-                "steps": result.steps,
-                "resumed": result.resumed,
-                "loss": result.loss if result.loss == result.loss else None,
-                "metrics": dict(result.metrics),
-                "seconds": result.seconds,
-                "step_seconds": result.step_seconds,
-                "files": [str(file) for file in result.files],
-            }
-        )
+        data = {name: getattr(result, name) for name in ("steps", "resumed", "seconds", "step_seconds")}
+        data |= {"loss": result.loss if result.loss == result.loss else None, "metrics": dict(result.metrics)}
+        print_json({"out": folder, **data, "files": [str(file) for file in result.files]})
         return 0
     print_rows(
         [

@@ -88,8 +88,8 @@ def extract_face(
     if detector is None:
         if (height, width) != size:
             raise PictureError(
-                f"{name}: expected an aligned crop of {size[1]} x {size[0]} pixels, got {width} x {height}; for an "
-                "ordinary photograph leave out --aligned"
+                f"{name}: expected an aligned crop of {size[1]} x {size[0]} pixels, got {width} x {height}; an "
+                "ordinary photograph needs a detector (no --aligned)"
             )
         return AlignedFace(rgb, name, None, 1)
     faces = detector.detect(rgb)

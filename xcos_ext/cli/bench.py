@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _STDOUT = "-"
 
 
-@click.command("bench")
+@options.command("bench")
 @click.argument("new", required=False, type=click.Path(), metavar="[NEW.json]")
 @options.model
 @options.choice(

@@ -20,7 +20,7 @@ _PACKAGES = (
 )
 
 
-@click.command("info")
+@options.command("info")
 @options.as_json
 def run(as_json: bool) -> int:
     """What was built, what is installed, and what it runs on."""

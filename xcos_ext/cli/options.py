@@ -178,7 +178,7 @@ bootstrap = click.option(
     "--bootstrap",
     "replicates",
     type=replicates,
-    default=1000,
+    default="1000",
     show_default=True,
     metavar="N",
     help="Replicates for the confidence intervals; 0 for none.",

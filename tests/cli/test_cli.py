@@ -240,7 +240,7 @@ def test_detector_setting(photos: dict[str, str], model: Path, tmp_path: Path) -
     (tmp_path / "y.onnx").write_bytes(b"no network")
     for spec, words in (
         ("mtcnn", "detector: expected 'cascade' or the path of a YuNet .onnx file, got 'mtcnn'"),
-        (str(tmp_path / "none.onnx"), "no detector network can be read"),
+        (str(tmp_path / "none.onnx"), "none.onnx: no such file"),
         (str(tmp_path / "y.onnx"), "not a YuNet network"),
     ):
         trouble(run("verify", photos["a"], photos["a"], "--model", model, "--detector", spec), words)

@@ -19,6 +19,9 @@ class Face:
         landmarks: fp64 [5, 2], (x, y) in pixels of the picture, in the order of
             :data:`~xcos_ext.faces.ARCFACE_TEMPLATE`; None if the detector gives only boxes.
         score: the detector's confidence in [0, 1]; not comparable between detectors.
+
+    >>> Face((10, 20, 64, 64), None, 0.9).box
+    (10, 20, 64, 64)
     """
 
     box: tuple[float, float, float, float]
@@ -28,7 +31,14 @@ class Face:
 
 @runtime_checkable
 class Detector(Protocol):
-    """Anything that finds faces. Detectors are not thread-safe: give every thread its own."""
+    """Anything that finds faces. Detectors are not thread-safe: give every thread its own.
+
+    >>> class Everywhere:
+    ...     def detect(self, rgb):
+    ...         return [Face((0, 0, rgb.shape[1], rgb.shape[0]), None, 1.0)]
+    >>> isinstance(Everywhere(), Detector)
+    True
+    """
 
     def detect(self, rgb: np.ndarray) -> list[Face]:
         """Find the faces of a picture.

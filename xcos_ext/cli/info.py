@@ -9,8 +9,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import click
-
 from . import options
 from .console import TROUBLE, print_json, print_rows
 

@@ -65,13 +65,6 @@ def check_picture(rgb: np.ndarray) -> None:
         raise ValueError(f"rgb: expected pixels, got an empty picture {list(rgb.shape)}")
 
 
-def overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection of two boxes (left, top, width, height) over the smaller one's area."""
-    low = np.maximum(a[:2], b[:2])
-    high = np.minimum(a[:2] + a[2:], b[:2] + b[2:])
-    return float(np.prod(np.maximum(high - low, 0)) / max(min(a[2] * a[3], b[2] * b[3]), 1e-9))
-
-
 def scaled_copy(image: np.ndarray, longest: int, *, enlarge: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """A copy whose longer side is ``longest``, or less if that takes more than ``enlarge`` times the picture's size.
 

@@ -123,20 +123,21 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> np.ndarray:
     file.seek(0)
     image_module.init()
     formats = [f for f in _FORMATS if f in image_module.OPEN]
-    damage = "damaged picture: its header cannot be read"
+    damage, size = "damaged picture: its header cannot be read", "its"
     try:
         with warnings.catch_warnings():
             # Our own limit decides; Pillow's warnings about size and odd metadata would only confuse stderr.
             warnings.simplefilter("ignore")
             with image_module.open(file, formats=formats) as picture:
+                size = f"{picture.width:,} x {picture.height:,}"
                 if picture.width * picture.height > max_pixels:
-                    raise _too_large(name, f"{picture.width:,} x {picture.height:,}", max_pixels)
+                    raise _too_large(name, size, max_pixels)
                 damage = f"damaged or truncated {picture.format} picture"
                 return _to_rgb(picture, name)
     except PictureError:
         raise
     except MemoryError as error:
-        raise PictureError(f"{name}: not enough memory for its pixels") from error
+        raise PictureError(f"{name}: not enough memory for {size} pixels") from error
     except image_module.DecompressionBombError as error:
         # Pillow's own, harder limit is met while the header is read, and only its message has the size.
         found = re.search(r"(\d+) pixels", str(error))

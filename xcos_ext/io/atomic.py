@@ -33,6 +33,10 @@ def check_output(path: StrPath, suffixes: Sequence[str]) -> str:
 
     Raises:
         OutputError: the message starts with the path and says what is wrong.
+
+    >>> check_output("why.gif", (".png", ".pdf"))
+    Traceback (most recent call last):
+    xcos_ext.io.atomic.OutputError: why.gif: expected a file ending in .png or .pdf, got .gif
     """
     name = display_name(path)
     suffix = os.path.splitext(os.fspath(path))[1].lower()
@@ -65,6 +69,11 @@ def write_atomically(path: StrPath, write: Callable[[BinaryIO], object]) -> None
 
     Raises:
         OutputError: there is no such folder, it cannot be written, or the disk is full; nothing is left behind.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_atomically(f"{folder}/a.txt", lambda file: file.write(b"whole"))
+    ...     os.listdir(folder)
+    ['a.txt']
     """
     temporary: str | None = None
     try:

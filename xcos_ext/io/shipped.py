@@ -46,6 +46,9 @@ def weights_file(name: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
 
     Raises:
         ModelError: the default model is missing from the installation.
+
+    >>> weights_file("faithful").name
+    'xcos_faithful.safetensors'
     """
     if name is None:
         return default_weights()
@@ -62,6 +65,10 @@ def readable_file(path: str | os.PathLike[str], what: str) -> Path:
 
     Raises:
         ModelError: missing, not a regular file, empty or not readable.
+
+    >>> readable_file(DATA, "a weights file")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    xcos_ext.io.errors.ModelError: ...data: expected a weights file, got a directory
     """
     file, name = Path(path), display_name(path)
     try:

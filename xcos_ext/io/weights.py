@@ -67,6 +67,12 @@ def read_weights(path: StrPath) -> tuple[dict[str, Any], dict[str, str]]:
 
     Raises:
         ModelError: missing, damaged, unsafe or not a weights file.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_safetensors(f"{folder}/a.safetensors", {"scale": torch.ones(2)}, {"made": "here"})
+    ...     read_weights(f"{folder}/a.safetensors")
+    ({'scale': tensor([1., 1.])}, {'made': 'here'})
     """
     file = readable_file(path, "a weights file")
     size = file.stat().st_size

@@ -171,7 +171,7 @@ xcos = GuardedGroup(
         "train": ("train.run", "Train a head or a model as a TOML file says."),
         "verify": ("verify.run", "Are the faces of pictures A and B the same person's?"),
     },
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
     help="""Explainable face similarity: a score, and the map of what it is made of.
 
     Messages go to stderr. Exit status: 0 success, 2 trouble; verify and explain: 0 the same person, 1 different

@@ -98,7 +98,7 @@ def to_onnx(model: str | None, out: str, dtype: str, batch: int | None, quiet: b
     help="Batches that the engine runs, e.g. 1:8:64; may be repeated.",
 )
 @click.option("--tf32", is_flag=True, help="Allow TF32 where the graph says float32.")
-@click.option("--device", default="cuda", show_default=True, metavar="cuda[:N]", help="The GPU to build for.")
+@click.option("--device", default="cuda", metavar="cuda[:N]", help="The GPU to build for.")
 @options.quiet
 @options.as_json
 def to_tensorrt(onnx: str, out: str, profiles: tuple[str, ...], quiet: bool, as_json: bool, **how: Any) -> int:

@@ -16,7 +16,7 @@ from xcos_ext.io.text import display_name
 
 from . import options
 from .console import bar, figure, note, note_some, print_json, say_written, table, table_console
-from .inputs import check_model_path, detector_maker, load, load_recogniser, opened_pairs, write_text
+from .inputs import check_model_path, load, load_recogniser, opened_pairs, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -121,15 +121,13 @@ def run(
         need(package, "evaluation")
     model_path = None if only_teacher else check_model_path(model)
     teacher_path = None if teacher is None else check_model_path(teacher)
-    listed = opened_pairs(pairs, root, list_format)
-    make_detector = detector_maker(detector, aligned or listed.aligned)
+    listed, finder = opened_pairs(pairs, root, list_format, detector, aligned)
     from xcos_ext.evaluation.faithfulness import Faces, Settings, faithfulness
     from xcos_ext.evaluation.figures import plain
 
     kept = None if folds is None else _folds(listed, folds)
     # Of options that are repeated the same word may come twice.
     settings = Settings(**chosen | {name: tuple(dict.fromkeys(chosen[name])) for name in ("sizes", "fills")})
-    finder = None if make_detector is None else make_detector()
     started = time.perf_counter()
     about = {"file": display_name(pairs), "format": listed.format, "folds": folds, "aligned": finder is None}
     results: list[Faithfulness] = []

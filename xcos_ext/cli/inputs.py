@@ -144,11 +144,15 @@ def open_gallery(path: str, model: XCosModel | None = None) -> Gallery:
     return Gallery.open(path, model)
 
 
-def opened_pairs(pairs: str, root: str | None, list_format: str | None) -> PairList:
-    """A list of pairs that a command was given."""
+def opened_pairs(
+    pairs: str, root: str | None, list_format: str | None, detector: str, aligned: bool
+) -> tuple[PairList, Detector | None]:
+    """A list of pairs, and what finds the faces of its pictures; None where these are aligned crops."""
     from xcos_ext.evaluation.datasets import open_pairs
 
-    return open_pairs(pairs, root, format=list_format)
+    listed = open_pairs(pairs, root, format=list_format)
+    make = detector_maker(detector, aligned or listed.aligned)
+    return listed, None if make is None else make()
 
 
 def write_text(path: str, text: str) -> None:

@@ -119,26 +119,22 @@ def several(*options: Decorator) -> Decorator:
 
 def choice(*names: str, values: Sequence[str], help: str, default: str | tuple[str, ...] | None = None) -> Decorator:
     """An option for one of some words; one that may be repeated where the default is a tuple."""
-    repeated = isinstance(default, tuple)
-    kind = click.Choice(values)
-    return click.option(*names, type=kind, multiple=repeated, default=default, show_default=bool(default), help=help)
+    return click.option(
+        *names, type=click.Choice(values), multiple=isinstance(default, tuple), default=default, help=help
+    )
 
 
 def number(
     *names: str, help: str, default: int | None = None, least: int = 1, most: int | None = None, metavar: str = "N"
 ) -> Decorator:
     """An option for an integer."""
-    kind = click.IntRange(least, most)
-    return click.option(
-        *names, type=kind, default=default, show_default=default is not None, metavar=metavar, help=help
-    )
+    return click.option(*names, type=click.IntRange(least, most), default=default, metavar=metavar, help=help)
 
 
 def figure(name: str, what: str, default: str | None = None) -> Decorator:
     """An option for a file that is drawn."""
     kind = written(".png", ".pdf", ".svg", drawn=True)
-    help = f"Draw {what}: .png, .pdf or .svg."
-    return click.option(name, metavar="FILE", type=kind, default=default, show_default=True, help=help)
+    return click.option(name, metavar="FILE", type=kind, default=default, help=f"Draw {what}: .png, .pdf or .svg.")
 
 
 model = click.option(
@@ -150,11 +146,7 @@ model = click.option(
     "default: the shipped compact model; faithful and local are shipped too]",
 )
 detector = click.option(
-    "--detector",
-    default="cascade",
-    show_default=True,
-    metavar="cascade|FILE.onnx",
-    help="OpenCV's bundled cascades, or a YuNet network.",
+    "--detector", default="cascade", metavar="cascade|FILE.onnx", help="OpenCV's bundled cascades, or a YuNet network."
 )
 aligned = click.option(
     "--aligned", is_flag=True, help="The pictures are aligned crops already (112 x 112): detect nothing."
@@ -179,7 +171,6 @@ bootstrap = click.option(
     "replicates",
     type=replicates,
     default="1000",
-    show_default=True,
     metavar="N",
     help="Replicates for the confidence intervals; 0 for none.",
 )

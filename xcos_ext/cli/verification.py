@@ -13,7 +13,7 @@ from xcos_ext.io.text import display_name
 
 from . import options
 from .console import figure, note_some, print_json, progress, say_written, table, table_console
-from .inputs import check_model_path, described, detector_maker, load, load_recogniser, opened_pairs
+from .inputs import check_model_path, described, load, load_recogniser, opened_pairs
 
 if TYPE_CHECKING:
     from xcos_ext.evaluation import Evaluation
@@ -64,8 +64,7 @@ def run(
     need("sklearn", "evaluation")
     path = check_model_path(model)
     teacher_path = None if teacher is None else check_model_path(teacher)
-    listed = opened_pairs(pairs, root, list_format)
-    make_detector = detector_maker(detector, aligned or listed.aligned)
+    listed, finder = opened_pairs(pairs, root, list_format, detector, aligned)
     from xcos_ext.evaluation import evaluate
 
     loaded = load(path, device)
@@ -81,7 +80,7 @@ def run(
         listed,
         attentions=attention,
         teacher=recogniser,
-        detector=None if make_detector is None else make_detector(),
+        detector=finder,
         flip=flip,
         fmrs=_FMRS,
         replicates=replicates,
@@ -116,8 +115,8 @@ def run(
     data = {
         "pairs": about,
         "enrolment": {
-            "aligned": make_detector is None,
-            "detector": None if make_detector is None else display_name(detector),
+            "aligned": finder is None,
+            "detector": None if finder is None else display_name(detector),
             "failed_pictures": [{"picture": key, "reason": why} for key, why in result.failures.items()],
             "failed_pairs": failed,
             "failed_pairs_count_as": _COUNTED,

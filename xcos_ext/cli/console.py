@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +60,8 @@ def print_json(data: Any) -> None:
     click.echo(text)
 
 
-def print_rows(rows: Iterable[Sequence[str]], width: int = 10, gap: int = 1) -> None:
+def print_rows(*rows: Sequence[str], width: int = 10, gap: int = 1) -> None:
     """Print names and values, or more columns, a line each; the first column is at least so wide."""
-    rows = list(rows)
     widths = [max(map(len, column)) + gap for column in zip(*rows, strict=True)]
     widths[0] = max(widths[0], width + gap)
     for row in rows:

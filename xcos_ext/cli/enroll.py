@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from xcos_ext.io.errors import GalleryError, XCosError
+from xcos_ext.io.errors import GalleryError
 from xcos_ext.io.optional import gallery_package
 from xcos_ext.io.text import display_name
 
@@ -81,18 +81,9 @@ def run(
         result = enroll(opened, loaded, pictures, make_detector, on_duplicate=known, progress=tick, **how)
         size = len(opened)
     if as_json:
-        print_json(
-            {
-                "gallery": display_name(gallery),
-                "faces": size,
-                "enrolled": len(result.enrolled),
-                "already_in": result.present,
-                "skipped": result.skipped,
-                "several_faces": result.several,
-                "seconds": result.seconds,
-                "model": described(loaded, path),
-            }
-        )
+        counts = {"faces": size, "enrolled": len(result.enrolled), "already_in": result.present}
+        named = {"skipped": result.skipped, "several_faces": result.several, "seconds": result.seconds}
+        print_json({"gallery": display_name(gallery), **counts, **named, "model": described(loaded, path)})
     else:
         if not quiet:
             rate = len(result.enrolled) / result.seconds if result.seconds > 0 else 0.0
@@ -103,11 +94,7 @@ def run(
         note_some([f"skipped {why}" for why in result.skipped.values()], "pictures skipped")
         if result.several:
             note(f"{len(result.several):,} pictures with several faces: took the {how['policy']} one (see --face)")
-    if not result.enrolled and not result.present:
-        if not result.skipped:
-            raise XCosError("nothing to enrol")
-        return TROUBLE
-    return 0
+    return 0 if result.enrolled or result.present else TROUBLE
 
 
 def _labelled(pictures: list[Picture], labels: str) -> list[Picture]:
@@ -130,5 +117,6 @@ def _labelled(pictures: list[Picture], labels: str) -> list[Picture]:
     found = {picture.id: picture for picture in pictures}
     for picture_id, row in rows.items():
         person = row.pop("person", None) or found[picture_id].person
-        found[picture_id] = dataclasses.replace(found[picture_id], person=person, metadata=row)
+        metadata = {column: value for column, value in row.items() if column is not None}  # None: what is too much
+        found[picture_id] = dataclasses.replace(found[picture_id], person=person, metadata=metadata)
     return list(found.values())

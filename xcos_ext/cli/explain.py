@@ -41,7 +41,7 @@ def run(html: str | None, figure: str | None, as_json: bool, **pair: Any) -> int
     else:
         click.echo("\n".join((str(explanation), "", *_table(explanation), "")))
         files = [(kind, display_name(path)) for kind, path in (("page", html), ("picture", figure)) if path is not None]
-        print_rows([("model", explanation.as_dict()["model"]["name"]), *files])
+        print_rows(("model", explanation.as_dict()["model"]["name"]), *files)
     if explanation.same is None:
         note("no verdict: the model knows no decision threshold; give --threshold, or make a model that has one")
     return status(explanation)

@@ -76,13 +76,11 @@ def to_onnx(model: str | None, out: str, dtype: str, batch: int | None, quiet: b
         print_json(data | {"batch": batch, "templates": asdict(card.layout) | {"size": card.layout.size}})
         return 0
     print_rows(
-        [
-            ("graph", f"{display_name(out)} ({size / 1e6:.2f} MB)"),
-            ("kind", card.kind),
-            ("model", f"{card.name} ({card.fingerprint})"),
-            ("threshold", "unknown" if card.threshold is None else f"{card.threshold:.4f}"),
-            ("inside", f"{card.dtype}, opset {card.opset}, batch {'any' if batch is None else batch}"),
-        ]
+        ("graph", f"{display_name(out)} ({size / 1e6:.2f} MB)"),
+        ("kind", card.kind),
+        ("model", f"{card.name} ({card.fingerprint})"),
+        ("threshold", "unknown" if card.threshold is None else f"{card.threshold:.4f}"),
+        ("inside", f"{card.dtype}, opset {card.opset}, batch {'any' if batch is None else batch}"),
     )
     return 0
 
@@ -125,15 +123,13 @@ def to_tensorrt(onnx: str, out: str, profiles: tuple[str, ...], quiet: bool, as_
 def _show(plan: str, seconds: float, card: PlanCard) -> None:
     batches = ", ".join(str(p) if p.min == p.max else f"{p} (chosen for {p.opt})" for p in card.profiles)
     print_rows(
-        [
-            ("plan", f"{plan} ({card.plan_bytes / _MIB:.1f} MiB) and {plan}.json"),
-            ("TensorRT", card.tensorrt),
-            ("GPU", f"{card.gpu} (compute capability {card.sm})"),
-            ("batch", batches or str(card.inputs[0].shape[0] if card.inputs[0].shape else 1)),
-            *(("input", str(tensor)) for tensor in card.inputs),
-            *(("output", str(tensor)) for tensor in card.outputs),
-            *([("options", "tf32")] if card.tf32 else []),
-            ("time", f"{seconds:.1f} s"),
-        ],
+        ("plan", f"{plan} ({card.plan_bytes / _MIB:.1f} MiB) and {plan}.json"),
+        ("TensorRT", card.tensorrt),
+        ("GPU", f"{card.gpu} (compute capability {card.sm})"),
+        ("batch", batches or str(card.inputs[0].shape[0] if card.inputs[0].shape else 1)),
+        *(("input", str(tensor)) for tensor in card.inputs),
+        *(("output", str(tensor)) for tensor in card.outputs),
+        *([("options", "tf32")] if card.tf32 else []),
+        ("time", f"{seconds:.1f} s"),
         width=9,
     )

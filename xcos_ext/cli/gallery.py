@@ -25,15 +25,13 @@ def info(gallery: str, as_json: bool) -> int:
     each = "" if data["bytes_per_face"] is None else f", {data['bytes_per_face']:.0f} bytes a face"
     removed = data["removed_but_stored"]
     print_rows(
-        [
-            ("faces", f"{data['faces']:,} of {data['persons']:,} persons"),
-            ("version", f"{data['version']}, {data['fragments']} fragments, {removed:,} removed faces"),
-            ("on disk", f"{byte_size(data['bytes'])}{each}; packed tiles {byte_size(data['tiles_bytes'])}"),
-            ("template", f"{data['grid'][0]}x{data['grid'][1]}, {data['channels']} channels, {data['dtype']}"),
-            ("head", str(data["head"])),
-            ("model", f"{data['model_name'] or 'not recorded'} {data['model'] or ''}".strip()),
-            ("threshold", "not known" if data["threshold"] is None else f"{data['threshold']:.4f}"),
-        ]
+        ("faces", f"{data['faces']:,} of {data['persons']:,} persons"),
+        ("version", f"{data['version']}, {data['fragments']} fragments, {removed:,} removed faces"),
+        ("on disk", f"{byte_size(data['bytes'])}{each}; packed tiles {byte_size(data['tiles_bytes'])}"),
+        ("template", f"{data['grid'][0]}x{data['grid'][1]}, {data['channels']} channels, {data['dtype']}"),
+        ("head", str(data["head"])),
+        ("model", f"{data['model_name'] or 'not recorded'} {data['model'] or ''}".strip()),
+        ("threshold", "not known" if data["threshold"] is None else f"{data['threshold']:.4f}"),
     )
     if removed:
         note("removed faces are still on disk until xcos gallery compact")

@@ -38,7 +38,7 @@ def run(as_json: bool) -> int:
             rows += [(f"{name}: {key.replace('_', ' ')}", _shown(item)) for key, item in value.items()]
         else:
             rows.append(("XCOS_MODEL" if name == "model" else name.replace("_", " "), _shown(value)))
-    print_rows(rows)
+    print_rows(*rows)
     return status
 
 

@@ -209,12 +209,10 @@ def _report(model: XCosModel, out: str, people: int, pairs: int, threshold: floa
         return
     rule = f"false match rate {_DECISION_FMR:g} over {pairs:,} impostor pairs" if threshold is None else "given"
     print_rows(
-        [
-            ("model", f"{display_name(out)} ({model.name})"),
-            *split.items(),
-            ("faces", f"{people} people, one picture each"),
-            ("threshold", "none" if model.threshold is None else f"{model.threshold:.4f} ({rule})"),
-        ]
+        ("model", f"{display_name(out)} ({model.name})"),
+        *split.items(),
+        ("faces", f"{people} people, one picture each"),
+        ("threshold", "none" if model.threshold is None else f"{model.threshold:.4f} ({rule})"),
     )
 
 
@@ -289,7 +287,7 @@ def _list_maps(weights: str, output: str | None, as_json: bool) -> int:
         shape = "x".join(map(str, m.shape))
         name, op = one_line(m.name), one_line(m.op)  # a file may call them anything
         rows.append(("*" if m.chosen else "", name, shape, op, str(m.distance), "yes" if m.affine else "no"))
-    print_rows(rows, width=1, gap=2)
+    print_rows(*rows, width=1, gap=2)
     click.echo("* taken unless --tensor names another; behind it: operators up to the embedding")
     if own is not None:
         click.echo(f"the graph normalises its pictures itself: x * {_few(own.scale)} + {_few(own.shift)}")

@@ -89,7 +89,7 @@ def run(
                 rows.append(("", f"{summary.false_non_matches:,} of {summary.genuine:,} genuine pairs do not match"))
         rows.append(("time", f"{summary.seconds:.1f} s, {rate:,.0f} pairs/s, {summary.pictures:,} pictures"))
         rows.append(("page", f"{page} ({summary.bytes / 1e6:.1f} MB)"))
-        print_rows(rows)
+        print_rows(*rows)
     if summary.without_face:
         note(f"pictures that could not be used: {summary.without_face:,}; their pairs are on the page with the reason")
     if summary.several_faces:

@@ -78,22 +78,21 @@ def run(
         if fpir is not None:
             limit = identification_threshold(opened.layout.fmr_curve, fpir, len(opened))
         fast = for_inference(loaded)
-        names, crops, failures = [], [], {}
+        crops, failures = {}, {}
         with bar("reading", "pictures") as tick:
             faces = read_faces(pictures, loaded.preprocessing.size, make_detector, policy=policy)
             for done, (picture, crop, _, problem) in enumerate(faces, 1):
                 if crop is None:
-                    failures[picture.id] = problem or "no face"
+                    failures[picture.id] = problem
+                    note(f"left out {problem}")
                 else:
-                    names.append(picture.id)
-                    crops.append(crop)
+                    crops[picture.id] = crop
                 tick(done, len(pictures))
-        for why in failures.values():
-            note(f"left out {why}")
         if not crops:
             raise PictureError("no probe has a usable face")
+        names = list(crops)
         with torch.inference_mode():
-            templates = fast.templates(fast.features_of(crops), "probe", opened.layout.dtype)
+            templates = fast.templates(fast.features_of(list(crops.values())), "probe", opened.layout.dtype)
         begin = time.perf_counter()
         with bar("searching", "faces") as tick:
             hits = opened.search(

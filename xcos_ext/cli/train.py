@@ -52,12 +52,10 @@ def run(
         print_json({"out": folder, **data, "files": [str(file) for file in result.files]})
         return 0
     print_rows(
-        [
-            ("steps", f"{result.steps}" + (f" ({result.resumed} before)" if result.resumed else "")),
-            ("loss", f"{result.loss:.6g}"),
-            *((name, f"{value:.6g}") for name, value in result.metrics.items()),
-            ("time", f"{result.seconds:.1f} s, {1e3 * result.step_seconds:.1f} ms a step"),
-            *(("written", str(file)) for file in result.files),
-        ]
+        ("steps", f"{result.steps}" + (f" ({result.resumed} before)" if result.resumed else "")),
+        ("loss", f"{result.loss:.6g}"),
+        *((name, f"{value:.6g}") for name, value in result.metrics.items()),
+        ("time", f"{result.seconds:.1f} s, {1e3 * result.step_seconds:.1f} ms a step"),
+        *(("written", str(file)) for file in result.files),
     )
     return 0

@@ -46,7 +46,7 @@ def run(out: str | None, as_json: bool, **pair: Any) -> int:
     rows.append(("model", explanation.model.name))
     if out is not None:
         rows.append(("picture", display_name(out)))
-    print_rows(rows)
+    print_rows(*rows)
     return status(explanation)
 
 

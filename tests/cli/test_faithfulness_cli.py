@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import click
+import commands
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from commands import strict
 from torch import nn
 
 from xcos_ext import backbones
-from xcos_ext.cli.app import xcos
 from xcos_ext.cli.options import integers
 from xcos_ext.evaluation.faithfulness import measure
 from xcos_ext.model import XCosModel, plug
@@ -68,9 +68,8 @@ def network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(root: Path, *arguments: str | Path) -> Result:
-    runner = CliRunner(env={"XCOS_MODEL": None, "XCOS_DEBUG": None})
     common = ("--pairs", root / "pairs.csv", "--root", root, "--aligned")
-    return runner.invoke(xcos, ["evaluate", "faithfulness", *map(str, (*common, *arguments))])
+    return commands.run("evaluate", "faithfulness", *common, *arguments)
 
 
 def test_tables_curves_and_figures(root: Path, tmp_path: Path) -> None:
@@ -193,9 +192,7 @@ def test_pictures_without_a_face(root: Path) -> None:
 
 def test_trouble(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def trouble(words: str, *arguments: str | Path) -> None:
-        result = run(root, *arguments)
-        assert result.exit_code == 2 and result.stdout == "", result.output
-        assert len(result.stderr.splitlines()) == 1 and words in result.stderr, result.stderr
+        commands.trouble(run(root, *arguments), words)
 
     trouble("--explainer: expected some of xcos, ", "--explainer", "lime")
     trouble("--folds: expected some of 3, 8, got 7", "--folds", "7,8")

@@ -12,7 +12,7 @@ from typing import BinaryIO
 from .errors import XCosError
 from .text import display_name
 
-__all__ = ["OutputError", "check_output", "ordinary_mode", "write_atomically"]
+__all__ = ["OutputError", "check_output", "write_atomically"]
 
 StrPath = str | os.PathLike[str]
 
@@ -51,13 +51,6 @@ def check_output(path: StrPath, suffixes: Sequence[str]) -> str:
     return target
 
 
-def ordinary_mode() -> int:
-    """Permissions that a new file gets."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
-
-
 def write_atomically(path: StrPath, write: Callable[[BinaryIO], object]) -> None:
     """Write through a temporary file in the same folder that then takes the name.
 
@@ -83,7 +76,9 @@ def write_atomically(path: StrPath, write: Callable[[BinaryIO], object]) -> None
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, ordinary_mode())  # mkstemp makes it private
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private
         os.replace(temporary, target)
     except OSError as error:
         raise _cannot(path, error) from error

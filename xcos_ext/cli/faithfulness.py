@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -244,7 +244,7 @@ def _swap_tables(found: RegionSwap) -> Iterator[Table]:
             yield shown
 
 
-def _deletion_table(found: Deletion) -> Table:
+def _deletion_tables(found: Deletion) -> Iterator[Table]:
     what, who = "verification accuracy", f"{found.pairs} pairs"
     if found.protocol == "identification":
         what, who = "rank-1 identification rate", f"{found.pairs} probes, {found.gallery} enrolled"
@@ -259,10 +259,10 @@ def _deletion_table(found: Deletion) -> Table:
             rows = [found.find(name, kind=kind, mode=mode, fill=fill) for kind, mode in orders]
             shown.add_row(name, *(_cell(row.curve.area, 1) for row in rows))
         shown.add_section()
-    return shown
+    yield shown
 
 
-def _locality_table(found: Locality) -> Table:
+def _locality_tables(found: Locality) -> Iterator[Table]:
     shown = table(
         f"Locality: share of a change of S that shows in the occluded cell ({found.pairs} pairs)",
         ["fill", "own cell ↑", "3x3 cells around ↑"],
@@ -270,10 +270,10 @@ def _locality_table(found: Locality) -> Table:
     for row in found.rows:
         shown.add_row(row.fill, _cell(row.own, 3), _cell(row.neighbourhood, 3))
     shown.add_row("all cells alike", f"{found.chance:.3f}", f"{found.chance_neighbourhood:.3f}")
-    return shown
+    yield shown
 
 
-def _patch_table(found: Patch) -> Table:
+def _patch_tables(found: Patch) -> Iterator[Table]:
     kinds = list(dict.fromkeys(row.pairs for row in found.rows))
     drawn = found.genuine + found.impostor
     shown = table(
@@ -282,44 +282,43 @@ def _patch_table(found: Patch) -> Table:
     )
     for name in dict.fromkeys(row.explainer for row in found.rows):
         shown.add_row(name, *(_cell(found.find(name, pairs=kind).flips.area, 1) for kind in kinds))
-    return shown
+    yield shown
 
 
-def _time_table(result: Faithfulness) -> Table:
+def _time_tables(result: Faithfulness) -> Iterator[Table]:
     shown = table(f"Time for the maps of one pair, ms ({result.device})", ["explainer", "median", "quartiles", "pairs"])
     for name, timing in result.timings.items():
         low, median, high = (f"{1000 * value:.3g}" for value in (timing.low, timing.median, timing.high))
         shown.add_row(name, median, f"{low}, {high}", str(timing.pairs))
-    return shown
+    yield shown
 
 
-def _tables(result: Faithfulness) -> Iterator[Table]:
-    if result.region_swap is not None:
-        yield from _swap_tables(result.region_swap)
-    for deletion in (result.deletion, result.identification):
-        if deletion is not None:
-            yield _deletion_table(deletion)
-    if result.locality is not None:
-        yield _locality_table(result.locality)
-    if result.patch is not None:
-        yield _patch_table(result.patch)
-    yield _time_table(result)
+#: Part of the results -> its tables.
+_TABLES: dict[str, Callable[[Any], Iterator[Table]]] = {
+    "region_swap": _swap_tables,
+    "deletion": _deletion_tables,
+    "identification": _deletion_tables,
+    "locality": _locality_tables,
+    "patch": _patch_tables,
+}
 
 
 def _print(result: Faithfulness) -> None:
     """Tables, what was left out, and what could not be used."""
     click.echo(result.model)
-    table_console().print(*_tables(result), sep="\n")
+    parts = {name: found for name in _TABLES if (found := getattr(result, name)) is not None}
+    console = table_console()
+    for name, found in parts.items():
+        console.print(*_TABLES[name](found), sep="\n")
+    console.print(*_time_tables(result))
     if result.threshold_from_pairs and result.threshold is not None:
         click.echo(f"explained at the threshold {result.threshold:.4f}, the equal error rate's on these pairs")
     for name, why in result.skipped.items():
         note(f"{name} is left out: {why}")
     draws = () if result.region_swap is None else result.region_swap.draws
-    parts = {draw.direction: draw for draw in draws} | {
-        name: getattr(result, name) for name in ("deletion", "identification", "locality", "patch")
-    }
-    for name, found in parts.items():
-        if found is not None and found.passed_over:
+    parts.pop("region_swap", None)
+    for name, found in [*((draw.direction, draw) for draw in draws), *parts.items()]:
+        if found.passed_over:
             click.echo(f"{name}: {found.passed_over} passed over, for want of a picture or a donor")
     for draw in draws:
         if draw.controls < draw.pairs:

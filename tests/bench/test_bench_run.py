@@ -481,7 +481,7 @@ def test_bench_where_nothing_can_be_measured_is_trouble():
         (("--json", "run.txt"), "run.txt: expected a file ending in .json"),
         (("--plot", "run.gif"), "run.gif"),
         (("--plot", "/no/such/folder/run.png"), "there is no folder"),
-        (("--model", "none.safetensors"), "none.safetensors: the model cannot be read"),
+        (("--model", "none.safetensors"), "none.safetensors: no such file"),
         (("--picture", "none.jpg"), "none.jpg: no such file"),
         (("--stage", "head", "--plot", "run.png"), "--plot: expected --stage pair or backbone"),
         (("--detector", "eyes"), "detector: expected 'cascade' or the path"),

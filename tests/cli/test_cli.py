@@ -186,7 +186,7 @@ def test_models_that_cannot_be_used(photos: dict[str, str], tmp_path: Path) -> N
     def verify(path: str | Path) -> Result:
         return run("verify", photos["crop1"], photos["crop2"], "--aligned", "--model", path)
 
-    trouble(verify(tmp_path / "none.pt"), "none.pt", "cannot be read")
+    trouble(verify(tmp_path / "none.pt"), "none.pt: no such file")
     trouble(verify(tmp_path), "expected a weights file")
     (tmp_path / "bad.pt").write_bytes(b"not weights")
     trouble(verify(tmp_path / "bad.pt"), "bad.pt")
@@ -227,7 +227,7 @@ def test_output_is_checked_before_any_work(tmp_path: Path, out: str) -> None:
         (["verify", "a", "b", "--max-pixels", "0"], "0"),
         (["verify", "a", "b", "--nonsense"], "--nonsense"),
         (["nonsense"], "nonsense"),
-        (["demo", "one.jpg"], "expected two pictures or none, got 1"),
+        (["demo", "one.jpg"], "unexpected extra argument"),
         (["plug", "w.pt"], "Missing option"),
     ],
 )
@@ -240,7 +240,7 @@ def test_detector_setting(photos: dict[str, str], model: Path, tmp_path: Path) -
     (tmp_path / "y.onnx").write_bytes(b"no network")
     for spec, words in (
         ("mtcnn", "detector: expected 'cascade' or the path of a YuNet .onnx file, got 'mtcnn'"),
-        (str(tmp_path / "none.onnx"), "no detector network can be read"),
+        (str(tmp_path / "none.onnx"), "none.onnx: no such file"),
         (str(tmp_path / "y.onnx"), "not a YuNet network"),
     ):
         trouble(run("verify", photos["a"], photos["a"], "--model", model, "--detector", spec), words)
@@ -342,15 +342,6 @@ def test_demo_says_when_results_disagree(tmp_path: Path, monkeypatch: pytest.Mon
 
 def demo_score(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cosine_similarity(a, b, dim=1).mean((1, 2))
-
-
-def test_demo_of_two_pictures(photos: dict[str, str], model: Path, tmp_path: Path) -> None:
-    result = run("demo", photos["a"], photos["a"], "--model", model, "--out", tmp_path / "v.png")
-    assert result.exit_code == 0, result.output
-    assert "same person" in result.stdout
-    assert (tmp_path / "v.png").exists()
-    result = run("demo", photos["a"], photos["a"], "--out", tmp_path / "w.png")
-    assert result.exit_code == 0 and "xcos-compact" in result.stdout
 
 
 @pytest.fixture(scope="module")

@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import click
+import commands
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from commands import strict
 from torch import nn
 
 from xcos_ext import backbones
-from xcos_ext.cli.app import xcos
-from xcos_ext.cli.faithfulness import parse_folds
+from xcos_ext.cli.options import integers
 from xcos_ext.evaluation.faithfulness import measure
-from xcos_ext.io.errors import XCosError
 from xcos_ext.model import XCosModel, plug
 
 Image = pytest.importorskip("PIL.Image")
@@ -68,9 +68,8 @@ def network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(root: Path, *arguments: str | Path) -> Result:
-    runner = CliRunner(env={"XCOS_MODEL": None, "XCOS_DEBUG": None})
     common = ("--pairs", root / "pairs.csv", "--root", root, "--aligned")
-    return runner.invoke(xcos, ["evaluate", "faithfulness", *map(str, (*common, *arguments))])
+    return commands.run("evaluate", "faithfulness", *common, *arguments)
 
 
 def test_tables_curves_and_figures(root: Path, tmp_path: Path) -> None:
@@ -193,15 +192,13 @@ def test_pictures_without_a_face(root: Path) -> None:
 
 def test_trouble(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def trouble(words: str, *arguments: str | Path) -> None:
-        result = run(root, *arguments)
-        assert result.exit_code == 2 and result.stdout == "", result.output
-        assert len(result.stderr.splitlines()) == 1 and words in result.stderr, result.stderr
+        commands.trouble(run(root, *arguments), words)
 
     trouble("--explainer: expected some of xcos, ", "--explainer", "lime")
     trouble("--folds: expected some of 3, 8, got 7", "--folds", "7,8")
-    trouble("--folds: expected numbers with commas between, such as 7,8, got 'x'", "--folds", "x")
+    trouble("'--folds': expected numbers with commas between, such as 7,8, got 'x'", "--folds", "x")
     trouble("count: expected 1..8, the genuine pairs that there are, got 9", "--count", "9", "--explainer", "xcos")
-    trouble("--bootstrap: expected 0 or at least 20, got 3", "--bootstrap", "3")
+    trouble("'--bootstrap': expected 0 or at least 20, got 3", "--bootstrap", "3")
     trouble("expected a file ending in .json", "--out", tmp_path / "x.txt")
     trouble("expected a file ending in .png", "--plot", tmp_path / "x.gif")
     trouble("--only-teacher: expected --teacher WEIGHTS", "--only-teacher")
@@ -212,7 +209,7 @@ def test_trouble(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     trouble("xcos cannot explain this model: model: expected a decision threshold", *FEW, "--explainer", "xcos")
 
 
-def test_parse_folds() -> None:
-    assert parse_folds("7,8") == (7, 8) and parse_folds(" 3 ") == (3,) and parse_folds("1,1") == (1,)
-    with pytest.raises(XCosError, match="--folds"):
-        parse_folds("7-8")
+def test_folds() -> None:
+    assert integers("7,8") == (7, 8) and integers(" 3 ") == (3,) and integers("1,1") == (1,)
+    with pytest.raises(click.BadParameter, match="such as 7,8"):
+        integers("7-8")

@@ -118,7 +118,7 @@ def test_verify_says_what_is_wrong_with_a_graph(folder, tmp_path):
     assert "expected a graph of kind 'pair'" in said(folder / "score.onnx")
     (tmp_path / "cut.onnx").write_bytes((folder / "pair.onnx").read_bytes()[:5000])
     assert "cut.onnx: damaged or truncated" in said(tmp_path / "cut.onnx")
-    assert "the model cannot be read" in said(tmp_path / "none.onnx")
+    assert "none.onnx: no such file" in said(tmp_path / "none.onnx")
 
 
 def changed(folder, tmp_path, change):

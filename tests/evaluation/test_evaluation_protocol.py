@@ -446,9 +446,18 @@ def test_command_trouble(root: Path, files: dict[str, Path], tmp_path: Path) -> 
     trouble("no such folder or archive", *pairs, *model, "--root", tmp_path / "none")
     trouble("pictures are not in", *pairs, *model, "--root", tmp_path)
     trouble("roc.gif: expected a file ending in .png", *pairs, *model, "--root", root, "--plot", tmp_path / "roc.gif")
-    trouble("cannot be read", *pairs, "--root", root, "--model", tmp_path / "none.pt")
-    trouble("cannot be read", *pairs, *model, "--root", root, "--teacher", tmp_path / "none.pt")
-    trouble("replicates: expected at least 20", *pairs, *model, "--root", root, "--aligned", "--bootstrap", "3")
+    trouble("none.pt: no such file", *pairs, "--root", root, "--model", tmp_path / "none.pt")
+    trouble("none.pt: no such file", *pairs, *model, "--root", root, "--teacher", tmp_path / "none.pt")
+    trouble(
+        "'--bootstrap': expected 0 or at least 20, got 3",
+        *pairs,
+        *model,
+        "--root",
+        root,
+        "--aligned",
+        "--bootstrap",
+        "3",
+    )
     trouble("'best'", *pairs, *model, "--attention", "best")
     assert run("--help").exit_code == run().exit_code == run("verification", "--help").exit_code == 0
     assert list(tmp_path.iterdir()) == []

@@ -164,17 +164,17 @@ def test_create_detector(tmp_path: Path) -> None:
         ValueError, match=r"detector: expected 'cascade' or the path of a YuNet \.onnx file, got 'mtcnn'"
     ):
         create_detector("mtcnn")
-    with pytest.raises(ModelError, match=r"none\.onnx: no detector network can be read there"):
+    with pytest.raises(ModelError, match=r"none\.onnx: no such file"):
         create_detector(str(tmp_path / "none.onnx"))
     (tmp_path / "folder.onnx").mkdir()
-    with pytest.raises(ModelError, match="not a regular file"):
+    with pytest.raises(ModelError, match=r"folder\.onnx: expected a YuNet \.onnx file, got a directory"):
         create_detector(str(tmp_path / "folder.onnx"))
 
 
 @pytest.mark.parametrize("content", [b"", b"not a network", bytes(5000)])
 def test_yunet_refuses_other_files(tmp_path: Path, content: bytes, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.onnx").write_bytes(content)
-    with pytest.raises(ModelError, match=r"a\.onnx: not a YuNet network"):
+    with pytest.raises(ModelError, match=r"a\.onnx: " + ("not a YuNet network" if content else "the file is empty")):
         YuNetDetector(tmp_path / "a.onnx")
     with pytest.raises(ValueError, match="min_score"):
         YuNetDetector(tmp_path / "a.onnx", min_score=0)

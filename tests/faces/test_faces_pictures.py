@@ -28,9 +28,8 @@ def colours(height: int = 24, width: int = 40) -> np.ndarray:
 
 
 def save(path: Path, array: np.ndarray, mode: str | None = None, **how: object) -> Path:
-    Image.fromarray(array, mode).save(path, **how) if mode is None else Image.fromarray(array).convert(mode).save(
-        path, **how
-    )
+    picture = Image.fromarray(array)
+    (picture if mode is None else picture.convert(mode)).save(path, **how)
     return path
 
 
@@ -171,16 +170,9 @@ def test_thirty_two_bit_and_floating_point_grey(tmp_path: Path) -> None:
     path = save(tmp_path / "a.tiff", np.array([[0, 65535]], np.int32))
     assert read_picture(path)[0, :, 0].tolist() == [0, 255]
     refused(save(tmp_path / "b.tiff", np.array([[0, 70000]], np.int32)), "expected 0..65535", "70000")
-    assert read_picture(save(tmp_path / "c.tiff", np.array([[0, 0.5, 1]], np.float32)))[0, :, 0].tolist() == [
-        0,
-        128,
-        255,
-    ]
-    assert read_picture(save(tmp_path / "d.tiff", np.array([[0, 40, 255]], np.float32)))[0, :, 0].tolist() == [
-        0,
-        40,
-        255,
-    ]
+    for samples, expected in (([0, 0.5, 1], [0, 128, 255]), ([0, 40, 255], [0, 40, 255])):
+        path = save(tmp_path / "c.tiff", np.array([samples], np.float32))
+        assert read_picture(path)[0, :, 0].tolist() == expected
     refused(save(tmp_path / "e.tiff", np.array([[0, np.nan]], np.float32)), "NaN")
     refused(save(tmp_path / "f.tiff", np.array([[-1, 900]], np.float32)), "-1..900")
 

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from commands import run, strict
 from PIL import Image
 
-from xcos_ext.cli.app import xcos
 from xcos_ext.faces import (
     ARCFACE_TEMPLATE,
     apply_transform,
@@ -99,15 +97,13 @@ def test_detectors_agree(shared_data: Path, pairs: Pairs) -> None:
 
 def test_command(shared_data: Path, pairs: Pairs, tmp_path: Path) -> None:
     """A same and a different pair, as a user runs them."""
-    weights = str(shared_data / "mobilefacenet_arcface.pt")
+    weights = shared_data / "mobilefacenet_arcface.pt"
     for index, status in ((0, 0), (_OF_EACH_KIND, 1)):
         a, b, _ = pairs[index]
         out = tmp_path / f"{status}.png"
-        result = CliRunner().invoke(
-            xcos, ["verify", str(a), str(b), "--model", weights, "--out", str(out), "--json"], env={"XCOS_MODEL": None}
-        )
+        result = run("verify", a, b, "--model", weights, "--out", out, "--json")
         assert result.exit_code == status, result.output
-        data = json.loads(result.stdout)
+        data = strict(result.stdout)
         assert data["same"] is (status == 0)
         assert np.sum(data["contribution"]) == pytest.approx(data["score"] - data["threshold"], abs=1e-5)
         assert out.stat().st_size > 50_000

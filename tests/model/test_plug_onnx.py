@@ -117,7 +117,7 @@ def test_preprocessing_is_told(folder: Path, people: Path, tmp_path: Path) -> No
 
     plain = residual(folder / "plain.onnx")  # does not say which pixels it is for
     assert preprocessing_of(str(plain), None, None, None) is None
-    same = preprocessing_of(str(plain), "127.5", "127.5", 1.0)
+    same = preprocessing_of(str(plain), (127.5,) * 3, (127.5,) * 3, 1.0)
     assert same is not None and same.size == (112, 112)
     np.testing.assert_allclose([same.mean, same.std], 0.5)
     raw = preprocessing_of(str(plain), None, None, 1.0)
@@ -149,10 +149,10 @@ def test_trouble(graph: Path, people: Path, folder: Path, tmp_path: Path) -> Non
     trouble(run("plug", graph, *given, "--output", "nose"), "output: there is no tensor 'nose'")
     trouble(run("plug", graph, *given, "--mean", "0.5", "--std", "0.5"), "expected pixels of 0..255")
     trouble(
-        run("plug", graph, *given, "--mean", "0.5,0.5"), "--mean: expected a number or three (R,G,B), got '0.5,0.5'"
+        run("plug", graph, *given, "--mean", "0.5,0.5"), "'--mean': expected a number or three (R,G,B), got '0.5,0.5'"
     )
-    trouble(run("plug", graph, *given, "--std", "x"), "--std: expected a number or three")
-    trouble(run("plug", graph, *given, "--std", "0"), "--mean, --std: std: expected three positive numbers")
+    trouble(run("plug", graph, *given, "--std", "x"), "'--std': expected a number, got 'x'")
+    trouble(run("plug", graph, *given, "--std", "0"), "--std: expected three positive numbers")
     trouble(run("plug", graph, *given, "--scale", "0"), "--scale: expected a positive number")
     trouble(run("plug", folder / "none.onnx", "--list"), "none.onnx")
     trouble(run("plug", folder / "net.pt", "--list"), "--list is for recognisers in ONNX files")

@@ -45,11 +45,19 @@ class TemplateLayout:
         grid: (H, W); cells = H * W.
         channels: C of a cell's feature.
         hidden: channels of the half-projections; 0 without learned attention.
+
+    >>> TemplateLayout((7, 7), 32).size  # 49 cells of 32 channels, and 49 norms
+    1617
     """
 
     grid: tuple[int, int]
     channels: int
     hidden: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", tuple(self.grid))
+        if len(self.grid) != 2 or min(*self.grid, self.channels) < 1 or self.hidden < 0:
+            raise ValueError(f"templates: expected a grid (H, W) of cells with channels, got {self}")
 
     @property
     def cells(self) -> int:
@@ -98,6 +106,11 @@ class OnnxCard:
         fmr_curve: the false match rate at any score; None: never calibrated.
         pair_weights: what learned attention needs to score templates elsewhere, and the fingerprint of the network
             that they are of; empty without.
+
+    >>> layout = TemplateLayout((7, 7), 32)
+    >>> card = OnnxCard("pair", "mine", "0" * 16, Preprocessing(), 0.3, "float32", 18, "norm", layout)
+    >>> OnnxCard.from_metadata(card.as_metadata(), opset=18, where="mine.onnx") == card
+    True
     """
 
     kind: Kind
@@ -116,23 +129,10 @@ class OnnxCard:
 
     def as_metadata(self) -> dict[str, str]:
         """Name -> text, for the file."""
-        values = {
-            "format": FORMAT,
-            "version": VERSION,
-            "kind": self.kind,
-            "name": self.name,
-            "fingerprint": self.fingerprint,
-            "preprocessing": json.dumps(asdict(self.preprocessing)),
-            "threshold": json.dumps(self.threshold),
-            "dtype": self.dtype,
-            "attention": self.attention,
-            "symmetric": json.dumps(self.symmetric),
-            "templates": json.dumps(asdict(self.layout)),
-            "fmr_thresholds": json.dumps({repr(rate): t for rate, t in self.fmr_thresholds.items()}),
-            "fmr_curve": json.dumps(None if self.fmr_curve is None else self.fmr_curve.as_dict()),
-            "pair_weights": json.dumps(dict(self.pair_weights)),
-        }
-        return {_PREFIX + name: value for name, value in values.items()}
+        values = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        del values["opset"]  # the file says it
+        values["templates"] = values.pop("layout")
+        return {_PREFIX + name: v if isinstance(v, str) else json.dumps(v) for name, v in values.items()}
 
     @classmethod
     def from_metadata(cls, data: Mapping[str, str], opset: int, where: str) -> OnnxCard:
@@ -157,31 +157,23 @@ class OnnxCard:
                 f"{where}: graph format {found.get('version')!r}; this version of xcos_ext reads {VERSION!r}"
             )
         try:
-            kind = found["kind"]
-            if kind not in get_args(Kind):
-                raise ValueError(f"kind {kind!r}")
-            threshold = json.loads(found["threshold"])
-            if threshold is not None and not math.isfinite(threshold):
+            values: dict[str, Any] = {
+                name: found[name] for name in ("kind", "name", "fingerprint", "dtype", "attention")
+            }
+            for name in ("threshold", "symmetric", "pair_weights"):
+                values[name] = json.loads(found[name])
+            if values["kind"] not in get_args(Kind):
+                raise ValueError(f"kind {values['kind']!r}")
+            if values["threshold"] is not None and not math.isfinite(values["threshold"]):
                 raise ValueError("threshold is not finite")
-            layout = json.loads(found["templates"])
-            grid, channels, hidden = tuple(map(int, layout["grid"])), int(layout["channels"]), int(layout["hidden"])
-            if len(grid) != 2 or min(*grid, channels) < 1 or hidden < 0:
-                raise ValueError(f"templates {layout}")
             curve = json.loads(found["fmr_curve"])
             return cls(
-                kind=kind,  # type: ignore[arg-type]
-                name=found["name"],
-                fingerprint=found["fingerprint"],
                 preprocessing=Preprocessing(**json.loads(found["preprocessing"])),
-                threshold=threshold,
-                dtype=found["dtype"],
                 opset=opset,
-                attention=found["attention"],
-                layout=TemplateLayout((grid[0], grid[1]), channels, hidden),
-                symmetric=bool(json.loads(found["symmetric"])),
+                layout=TemplateLayout(**json.loads(found["templates"])),
                 fmr_thresholds=checked_thresholds(json.loads(found["fmr_thresholds"])),
                 fmr_curve=None if curve is None else FMRCurve.from_dict(curve),
-                pair_weights=dict(json.loads(found["pair_weights"])),
+                **values,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ModelError(f"{where}: damaged metadata ({type(error).__name__}: {error})") from error

@@ -24,6 +24,10 @@ class Preprocessing:
         size: (height, width) of the aligned crop in pixels.
         mean: per-channel mean of RGB values in [0, 1].
         std: per-channel standard deviation of RGB values in [0, 1]; positive.
+
+    >>> face = np.full((112, 112, 3), 255, np.uint8)
+    >>> ARCFACE(face).shape, float(ARCFACE(face).max()), round(float(IMAGENET(face).max()), 2)
+    (torch.Size([1, 3, 112, 112]), 1.0, 2.64)
     """
 
     size: tuple[int, int] = (112, 112)
@@ -57,11 +61,8 @@ class Preprocessing:
             ValueError: an array has another shape.
         """
         height, width = self.size
-        items: list[np.ndarray]
-        if isinstance(faces, np.ndarray):
-            items = list(faces) if faces.ndim == 4 else [faces]
-        else:
-            items = [np.asarray(face) for face in faces]
+        single = isinstance(faces, np.ndarray) and faces.ndim != 4
+        items = [np.asarray(face) for face in ([faces] if single else faces)]
         for i, face in enumerate(items):
             if face.dtype != np.uint8:
                 raise TypeError(f"faces[{i}]: expected a uint8 array, got {face.dtype}")

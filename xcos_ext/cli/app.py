@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -43,7 +43,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import a command; None if there is no such one."""
         found = self._table.get(cmd_name)
-        if not isinstance(found, tuple):
+        if found is None or isinstance(found, click.Group):
             return found
         module, _, function = found[0].partition(".")
         command: click.Command = getattr(importlib.import_module(f".{module}", __package__), function)
@@ -51,12 +51,11 @@ class LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
-        words = {
-            name: found.help if isinstance(found, click.Group) else found[1] for name, found in self._table.items()
-        }
-        click.Group(commands=[click.Command(name, help=text) for name, text in words.items()]).format_commands(
-            ctx, formatter
-        )
+        shown = [
+            click.Command(name, help=found.help if isinstance(found, click.Group) else found[1])
+            for name, found in self._table.items()
+        ]
+        click.Group(commands=shown).format_commands(ctx, formatter)
 
 
 class GuardedGroup(LazyGroup):
@@ -69,49 +68,36 @@ class GuardedGroup(LazyGroup):
         except KeyboardInterrupt:
             raise click.exceptions.Exit(INTERRUPTED) from None
 
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        **extra: Any,
-    ) -> Any:
+    def main(self, *args: Any, standalone_mode: bool = True, **how: Any) -> Any:
         """Run and, as click does, end the process; ``standalone_mode=False`` returns the status instead."""
         _reopen_closed_streams()
         os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # read when OpenCV is imported
-        status = self._guarded(args, prog_name=prog_name, complete_var=complete_var, **extra)
+        status = self._guarded(*args, **how)
         if not standalone_mode:
             return status
         sys.exit(status)
 
-    def _guarded(self, args: Sequence[str] | None, **how: Any) -> int:
+    def _guarded(self, *args: Any, **how: Any) -> int:
         try:
-            result = super().main(args, standalone_mode=False, **how)
+            result = super().main(*args, standalone_mode=False, **how)  # type: ignore[call-overload]
             if sys.stdout is not None:
                 sys.stdout.flush()  # now, while failing still changes the exit status
             return result if isinstance(result, int) else 0
         except (KeyboardInterrupt, click.Abort):
             return INTERRUPTED
-        except SystemExit:  # click ends the process itself, with 1, when the reader of a pipe has gone
-            _silence(sys.stdout)
         except click.ClickException as error:
-            path = getattr(getattr(error, "ctx", None), "command_path", None) or "xcos"
+            path = getattr(getattr(error, "ctx", None), "command_path", "xcos")
             hint = f" (see {path} --help)" if isinstance(error, click.UsageError) else ""
             note(f"{error.format_message().rstrip('.')}{hint}")
-        except BrokenPipeError:  # the reader has gone, and has seen what it wanted
-            _silence(sys.stdout)
+        except (SystemExit, BrokenPipeError):  # click's or ours: the reader has gone, and has seen what it wanted
+            _settle(sys.stdout)
         except Exception as error:  # the promise is one line, whatever it is
             if os.environ.get("XCOS_DEBUG", "") not in ("", "0"):
                 import traceback
 
                 traceback.print_exc()
             note(_describe(error))
-            if isinstance(error, OSError):
-                try:
-                    sys.stdout.flush()
-                except (OSError, ValueError, AttributeError):
-                    _silence(sys.stdout)
+            _settle(sys.stdout)
         return TROUBLE
 
 
@@ -125,22 +111,23 @@ def _reopen_closed_streams() -> None:
                 os.open(os.devnull, os.O_RDONLY if descriptor == 0 else os.O_WRONLY)
 
 
-def _silence(stream: Any) -> None:
-    """After a failed write: let Python's flush at exit go nowhere instead of failing again."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        devnull = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(devnull, stream.fileno())
-        os.close(devnull)
+def _settle(stream: Any) -> None:
+    """Flush a stream; where that fails, let Python's flush at exit go nowhere instead of failing again."""
+    try:
+        stream.flush()
+    except (OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, AttributeError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def _describe(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "not enough memory"
-    if isinstance(error, OSError) and error.strerror and not isinstance(error, XCosError):
+    if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    # A ValueError names the argument that is wrong, here as in the library.
-    named = isinstance(error, (XCosError, ValueError))
-    return str(error) if named else f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if isinstance(error, (XCosError, ValueError, OSError)):  # they name the argument or the file that is wrong
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 xcos = GuardedGroup(
@@ -184,7 +171,7 @@ xcos = GuardedGroup(
         "train": ("train.run", "Train a head or a model as a TOML file says."),
         "verify": ("verify.run", "Are the faces of pictures A and B the same person's?"),
     },
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
     help="""Explainable face similarity: a score, and the map of what it is made of.
 
     Messages go to stderr. Exit status: 0 success, 2 trouble; verify and explain: 0 the same person, 1 different

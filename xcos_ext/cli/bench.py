@@ -26,7 +26,7 @@ _STDOUT = "-"
 _STYLES = {"slower": "red", "faster": "green", "unclear": "yellow"}
 
 
-@click.command("bench")
+@options.command("bench")
 @click.argument("new", required=False, type=click.Path(), metavar="[NEW.json]")
 @options.model
 @options.choice(

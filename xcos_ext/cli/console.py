@@ -6,14 +6,14 @@ import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from xcos_ext.io.errors import XCosError
-from xcos_ext.io.text import printable
+from xcos_ext.io.text import display_name, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,13 +34,17 @@ def note(message: str) -> None:
         click.echo(f"xcos: {one_line(message)}", err=True)
 
 
+def echo_some(lines: Collection[str], what: str, most: int = 20, say: Callable[[str], None] = click.echo) -> None:
+    """Print the first of many lines, and how many more there are."""
+    for line in islice(lines, most):
+        say(line)
+    if len(lines) > most:
+        say(f"... and {len(lines) - most:,} more {what}")
+
+
 def note_some(messages: Collection[str], what: str) -> None:
-    """Say the first few of many messages, and how many more there are."""
-    shown = 5
-    for message in islice(messages, shown):
-        note(message)
-    if len(messages) > shown:
-        note(f"... and {len(messages) - shown:,} more {what} (--json lists them)")
+    """The same of messages."""
+    echo_some(messages, f"{what} (--json lists them)", 5, note)
 
 
 def print_json(data: Any) -> None:
@@ -56,12 +60,12 @@ def print_json(data: Any) -> None:
     click.echo(text)
 
 
-def print_rows(rows: Iterable[tuple[str, str]], width: int = 10) -> None:
-    """Print names and values, a line each, the values in a column."""
-    rows = list(rows)
-    width = max(width, *(len(name) for name, _ in rows))
-    for name, value in rows:
-        click.echo(f"{name:<{width}} {value}")
+def print_rows(*rows: Sequence[str], width: int = 10, gap: int = 1) -> None:
+    """Print names and values, or more columns, a line each; the first column is at least so wide."""
+    widths = [max(map(len, column)) + gap for column in zip(*rows, strict=True)]
+    widths[0] = max(widths[0], width + gap)
+    for row in rows:
+        click.echo("".join(map(str.ljust, row, widths)).rstrip())
 
 
 def table(title: str, columns: Sequence[str]) -> Table:
@@ -94,9 +98,24 @@ def notes_for_warnings() -> Iterator[None]:
                 note(message)
 
 
-def progress(items: Sequence[Any], title: str, *, quiet: bool = False) -> Iterator[Any]:
+def figure(value: float | None, interval: Sequence[float] | None, digits: int, scale: float = 1) -> str:
+    """A number in a table, its interval below it."""
+    if value is None:
+        return "-"
+    shown = [f"{scale * number:.{digits}f}" for number in (value, *(interval or ()))]
+    return shown[0] if interval is None else f"{shown[0]}\n\\[{shown[1]}, {shown[2]}]"
+
+
+def say_written(*files: tuple[str, str | None]) -> None:
+    """Say what was written where: titles and paths, None where there is no such file."""
+    for title, path in files:
+        if path is not None:
+            click.echo(f"{title}: {display_name(path)}")
+
+
+def progress(items: Sequence[Any], title: str) -> Iterator[Any]:
     """The items, with a progress bar."""
-    with bar(title, "", quiet=quiet) as tick:
+    with bar(title, "") as tick:
         for done, item in enumerate(items, 1):
             yield item
             tick(done, len(items))
@@ -104,10 +123,12 @@ def progress(items: Sequence[Any], title: str, *, quiet: bool = False) -> Iterat
 
 @contextlib.contextmanager
 def bar(title: str, unit: str, *, quiet: bool = False) -> Iterator[Callable[..., None]]:
-    """A progress bar with rate and time left on stderr, where that is a terminal.
+    """A progress bar with rate and time left on stderr, where that is a terminal and no --quiet or --json was given.
 
     Gives ``tick(done, total)``; ``tick(done, total, title)`` has a bar for each title.
     """
+    given = click.get_current_context().params
+    quiet = quiet or given.get("quiet") or given.get("as_json", False)
     if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield lambda done, total, title=title: None
         return

@@ -8,14 +8,14 @@ from dataclasses import asdict
 
 import click
 
+from xcos_ext.io.text import few
+
 from . import options
-from .console import bar, print_json
+from .console import bar, echo_some, print_json
 from .inputs import check_model_path, load, open_gallery, write_text
 
-_NAMED = 20  # groups shown on the terminal; all are in the JSON
 
-
-@click.command("dedupe")
+@options.command("dedupe")
 @options.gallery
 @options.model
 @options.device
@@ -26,18 +26,11 @@ _NAMED = 20  # groups shown on the terminal; all are in the JSON
 @options.quiet
 @options.as_json
 def run(
-    gallery: str,
-    model: str | None,
-    device: str,
-    threshold: float | None,
-    out: str | None,
-    quiet: bool,
-    as_json: bool,
+    gallery: str, model: str | None, device: str, threshold: float | None, out: str | None, quiet: bool, as_json: bool
 ) -> int:
     """Find faces of GALLERY that look like the same person: every pair is scored."""
-    path = check_model_path(model)
-    loaded = load(path, device)
-    with open_gallery(gallery, loaded) as opened, bar("comparing", "pairs", quiet=quiet or as_json) as tick:
+    loaded = load(check_model_path(model), device)
+    with open_gallery(gallery, loaded) as opened, bar("comparing", "pairs") as tick:
         result = opened.dedupe(threshold, progress=tick)
         faces = len(opened)
     if out is not None:
@@ -47,20 +40,11 @@ def run(
         writer.writerows([*pair.ids, *pair.persons, repr(pair.score)] for pair in result.pairs)
         write_text(out, text.getvalue())
     if as_json:
-        print_json(
-            {
-                "faces": faces,
-                "compared": result.compared,
-                "threshold": result.threshold,
-                "pairs": [asdict(pair) for pair in result.pairs],
-                "groups": result.groups,
-            }
-        )
+        data = {name: getattr(result, name) for name in ("compared", "threshold", "groups")}
+        print_json({"faces": faces, "pairs": [asdict(pair) for pair in result.pairs], **data})
         return 0
-    for group in result.groups[:_NAMED]:
-        click.echo(f"{len(group)} alike: {', '.join(repr(i) for i in group[:6])}{', ...' if len(group) > 6 else ''}")
-    if len(result.groups) > _NAMED:
-        click.echo(f"... and {len(result.groups) - _NAMED:,} more groups (--json or --out lists them)")
+    groups = [f"{len(group)} alike: {few(map(repr, group), 6)}" for group in result.groups]
+    echo_some(groups, "groups (--json or --out lists them)")
     across = [p for p in result.pairs if None not in p.persons and p.persons[0] != p.persons[1]]
     click.echo(
         f"{len(result.pairs):,} of {result.compared:,} pairs score {result.threshold:.4f} or more, "

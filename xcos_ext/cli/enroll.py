@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from xcos_ext.io.errors import GalleryError, XCosError
+from xcos_ext.io.errors import GalleryError
+from xcos_ext.io.optional import gallery_package
+from xcos_ext.io.text import display_name
 
 from . import options
 from .console import TROUBLE, bar, note, note_some, print_json
-from .inputs import check_model_path, described, load
+from .inputs import check_model_path, described, detector_maker, load
 
 if TYPE_CHECKING:
     from xcos_ext.gallery.enroll import Picture
 
 
-@click.command("enroll")
+@options.command("enroll")
 @options.gallery
 @click.argument("photos", nargs=-1, required=True, type=click.Path(), metavar="PHOTOS...")
 @options.faces
@@ -57,18 +59,14 @@ def run(
     GALLERY is a folder, made if it is not there. Running the command again goes on where it was interrupted.
     Pictures without a face are listed and left out.
     """
-    from xcos_ext.faces import create_detector, display_name
-    from xcos_ext.io.optional import need
-
-    need("lance", "a gallery", extra="gallery")
+    gallery_package("lance")
     path = check_model_path(model)
     from xcos_ext.gallery.enroll import enroll, find_pictures
 
     pictures = find_pictures(photos, person=person)
     if labels is not None:
         pictures = _labelled(pictures, labels)
-    if not aligned:
-        create_detector(detector)  # a wrong name is said now, not by a thread
+    make_detector = detector_maker(detector, aligned)
     import torch
 
     from xcos_ext.gallery import Gallery
@@ -78,30 +76,14 @@ def run(
         opened = Gallery.open(gallery, loaded)
     else:
         opened = Gallery.create(gallery, loaded, dtype=getattr(torch, dtype))
-    with opened, bar("enrolling", "faces", quiet=quiet or as_json) as tick:
-        result = enroll(
-            opened,
-            loaded,
-            pictures,
-            None if aligned else lambda: create_detector(detector),
-            on_duplicate="replace" if replace else "skip",
-            progress=tick,
-            **how,
-        )
+    with opened, bar("enrolling", "faces") as tick:
+        known: Literal["replace", "skip"] = "replace" if replace else "skip"
+        result = enroll(opened, loaded, pictures, make_detector, on_duplicate=known, progress=tick, **how)
         size = len(opened)
     if as_json:
-        print_json(
-            {
-                "gallery": display_name(gallery),
-                "faces": size,
-                "enrolled": len(result.enrolled),
-                "already_in": result.present,
-                "skipped": result.skipped,
-                "several_faces": result.several,
-                "seconds": result.seconds,
-                "model": described(loaded, path),
-            }
-        )
+        counts = {"faces": size, "enrolled": len(result.enrolled), "already_in": result.present}
+        named = {"skipped": result.skipped, "several_faces": result.several, "seconds": result.seconds}
+        print_json({"gallery": display_name(gallery), **counts, **named, "model": described(loaded, path)})
     else:
         if not quiet:
             rate = len(result.enrolled) / result.seconds if result.seconds > 0 else 0.0
@@ -112,44 +94,29 @@ def run(
         note_some([f"skipped {why}" for why in result.skipped.values()], "pictures skipped")
         if result.several:
             note(f"{len(result.several):,} pictures with several faces: took the {how['policy']} one (see --face)")
-    if not result.enrolled and not result.present:
-        if not result.skipped:
-            raise XCosError("nothing to enrol")
-        return TROUBLE
-    return 0
+    return 0 if result.enrolled or result.present else TROUBLE
 
 
 def _labelled(pictures: list[Picture], labels: str) -> list[Picture]:
     """Pictures with the persons and metadata of a CSV file; columns but picture and person are metadata."""
-    from xcos_ext.faces import display_name
-
     name = display_name(labels)
-    rows = _rows(labels, name)
+    try:
+        with open(labels, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if "picture" not in (reader.fieldnames or ()):
+                raise GalleryError(
+                    f"{name}: expected CSV with a column 'picture', got {reader.fieldnames or 'nothing'}"
+                )
+            rows = {row.pop("picture"): row for row in reader}
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise GalleryError(f"{name}: expected CSV in UTF-8 ({error})") from error
     unknown = sorted(set(rows) - {p.id for p in pictures})
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise GalleryError(f"{name}: expected pictures that are being enrolled, got {unknown[0]!r}{more}")
-    result = []
-    for picture in pictures:
-        row = rows.get(picture.id)
-        if row is not None:
-            metadata = {key: value for key, value in row.items() if key not in ("picture", "person", None)}
-            picture = dataclasses.replace(picture, person=row.get("person") or picture.person, metadata=metadata)
-        result.append(picture)
-    return result
-
-
-def _rows(path: str, name: str) -> dict[str, dict[str, str]]:
-    """Rows of a CSV file by their column ``picture``."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if reader.fieldnames is None or "picture" not in reader.fieldnames:
-                raise GalleryError(
-                    f"{name}: expected CSV with a column 'picture', got {reader.fieldnames or 'nothing'}"
-                )
-            return {row["picture"]: row for row in reader}
-    except OSError as error:
-        raise GalleryError(f"{name}: cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise GalleryError(f"{name}: expected CSV in UTF-8 ({error})") from error
+    found = {picture.id: picture for picture in pictures}
+    for picture_id, row in rows.items():
+        person = row.pop("person", None) or found[picture_id].person
+        metadata = {column: value for column, value in row.items() if column is not None}  # None: what is too much
+        found[picture_id] = dataclasses.replace(found[picture_id], person=person, metadata=metadata)
+    return list(found.values())

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from xcos_ext.io.errors import ModelError, XCosError
+from xcos_ext.io.errors import ModelError
+from xcos_ext.io.text import display_name
 
 from . import options
 from .console import bar, note, notes_for_warnings, print_json, print_rows
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _MIB = 1 << 20
 
 
-@click.command("onnx")
+@options.command("onnx")
 @options.model
 @options.choice(
     "--kind",
@@ -40,21 +41,11 @@ _MIB = 1 << 20
 @click.option("--opset", type=int, metavar="N", help="Of the standard operators. [default: 18]")
 @options.quiet
 @options.as_json
-def to_onnx(
-    model: str | None,
-    kind: Any,
-    out: str,
-    dtype: str,
-    batch: int | None,
-    opset: int | None,
-    quiet: bool,
-    as_json: bool,
-) -> int:
+def to_onnx(model: str | None, out: str, dtype: str, batch: int | None, quiet: bool, as_json: bool, **how: Any) -> int:
     """An ONNX graph of standard operators, with preprocessing, threshold and calibration in its metadata.
 
     xcos verify --model FILE.onnx then needs no torch.
     """
-    from xcos_ext.faces import display_name
     from xcos_ext.io.optional import need
 
     path = check_model_path(model)
@@ -71,12 +62,11 @@ def to_onnx(
     card = export_onnx(
         load(path),
         out,
-        kind=kind,
         dtype=getattr(torch, dtype),
         dynamic_batch=batch is None,
         batch_size=batch or 1,
-        opset=opset,
         progress=None if quiet or as_json else note,
+        **how,
     )
     size = os.path.getsize(out)
     if as_json:
@@ -86,28 +76,30 @@ def to_onnx(
         print_json(data | {"batch": batch, "templates": asdict(card.layout) | {"size": card.layout.size}})
         return 0
     print_rows(
-        [
-            ("graph", f"{display_name(out)} ({size / 1e6:.2f} MB)"),
-            ("kind", card.kind),
-            ("model", f"{card.name} ({card.fingerprint})"),
-            ("threshold", "unknown" if card.threshold is None else f"{card.threshold:.4f}"),
-            ("inside", f"{card.dtype}, opset {card.opset}, batch {'any' if batch is None else batch}"),
-        ]
+        ("graph", f"{display_name(out)} ({size / 1e6:.2f} MB)"),
+        ("kind", card.kind),
+        ("model", f"{card.name} ({card.fingerprint})"),
+        ("threshold", "unknown" if card.threshold is None else f"{card.threshold:.4f}"),
+        ("inside", f"{card.dtype}, opset {card.opset}, batch {'any' if batch is None else batch}"),
     )
     return 0
 
 
-@click.command("tensorrt")
+@options.command("tensorrt")
 @click.argument("onnx", type=click.Path(), metavar="GRAPH.onnx")
 @click.option("--out", required=True, metavar="FILE", type=click.Path(), help="The engine to write: .plan or .engine.")
 @click.option(
-    "--batch", multiple=True, metavar="MIN:OPT:MAX", help="Batches that the engine runs, e.g. 1:8:64; may be repeated."
+    "--batch",
+    "profiles",
+    multiple=True,
+    metavar="MIN:OPT:MAX",
+    help="Batches that the engine runs, e.g. 1:8:64; may be repeated.",
 )
 @click.option("--tf32", is_flag=True, help="Allow TF32 where the graph says float32.")
-@click.option("--device", default="cuda", show_default=True, metavar="cuda[:N]", help="The GPU to build for.")
+@click.option("--device", default="cuda", metavar="cuda[:N]", help="The GPU to build for.")
 @options.quiet
 @options.as_json
-def to_tensorrt(onnx: str, out: str, batch: tuple[str, ...], quiet: bool, as_json: bool, **how: Any) -> int:
+def to_tensorrt(onnx: str, out: str, profiles: tuple[str, ...], quiet: bool, as_json: bool, **how: Any) -> int:
     """A TensorRT engine of a graph, for this GPU and this TensorRT; beside it a JSON file that says what it fits.
 
     Types are those of the graph: for half precision export it with --dtype float16.
@@ -115,14 +107,9 @@ def to_tensorrt(onnx: str, out: str, batch: tuple[str, ...], quiet: bool, as_jso
     from xcos_ext.deploy.tensorrt import BatchProfile, build_engine
 
     begin = time.perf_counter()
-    try:
-        profiles = [BatchProfile.parse(text) for text in batch] or None
-        with notes_for_warnings(), bar("building", "%", quiet=quiet) as tick:
-            card = build_engine(onnx, out, profiles=profiles, progress=tick, **how)
-    except ValueError as error:
-        if isinstance(error, XCosError):
-            raise
-        raise XCosError(str(error).replace("profiles:", "--batch:").replace("device:", "--device:")) from error
+    batches = [BatchProfile.parse(text) for text in profiles] or None
+    with notes_for_warnings(), bar("building", "%") as tick:
+        card = build_engine(onnx, out, profiles=batches, progress=tick, **how)
     seconds = time.perf_counter() - begin
     if as_json:
         # The sidecar's content, but for the graph's own notes, which may be long.
@@ -136,15 +123,13 @@ def to_tensorrt(onnx: str, out: str, batch: tuple[str, ...], quiet: bool, as_jso
 def _show(plan: str, seconds: float, card: PlanCard) -> None:
     batches = ", ".join(str(p) if p.min == p.max else f"{p} (chosen for {p.opt})" for p in card.profiles)
     print_rows(
-        [
-            ("plan", f"{plan} ({card.plan_bytes / _MIB:.1f} MiB) and {plan}.json"),
-            ("TensorRT", card.tensorrt),
-            ("GPU", f"{card.gpu} (compute capability {card.sm})"),
-            ("batch", batches or str(card.inputs[0].shape[0] if card.inputs[0].shape else 1)),
-            *(("input", str(tensor)) for tensor in card.inputs),
-            *(("output", str(tensor)) for tensor in card.outputs),
-            *([("options", "tf32")] if card.tf32 else []),
-            ("time", f"{seconds:.1f} s"),
-        ],
+        ("plan", f"{plan} ({card.plan_bytes / _MIB:.1f} MiB) and {plan}.json"),
+        ("TensorRT", card.tensorrt),
+        ("GPU", f"{card.gpu} (compute capability {card.sm})"),
+        ("batch", batches or str(card.inputs[0].shape[0] if card.inputs[0].shape else 1)),
+        *(("input", str(tensor)) for tensor in card.inputs),
+        *(("output", str(tensor)) for tensor in card.outputs),
+        *([("options", "tf32")] if card.tf32 else []),
+        ("time", f"{seconds:.1f} s"),
         width=9,
     )

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from xcos_ext.io.errors import XCosError
+from xcos_ext.io.text import display_name
 
 from . import options
-from .console import bar, note, note_some, print_json, table, table_console
+from .console import bar, figure, note, note_some, print_json, say_written, table, table_console
 from .inputs import check_model_path, load, load_recogniser, opened_pairs, write_text
 
 if TYPE_CHECKING:
@@ -26,9 +27,14 @@ if TYPE_CHECKING:
     from xcos_ext.explain.explainers import PairModel
 
 
-@click.command("faithfulness")
+@options.command("faithfulness")
 @options.pair_list
-@click.option("--folds", metavar="N,N", help="Only pairs of these folds, e.g. 7,8: a CSV file's numbers, else from 1.")
+@click.option(
+    "--folds",
+    type=options.integers,
+    metavar="N,N",
+    help="Only pairs of these folds, e.g. 7,8: a CSV file's numbers, else from 1.",
+)
 @options.aligned
 @options.model
 @options.detector
@@ -87,7 +93,7 @@ def run(
     pairs: str,
     root: str | None,
     list_format: str | None,
-    folds: str | None,
+    folds: tuple[int, ...] | None,
     aligned: bool,
     model: str | None,
     detector: str,
@@ -106,56 +112,34 @@ def run(
 
     Every figure stands beside those of two controls that know nothing of the pair.
     """
-    from xcos_ext.faces import create_detector, display_name
     from xcos_ext.io.optional import need
 
     # Cheap checks first: they are before the imports and the work that take seconds and minutes.
     if only_teacher and teacher is None:
         raise XCosError("--only-teacher: expected --teacher WEIGHTS with it, got none")
-    if 0 < chosen["replicates"] < 20:
-        raise XCosError(f"--bootstrap: expected 0 or at least 20, got {chosen['replicates']}")
     for package in ("sklearn", "scipy"):
         need(package, "evaluation")
-    numbers = None if folds is None else parse_folds(folds)
     model_path = None if only_teacher else check_model_path(model)
     teacher_path = None if teacher is None else check_model_path(teacher)
-    listed = opened_pairs(pairs, root, list_format)
-    aligned = aligned or listed.aligned
-    finder = None if aligned else create_detector(detector)
+    listed, finder = opened_pairs(pairs, root, list_format, detector, aligned)
     from xcos_ext.evaluation.faithfulness import Faces, Settings, faithfulness
     from xcos_ext.evaluation.figures import plain
-    from xcos_ext.explain.explainers import available
 
-    for name in explainers:
-        if name not in available():
-            raise XCosError(f"--explainer: expected some of {', '.join(available())}, got {name!r}")
-    kept = None if numbers is None else _folds(listed, numbers)
+    kept = None if folds is None else _folds(listed, folds)
     # Of options that are repeated the same word may come twice.
     settings = Settings(**chosen | {name: tuple(dict.fromkeys(chosen[name])) for name in ("sizes", "fills")})
     started = time.perf_counter()
-    about = {"file": display_name(pairs), "format": listed.format, "folds": numbers, "aligned": aligned}
+    about = {"file": display_name(pairs), "format": listed.format, "folds": folds, "aligned": finder is None}
+    results: list[Faithfulness] = []
 
-    def save(results: Sequence[Faithfulness], complete: bool) -> dict[str, Any]:
-        data = {
-            "pairs": about,
-            "settings": plain(settings),
-            "complete": complete,
-            "models": [result.as_dict() for result in results],
-            "seconds": time.perf_counter() - started,
-        }
+    def save(results: Sequence[Faithfulness], complete: bool) -> Any:
+        models, seconds = [result.as_dict() for result in results], time.perf_counter() - started
+        settled = {"pairs": plain(about), "settings": plain(settings)}
+        data = settled | {"complete": complete, "models": models, "seconds": seconds}
         if out is not None:
             write_text(out, json.dumps(data, indent=2, allow_nan=False) + "\n")
         return data
 
-    def save_part(found: Faithfulness) -> None:
-        save([*results, found], False)
-
-    @contextlib.contextmanager
-    def stage(title: str) -> Iterator[Any]:
-        with bar(title, "maps", quiet=quiet or as_json) as tick:
-            yield tick
-
-    results: list[Faithfulness] = []
     crops: dict[tuple[int, int], Faces] = {}
     for explained in _models(model_path, teacher_path, device):
         size = explained.preprocessing.size
@@ -167,8 +151,8 @@ def run(
             explainers or None,
             protocols=protocols or None,
             settings=settings,
-            stage=stage,
-            save=save_part,
+            stage=lambda title: bar(title, "maps"),
+            save=lambda found: save([*results, found], False),
         )
         results.append(result)
     data = save(results, True)
@@ -185,22 +169,8 @@ def run(
                 f"95 % intervals: bootstrap over people, {settings.replicates:,} replicates; thresholds stay fixed"
             )
         click.echo(f"{data['seconds']:.1f} s")
-        for title, path in (("curves", plot), ("all figures", out)):
-            if path is not None:
-                click.echo(f"{title}: {display_name(path)}")
+        say_written(("curves", plot), ("all figures", out))
     return 0
-
-
-def parse_folds(text: str) -> tuple[int, ...]:
-    """``"7,8"`` -> (7, 8).
-
-    Raises:
-        XCosError: something that is not a list of integers.
-    """
-    try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError as error:
-        raise XCosError(f"--folds: expected numbers with commas between, such as 7,8, got {text!r}") from error
 
 
 def _folds(pairs: PairList, wanted: Sequence[int]) -> list[int]:
@@ -221,11 +191,7 @@ def _models(model_path: str | None, teacher_path: str | None, device: str) -> It
     if model_path is not None:
         yield XCosPairs(load(model_path, device))
     if teacher_path is not None:
-        recogniser = load_recogniser(teacher_path, device).eval()
-        try:
-            yield EmbeddingCosine(recogniser)
-        except ValueError as error:
-            raise XCosError(f"{teacher_path}: {error}") from error
+        yield EmbeddingCosine(load_recogniser(teacher_path, device).eval())
 
 
 def _draw(results: Sequence[Faithfulness], path: str) -> None:
@@ -237,19 +203,15 @@ def _draw(results: Sequence[Faithfulness], path: str) -> None:
         base, suffix = os.path.splitext(path)
         target = f"{base}-{number + 1}{suffix}" if number else path
         try:
-            figure = faithfulness_figure(result)
+            drawn = faithfulness_figure(result)
         except ValueError:
             note(f"{result.model}: nothing was measured that has curves, so nothing is drawn")
-            continue
-        save_figure(figure, target)
+        else:
+            save_figure(drawn, target)
 
 
-def _cell(estimate: Estimate, digits: int, *, interval: bool = True) -> str:
-    text = f"{estimate.value:.{digits}f}"
-    if interval and estimate.interval is not None:
-        low, high = estimate.interval
-        text += f"\n\\[{low:.{digits}f}, {high:.{digits}f}]"
-    return text
+def _cell(estimate: Estimate, digits: int) -> str:
+    return figure(estimate.value, estimate.interval, digits)
 
 
 def _swap_tables(found: RegionSwap) -> Iterator[Table]:
@@ -269,21 +231,23 @@ def _swap_tables(found: RegionSwap) -> Iterator[Table]:
             for reading, meaning in readings.items():
                 shown.add_row(f"[italic]{meaning}[/italic]")
                 for name in dict.fromkeys(row.explainer for row in rows):
-                    own = {
+                    own: dict[tuple[str, str], Estimate] = {
                         (row.paste, row.region): getattr(row, reading)
                         for row in rows
                         if row.explainer == name and row.size == size
                     }
-                    cells = [_cell(own["swap", region], 2, interval=region == "mean") for region in regions]
+                    swaps = {region: own["swap", region] for region in regions}
+                    cells = [_cell(e, 2) if region == "mean" else f"{e.value:.2f}" for region, e in swaps.items()]
                     control = own.get(("same-person", "mean"))
                     shown.add_row(name, *cells, "-" if control is None else _cell(control, 2))
                 shown.add_section()
             yield shown
 
 
-def _deletion_table(found: Deletion) -> Table:
-    what = "verification accuracy" if found.protocol == "deletion" else "rank-1 identification rate"
-    who = f"{found.pairs} pairs" if found.protocol == "deletion" else f"{found.pairs} probes, {found.gallery} enrolled"
+def _deletion_tables(found: Deletion) -> Iterator[Table]:
+    what, who = "verification accuracy", f"{found.pairs} pairs"
+    if found.protocol == "identification":
+        what, who = "rank-1 identification rate", f"{found.pairs} probes, {found.gallery} enrolled"
     shown = table(
         f"Deletion and insertion: area under {what}, % ({who}; untouched {100 * found.clean:.1f} %)",
         ["explainer", "similar: deletion ↓", "insertion ↑", "dissimilar: deletion ↓", "insertion ↑"],
@@ -291,17 +255,14 @@ def _deletion_table(found: Deletion) -> Table:
     for fill in dict.fromkeys(row.fill for row in found.rows):
         shown.add_row(f"[italic]fill: {fill}[/italic]")
         for name in dict.fromkeys(row.explainer for row in found.rows):
-            areas = [
-                found.find(name, kind=kind, mode=mode, fill=fill).curve.area
-                for kind in ("similar", "dissimilar")
-                for mode in ("deletion", "insertion")
-            ]
-            shown.add_row(name, *(_cell(area, 1) for area in areas))
+            orders = itertools.product(("similar", "dissimilar"), ("deletion", "insertion"))
+            rows = [found.find(name, kind=kind, mode=mode, fill=fill) for kind, mode in orders]
+            shown.add_row(name, *(_cell(row.curve.area, 1) for row in rows))
         shown.add_section()
-    return shown
+    yield shown
 
 
-def _locality_table(found: Locality) -> Table:
+def _locality_tables(found: Locality) -> Iterator[Table]:
     shown = table(
         f"Locality: share of a change of S that shows in the occluded cell ({found.pairs} pairs)",
         ["fill", "own cell ↑", "3x3 cells around ↑"],
@@ -309,57 +270,59 @@ def _locality_table(found: Locality) -> Table:
     for row in found.rows:
         shown.add_row(row.fill, _cell(row.own, 3), _cell(row.neighbourhood, 3))
     shown.add_row("all cells alike", f"{found.chance:.3f}", f"{found.chance_neighbourhood:.3f}")
-    return shown
+    yield shown
 
 
-def _patch_table(found: Patch) -> Table:
+def _patch_tables(found: Patch) -> Iterator[Table]:
     kinds = list(dict.fromkeys(row.pairs for row in found.rows))
+    drawn = found.genuine + found.impostor
     shown = table(
-        f"Patch replacement: area under the verdicts turned, % ↑ ({found.right} right of "
-        f"{found.genuine + found.impostor} pairs)",
+        f"Patch replacement: area under the verdicts turned, % ↑ ({found.right} right of {drawn} pairs)",
         ["explainer", *kinds],
     )
     for name in dict.fromkeys(row.explainer for row in found.rows):
         shown.add_row(name, *(_cell(found.find(name, pairs=kind).flips.area, 1) for kind in kinds))
-    return shown
+    yield shown
 
 
-def _time_table(result: Faithfulness) -> Table:
+def _time_tables(result: Faithfulness) -> Iterator[Table]:
     shown = table(f"Time for the maps of one pair, ms ({result.device})", ["explainer", "median", "quartiles", "pairs"])
     for name, timing in result.timings.items():
         low, median, high = (f"{1000 * value:.3g}" for value in (timing.low, timing.median, timing.high))
         shown.add_row(name, median, f"{low}, {high}", str(timing.samples))
-    return shown
+    yield shown
+
+
+#: Part of the results -> its tables.
+_TABLES: dict[str, Callable[[Any], Iterator[Table]]] = {
+    "region_swap": _swap_tables,
+    "deletion": _deletion_tables,
+    "identification": _deletion_tables,
+    "locality": _locality_tables,
+    "patch": _patch_tables,
+}
 
 
 def _print(result: Faithfulness) -> None:
     """Tables, what was left out, and what could not be used."""
-    console = table_console()
     click.echo(result.model)
-    if result.region_swap is not None:
-        for shown in _swap_tables(result.region_swap):
-            console.print(shown)
-    for deletion in (result.deletion, result.identification):
-        if deletion is not None:
-            console.print(_deletion_table(deletion))
-    if result.locality is not None:
-        console.print(_locality_table(result.locality))
-    if result.patch is not None:
-        console.print(_patch_table(result.patch))
-    console.print(_time_table(result))
+    parts = {name: found for name in _TABLES if (found := getattr(result, name)) is not None}
+    console = table_console()
+    for name, found in parts.items():
+        console.print(*_TABLES[name](found), sep="\n")
+    console.print(*_time_tables(result))
     if result.threshold_from_pairs and result.threshold is not None:
         click.echo(f"explained at the threshold {result.threshold:.4f}, the equal error rate's on these pairs")
     for name, why in result.skipped.items():
         note(f"{name} is left out: {why}")
-    for draw in result.region_swap.draws if result.region_swap is not None else ():
-        if draw.passed_over:
-            click.echo(f"{draw.direction}: {draw.passed_over} pairs passed over, for want of a picture or a donor")
+    draws = () if result.region_swap is None else result.region_swap.draws
+    parts.pop("region_swap", None)
+    for name, found in [*((draw.direction, draw) for draw in draws), *parts.items()]:
+        if found.passed_over:
+            click.echo(f"{name}: {found.passed_over} passed over, for want of a picture or a donor")
+    for draw in draws:
         if draw.controls < draw.pairs:
             click.echo(f"{draw.direction}: {draw.controls} of {draw.pairs} pairs have a picture for the control")
-    for name in ("deletion", "identification", "locality", "patch"):
-        found = getattr(result, name)
-        if found is not None and found.passed_over:
-            click.echo(f"{name}: {found.passed_over} passed over, for want of a picture or a donor")
     if result.failures:
         click.echo(f"{len(result.failures):,} pictures could not be used")
         note_some(result.failures.values(), "pictures")

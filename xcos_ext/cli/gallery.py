@@ -8,13 +8,11 @@ from xcos_ext.io.errors import GalleryError
 from xcos_ext.io.text import byte_size
 
 from . import options
-from .console import TROUBLE, bar, note, print_json, print_rows
+from .console import TROUBLE, bar, echo_some, note, print_json, print_rows
 from .inputs import open_gallery
 
-_NAMED = 20  # rows shown on the terminal; all are in the JSON
 
-
-@click.command("info")
+@options.command("info")
 @options.gallery
 @options.as_json
 def info(gallery: str, as_json: bool) -> int:
@@ -27,36 +25,27 @@ def info(gallery: str, as_json: bool) -> int:
     each = "" if data["bytes_per_face"] is None else f", {data['bytes_per_face']:.0f} bytes a face"
     removed = data["removed_but_stored"]
     print_rows(
-        [
-            ("faces", f"{data['faces']:,} of {data['persons']:,} persons"),
-            ("version", f"{data['version']}, {data['fragments']} fragments, {removed:,} removed faces"),
-            ("on disk", f"{byte_size(data['bytes'])}{each}; packed tiles {byte_size(data['tiles_bytes'])}"),
-            ("template", f"{data['grid'][0]}x{data['grid'][1]}, {data['channels']} channels, {data['dtype']}"),
-            ("head", str(data["head"])),
-            ("model", f"{data['model_name'] or 'not recorded'} {data['model'] or ''}".strip()),
-            ("threshold", "not known" if data["threshold"] is None else f"{data['threshold']:.4f}"),
-        ]
+        ("faces", f"{data['faces']:,} of {data['persons']:,} persons"),
+        ("version", f"{data['version']}, {data['fragments']} fragments, {removed:,} removed faces"),
+        ("on disk", f"{byte_size(data['bytes'])}{each}; packed tiles {byte_size(data['tiles_bytes'])}"),
+        ("template", f"{data['grid'][0]}x{data['grid'][1]}, {data['channels']} channels, {data['dtype']}"),
+        ("head", str(data["head"])),
+        ("model", f"{data['model_name'] or 'not recorded'} {data['model'] or ''}".strip()),
+        ("threshold", "not known" if data["threshold"] is None else f"{data['threshold']:.4f}"),
     )
     if removed:
         note("removed faces are still on disk until xcos gallery compact")
     return 0
 
 
-@click.command("remove")
+@options.command("remove")
 @options.gallery
 @click.argument("ids", nargs=-1)
 @click.option("--person", "persons", multiple=True, metavar="NAME", help="All faces of a person; repeatable.")
-@click.option("--ids-from", metavar="FILE", type=click.Path(allow_dash=True), help="Ids, one a line; - is stdin.")
 @options.as_json
-def remove(gallery: str, ids: tuple[str, ...], persons: tuple[str, ...], ids_from: str | None, as_json: bool) -> int:
+def remove(gallery: str, ids: tuple[str, ...], persons: tuple[str, ...], as_json: bool) -> int:
     """Remove faces: all that are named, or none if one is not there."""
     chosen = list(ids)
-    if ids_from is not None:
-        try:
-            with click.open_file(ids_from, encoding="utf-8") as file:
-                chosen += [line.rstrip("\n") for line in file if line.rstrip("\n")]
-        except (OSError, UnicodeDecodeError) as error:
-            raise GalleryError(f"{ids_from}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     with open_gallery(gallery) as opened:
         for person in persons:
             found = opened.ids_of(person)
@@ -64,7 +53,7 @@ def remove(gallery: str, ids: tuple[str, ...], persons: tuple[str, ...], ids_fro
                 raise GalleryError(f"--person: expected a person of the gallery, got {person!r}")
             chosen += found
         if not chosen:
-            raise GalleryError("ids: expected at least one, or --person or --ids-from, got none")
+            raise GalleryError("ids: expected at least one, or --person, got none")
         count = opened.remove(chosen)
         left = len(opened)
     if as_json:
@@ -74,46 +63,38 @@ def remove(gallery: str, ids: tuple[str, ...], persons: tuple[str, ...], ids_fro
     return 0
 
 
-@click.command("compact")
+@options.command("compact")
 @options.gallery
-@click.option(
-    "--timeout",
-    type=click.FloatRange(min=0),
-    default=30.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="To wait for readers of old versions.",
-)
 @options.as_json
-def compact(gallery: str, timeout: float, as_json: bool) -> int:
+def compact(gallery: str, as_json: bool) -> int:
     """Delete removed faces from the disk, with all old versions."""
     with open_gallery(gallery) as opened:
-        report = opened.compact(timeout=timeout)
+        report = opened.compact()
         faces = len(opened)
     if as_json:
         print_json({**report, "faces": faces})
     else:
-        click.echo(
-            f"{faces:,} faces, {byte_size(report['bytes_before'])} before, {byte_size(report['bytes_after'])} now"
-        )
+        before, after = byte_size(report["bytes_before"]), byte_size(report["bytes_after"])
+        click.echo(f"{faces:,} faces, {before} before, {after} now")
     return 0
 
 
-@click.command("verify")
+@options.command("verify")
 @options.gallery
 @options.quiet
 @options.as_json
 def verify(gallery: str, quiet: bool, as_json: bool) -> int:
     """Compare everything with the checksums it was written with; exit status 2 if something is damaged."""
-    with open_gallery(gallery) as opened, bar("verifying", "faces", quiet=quiet or as_json) as tick:
+    with open_gallery(gallery) as opened, bar("verifying", "faces") as tick:
         report = opened.verify(progress=tick)
     if as_json:
         print_json(report)
     else:
-        for row in report["damaged"][:_NAMED]:
-            click.echo(f"damaged: position {row['position']}, id {row['id']!r} ({', '.join(row['damaged'])})")
-        if len(report["damaged"]) > _NAMED:
-            click.echo(f"... and {len(report['damaged']) - _NAMED:,} more (--json lists them)")
+        damaged = [
+            f"damaged: position {row['position']}, id {row['id']!r} ({', '.join(row['damaged'])})"
+            for row in report["damaged"]
+        ]
+        echo_some(damaged, "damaged faces (--json lists them)")
         for file in report["unreadable"]:
             click.echo(f"unreadable: {file['reason']}")
         for name in report["tiles_dropped"]:

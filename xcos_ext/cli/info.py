@@ -9,8 +9,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import click
-
 from . import options
 from .console import TROUBLE, print_json, print_rows
 
@@ -20,7 +18,7 @@ _PACKAGES = (
 )
 
 
-@click.command("info")
+@options.command("info")
 @options.as_json
 def run(as_json: bool) -> int:
     """What was built, what is installed, and what it runs on."""
@@ -40,7 +38,7 @@ def run(as_json: bool) -> int:
             rows += [(f"{name}: {key.replace('_', ' ')}", _shown(item)) for key, item in value.items()]
         else:
             rows.append(("XCOS_MODEL" if name == "model" else name.replace("_", " "), _shown(value)))
-    print_rows(rows)
+    print_rows(*rows)
     return status
 
 

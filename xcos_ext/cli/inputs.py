@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from xcos_ext.io.errors import DeviceError, ModelError, XCosError
+from xcos_ext.io.errors import DeviceError, ModelError
+from xcos_ext.io.text import display_name
 
 from .console import note, notes_for_warnings
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from xcos_ext.backbones import Recogniser
     from xcos_ext.deploy import OnnxModel
     from xcos_ext.evaluation.datasets import PairList
+    from xcos_ext.faces import Detector
     from xcos_ext.gallery import Gallery
     from xcos_ext.model import XCosModel
 
@@ -29,18 +30,9 @@ def check_model_path(path: str | None) -> str:
     Raises:
         ModelError: it is not a readable regular file.
     """
-    from xcos_ext.io.shipped import weights_file
-    from xcos_ext.io.text import display_name
+    from xcos_ext.io.shipped import readable_file, weights_file
 
-    path = str(weights_file(path or None))
-    try:
-        regular = stat.S_ISREG(os.stat(path).st_mode)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ModelError(f"{display_name(path)}: the model cannot be read ({reason})") from error
-    if not regular:
-        raise ModelError(f"{display_name(path)}: expected a weights file, got something that is not a regular file")
-    return path
+    return str(readable_file(weights_file(path or None), "a weights file"))
 
 
 def is_graph(path: str) -> bool:
@@ -56,11 +48,8 @@ def chosen_device(name: str) -> torch.device:
     """
     from xcos_ext.devices import choose_device
 
-    try:
-        with notes_for_warnings():
-            return choose_device(name)
-    except DeviceError as error:
-        raise DeviceError(f"--{error}") from error  # the argument is an option here
+    with notes_for_warnings():
+        return choose_device(name)
 
 
 def load(path: str, device: str = "cpu") -> XCosModel:
@@ -101,8 +90,6 @@ def load_either(path: str, device: str) -> XCosModel | OnnxModel:
     """
     if not is_graph(path):
         return load(path, device)
-    from xcos_ext.faces import display_name
-
     graph = _graph(path, device)
     if graph.kind != "pair":
         raise ModelError(
@@ -115,17 +102,14 @@ def _graph(path: str, device: str) -> OnnxModel:
     from xcos_ext.deploy import OnnxModel
     from xcos_ext.onnx.session import CPU, providers_on
 
-    try:
-        providers = providers_on(device)
-    except DeviceError as error:
-        raise DeviceError(f"--{error}") from error
+    providers = providers_on(device)
     if providers == list(CPU):
         return OnnxModel(path)
     try:
         return OnnxModel(path, providers=providers)
     except ModelError as error:
         if device != "auto":
-            raise DeviceError(f"--device: expected a GPU that can be used, got {device!r}: {error}") from error
+            raise DeviceError(f"device: expected a GPU that can be used, got {device!r}: {error}") from error
         graph = OnnxModel(path)  # a file that is wrong is said here
         note(f"the GPU is not used, the CPU computes: {error}")
         return graph
@@ -133,40 +117,46 @@ def _graph(path: str, device: str) -> OnnxModel:
 
 def described(model: Any, path: str) -> dict[str, Any]:
     """A model as commands print it in JSON."""
-    from xcos_ext.faces import display_name
-
     return {"name": model.name, "file": display_name(path), "fingerprint": model.fingerprint()}
+
+
+def detector_maker(name: str, aligned: bool) -> Callable[[], Detector] | None:
+    """Makes detectors, one for each thread; None: the pictures are aligned crops.
+
+    Raises:
+        ValueError: no such detector. That is said here, and not by a thread.
+    """
+    if aligned:
+        return None
+    from xcos_ext.faces import create_detector
+
+    create_detector(name)
+    return partial(create_detector, name)
 
 
 def open_gallery(path: str, model: XCosModel | None = None) -> Gallery:
     """Open a gallery; for a model, to add to it or to search it."""
-    from xcos_ext.io.optional import need
+    from xcos_ext.io.optional import gallery_package
 
-    need("lance", "a gallery", extra="gallery")
+    gallery_package("lance")
     from xcos_ext.gallery import Gallery
 
     return Gallery.open(path, model)
 
 
-def opened_pairs(pairs: str, root: str | None, list_format: str | None) -> PairList:
-    """A list of pairs that a command was given.
-
-    Raises:
-        XCosError: it cannot be read or used.
-    """
+def opened_pairs(
+    pairs: str, root: str | None, list_format: str | None, detector: str, aligned: bool
+) -> tuple[PairList, Detector | None]:
+    """A list of pairs, and what finds the faces of its pictures; None where these are aligned crops."""
     from xcos_ext.evaluation.datasets import open_pairs
 
-    try:
-        return open_pairs(pairs, root, format=list_format)
-    except OSError as error:
-        raise XCosError(str(error)) from error
+    listed = open_pairs(pairs, root, format=list_format)
+    make = detector_maker(detector, aligned or listed.aligned)
+    return listed, None if make is None else make()
 
 
 def write_text(path: str, text: str) -> None:
     """Write a file, atomically."""
     from xcos_ext.io.atomic import write_atomically
 
-    def write(file: BinaryIO) -> None:
-        file.write(text.encode())
-
-    write_atomically(path, write)
+    write_atomically(path, lambda file: file.write(text.encode()))

@@ -1,24 +1,44 @@
-"""Options that several commands share, and types of options."""
+"""Commands, options that several of them share, and types of options."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
 
+from xcos_ext.io.errors import XCosError
+
 Decorator = Callable[[Any], Any]
+
+
+class Command(click.Command):
+    """A command whose options are named as such where the library says which argument is wrong."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click does; ``device: expected ...`` becomes ``--device: expected ...``."""
+        try:
+            return super().invoke(ctx)
+        except (ValueError, XCosError) as error:
+            name, colon, why = str(error).partition(":")
+            for option in self.params:
+                if colon and option.opts[0].startswith("--") and name in (option.name, option.opts[0][2:]):
+                    error.args = (f"{option.opts[0]}:{why}",)
+            raise
+
+
+command = functools.partial(click.command, cls=Command)
 
 
 def device_name(value: str) -> str:
     """The name of a device, which need not be there."""
     from xcos_ext.devices import check_device_name
-    from xcos_ext.io.errors import DeviceError
 
     try:
         check_device_name(value)
-    except DeviceError as error:
+    except XCosError as error:
         raise click.BadParameter(str(error).removeprefix("device: ")) from error
     return value
 
@@ -34,6 +54,30 @@ def finite(value: str) -> float:
     return number
 
 
+def integers(value: str) -> tuple[int, ...]:
+    """``"7,8"`` -> (7, 8), each once."""
+    try:
+        return tuple(dict.fromkeys(map(int, value.split(","))))
+    except ValueError as error:
+        raise click.BadParameter(f"expected numbers with commas between, such as 7,8, got {value!r}") from error
+
+
+def replicates(value: str) -> int:
+    """How often the bootstrap draws."""
+    (count,) = integers(value)
+    if count != 0 and count < 20:
+        raise click.BadParameter(f"expected 0 or at least 20, got {count}")
+    return count
+
+
+def three(value: str) -> tuple[float, ...]:
+    """One number for all three channels, or three with commas between."""
+    numbers = tuple(finite(part) for part in value.split(","))
+    if len(numbers) not in (1, 3):
+        raise click.BadParameter(f"expected a number or three (R,G,B), got {value!r}")
+    return numbers * (3 // len(numbers))
+
+
 def written(*suffixes: str, drawn: bool = False, dash: bool = False) -> Callable[[str], str]:
     """A file to write, checked before anything is read or computed for it.
 
@@ -44,13 +88,13 @@ def written(*suffixes: str, drawn: bool = False, dash: bool = False) -> Callable
     """
 
     def check(value: str) -> str:
-        from xcos_ext.io.atomic import OutputError, check_output
+        from xcos_ext.io.atomic import check_output
         from xcos_ext.io.optional import need
 
         try:
             if not (dash and value == "-"):
                 check_output(value, suffixes)
-        except OutputError as error:
+        except XCosError as error:  # click would say of a ValueError only that the value is not valid
             raise click.ClickException(str(error)) from error
         if drawn:
             need("matplotlib", "drawing")
@@ -75,25 +119,22 @@ def several(*options: Decorator) -> Decorator:
 
 def choice(*names: str, values: Sequence[str], help: str, default: str | tuple[str, ...] | None = None) -> Decorator:
     """An option for one of some words; one that may be repeated where the default is a tuple."""
-    repeated = isinstance(default, tuple)
-    kind = click.Choice(values)
-    return click.option(*names, type=kind, multiple=repeated, default=default, show_default=bool(default), help=help)
+    return click.option(
+        *names, type=click.Choice(values), multiple=isinstance(default, tuple), default=default, help=help
+    )
 
 
 def number(
     *names: str, help: str, default: int | None = None, least: int = 1, most: int | None = None, metavar: str = "N"
 ) -> Decorator:
     """An option for an integer."""
-    kind = click.IntRange(least, most)
-    return click.option(
-        *names, type=kind, default=default, show_default=default is not None, metavar=metavar, help=help
-    )
+    return click.option(*names, type=click.IntRange(least, most), default=default, metavar=metavar, help=help)
 
 
-def figure(name: str, what: str) -> Decorator:
+def figure(name: str, what: str, default: str | None = None) -> Decorator:
     """An option for a file that is drawn."""
     kind = written(".png", ".pdf", ".svg", drawn=True)
-    return click.option(name, metavar="FILE", type=kind, help=f"Draw {what}: .png, .pdf or .svg.")
+    return click.option(name, metavar="FILE", type=kind, default=default, help=f"Draw {what}: .png, .pdf or .svg.")
 
 
 model = click.option(
@@ -105,11 +146,7 @@ model = click.option(
     "default: the shipped compact model; faithful and local are shipped too]",
 )
 detector = click.option(
-    "--detector",
-    default="cascade",
-    show_default=True,
-    metavar="cascade|FILE.onnx",
-    help="OpenCV's bundled cascades, or a YuNet network.",
+    "--detector", default="cascade", metavar="cascade|FILE.onnx", help="OpenCV's bundled cascades, or a YuNet network."
 )
 aligned = click.option(
     "--aligned", is_flag=True, help="The pictures are aligned crops already (112 x 112): detect nothing."
@@ -129,8 +166,13 @@ threshold = click.option(
 )
 max_pixels = number("--max-pixels", help="Refuse larger pictures. [default: 100 million]")
 threads = number("--threads", default=2, help="Threads that read.")
-bootstrap = number(
-    "--bootstrap", "replicates", default=1000, least=0, help="Replicates for the confidence intervals; 0 for none."
+bootstrap = click.option(
+    "--bootstrap",
+    "replicates",
+    type=replicates,
+    default="1000",
+    metavar="N",
+    help="Replicates for the confidence intervals; 0 for none.",
 )
 gallery = click.argument("gallery", type=click.Path(), metavar="GALLERY")
 

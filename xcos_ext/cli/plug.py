@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from xcos_ext.io.errors import DeviceError, PictureError, XCosError
+from xcos_ext.io.text import display_name
 
 from . import options
 from .console import note, one_line, print_json, print_rows, progress
@@ -18,6 +18,7 @@ from .inputs import check_model_path, described, is_graph, load_recogniser
 if TYPE_CHECKING:
     from xcos_ext.backbones import Recogniser
     from xcos_ext.card.preprocessing import Preprocessing
+    from xcos_ext.faces import PersonFolder
     from xcos_ext.model import XCosModel
 
 _LEAST_PEOPLE = 20
@@ -29,7 +30,7 @@ _COMPARED = 32  # people, for that mean
 _PIXEL = 255  # what a pixel is divided by unless --scale says otherwise
 
 
-@click.command("plug")
+@options.command("plug")
 @click.argument("weights", type=click.Path())
 @click.option(
     "--faces",
@@ -48,10 +49,11 @@ _PIXEL = 255  # what a pixel is divided by unless --scale says otherwise
 @click.option("--output", metavar="NAME", help="ONNX: the embedding.  [default: the graph's only output [N, D]]")
 @click.option(
     "--mean",
+    type=options.three,
     metavar="M[,M,M]",
     help="ONNX: the network gets (RGB * scale - mean) / std.  [default: what the graph asks for, else 0.5]",
 )
-@click.option("--std", metavar="S[,S,S]", help="ONNX: see --mean.")
+@click.option("--std", type=options.three, metavar="S[,S,S]", help="ONNX: see --mean.")
 @click.option(
     "--scale", type=options.finite, metavar="F", help="ONNX: see --mean; 1 for pixels 0..255.  [default: 1/255]"
 )
@@ -81,7 +83,7 @@ def run(
         if value is not None and not graph:
             raise click.UsageError(f"--{name} is for recognisers in ONNX files (.onnx)", click.get_current_context())
     if graph and device not in ("auto", "cpu"):
-        raise DeviceError(f"--device: expected cpu or auto, for an ONNX graph runs on the CPU here, got {device!r}")
+        raise DeviceError(f"device: expected cpu or auto, for an ONNX graph runs on the CPU here, got {device!r}")
     if list_maps:
         return _list_maps(check_model_path(weights), onnx["output"], as_json)
     if faces is None or out is None:
@@ -94,14 +96,15 @@ def run(
 
     from xcos_ext.model import plug
 
-    recogniser = _onnx_recogniser(path, **onnx) if graph else load_recogniser(path, device)
-    size = recogniser.preprocessing.size
     named = None
     if graph:  # called after its file, which its architecture does not tell
+        recogniser = _onnx_recogniser(path, **onnx)
         axes = "" if project is None else f"-{project}"
         named = f"{os.path.splitext(os.path.basename(weights))[0]}+closed-form{axes}"
+    else:
+        recogniser = load_recogniser(path, device)
     with torch.no_grad():
-        crops = [_aligned(folder, person, size, faces) for person in progress(people, "reading")]
+        crops = [_aligned(folder, who, recogniser.preprocessing.size) for who in progress(people, "reading")]
         model = plug(recogniser, crops, project=project, threshold=threshold, name=named)
         if graph:
             _check_alike(recogniser, crops)
@@ -115,14 +118,11 @@ def run(
 # --- faces
 
 
-def _people(faces: str, limit: int) -> tuple[Any, list[str]]:
+def _people(faces: str, limit: int) -> tuple[PersonFolder, list[str]]:
     """The folder and the people whose pictures are used: at most ``limit``, spread evenly over the sorted names."""
-    from xcos_ext.faces import PersonFolder, display_name
+    from xcos_ext.faces import PersonFolder
 
-    try:
-        folder = PersonFolder(faces)
-    except (OSError, ValueError) as error:
-        raise PictureError(str(error)) from error
+    folder = PersonFolder(faces)
     count = min(limit, len(folder.people))
     people = [folder.people[i * len(folder.people) // count] for i in range(count)]
     if len(people) < _LEAST_PEOPLE:
@@ -133,17 +133,11 @@ def _people(faces: str, limit: int) -> tuple[Any, list[str]]:
     return folder, people
 
 
-def _aligned(folder: Any, person: str, size: tuple[int, int], faces: str) -> Any:
-    from xcos_ext.faces import display_name
+def _aligned(folder: PersonFolder, person: str, size: tuple[int, int]) -> Any:
+    from xcos_ext.faces import extract_face
 
     key = folder.of(person)[0]
-    rgb = folder.read(key)
-    if rgb.shape[:2] != size:
-        raise PictureError(
-            f"{display_name(faces)}: {key}: expected an aligned crop of {size[1]} x {size[0]} pixels, got "
-            f"{rgb.shape[1]} x {rgb.shape[0]}"
-        )
-    return rgb
+    return extract_face(folder.read(key), None, name=f"{display_name(folder.path)}: {key}", size=size).rgb
 
 
 def _check_alike(recogniser: Recogniser, faces: list[Any]) -> None:
@@ -201,42 +195,34 @@ def _write(model: XCosModel, out: str) -> None:
 
 
 def _report(model: XCosModel, out: str, people: int, pairs: int, threshold: float | None, as_json: bool) -> None:
-    from xcos_ext.faces import display_name
-
     split = _split_of(model)
     if as_json:
-        print_json(
-            {
-                "model": described(model, out),
-                "people": people,
-                "impostor_pairs": pairs,
-                "threshold": model.threshold,
-                "decision_fmr": _DECISION_FMR if threshold is None and model.threshold is not None else None,
-                "fmr_thresholds": {f"{rate:g}": t for rate, t in sorted(model.fmr_thresholds.items())},
-                **({"split": split} if split else {}),
-            }
-        )
+        data = {
+            "model": described(model, out),
+            "people": people,
+            "impostor_pairs": pairs,
+            "threshold": model.threshold,
+            "decision_fmr": _DECISION_FMR if threshold is None and model.threshold is not None else None,
+            "fmr_thresholds": {f"{rate:g}": t for rate, t in sorted(model.fmr_thresholds.items())},
+        }
+        print_json(data | ({"split": split} if split else {}))
         return
     rule = f"false match rate {_DECISION_FMR:g} over {pairs:,} impostor pairs" if threshold is None else "given"
     print_rows(
-        [
-            ("model", f"{display_name(out)} ({model.name})"),
-            *split.items(),
-            ("faces", f"{people} people, one picture each"),
-            ("threshold", "none" if model.threshold is None else f"{model.threshold:.4f} ({rule})"),
-        ]
+        ("model", f"{display_name(out)} ({model.name})"),
+        *split.items(),
+        ("faces", f"{people} people, one picture each"),
+        ("threshold", "none" if model.threshold is None else f"{model.threshold:.4f} ({rule})"),
     )
 
 
 # --- recognisers in ONNX files
 
 
-def _onnx_recogniser(
-    weights: str, tensor: str | None, output: str | None, mean: str | None, std: str | None, scale: float | None
-) -> Recogniser:
+def _onnx_recogniser(weights: str, tensor: str | None, output: str | None, **pixels: Any) -> Recogniser:
     from xcos_ext.backbones import OnnxRecogniser
 
-    return OnnxRecogniser(weights, tensor, output, preprocessing=preprocessing_of(weights, mean, std, scale))
+    return OnnxRecogniser(weights, tensor, output, preprocessing=preprocessing_of(weights, **pixels))
 
 
 def _few(numbers: Sequence[float]) -> str:
@@ -252,11 +238,13 @@ def _in_words(preprocessing: Preprocessing) -> str:
     return f"RGB {_few(low)} .. {_few(high)}"
 
 
-def preprocessing_of(weights: str, mean: str | None, std: str | None, scale: float | None) -> Preprocessing | None:
+def preprocessing_of(
+    weights: str, mean: Sequence[float] | None, std: Sequence[float] | None, scale: float | None
+) -> Preprocessing | None:
     """``(rgb * scale - mean) / std`` as the options say it; None: as the graph says it.
 
     Raises:
-        XCosError: numbers that make no preprocessing.
+        ValueError: numbers that make no preprocessing.
     """
     if mean is None and std is None and scale is None:
         return None
@@ -264,34 +252,19 @@ def preprocessing_of(weights: str, mean: str | None, std: str | None, scale: flo
     from xcos_ext.onnx.files import read_onnx
     from xcos_ext.onnx.graph import Graph
 
-    factor = 1 / _PIXEL if scale is None else scale
-    if not (math.isfinite(factor) and factor > 0):
-        raise XCosError(f"--scale: expected a positive number, got {scale}")
-    unit = factor * _PIXEL
+    if scale is not None and scale <= 0:
+        raise ValueError(f"scale: expected a positive number, got {scale}")
+    unit = 1 if scale is None else scale * _PIXEL
     # Without --mean and --std, pixels are scaled and nothing else.
-    means = [m / unit for m in _three("--mean", mean, 0.0)]
-    deviations = [s / unit for s in _three("--std", std, 1.0)]
+    red, green, blue = (m / unit for m in mean or (0, 0, 0))
+    deviations = [s / unit for s in std or (1, 1, 1)]
     size = Graph(read_onnx(weights), weights).size or ARCFACE.size
-    try:
-        return Preprocessing(size, (means[0], means[1], means[2]), (deviations[0], deviations[1], deviations[2]))
-    except ValueError as error:
-        raise XCosError(f"--mean, --std: {error}") from error
-
-
-def _three(option: str, text: str | None, default: float) -> list[float]:
-    try:
-        numbers = [default] if text is None else [float(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)):
-        raise XCosError(f"{option}: expected a number or three (R,G,B), got {text!r}")
-    return numbers * (3 // len(numbers))
+    return Preprocessing(size, (red, green, blue), (deviations[0], deviations[1], deviations[2]))
 
 
 def _list_maps(weights: str, output: str | None, as_json: bool) -> int:
     """Show where a graph may be split, and what it does to its pictures."""
     from xcos_ext.backbones import feature_maps
-    from xcos_ext.faces import display_name
     from xcos_ext.onnx.files import read_onnx
     from xcos_ext.onnx.graph import Graph
     from xcos_ext.onnx.pixels import normalisation_of
@@ -300,13 +273,9 @@ def _list_maps(weights: str, output: str | None, as_json: bool) -> int:
     own = normalisation_of(Graph(read_onnx(weights), weights))
     if as_json:
         fields = ("name", "shape", "op", "distance", "affine", "chosen")
-        print_json(
-            {
-                "file": display_name(weights),
-                "maps": [{name: getattr(m, name) for name in fields} for m in maps],
-                "normalisation": None if own is None else {"scale": list(own.scale), "shift": list(own.shift)},
-            }
-        )
+        listed = [{name: getattr(m, name) for name in fields} for m in maps]
+        pixels = None if own is None else {"scale": list(own.scale), "shift": list(own.shift)}
+        print_json({"file": display_name(weights), "maps": listed, "normalisation": pixels})
         return 0
     if not maps:
         raise XCosError(
@@ -318,9 +287,7 @@ def _list_maps(weights: str, output: str | None, as_json: bool) -> int:
         shape = "x".join(map(str, m.shape))
         name, op = one_line(m.name), one_line(m.op)  # a file may call them anything
         rows.append(("*" if m.chosen else "", name, shape, op, str(m.distance), "yes" if m.affine else "no"))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_rows(*rows, width=1, gap=2)
     click.echo("* taken unless --tensor names another; behind it: operators up to the embedding")
     if own is not None:
         click.echo(f"the graph normalises its pictures itself: x * {_few(own.scale)} + {_few(own.shift)}")

@@ -7,12 +7,14 @@ from typing import Any
 
 import click
 
+from xcos_ext.io.text import display_name
+
 from . import options
 from .console import TROUBLE, bar, note, print_json, print_rows
-from .inputs import check_model_path, described, load
+from .inputs import check_model_path, described, detector_maker, load
 
 
-@click.command("report")
+@options.command("report")
 @click.argument("pairs", type=click.Path(), metavar="PAIRS.csv")
 @click.option("--html", required=True, metavar="FILE", type=options.written(".html", ".htm"), help="The page to write.")
 @click.option(
@@ -47,22 +49,17 @@ def run(
     PAIRS.csv has a header and the columns a, b, optionally genuine (1 or 0), and any others, which are shown. Pairs
     whose pictures have no face are listed with the reason.
     """
-    from functools import partial
-
     from xcos_ext.explain.pairs_file import PairsFile, pictures_below
     from xcos_ext.explain.pairs_report import write_report
-    from xcos_ext.faces import create_detector, display_name
     from xcos_ext.io.optional import need
 
     need("PIL.Image", "a page with pictures")
     path = check_model_path(model)
     listed = PairsFile(pairs)
     read = pictures_below(os.path.dirname(os.path.abspath(pairs)) if root is None else root, max_pixels=max_pixels)
-    make_detector = None if aligned else partial(create_detector, detector)
-    if make_detector is not None:
-        make_detector()  # a wrong name is said before torch is loaded
+    make_detector = detector_maker(detector, aligned)
     loaded = load(path, device)
-    with bar("comparing", "pairs", quiet=quiet or as_json) as tick:
+    with bar("comparing", "pairs") as tick:
         summary = write_report(
             html,
             loaded,
@@ -86,15 +83,13 @@ def run(
         else:
             verdicts = f"{summary.same:,} same person, {summary.different:,} different people"
             rows.append(("verdicts", f"{verdicts} at threshold {summary.threshold:.4f}"))
-            for count, of, what in (
-                (summary.false_matches, summary.impostor, "impostor pairs match"),
-                (summary.false_non_matches, summary.genuine, "genuine pairs do not match"),
-            ):
-                if of:
-                    rows.append(("", f"{count:,} of {of:,} {what}"))
+            if summary.impostor:
+                rows.append(("", f"{summary.false_matches:,} of {summary.impostor:,} impostor pairs match"))
+            if summary.genuine:
+                rows.append(("", f"{summary.false_non_matches:,} of {summary.genuine:,} genuine pairs do not match"))
         rows.append(("time", f"{summary.seconds:.1f} s, {rate:,.0f} pairs/s, {summary.pictures:,} pictures"))
         rows.append(("page", f"{page} ({summary.bytes / 1e6:.1f} MB)"))
-        print_rows(rows)
+        print_rows(*rows)
     if summary.without_face:
         note(f"pictures that could not be used: {summary.without_face:,}; their pairs are on the page with the reason")
     if summary.several_faces:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 import click
 
 from xcos_ext.io.errors import GalleryError, PictureError
+from xcos_ext.io.optional import gallery_package
+from xcos_ext.io.text import display_name
 
 from . import options
 from .console import bar, note, print_json
-from .inputs import check_model_path, described, load, open_gallery
+from .inputs import check_model_path, described, detector_maker, load, open_gallery
 
 
-@click.command("search")
+@options.command("search")
 @options.gallery
 @click.argument("probes", nargs=-1, required=True, type=click.Path(), metavar="PROBES...")
 @options.faces
@@ -56,19 +59,15 @@ def run(
     **how: Any,
 ) -> int:
     """Who in GALLERY looks like the faces of PROBES? Exact: every enrolled face is scored."""
-    from xcos_ext.faces import create_detector, display_name
-    from xcos_ext.io.optional import need
-
     if threshold is not None and fpir is not None:
         raise GalleryError("--threshold, --fpir: expected one of them, got both")
-    need("lance", "a gallery", extra="gallery")
+    gallery_package("lance")
     path = check_model_path(model)
     from xcos_ext.gallery import identification_threshold
     from xcos_ext.gallery.enroll import find_pictures, read_faces
 
     pictures = find_pictures(probes)
-    if not aligned:
-        create_detector(detector)
+    make_detector = detector_maker(detector, aligned)
     import torch
 
     from xcos_ext.deploy import for_inference
@@ -79,25 +78,23 @@ def run(
         if fpir is not None:
             limit = identification_threshold(opened.layout.fmr_curve, fpir, len(opened))
         fast = for_inference(loaded)
-        names, crops, failures = [], [], {}
-        with bar("reading", "pictures", quiet=quiet or as_json) as tick:
-            make = None if aligned else lambda: create_detector(detector)
-            faces = read_faces(pictures, loaded.preprocessing.size, make, policy=policy)
+        crops, failures = {}, {}
+        with bar("reading", "pictures") as tick:
+            faces = read_faces(pictures, loaded.preprocessing.size, make_detector, policy=policy)
             for done, (picture, crop, _, problem) in enumerate(faces, 1):
                 if crop is None:
-                    failures[picture.id] = problem or "no face"
+                    failures[picture.id] = problem
+                    note(f"left out {problem}")
                 else:
-                    names.append(picture.id)
-                    crops.append(crop)
+                    crops[picture.id] = crop
                 tick(done, len(pictures))
-        for why in failures.values():
-            note(f"left out {why}")
         if not crops:
             raise PictureError("no probe has a usable face")
+        names = list(crops)
         with torch.inference_mode():
-            templates = fast.templates(fast.features_of(crops), "probe", opened.layout.dtype)
+            templates = fast.templates(fast.features_of(list(crops.values())), "probe", opened.layout.dtype)
         begin = time.perf_counter()
-        with bar("searching", "faces", quiet=quiet or as_json) as tick:
+        with bar("searching", "faces") as tick:
             hits = opened.search(
                 templates,
                 groups=None if fusion is None else ["probe"] * len(names),
@@ -112,21 +109,11 @@ def run(
         searched = len(opened)
     titles = names if fusion is None else [f"{len(names)} pictures of one person ({fusion})"]
     if as_json:
-        print_json(
-            {
-                "gallery": display_name(gallery),
-                "faces": searched,
-                "version": hits.version,
-                "threshold": limit,
-                "exact": hits.exact,
-                "recall": hits.recall,
-                "recall_probes": hits.recall_probes,
-                "seconds": seconds,
-                "probes": [{"probe": title, "hits": _candidates(hits, row, limit)} for row, title in enumerate(titles)],
-                "left_out": failures,
-                "model": described(loaded, path),
-            }
-        )
+        data = {name: getattr(hits, name) for name in ("version", "exact", "recall", "recall_probes")}
+        data |= {"gallery": display_name(gallery), "faces": searched, "threshold": limit, "seconds": seconds}
+        data |= {"left_out": failures, "model": described(loaded, path)}
+        found = [{"probe": title, "hits": _candidates(hits, row, limit)} for row, title in enumerate(titles)]
+        print_json(data | {"probes": found})
         return 0
     for row, title in enumerate(titles):
         click.echo(title)
@@ -150,19 +137,10 @@ def run(
 
 
 def _candidates(hits: Any, row: int, threshold: float | None) -> list[dict[str, Any]]:
-    candidates = []
-    for rank, hit in enumerate(hits[row]):
-        one: dict[str, Any] = {
-            "score": hit.score,
-            "over_threshold": None if threshold is None else hit.score >= threshold,
-            "id": hit.id,
-            "person": hit.person,
-            "position": hit.position,
-            "metadata": hit.metadata,
-        }
-        if hits.maps is not None:
-            for name in ("similarity", "attention", "contribution"):
-                maps = getattr(hits.maps, name)
-                one[name] = None if maps is None else maps[row, rank].tolist()
-        candidates.append(one)
+    candidates = [
+        asdict(hit) | {"over_threshold": None if threshold is None else hit.score >= threshold} for hit in hits[row]
+    ]
+    for rank, candidate in enumerate(candidates):
+        for name, maps in ({} if hits.maps is None else vars(hits.maps)).items():
+            candidate[name] = None if maps is None else maps[row, rank].tolist()
     return candidates

@@ -10,7 +10,7 @@ from . import options
 from .console import bar, note, print_json, print_rows
 
 
-@click.command("train")
+@options.command("train")
 @click.argument("config", type=click.Path())
 @click.option(
     "--set", "assignments", multiple=True, metavar="TABLE.KEY=VALUE", help="Change a setting of the file; repeatable."
@@ -47,26 +47,15 @@ def run(
     if not first:
         return 0
     if as_json:
-        print_json(
-            {
-                "out": folder,
-                "steps": result.steps,
-                "resumed": result.resumed,
-                "loss": result.loss if result.loss == result.loss else None,
-                "metrics": dict(result.metrics),
-                "seconds": result.seconds,
-                "step_seconds": result.step_seconds,
-                "files": [str(file) for file in result.files],
-            }
-        )
+        data = {name: getattr(result, name) for name in ("steps", "resumed", "seconds", "step_seconds")}
+        data |= {"loss": result.loss if result.loss == result.loss else None, "metrics": dict(result.metrics)}
+        print_json({"out": folder, **data, "files": [str(file) for file in result.files]})
         return 0
     print_rows(
-        [
-            ("steps", f"{result.steps}" + (f" ({result.resumed} before)" if result.resumed else "")),
-            ("loss", f"{result.loss:.6g}"),
-            *((name, f"{value:.6g}") for name, value in result.metrics.items()),
-            ("time", f"{result.seconds:.1f} s, {1e3 * result.step_seconds:.1f} ms a step"),
-            *(("written", str(file)) for file in result.files),
-        ]
+        ("steps", f"{result.steps}" + (f" ({result.resumed} before)" if result.resumed else "")),
+        ("loss", f"{result.loss:.6g}"),
+        *((name, f"{value:.6g}") for name, value in result.metrics.items()),
+        ("time", f"{result.seconds:.1f} s, {1e3 * result.step_seconds:.1f} ms a step"),
+        *(("written", str(file)) for file in result.files),
     )
     return 0

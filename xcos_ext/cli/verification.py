@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from xcos_ext.io.errors import XCosError
+from xcos_ext.io.text import display_name
 
 from . import options
-from .console import note_some, print_json, progress, table, table_console
+from .console import figure, note_some, print_json, progress, say_written, table, table_console
 from .inputs import check_model_path, described, load, load_recogniser, opened_pairs
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _FMRS = (1e-1, 1e-2, 1e-3)
 _COUNTED = "rejected at every threshold: a genuine pair as a false non-match, an impostor pair as rightly rejected"
 
 
-@click.command("verification")
+@options.command("verification")
 @options.pair_list
 @options.aligned
 @options.model
@@ -58,21 +59,19 @@ def run(
     as_json: bool,
 ) -> int:
     """Accuracy, AUC, EER and TAR at false match rates on a list of pairs, with confidence intervals."""
-    from xcos_ext.faces import create_detector, display_name
     from xcos_ext.io.optional import need
 
     need("sklearn", "evaluation")
     path = check_model_path(model)
     teacher_path = None if teacher is None else check_model_path(teacher)
-    listed = opened_pairs(pairs, root, list_format)
-    finder = None if aligned or listed.aligned else create_detector(detector)
+    listed, finder = opened_pairs(pairs, root, list_format, detector, aligned)
     from xcos_ext.evaluation import evaluate
 
     loaded = load(path, device)
     recogniser = None if teacher_path is None else load_recogniser(teacher_path, device)
     if recogniser is not None and recogniser.preprocessing.size != loaded.preprocessing.size:
         raise XCosError(
-            f"{display_name(teacher_path or '')}: expects crops of {recogniser.preprocessing.size}, the model of "
+            f"{display_name(teacher or '')}: expects crops of {recogniser.preprocessing.size}, the model of "
             f"{loaded.preprocessing.size}"
         )
     started = time.perf_counter()
@@ -85,7 +84,7 @@ def run(
         flip=flip,
         fmrs=_FMRS,
         replicates=replicates,
-        track=lambda blocks: progress(blocks, "scoring", quiet=as_json),
+        track=lambda blocks: progress(blocks, "scoring"),
     )
     seconds = time.perf_counter() - started
     if plot is not None:
@@ -101,53 +100,40 @@ def run(
         "folds_are_the_lists_own": listed.own_folds,
     }
     thresholds = _at_thresholds(loaded, listed, result)
-    if as_json:
-        drawn, failed = zip(listed.first, listed.second, listed.genuine, strict=True), result.failed
-        sample = result.resampling
-        print_json(
-            {
-                "pairs": about,
-                "enrolment": {
-                    "aligned": finder is None,
-                    "detector": None if finder is None else display_name(detector),
-                    "failed_pictures": [{"picture": key, "reason": why} for key, why in result.failures.items()],
-                    "failed_pairs": [
-                        {"a": listed.keys[a], "b": listed.keys[b], "genuine": bool(same)}
-                        for (a, b, same), lost in zip(drawn, failed, strict=True)
-                        if lost
-                    ],
-                    "failed_pairs_count_as": _COUNTED,
-                },
-                "model": described(loaded, path) | {"threshold": loaded.threshold},
-                "teacher": None if teacher_path is None else display_name(teacher_path),
-                "flip": flip,
-                "corr_target": result.corr_target,
-                "bootstrap": None
-                if sample is None
-                else {"unit": sample.unit, "units": sample.units, "replicates": replicates, "confidence": 0.95},
-                "variants": {name: variant.as_dict() for name, variant in result.variants.items()},
-                "at_the_models_thresholds": thresholds,
-                "plot": None if plot is None else display_name(plot),
-                "seconds": seconds,
-            }
-        )
-        return 0
-    folds = f"{about['folds']} folds" + ("" if listed.own_folds else " (made, so people may be in several)")
-    _print_table(
-        f"{loaded.name}: {len(listed):,} pairs, {about['genuine']:,} genuine, {folds}", result, teacher is not None
-    )
-    for line in _remarks(listed, result, replicates, flip, thresholds):
-        click.echo(line)
-    if plot is not None:
-        click.echo(f"ROC curves: {display_name(plot)}")
-    if result.failures:
-        genuine = int((result.failed & listed.genuine).sum())
-        impostor = int((result.failed & ~listed.genuine).sum())
-        click.echo(
-            f"failed to enrol: {len(result.failures):,} of {len(listed.keys):,} pictures, so {genuine} genuine and "
-            f"{impostor} impostor pairs count as {_COUNTED}"
-        )
+    sample = result.resampling
+    if not as_json:
+        _print(loaded.name, listed, about, result)
+        for line in _remarks(listed, result, replicates, flip, thresholds):
+            click.echo(line)
+        say_written(("ROC curves", plot))
         note_some(result.failures.values(), "pictures")
+        return 0
+    failed = [
+        {"a": listed.keys[listed.first[i]], "b": listed.keys[listed.second[i]], "genuine": bool(listed.genuine[i])}
+        for i in result.failed.nonzero()[0]
+    ]
+    data = {
+        "pairs": about,
+        "enrolment": {
+            "aligned": finder is None,
+            "detector": None if finder is None else display_name(detector),
+            "failed_pictures": [{"picture": key, "reason": why} for key, why in result.failures.items()],
+            "failed_pairs": failed,
+            "failed_pairs_count_as": _COUNTED,
+        },
+        "model": described(loaded, path) | {"threshold": loaded.threshold},
+        "teacher": None if teacher is None else display_name(teacher),
+        "flip": flip,
+        "corr_target": result.corr_target,
+        "bootstrap": None
+        if sample is None
+        else {"unit": sample.unit, "units": sample.units, "replicates": replicates, "confidence": 0.95},
+        "variants": {name: variant.as_dict() for name, variant in result.variants.items()},
+        "at_the_models_thresholds": thresholds,
+        "plot": None if plot is None else display_name(plot),
+        "seconds": seconds,
+    }
+    print_json(data)
     return 0
 
 
@@ -173,12 +159,8 @@ def _at_thresholds(model: XCosModel, pairs: PairList, result: Evaluation) -> dic
 
     def at(threshold: float) -> dict[str, float]:
         accepted = scores >= threshold
-        return {
-            "threshold": threshold,
-            "fmr": float(accepted[~genuine].mean()),
-            "fnmr": float((~accepted)[genuine].mean()),
-            "accuracy": float((accepted == genuine).mean()),
-        }
+        rates = {"fmr": accepted[~genuine], "fnmr": ~accepted[genuine], "accuracy": accepted == genuine}
+        return {"threshold": threshold} | {name: float(of.mean()) for name, of in rates.items()}
 
     return {
         "decision": None if model.threshold is None else at(model.threshold),
@@ -188,29 +170,21 @@ def _at_thresholds(model: XCosModel, pairs: PairList, result: Evaluation) -> dic
     }
 
 
-def _print_table(title: str, result: Evaluation, teacher: bool) -> None:
-    columns = ("attention", "accuracy %", "AUC", "EER %", *(f"TAR % at FMR {rate:g}" for rate in _FMRS))
-    shown = table(title, [*columns, *(["correlation with the teacher"] if teacher else [])])
+def _print(name: str, pairs: PairList, about: dict[str, Any], result: Evaluation) -> None:
+    folds = f"{about['folds']} folds" + ("" if pairs.own_folds else " (made, so people may be in several)")
+    teacher = ["correlation with the teacher"] if "teacher" in result.variants else []
+    shown = table(
+        f"{name}: {len(pairs):,} pairs, {about['genuine']:,} genuine, {folds}",
+        ["attention", "accuracy %", "AUC", "EER %", *(f"TAR % at FMR {rate:g}" for rate in _FMRS), *teacher],
+    )
     for name, variant in result.variants.items():
         report, intervals = variant.report, variant.intervals
-
-        def cell(value: float | None, key: str, scale: int = 100, digits: int = 2, intervals: Any = intervals) -> str:
-            if value is None:
-                return "-"
-            text = f"{scale * value:.{digits}f}"
-            if key in intervals:
-                low, high = intervals[key]
-                text += f"\n\\[{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
-            return text
-
-        shown.add_row(
-            _label(name),
-            cell(None if report.accuracy is None else report.accuracy.mean, "accuracy"),
-            cell(report.auc, "auc", 1, 5),
-            cell(report.eer, "eer"),
-            *(cell(p.tar if p.resolved else None, f"tar@{p.requested:g}") for p in report.operating_points),
-            *(["-" if variant.correlation is None else f"{variant.correlation:.4f}"] if teacher else []),
-        )
+        points = {f"tar@{p.requested:g}": p.tar if p.resolved else None for p in report.operating_points}
+        figures = {"accuracy": report.accuracy and report.accuracy.mean, "auc": report.auc, "eer": report.eer} | points
+        cells = [
+            figure(value, intervals.get(key), *((5, 1) if key == "auc" else (2, 100))) for key, value in figures.items()
+        ]
+        shown.add_row(_label(name), *cells, *(figure(variant.correlation, None, 4) for _ in teacher))
     table_console().print(shown)
 
 
@@ -236,3 +210,10 @@ def _remarks(
                 f"the model's threshold {kind}, {found['threshold']:.4f}: accuracy {100 * found['accuracy']:.2f} %, "
                 f"FMR {100 * found['fmr']:.2f} %, FNMR {100 * found['fnmr']:.2f} %"
             )
+    if result.failures:
+        genuine = int((result.failed & pairs.genuine).sum())
+        impostor = int(result.failed.sum()) - genuine
+        yield (
+            f"failed to enrol: {len(result.failures):,} of {len(pairs.keys):,} pictures, so {genuine} genuine and "
+            f"{impostor} impostor pairs count as {_COUNTED}"
+        )

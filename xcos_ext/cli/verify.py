@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from xcos_ext.io.errors import XCosError
+from xcos_ext.io.text import display_name
 
 from . import options
 from .console import DIFFERENT, SAME, TROUBLE, note, print_json, print_rows
@@ -23,17 +22,14 @@ _KEYS = ("score", "threshold", "same", "fmr", "similarity", "attention", "contri
 _PLAIN = {"prominent": "most prominent", "largest": "largest", "centre": "most central", "only": "only one"}
 
 
-@click.command("verify")
+@options.command("verify")
 @options.pair
 @options.figure("--out", "the decision")
 @options.as_json
 def run(out: str | None, as_json: bool, **pair: Any) -> int:
     """Are the faces of pictures A and B the same person's?"""
     explanation = compare(**pair)
-    if out is not None:
-        from xcos_ext.explain import save_figure
-
-        save_figure(explanation.figure(), out)
+    draw(explanation, out)
     if as_json:
         data = explanation.as_dict()
         print_json({key: data[key] for key in _KEYS})
@@ -49,10 +45,8 @@ def run(out: str | None, as_json: bool, **pair: Any) -> int:
         rows.append(("meaning", f"false match rate at this score {explanation.fmr} ({sample})"))
     rows.append(("model", explanation.model.name))
     if out is not None:
-        from xcos_ext.faces import display_name
-
         rows.append(("picture", display_name(out)))
-    print_rows(rows)
+    print_rows(*rows)
     return status(explanation)
 
 
@@ -75,10 +69,10 @@ def compare(
         XCosError: anything wrong with the pictures or the model; ``needs_threshold`` and there is none.
     """
     # Cheap checks first: a typing error should not cost the seconds that loading torch and a network takes.
-    from xcos_ext.faces import MAX_PIXELS, create_detector, display_name, extract_face, read_picture
+    from xcos_ext.faces import MAX_PIXELS, create_detector, extract_face, read_picture
 
     path = check_model_path(model)
-    pictures = {name: read_picture(name, max_pixels=max_pixels or MAX_PIXELS) for name in (a, b)}
+    pictures = [(display_name(name), read_picture(name, max_pixels=max_pixels or MAX_PIXELS)) for name in (a, b)]
     finder = None if aligned else create_detector(detector)
     loaded = load_either(path, device)
     if needs_threshold and loaded.threshold is None and threshold is None:
@@ -86,17 +80,14 @@ def compare(
             f"{display_name(path)}: the model knows no decision threshold; give --threshold, or make a model "
             "that has one with xcos plug"
         )
-    faces = []
-    for name in (a, b):
-        size = loaded.preprocessing.size
-        face = extract_face(pictures[name], finder, name=display_name(name), policy=policy, size=size)
+    size = loaded.preprocessing.size
+    first, second = (extract_face(rgb, finder, name=name, policy=policy, size=size) for name, rgb in pictures)
+    for face in (first, second):
         if face.found > 1:
             note(f"{face.name}: {face.found} faces found, took the {_PLAIN[policy]} (see --face)")
-        faces.append(face)
 
     from xcos_ext.explain import explain
 
-    first, second = faces
     try:
         return explain(
             loaded,
@@ -111,6 +102,14 @@ def compare(
         )
     except ValueError as error:
         raise XCosError(f"{display_name(path)}: the model gave an unusable result ({error})") from error
+
+
+def draw(explanation: Explanation, path: str | None) -> None:
+    """Draw the decision, if that was asked for."""
+    if path is not None:
+        from xcos_ext.explain import save_figure
+
+        save_figure(explanation.figure(), path)
 
 
 def status(explanation: Explanation) -> int:
@@ -134,5 +133,7 @@ def _landmarks_in_crop(face: AlignedFace) -> np.ndarray | None:
 
     if face.face is None or face.face.landmarks is None:
         return None
-    size = (int(face.rgb.shape[0]), int(face.rgb.shape[1]))
-    return apply_transform(similarity_transform(face.face.landmarks, template_for(size)), face.face.landmarks)
+    height, width, _ = face.rgb.shape
+    return apply_transform(
+        similarity_transform(face.face.landmarks, template_for((height, width))), face.face.landmarks
+    )

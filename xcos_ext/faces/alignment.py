@@ -6,6 +6,8 @@ import numpy as np
 
 from xcos_ext.io.optional import need
 
+from .detector import check_picture
+
 __all__ = ["ARCFACE_TEMPLATE", "align_face", "apply_transform", "similarity_transform", "template_for", "warp"]
 
 #: Where the ArcFace family expects, on 112x112 pixels (x, y): the eye on the picture's left, the one on its right, the
@@ -17,50 +19,55 @@ ARCFACE_TEMPLATE.setflags(write=False)
 
 
 def template_for(size: tuple[int, int]) -> np.ndarray:
-    """The template for crops of another size (height, width): pixel centres are at whole coordinates."""
+    """The template for crops of another size (height, width): pixel centres are at whole coordinates.
+
+    >>> template_for((224, 224))[0]
+    array([ 77.0892, 103.8926])
+    """
     scale = np.array([size[1], size[0]], dtype=np.float64) / 112
     return (ARCFACE_TEMPLATE + 0.5) * scale - 0.5
 
 
-def similarity_transform(source: np.ndarray, target: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """The rotation, uniform scale and shift that best map points to points.
+def similarity_transform(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The rotation, uniform scale and shift that best map points to points: least squares, never a reflection.
 
-    Least squares after Umeyama (IEEE PAMI 13(4), 1991, eqs. 34-43); never a reflection.
+    With points as complex numbers that is ``a z + b``, and regression gives both.
 
     Args:
         source: [N, 2], N >= 2, not all the same point.
         target: [N, 2].
-        weights: positive [N], or None for equal ones.
 
     Returns:
         [2, 3] fp64, for :func:`apply_transform` and :func:`warp`.
 
     Raises:
         ValueError: other shapes, values that are not finite, or coinciding source points.
+
+    >>> matrix = similarity_transform([[0, 0], [1, 0]], [[5, 5], [5, 7]])  # a quarter turn, twice as large
+    >>> apply_transform(matrix, [[0, 1]])
+    array([[3., 5.]])
     """
     source, target = np.asarray(source, np.float64), np.asarray(target, np.float64)
     if source.ndim != 2 or source.shape[1] != 2 or len(source) < 2 or source.shape != target.shape:
         raise ValueError(f"source, target: expected [N, 2] with N >= 2, got {source.shape} and {target.shape}")
-    w = np.ones(len(source)) if weights is None else np.asarray(weights, np.float64)
-    if w.shape != (len(source),) or not np.isfinite(w).all() or not (w > 0).all():
-        raise ValueError(f"weights: expected {len(source)} positive numbers, got shape {w.shape}")
     if not (np.isfinite(source).all() and np.isfinite(target).all()):
         raise ValueError("source, target: expected finite coordinates")
-    w = w / w.sum()
-    source_mean, target_mean = w @ source, w @ target
-    s, t = source - source_mean, target - target_mean
-    variance = float(w @ (s * s).sum(1))
-    if variance <= 1e-12 * max(1.0, float(np.abs(source).max()) ** 2):
+    s, t = (points - points.mean(0) for points in (source, target))
+    s, t = s @ (1, 1j), t @ (1, 1j)
+    spread = float(np.vdot(s, s).real)
+    if spread <= 1e-12 * len(source) * max(1.0, float(np.abs(source).max()) ** 2):
         raise ValueError("source: all points are the same")
-    u, d, vt = np.linalg.svd((t * w[:, None]).T @ s)
-    sign = np.array([1.0, np.sign(np.linalg.det(u @ vt)) or 1.0])
-    rotation = (u * sign) @ vt
-    scale = float((d * sign).sum()) / variance
-    return np.hstack([scale * rotation, (target_mean - scale * rotation @ source_mean)[:, None]])
+    factor = np.vdot(s, t) / spread
+    linear = np.array([[factor.real, -factor.imag], [factor.imag, factor.real]])
+    return np.hstack([linear, (target.mean(0) - linear @ source.mean(0))[:, None]])
 
 
 def apply_transform(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Map points [N, 2] by an affine [2, 3] matrix."""
+    """Map points [N, 2] by an affine [2, 3] matrix.
+
+    >>> apply_transform(np.array([[2, 0, 1], [0, 2, 0]]), [[3, 4]])
+    array([[7., 8.]])
+    """
     return np.asarray(points, np.float64) @ matrix[:, :2].T + matrix[:, 2]
 
 
@@ -89,6 +96,11 @@ def warp(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int], *, extend
 
     Returns:
         uint8 [height, width] or [height, width, 3].
+
+    >>> picture = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    >>> warp(picture, np.array([[1.0, 0, -1], [0, 1, -2]]), (2, 2))
+    array([[ 9, 10],
+           [13, 14]], dtype=uint8)
     """
     cv2 = need("cv2", "face alignment")
     height, width = size
@@ -96,8 +108,7 @@ def warp(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int], *, extend
     inside = apply_transform(invert(matrix), corners)
     scale = float(np.sqrt(abs(np.linalg.det(matrix[:, :2]))))
     block = max(1, int(1 / scale))
-    # Only the part that is seen is touched: OpenCV's warp is limited to 32,767 pixels a side, and averaging
-    # costs.
+    # Only the part that is seen is touched: OpenCV's warp is limited to 32,767 pixels a side, and averaging costs.
     limits = np.array([image.shape[1], image.shape[0]])
     low = np.clip(np.floor(inside.min(0)).astype(int) - 2 * block, 0, limits)
     high = np.clip(np.ceil(inside.max(0)).astype(int) + 2 * block + 1, 0, limits)
@@ -125,8 +136,7 @@ def align_face(rgb: np.ndarray, landmarks: np.ndarray, size: tuple[int, int] = (
 
     Args:
         rgb: uint8 [H, W, 3].
-        landmarks: five points (x, y) [5, 2] in the order of :data:`ARCFACE_TEMPLATE`; they may lie outside
-        the picture.
+        landmarks: five points (x, y) [5, 2] in the order of :data:`ARCFACE_TEMPLATE`; they may lie outside the picture.
         size: (height, width) of the crop.
 
     Returns:
@@ -134,9 +144,12 @@ def align_face(rgb: np.ndarray, landmarks: np.ndarray, size: tuple[int, int] = (
 
     Raises:
         ValueError: other shapes or types, or landmarks that all coincide.
+
+    >>> photograph = np.zeros((300, 200, 3), np.uint8)
+    >>> align_face(photograph, 2 * ARCFACE_TEMPLATE).shape
+    (112, 112, 3)
     """
-    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
-        raise ValueError(f"rgb: expected uint8 [H, W, 3], got {rgb.dtype} {rgb.shape}")
+    check_picture(rgb)
     if np.shape(landmarks) != (5, 2):
         raise ValueError(f"landmarks: expected [5, 2], got {np.shape(landmarks)}")
     return warp(rgb, similarity_transform(landmarks, template_for(size)), size)

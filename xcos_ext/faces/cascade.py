@@ -15,7 +15,7 @@ from xcos_ext.io.errors import XCosError
 from xcos_ext.io.optional import need
 
 from .alignment import ARCFACE_TEMPLATE, apply_transform, compose, invert, similarity_transform
-from .detector import Face, check_picture, overlap, scaled_copy
+from .detector import Face, check_picture, scaled_copy
 from .landmarks import LandmarkReader
 
 __all__ = ["CascadeDetector"]
@@ -76,19 +76,15 @@ class CascadeBoxes:
         import cv2
 
         copy, factor = scaled_copy(grey, search.longest, enlarge=search.enlarge)
-        height, width = copy.shape
+        size = np.array(copy.shape[::-1])
+        cosine, sine = np.cos(np.deg2rad(roll)), np.sin(np.deg2rad(roll))
+        rotation = np.array([[cosine, -sine], [sine, cosine]])
         # A border, because faces that fill the picture are found by what is around them; and room to turn in.
-        border = max(height, width) // 8
-        radians = np.deg2rad(roll)
-        cosine, sine = float(np.cos(radians)), float(np.sin(radians))
-        out_w = int(abs(cosine) * width + abs(sine) * height) + 2 * border
-        out_h = int(abs(sine) * width + abs(cosine) * height) + 2 * border
-        turn = np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0]])
-        turn[:, 2] = np.array([(out_w - 1) / 2, (out_h - 1) / 2]) - turn[:, :2] @ [(width - 1) / 2, (height - 1) / 2]
-        turned = cv2.warpAffine(copy, turn, (out_w, out_h), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        shrink = np.array([[factor[0], 0, (factor[0] - 1) / 2], [0, factor[1], (factor[1] - 1) / 2]])
-        to_turned = compose(turn, shrink)
-        smallest, largest = search.smallest, max(out_w, out_h)
+        room = (np.abs(rotation) @ size).astype(int) + 2 * (max(copy.shape) // 8)
+        turn = np.hstack([rotation, ((room - 1) / 2 - rotation @ ((size - 1) / 2))[:, None]])
+        turned = cv2.warpAffine(copy, turn, room.tolist(), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        to_turned = compose(turn, np.hstack([np.diag(factor), (factor[:, None] - 1) / 2]))
+        smallest, largest = search.smallest, int(room.max())
         found, _, weights = self._cascades[search.cascade].detectMultiScale3(
             turned, search.step, 3, 0, (smallest, smallest), (largest, largest), outputRejectLevels=True
         )
@@ -113,6 +109,9 @@ class CascadeDetector:
         ModelError: the network's weights are missing, damaged, or of another network.
         MissingPackageError: OpenCV is not installed.
         ValueError: ``min_score`` outside [0, 1].
+
+    >>> CascadeDetector().detect(np.zeros((48, 48, 3), np.uint8))
+    []
     """
 
     def __init__(self, *, min_score: float = 0.5, landmarks: str | os.PathLike[str] | None = None) -> None:
@@ -124,8 +123,9 @@ class CascadeDetector:
 
     def detect(self, rgb: np.ndarray) -> list[Face]:
         """See :class:`~xcos_ext.faces.Detector`."""
+        import cv2
+
         check_picture(rgb)
-        cv2 = need("cv2", "face detection")
         grey = cv2.cvtColor(np.ascontiguousarray(rgb), cv2.COLOR_RGB2GRAY)
         faces: list[Face] = []
         for search in SEARCHES:
@@ -178,6 +178,12 @@ def _distinct(faces: list[Face]) -> list[Face]:
     """Best first, without those that mostly cover a better one."""
     kept: list[Face] = []
     for face in sorted(faces, key=lambda f: -f.score):
-        if all(overlap(np.array(face.box), np.array(other.box)) < 0.5 for other in kept):
+        if all(_overlap(np.array(face.box), np.array(other.box)) < 0.5 for other in kept):
             kept.append(face)
     return kept
+
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection of two boxes (left, top, width, height) over the smaller one's area."""
+    sides = np.minimum(a[:2] + a[2:], b[:2] + b[2:]) - np.maximum(a[:2], b[:2])
+    return float(np.prod(np.maximum(sides, 0)) / max(min(a[2] * a[3], b[2] * b[3]), 1e-9))

@@ -19,6 +19,9 @@ class Face:
         landmarks: fp64 [5, 2], (x, y) in pixels of the picture, in the order of
             :data:`~xcos_ext.faces.ARCFACE_TEMPLATE`; None if the detector gives only boxes.
         score: the detector's confidence in [0, 1]; not comparable between detectors.
+
+    >>> Face((10, 20, 64, 64), None, 0.9).box
+    (10, 20, 64, 64)
     """
 
     box: tuple[float, float, float, float]
@@ -28,7 +31,14 @@ class Face:
 
 @runtime_checkable
 class Detector(Protocol):
-    """Anything that finds faces. Detectors are not thread-safe: give every thread its own."""
+    """Anything that finds faces. Detectors are not thread-safe: give every thread its own.
+
+    >>> class Everywhere:
+    ...     def detect(self, rgb):
+    ...         return [Face((0, 0, rgb.shape[1], rgb.shape[0]), None, 1.0)]
+    >>> isinstance(Everywhere(), Detector)
+    True
+    """
 
     def detect(self, rgb: np.ndarray) -> list[Face]:
         """Find the faces of a picture.
@@ -53,13 +63,6 @@ def check_picture(rgb: np.ndarray) -> None:
         raise ValueError(f"rgb: expected a uint8 array [H, W, 3], got {got}")
     if rgb.size == 0:
         raise ValueError(f"rgb: expected pixels, got an empty picture {list(rgb.shape)}")
-
-
-def overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection of two boxes (left, top, width, height) over the smaller one's area."""
-    low = np.maximum(a[:2], b[:2])
-    high = np.minimum(a[:2] + a[2:], b[:2] + b[2:])
-    return float(np.prod(np.maximum(high - low, 0)) / max(min(a[2] * a[3], b[2] * b[3]), 1e-9))
 
 
 def scaled_copy(image: np.ndarray, longest: int, *, enlarge: float = 1.0) -> tuple[np.ndarray, np.ndarray]:

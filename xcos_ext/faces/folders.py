@@ -36,6 +36,14 @@ class PictureTree:
     Raises:
         FileNotFoundError: no such path.
         ValueError: not a folder or zip archive.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     (Path(folder) / "ann").mkdir()
+    ...     _ = (Path(folder) / "ann" / "1.ppm").write_bytes(b"P6 1 1 255 abc")
+    ...     tree = PictureTree(folder)
+    ...     tree.names, tree.find("1.ppm"), tree.read("ann/1.ppm").shape
+    (('ann/1.ppm',), 'ann/1.ppm', (1, 1, 3))
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -123,6 +131,14 @@ class PersonFolder:
     Raises:
         FileNotFoundError: no such path.
         ValueError: not a folder or zip archive, no pictures in it, or two pictures with the same key.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for person in ("bob", "ann"):
+    ...         (Path(folder) / person).mkdir()
+    ...         _ = (Path(folder) / person / "1.ppm").write_bytes(b"P6 1 1 255 abc")
+    ...     PersonFolder(folder).keys
+    ('ann/1.ppm', 'bob/1.ppm')
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -52,6 +52,10 @@ class LandmarkReader:
 
     Raises:
         ModelError: the file is missing, damaged, or of another network.
+
+    >>> landmarks, scores = LandmarkReader().read(np.zeros((64, 64), np.uint8), np.eye(2, 3)[None])
+    >>> landmarks.shape, bool(scores[0] < 0.5)
+    ((1, 5, 2), True)
     """
 
     def __init__(self, weights: str | os.PathLike[str] | None = None) -> None:
@@ -78,17 +82,16 @@ class LandmarkReader:
         starts = np.asarray(starts, np.float64).reshape(-1, 2, 3)
         matrices = np.array([compose(self._to_crop, start) for start in starts]).reshape(-1, 2, 3)
         landmarks, scores = self._look(grey, matrices, mirror=False)
-        refined = []
-        for i, start in enumerate(starts):
-            if scores[i] >= _HOPELESS:
-                upright = _upright(landmarks[i], start)
-                if upright is None:
-                    scores[i] = 0
-                else:
-                    refined.append((i, compose(self._to_crop, upright)))
+        refined = {}
+        for i in np.flatnonzero(scores >= _HOPELESS):
+            upright = _upright(landmarks[i], starts[i])
+            if upright is None:
+                scores[i] = 0
+            else:
+                refined[i] = compose(self._to_crop, upright)
         if refined:
-            chosen = [i for i, _ in refined]
-            landmarks[chosen], scores[chosen] = self._look(grey, np.array([m for _, m in refined]), mirror=True)
+            chosen = list(refined)
+            landmarks[chosen], scores[chosen] = self._look(grey, np.array(list(refined.values())), mirror=True)
         return landmarks, scores
 
     def _look(self, grey: np.ndarray, matrices: np.ndarray, *, mirror: bool) -> tuple[np.ndarray, np.ndarray]:

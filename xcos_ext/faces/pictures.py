@@ -51,8 +51,14 @@ def read_picture(path: StrPath, *, max_pixels: int = MAX_PIXELS, name: str | Non
         PictureError: missing, not a regular file, not readable, empty, not a picture, damaged, truncated, or
             too large. The message starts with the name.
         ValueError: ``max_pixels`` is not positive.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile(suffix=".ppm") as file:
+    ...     _ = file.write(b"P6 2 1 255 abcdef")
+    ...     file.flush()
+    ...     read_picture(file.name).tolist()
+    [[[97, 98, 99], [100, 101, 102]]]
     """
-    _check_limit(max_pixels)
     name = display_name(path) if name is None else name
     with _open_regular(path, name) as file:
         return _decode(file, name, max_pixels)
@@ -71,37 +77,18 @@ def decode_picture(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> n
 
     Raises:
         PictureError, ValueError: as :func:`read_picture`.
+
+    >>> decode_picture(b"P5 2 1 255 az", "grey.pgm").tolist()
+    [[[97, 97, 97], [122, 122, 122]]]
     """
-    _check_limit(max_pixels)
-    if not data:
-        raise _empty(name)
     return _decode(io.BytesIO(data), name, max_pixels)
-
-
-def _check_limit(max_pixels: int) -> None:
-    if max_pixels < 1:
-        raise ValueError(f"max_pixels: expected a positive number of pixels, got {max_pixels}")
-
-
-def _empty(name: str) -> PictureError:
-    return PictureError(f"{name}: expected a picture, got an empty file")
 
 
 def _open_regular(path: StrPath, name: str) -> BinaryIO:
     try:
-        # Asked before opening, because merely opening some devices has effects; and again on what was opened.
-        mode = os.stat(path).st_mode
+        mode = os.stat(path).st_mode  # asked before, because merely opening some devices has effects
         if stat.S_ISREG(mode):
-            flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-            file = os.fdopen(os.open(path, flags | getattr(os, "O_CLOEXEC", 0)), "rb")
-            status = os.fstat(file.fileno())
-            mode = status.st_mode
-            if stat.S_ISREG(mode):
-                if status.st_size == 0:
-                    file.close()
-                    raise _empty(name)
-                return file
-            file.close()
+            return open(path, "rb")
     except FileNotFoundError as error:
         dangling = os.path.islink(path)
         raise PictureError(f"{name}: {'the link points to no file' if dangling else 'no such file'}") from error
@@ -109,14 +96,14 @@ def _open_regular(path: StrPath, name: str) -> BinaryIO:
         raise PictureError(f"{name}: no permission to read it") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise PictureError(f"{name}: cannot be opened: {getattr(error, 'strerror', None) or error}") from error
-    kinds = (
-        (stat.S_ISDIR, "a directory"),
-        (stat.S_ISFIFO, "a named pipe"),
-        (stat.S_ISSOCK, "a socket"),
-        (stat.S_ISCHR, "a device"),
-        (stat.S_ISBLK, "a device"),
-    )
-    kind = next((text for test, text in kinds if test(mode)), "a special file")
+    kinds = {
+        stat.S_IFDIR: "a directory",
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    kind = kinds.get(stat.S_IFMT(mode), "a special file")
     raise PictureError(f"{name}: expected a picture file, got {kind}")
 
 
@@ -128,32 +115,29 @@ def _too_large(name: str, pixels: str, max_pixels: int) -> PictureError:
 
 
 def _decode(file: BinaryIO, name: str, max_pixels: int) -> np.ndarray:
+    if max_pixels < 1:
+        raise ValueError(f"max_pixels: expected a positive number of pixels, got {max_pixels}")
     image_module = need("PIL.Image", "reading pictures")
-    need("PIL.ImageOps", "reading pictures")
+    if not file.read(1):
+        raise PictureError(f"{name}: expected a picture, got an empty file")
+    file.seek(0)
     image_module.init()
     formats = [f for f in _FORMATS if f in image_module.OPEN]
+    damage, size = "damaged picture: its header cannot be read", "its"
     try:
         with warnings.catch_warnings():
             # Our own limit decides; Pillow's warnings about size and odd metadata would only confuse stderr.
             warnings.simplefilter("ignore")
             with image_module.open(file, formats=formats) as picture:
-                width, height = picture.size
-                if width * height > max_pixels:
-                    raise _too_large(name, f"{width:,} x {height:,}", max_pixels)
-                try:
-                    return _to_rgb(picture, name)
-                except PictureError:
-                    raise
-                except image_module.DecompressionBombError:
-                    raise
-                except MemoryError as error:
-                    raise PictureError(f"{name}: not enough memory for {width:,} x {height:,} pixels") from error
-                except Exception as error:  # decoders raise nearly anything on damaged data
-                    raise PictureError(
-                        f"{name}: damaged or truncated {picture.format} picture ({first_line(error, None)})"
-                    ) from error
+                size = f"{picture.width:,} x {picture.height:,}"
+                if picture.width * picture.height > max_pixels:
+                    raise _too_large(name, size, max_pixels)
+                damage = f"damaged or truncated {picture.format} picture"
+                return _to_rgb(picture, name)
     except PictureError:
         raise
+    except MemoryError as error:
+        raise PictureError(f"{name}: not enough memory for {size} pixels") from error
     except image_module.DecompressionBombError as error:
         # Pillow's own, harder limit is met while the header is read, and only its message has the size.
         found = re.search(r"(\d+) pixels", str(error))
@@ -162,8 +146,8 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> np.ndarray:
     except image_module.UnidentifiedImageError as error:
         readable = "JPEG, PNG, WebP, TIFF, BMP or GIF"
         raise PictureError(f"{name}: not a picture, or of an unknown kind; expected {readable}") from error
-    except Exception as error:
-        raise PictureError(f"{name}: damaged picture: its header cannot be read ({first_line(error, None)})") from error
+    except Exception as error:  # decoders raise nearly anything on damaged data
+        raise PictureError(f"{name}: {damage} ({first_line(error, None)})") from error
 
 
 def _to_rgb(picture: Any, name: str) -> np.ndarray:

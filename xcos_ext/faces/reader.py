@@ -32,6 +32,9 @@ class AlignedFace:
         name: of the picture, printable.
         face: where it was found; None if the picture already was an aligned crop.
         found: number of faces in the picture.
+
+    >>> AlignedFace(np.zeros((112, 112, 3), np.uint8), "a.png", None, 1).name
+    'a.png'
     """
 
     rgb: np.ndarray
@@ -58,6 +61,10 @@ def read_face(
     Raises:
         PictureError: as :func:`~xcos_ext.faces.read_picture` and :func:`extract_face`. The message starts
             with the file's name.
+
+    >>> read_face("nobody.jpg", None)
+    Traceback (most recent call last):
+    xcos_ext.io.errors.PictureError: nobody.jpg: no such file
     """
     rgb = read_picture(path, max_pixels=max_pixels)
     return extract_face(rgb, detector, name=display_name(path), policy=policy, size=size)
@@ -83,13 +90,16 @@ def extract_face(
     Raises:
         PictureError: the picture has no face, has several under the policy ``only``, or is not of the size of
             an aligned crop. The message starts with ``name``.
+
+    >>> extract_face(np.zeros((112, 112, 3), np.uint8), None).rgb.shape  # aligned already
+    (112, 112, 3)
     """
     height, width = rgb.shape[:2]
     if detector is None:
         if (height, width) != size:
             raise PictureError(
-                f"{name}: expected an aligned crop of {size[1]} x {size[0]} pixels, got {width} x {height}; for an "
-                "ordinary photograph leave out --aligned"
+                f"{name}: expected an aligned crop of {size[1]} x {size[0]} pixels, got {width} x {height}; an "
+                "ordinary photograph needs a detector (no --aligned)"
             )
         return AlignedFace(rgb, name, None, 1)
     faces = detector.detect(rgb)
@@ -114,6 +124,9 @@ def create_detector(spec: str | os.PathLike[str] = "cascade") -> Detector:
     Raises:
         ModelError: the file cannot be used as a YuNet detector.
         ValueError: neither of the two.
+
+    >>> type(create_detector()).__name__
+    'CascadeDetector'
     """
     if spec == "cascade":
         return CascadeDetector()
@@ -137,6 +150,10 @@ def choose_face(
     Raises:
         PictureError: several faces under the policy ``only``.
         ValueError: another policy, or no faces.
+
+    >>> small, large = Face((40, 40, 20, 20), None, 0.9), Face((0, 0, 30, 30), None, 0.9)
+    >>> choose_face([small, large], (100, 100), "largest") is large, choose_face([small, large], (100, 100)) is small
+    (True, True)
     """
     if policy not in POLICIES:
         raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
@@ -151,11 +168,8 @@ def choose_face(
     area = boxes[:, 2] * boxes[:, 3]
     middle = np.array([shape[1], shape[0]]) / 2
     distance = np.linalg.norm(boxes[:, :2] + boxes[:, 2:] / 2 - middle, axis=1)
-    if policy == "centre":
-        merit = -distance
-    elif policy == "prominent":
+    merit = -distance if policy == "centre" else area
+    if policy == "prominent":
         radius = np.hypot(*shape) / 4
         merit = area * np.exp(-((distance / radius) ** 2) / 2) * [face.score for face in faces]
-    else:
-        merit = area
     return faces[int(merit.argmax())]

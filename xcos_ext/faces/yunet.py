@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import stat
 from typing import Any
 
 import numpy as np
 
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.optional import need
+from xcos_ext.io.shipped import readable_file
 from xcos_ext.io.text import display_name
 
 from .alignment import ARCFACE_TEMPLATE, apply_transform, compose, invert, similarity_transform, warp
@@ -40,32 +40,26 @@ class YuNetDetector:
     Raises:
         ModelError: the file is missing, or not such a network.
         ValueError: ``min_score`` outside (0, 1).
+
+    >>> YuNetDetector("yunet.onnx")
+    Traceback (most recent call last):
+    xcos_ext.io.errors.ModelError: yunet.onnx: no such file
     """
 
     def __init__(self, path: str | os.PathLike[str], *, min_score: float = 0.6) -> None:
         if not 0 < min_score < 1:
             raise ValueError(f"min_score: expected a number between 0 and 1, got {min_score}")
-        name = display_name(path)
-        try:
-            regular = stat.S_ISREG(os.stat(path).st_mode)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ModelError(f"{name}: no detector network can be read there ({reason})") from error
-        if not regular:
-            raise ModelError(f"{name}: expected a YuNet .onnx file, got something that is not a regular file")
+        network = np.frombuffer(readable_file(path, "a YuNet .onnx file").read_bytes(), np.uint8)
         cv2 = need("cv2", "face detection")
-        self._min_score = min_score
         try:
-            with open(path, "rb") as file:
-                network = np.frombuffer(file.read(), np.uint8)
             create = cv2.FaceDetectorYN.create
             # From memory, so that names that are not UTF-8 work.
             self._net: Any = create("onnx", network, np.empty(0, np.uint8), (_CROP, _CROP), min_score)
             self._run(np.zeros((_CROP, _CROP, 3), np.uint8))  # other networks load, and fail here
-        except OSError as error:
-            raise ModelError(f"{name}: cannot be read ({error.strerror})") from error
         except cv2.error as error:
-            raise ModelError(f"{name}: not a YuNet network that OpenCV {cv2.__version__} can run") from error
+            raise ModelError(
+                f"{display_name(path)}: not a YuNet network that OpenCV {cv2.__version__} can run"
+            ) from error
 
     def _run(self, bgr: np.ndarray) -> np.ndarray:
         self._net.setInputSize((bgr.shape[1], bgr.shape[0]))

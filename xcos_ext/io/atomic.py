@@ -12,7 +12,7 @@ from typing import BinaryIO
 from .errors import XCosError
 from .text import display_name
 
-__all__ = ["OutputError", "check_output", "ordinary_mode", "write_atomically"]
+__all__ = ["OutputError", "check_output", "write_atomically"]
 
 StrPath = str | os.PathLike[str]
 
@@ -33,6 +33,10 @@ def check_output(path: StrPath, suffixes: Sequence[str]) -> str:
 
     Raises:
         OutputError: the message starts with the path and says what is wrong.
+
+    >>> check_output("why.gif", (".png", ".pdf"))
+    Traceback (most recent call last):
+    xcos_ext.io.atomic.OutputError: why.gif: expected a file ending in .png or .pdf, got .gif
     """
     name = display_name(path)
     suffix = os.path.splitext(os.fspath(path))[1].lower()
@@ -47,13 +51,6 @@ def check_output(path: StrPath, suffixes: Sequence[str]) -> str:
     return target
 
 
-def ordinary_mode() -> int:
-    """Permissions that a new file gets."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
-
-
 def write_atomically(path: StrPath, write: Callable[[BinaryIO], object]) -> None:
     """Write through a temporary file in the same folder that then takes the name.
 
@@ -65,6 +62,11 @@ def write_atomically(path: StrPath, write: Callable[[BinaryIO], object]) -> None
 
     Raises:
         OutputError: there is no such folder, it cannot be written, or the disk is full; nothing is left behind.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_atomically(f"{folder}/a.txt", lambda file: file.write(b"whole"))
+    ...     os.listdir(folder)
+    ['a.txt']
     """
     temporary: str | None = None
     try:
@@ -74,7 +76,9 @@ def write_atomically(path: StrPath, write: Callable[[BinaryIO], object]) -> None
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, ordinary_mode())  # mkstemp makes it private
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private
         os.replace(temporary, target)
     except OSError as error:
         raise _cannot(path, error) from error

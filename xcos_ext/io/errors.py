@@ -17,7 +17,11 @@ __all__ = [
 
 
 class XCosError(Exception):
-    """Base of every error that xcos_ext raises on purpose outside the operators (those raise RuntimeError)."""
+    """Base of every error that xcos_ext raises on purpose outside the operators (those raise RuntimeError).
+
+    >>> issubclass(ModelError, XCosError), issubclass(PictureError, ValueError)
+    (True, True)
+    """
 
 
 class DeviceError(XCosError, ValueError):

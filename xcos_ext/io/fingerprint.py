@@ -20,6 +20,9 @@ def fingerprint_state(state: Mapping[str, Tensor], *, extra: str = "") -> str:
     Args:
         state: a state dict; order and device do not matter.
         extra: text that goes into the hash, e.g. the kind of head.
+
+    >>> fingerprint_state({"weight": torch.ones(2)}) == fingerprint_state({"weight": torch.ones(2, dtype=torch.half)})
+    True
     """
     digest = hashlib.sha256(extra.encode())
     for name in sorted(state):

@@ -27,6 +27,9 @@ def need(module: str, purpose: str, *, extra: str = "cli") -> Any:
 
     Raises:
         MissingPackageError: it is not installed, or its own imports fail.
+
+    >>> need("json", "an example").dumps([1])
+    '[1]'
     """
     try:
         return importlib.import_module(module)
@@ -38,7 +41,5 @@ def need(module: str, purpose: str, *, extra: str = "cli") -> Any:
         raise MissingPackageError(f"{purpose} needs {package}, {reason}: pip install 'xcos_ext[{extra}]'") from error
 
 
-@functools.cache
-def gallery_package(module: str) -> Any:
-    """A module of the ``gallery`` extra: lance (its package is called pylance), pyarrow, xxhash, filelock."""
-    return need(module, "a gallery", extra="gallery")
+#: A module of the ``gallery`` extra: lance (its package is called pylance), pyarrow, xxhash, filelock.
+gallery_package = functools.partial(need, purpose="a gallery", extra="gallery")

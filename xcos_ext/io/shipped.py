@@ -1,4 +1,4 @@
-"""Files that come with the package; nothing here needs torch."""
+"""Files that come with the package, and a first look at files that others bring; nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 from .errors import ModelError
+from .text import display_name
 
-__all__ = ["DATA", "SHIPPED", "default_weights", "weights_file"]
+__all__ = ["DATA", "SHIPPED", "default_weights", "readable_file", "weights_file"]
 
 #: Folder of the files.
 DATA = Path(__file__).resolve().parents[1] / "data"
@@ -45,8 +46,41 @@ def weights_file(name: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
 
     Raises:
         ModelError: the default model is missing from the installation.
+
+    >>> weights_file("faithful").name
+    'xcos_faithful.safetensors'
     """
     if name is None:
         return default_weights()
     shipped = SHIPPED.get(os.fspath(name))
     return name if shipped is None or os.path.exists(name) else DATA / shipped
+
+
+def readable_file(path: str | os.PathLike[str], what: str) -> Path:
+    """The path of a readable, non-empty regular file.
+
+    Args:
+        path: the file.
+        what: is expected, for messages: "a weights file".
+
+    Raises:
+        ModelError: missing, not a regular file, empty or not readable.
+
+    >>> readable_file(DATA, "a weights file")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    xcos_ext.io.errors.ModelError: ...data: expected a weights file, got a directory
+    """
+    file, name = Path(path), display_name(path)
+    try:
+        if not file.exists():
+            raise ModelError(f"{name}: no such file")
+        if not file.is_file():
+            got = "a directory" if file.is_dir() else "something that is not a regular file"
+            raise ModelError(f"{name}: expected {what}, got {got}")
+        if file.stat().st_size == 0:
+            raise ModelError(f"{name}: the file is empty")
+        with file.open("rb"):
+            pass
+    except OSError as error:
+        raise ModelError(f"{name}: cannot be read: {error.strerror or error}") from error
+    return file

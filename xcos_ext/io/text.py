@@ -29,6 +29,9 @@ def printable(text: str) -> str:
 
     That takes control characters, line breaks, half surrogates, and the marks that reverse the direction of writing,
     with which ``gpj.exe`` passes for ``exe.jpg``.
+
+    >>> printable("a\\nb")
+    'a\\\\nb'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
@@ -37,35 +40,58 @@ def display_name(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> s
     """A path as text that can be printed on one line of any terminal.
 
     Bytes that are not UTF-8 and characters that are not printable are shown as backslash escapes.
+
+    >>> print(display_name(b"\\xff.png"))
+    \\xff.png
     """
     return printable(os.fsencode(path).decode("utf-8", "backslashreplace"))
 
 
 def first_line(error: BaseException, most: int | None = 200) -> str:
     """The first line of another library's message, cut to ``most`` characters (None: whole); the type's name where
-    it has none."""
+    it has none.
+
+    >>> first_line(RuntimeError("no memory\\nin line 3"))
+    'no memory'
+    """
     lines = str(error).strip().splitlines()
     return lines[0][:most] if lines else type(error).__name__
 
 
 def few(names: Iterable[str], most: int = 4) -> str:
-    """The first of some names, for a message: ``"a, b, c, d, ..."``."""
+    """The first of some names, for a message.
+
+    >>> few("abcde")
+    'a, b, c, d, ...'
+    """
     names = list(names)
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def short_name(name: str) -> str:
-    """The last part of a path, printable."""
+    """The last part of a path, printable.
+
+    >>> short_name("photos/ann.jpg")
+    'ann.jpg'
+    """
     return printable(name).rstrip("/").rpartition("/")[2] or printable(name)
 
 
 def shorten(name: str, most: int = 30) -> str:
-    """A name of at most ``most`` characters: what is too much is left out in its middle."""
+    """A name of at most ``most`` characters: what is too much is left out in its middle.
+
+    >>> shorten("photograph-of-ann.jpg", 10)
+    'phot…n.jpg'
+    """
     return name if len(name) <= most else name[: most // 2 - 1] + "\u2026" + name[-most // 2 :]
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """A number with its sign, a minus that is a minus, and no negative zero."""
+    """A number with its sign, a minus that is a minus, and no negative zero.
+
+    >>> signed(0.25), signed(-0.00001), signed(-1.5, 1)
+    ('+0.250', '0.000', '−1.5')
+    """
     text = f"{value:+.{digits}f}"
     return (text[1:] if float(text) == 0 else text).replace("-", "\u2212")
 
@@ -76,12 +102,20 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def percent(share: float) -> str:
-    """A share in per cent, for people."""
+    """A share in per cent, for people.
+
+    >>> percent(0.031), percent(0.5)
+    ('3.1 %', '50 %')
+    """
     return f"{100 * share:.1f} %" if share < 0.0995 else f"{100 * share:.0f} %"
 
 
 def byte_size(count: float) -> str:
-    """``2_610_000`` -> ``"2.61 MB"``: decimal units, three digits that count."""
+    """Decimal units, three digits that count.
+
+    >>> byte_size(2_610_000)
+    '2.61 MB'
+    """
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.3g} {unit}"
@@ -99,7 +133,11 @@ def _number(value: float) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """``0.00461`` -> ``"4.61 ms"``; None -> ``"-"``."""
+    """Three digits that count, in the unit that suits.
+
+    >>> duration(0.00461), duration(None)
+    ('4.61 ms', '-')
+    """
     if seconds is None:
         return "-"
     unit, scale = _unit(seconds)
@@ -107,13 +145,21 @@ def duration(seconds: float | None) -> str:
 
 
 def span(seconds: float, low: float, high: float) -> str:
-    """A duration and its interval, all in one unit: ``"4.61 ms (4.60 – 4.82)"``."""
+    """A duration and its interval, all in one unit.
+
+    >>> span(0.00461, 0.0046, 0.00482)
+    '4.61 ms (4.60 – 4.82)'
+    """
     _, scale = _unit(seconds)
     return f"{duration(seconds)} ({_number(low / scale)} – {_number(high / scale)})"
 
 
 def rate(per_second: float, unit: str) -> str:
-    """``(2_341.2, "pairs")`` -> ``"2,341 pairs/s"``; from a million on ``"1.11 M pairs/s"``."""
+    """So many a second; from a million on in millions.
+
+    >>> rate(2_341.2, "pairs"), rate(1_110_000, "pairs")
+    ('2,341 pairs/s', '1.11 M pairs/s')
+    """
     for name, scale in (("G ", 1e9), ("M ", 1e6)):
         if per_second >= scale:
             return f"{_number(per_second / scale)} {name}{unit}/s"

@@ -19,32 +19,12 @@ from torch import Tensor
 from .atomic import write_atomically
 from .errors import ModelError
 from .inert import STAND_INS, load_inert
+from .shipped import readable_file
 from .text import first_line
 
 __all__ = ["read_safetensors", "read_weights", "write_safetensors"]
 
 StrPath = str | os.PathLike[str]
-
-
-def checked_path(path: StrPath) -> Path:
-    """The path of a readable, non-empty regular file.
-
-    Raises:
-        ModelError: missing, a directory, empty or not readable.
-    """
-    file = Path(path)
-    try:
-        if file.is_dir():
-            raise ModelError(f"{file}: expected a weights file, got a directory")
-        if not file.is_file():
-            raise ModelError(f"{file}: no such file")
-        if file.stat().st_size == 0:
-            raise ModelError(f"{file}: the file is empty")
-        with file.open("rb"):
-            pass
-    except OSError as error:
-        raise ModelError(f"{file}: cannot be read: {error.strerror or error}") from error
-    return file
 
 
 def read_safetensors(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -53,7 +33,7 @@ def read_safetensors(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ModelError: missing, damaged, or not safetensors.
     """
-    file = checked_path(path)
+    file = readable_file(path, "a weights file")
     try:
         with safe_open(str(file), framework="pt", device="cpu") as opened:
             metadata = dict(opened.metadata() or {})
@@ -87,8 +67,14 @@ def read_weights(path: StrPath) -> tuple[dict[str, Any], dict[str, str]]:
 
     Raises:
         ModelError: missing, damaged, unsafe or not a weights file.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_safetensors(f"{folder}/a.safetensors", {"scale": torch.ones(2)}, {"made": "here"})
+    ...     read_weights(f"{folder}/a.safetensors")
+    ({'scale': tensor([1., 1.])}, {'made': 'here'})
     """
-    file = checked_path(path)
+    file = readable_file(path, "a weights file")
     size = file.stat().st_size
     with file.open("rb") as stream:
         head = stream.read(16)

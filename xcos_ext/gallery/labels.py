@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 __all__ = [
+    "CHECKED_LABELS",
     "LABELS",
-    "MOST_LEVELS",
     "canonical_json",
     "checked_labels",
     "checked_metadata",
@@ -23,8 +23,10 @@ __all__ = [
 ]
 
 LABELS = ("id", "person", "metadata")
-#: Lists and mappings within each other that metadata may have.
-MOST_LEVELS = 100
+#: All of them, for they have one checksum.
+CHECKED_LABELS = (*LABELS, "label_checksum")
+
+_MOST_LEVELS = 100  # lists and mappings within each other that metadata may have
 
 
 def canonical_json(value: Mapping[str, Any]) -> str:
@@ -38,8 +40,8 @@ def _check_value(value: Any, where: str, level: int = 1) -> None:
         raise GalleryError(f"{where}: expected integers of at most 64 bits, got a larger one")
     if not isinstance(value, (Mapping, list, tuple)):
         return
-    if level > MOST_LEVELS:
-        raise GalleryError(f"{where}: expected at most {MOST_LEVELS} levels of lists and mappings, got more")
+    if level > _MOST_LEVELS:
+        raise GalleryError(f"{where}: expected at most {_MOST_LEVELS} levels of lists and mappings, got more")
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
@@ -68,7 +70,7 @@ def checked_metadata(value: Any, where: str) -> str:
     return text
 
 
-def checked_text(value: Any, where: str, *, empty: bool = False) -> str:
+def checked_text(value: Any, where: str) -> str:
     """A text that storage can hold.
 
     Raises:
@@ -76,7 +78,7 @@ def checked_text(value: Any, where: str, *, empty: bool = False) -> str:
     """
     if not isinstance(value, str):
         raise GalleryError(f"{where}: expected text, got {type(value).__name__}")
-    if not value and not empty:
+    if not value:
         raise GalleryError(f"{where}: expected a text that is not empty, got ''")
     try:
         value.encode()
@@ -110,10 +112,9 @@ def checked_labels(rows: pa.Table | pa.RecordBatch) -> tuple[dict[str, list[Any]
         parsed = None
         try:
             parsed = json.loads(metadata)
-            right = stored in (
-                label_checksum(identity, person, metadata),
-                # Lance writes numbers, and may one day order keys, in its own way.
-                label_checksum(identity, person, canonical_json(parsed)),
+            # Lance writes numbers, and may one day order keys, in its own way.
+            right = stored == label_checksum(identity, person, metadata) or stored == label_checksum(
+                identity, person, canonical_json(parsed)
             )
         except (ValueError, AttributeError, TypeError, RecursionError):
             right = False

@@ -24,15 +24,12 @@ WRITER = "writer.lock"
 READERS = "readers"
 
 _POLL = 0.05  # seconds
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
 
 
 @contextlib.contextmanager
 def writer_lock(folder: Path, timeout: float) -> Iterator[None]:
-    """Be the only writer of a gallery.
-
-    Args:
-        folder: of the gallery.
-        timeout: seconds to wait for another writer.
+    """Be the only writer of a gallery, having waited for another one so many seconds.
 
     Raises:
         GalleryBusyError: another one still writes; the message says which process.
@@ -59,10 +56,6 @@ def writer_lock(folder: Path, timeout: float) -> Iterator[None]:
         lock.release()
 
 
-def _opened(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-
-
 def _locked(descriptor: int, kind: int) -> bool:
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
@@ -76,10 +69,6 @@ class ReaderLock:
 
     Where the folder cannot be written and nobody has read the version before, nothing is held.
 
-    Args:
-        folder: of the gallery.
-        version: that is read.
-
     Attributes:
         refused: the version is being deleted, so it must not be read.
     """
@@ -91,7 +80,7 @@ class ReaderLock:
         path = folder / READERS / str(version)
         with contextlib.suppress(OSError):
             try:
-                self._descriptor = _opened(path)
+                self._descriptor = os.open(path, _FLAGS, 0o666)
             except OSError:  # those who may only read hold it as well
                 self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             locked = _locked(self._descriptor, fcntl.LOCK_SH)
@@ -114,11 +103,6 @@ class ReaderLock:
 def wait_for_readers(folder: Path, versions: Iterable[int], timeout: float) -> None:
     """Wait until nobody reads any of these versions, and let nobody begin to.
 
-    Args:
-        folder: of the gallery.
-        versions: that are to be deleted.
-        timeout: seconds to wait.
-
     Raises:
         GalleryBusyError: one of them is still being read.
         GalleryError: the folder cannot be written.
@@ -126,7 +110,7 @@ def wait_for_readers(folder: Path, versions: Iterable[int], timeout: float) -> N
     end = time.monotonic() + timeout
     for version in versions:
         try:
-            descriptor = _opened(folder / READERS / str(version))
+            descriptor = os.open(folder / READERS / str(version), _FLAGS, 0o666)
         except OSError as error:
             raise GalleryError(f"{folder}: cannot be written ({error.strerror})") from error
         try:

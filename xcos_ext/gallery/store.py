@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,14 +31,7 @@ _INDEXED_FROM = 20_000  # faces; fewer ids are read in no time
 
 
 class Store:
-    """A gallery's folder: the data set, its locks, its versions.
-
-    Args:
-        folder: of the gallery.
-
-    Raises:
-        GalleryError: it is not a gallery, or one of another format.
-    """
+    """A gallery's folder: the data set, its locks, its versions."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -273,28 +266,19 @@ class Store:
             settle()
             gallery_package("lance").LanceDataset.commit(dataset, transaction)
 
-    def existing(self, ids: Iterable[str]) -> set[str]:
-        """Those of the ids that the newest version has."""
-        snapshot, lock = self.snapshot()
-        try:
-            return set(snapshot.find(ids))
-        finally:
-            lock.release()
-
     def delete(self, snapshot: Snapshot, places: np.ndarray) -> None:
-        """Delete rows of the newest version, ascending, in one commit; the caller is the writer."""
+        """Delete rows of the newest version in one commit; the caller is the writer."""
         lance = gallery_package("lance")
-        numbers, firsts = snapshot.starts
-        index = np.searchsorted(firsts, places, side="right") - 1
-        addresses = (numbers[index] << 32) | (places - firsts[index])
         with self._changing() as (dataset, settle):
             changed, emptied = [], []
-            for part in np.split(addresses, np.flatnonzero(np.diff(index)) + 1):
-                number = int(part[0]) >> 32
-                rows = ",".join(map(str, part.tolist()))
-                left = dataset.get_fragment(number).delete(f"_rowaddr IN ({rows})")
+            for f in snapshot.fragments:
+                offsets = places[(places >= f.first) & (places < f.first + f.rows)] - f.first
+                if len(offsets) == 0:
+                    continue
+                rows = ",".join(map(str, ((f.number << 32) | offsets).tolist()))
+                left = dataset.get_fragment(f.number).delete(f"_rowaddr IN ({rows})")
                 if left is None:
-                    emptied.append(number)
+                    emptied.append(f.number)
                 else:
                     changed.append(left)
             settle()

@@ -23,6 +23,7 @@ from xcos_ext.io.errors import GalleryError, PictureError
 from xcos_ext.model import XCosModel
 
 from .gallery import Gallery
+from .search import Progress, quiet
 
 __all__ = ["Enrolment", "Picture", "enroll", "find_pictures", "read_faces"]
 
@@ -168,7 +169,7 @@ def enroll(
     batch: int = 256,
     threads: int = 2,
     on_duplicate: Literal["skip", "replace", "error"] = "skip",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Enrolment:
     """Enrol pictures, some at a time, so that an interrupted run can be repeated and goes on where it was.
 
@@ -220,7 +221,7 @@ def enroll(
         chosen.clear()
         crops.clear()
 
-    tick = progress or (lambda done, total: None)
+    tick = progress or quiet
     tick(done, len(pictures))
     for picture, crop, faces, problem in read_faces(
         todo, model.preprocessing.size, detector, policy=policy, threads=threads

@@ -225,10 +225,6 @@ class Gallery(Searcher):
         """
         return gather(self._snapshot, self._tiles, self._places(positions))
 
-    def load(self) -> Templates:
-        """All stored templates in memory, of role "gallery", by position: for a gallery that fits, e.g. on a GPU."""
-        return gather(self._snapshot, self._tiles, self._snapshot.places_of(np.arange(len(self))))
-
     def _places(self, positions: Sequence[int]) -> np.ndarray:
         chosen = np.asarray(positions, np.int64).reshape(-1)
         if len(chosen) and not (chosen.min() >= 0 and chosen.max() < len(self)):
@@ -349,15 +345,10 @@ class Gallery(Searcher):
         self.refresh()
         return len(names)
 
-    def remove(self, ids: Sequence[str], *, missing: Literal["error", "ignore"] = "error") -> int:
-        """Delete faces in one commit. Searches do not find them any more; their bytes go with :meth:`compact`.
+    def remove(self, ids: Sequence[str]) -> int:
+        """Delete faces, all of them or none, in one commit; returns their number.
 
-        Args:
-            ids: of the faces.
-            missing: whether ids that are not there are an error, in which case nothing is deleted.
-
-        Returns:
-            Number of faces deleted.
+        Searches do not find them any more; their bytes go with :meth:`compact`.
 
         Raises:
             GalleryError: an unknown id, or the folder cannot be written.
@@ -365,10 +356,7 @@ class Gallery(Searcher):
         """
         with self._store.writer(self._timeout):
             self.refresh()
-            if missing == "ignore":
-                positions = list(self.positions(ids).values())
-            else:
-                positions = self._known(list(dict.fromkeys(ids)), "gallery.remove")
+            positions = self._known(list(dict.fromkeys(ids)), "gallery.remove")
             if positions:
                 self._store.delete(self._snapshot, self._places(positions))
         self.refresh()

@@ -206,7 +206,7 @@ class Search:
                         "each probe"
                     )
                 each = _padded(snapshot, exclude).to(probes.device)
-        made = None if groups is None else Groups.of(groups, request.fusion)
+        made = None if groups is None else Groups.of(groups, request.fusion, probes.device)
         return cls(snapshot, tiles, shard, request, probes, attention, min_score, made, selected, each)
 
     @torch.no_grad()  # not inference mode: callers go on with what is found
@@ -309,8 +309,7 @@ class Search:
         scores = AllPairs(WHERE, self.probes[members], faces, attention_of(self.attention, members)).scores()
         if self.groups is None:
             return scores
-        one = Groups((0,), torch.zeros(len(members), dtype=torch.int64), self.groups.fusion)
-        return one.fuse(scores, one.rounds(scores.device))
+        return Groups((row,), torch.zeros_like(members), self.groups.fusion).fuse(scores)
 
     # -------------------------------------------------------------- two stages
 
@@ -341,14 +340,14 @@ class Search:
         if count <= 0 or rows == 0:
             return None, 0
         chosen = torch.linspace(0, rows - 1, count).round().to(torch.int64).unique()
-        members = torch.cat([self._members(int(row)) for row in chosen])
-        labels = torch.cat([torch.full((len(self._members(int(row))),), int(row)) for row in chosen])
+        each = [self._members(int(row)) for row in chosen]
+        members, labels = torch.cat(each), [row for row, part in enumerate(each) for _ in part]
         exact = dataclasses.replace(
             self,
             request=SimpleNamespace(**vars(self.request) | {"progress": None}),
             probes=self.probes[members],
             attention=attention_of(self.attention, members),
-            groups=None if self.groups is None else Groups.of(labels.tolist(), self.groups.fusion),
+            groups=None if self.groups is None else Groups.of(labels, self.groups.fusion, members.device),
             exclude=None if self.exclude is None else self.exclude[members],
         )._exact()
         there = exact.indices.unsqueeze(2) == found.indices[chosen].unsqueeze(1)

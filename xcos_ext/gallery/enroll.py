@@ -39,6 +39,10 @@ class Picture:
         read: gives the picture, uint8 RGB [H, W, 3], or raises PictureError.
         person: who it is; None: not known.
         metadata: to be kept with it.
+
+    Example:
+        >>> Picture("ann/0.png", lambda: np.zeros((112, 112, 3), np.uint8), "ann").read().shape
+        (112, 112, 3)
     """
 
     id: str
@@ -57,6 +61,10 @@ class Enrolment:
         skipped: id -> why, of pictures without a usable face.
         several: ids of pictures with more than one face, of which one was taken.
         seconds: spent on reading, detecting, embedding and committing.
+
+    Example:
+        >>> Enrolment(["ann/0.png"], 0, {"wall.png": "no face found"}, [], 0.4).skipped
+        {'wall.png': 'no face found'}
     """
 
     enrolled: list[str]
@@ -78,6 +86,14 @@ def find_pictures(paths: Iterable[str | os.PathLike[str]], *, person: str | None
 
     Raises:
         GalleryError: a path that is not there, no pictures at all, or two with the same id.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / "ann").mkdir()
+        >>> (folder / "ann" / "0.png").touch()
+        >>> [(picture.id, picture.person) for picture in find_pictures([folder])]
+        [('ann/0.png', 'ann')]
     """
     found: dict[str, Picture] = {}
     for path in paths:
@@ -131,6 +147,11 @@ def read_faces(
 
     Yields:
         (picture, crop or None, faces found, why there is no crop).
+
+    Example:
+        >>> aligned = Picture("ann", lambda: np.zeros((112, 112, 3), np.uint8))
+        >>> [(crop.shape, found, problem) for _, crop, found, problem in read_faces([aligned], (112, 112), None)]
+        [((112, 112, 3), 1, None)]
     """
     local = threading.local()
 
@@ -187,6 +208,17 @@ def enroll(
 
     Raises:
         GalleryError: another model's gallery, an id that is in it (``"error"``), a full disk. Commits before it stay.
+
+    Example:
+        >>> import tempfile, xcos_ext
+        >>> model = xcos_ext.load_model()
+        >>> gallery = Gallery.create(tempfile.mkdtemp(), model)
+        >>> aligned = Picture("ann/0.png", lambda: np.zeros((112, 112, 3), np.uint8), "ann")
+        >>> for _ in range(2):  # as often as one likes
+        ...     done = enroll(gallery, model, [aligned])
+        ...     print(done.enrolled, done.present)
+        ['ann/0.png'] 0
+        [] 1
     """
     if batch < 1:
         raise GalleryError(f"enroll: batch: expected 1 or more, got {batch}")

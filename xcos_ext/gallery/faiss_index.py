@@ -44,6 +44,14 @@ class FaissIndex:
         index: faiss' own.
         mark: of the gallery's rows.
         lists: inverted lists that a probe looks into, where there are such (faiss' nprobe).
+
+    Example:
+        >>> import tempfile, torch, xcos_ext
+        >>> faces = xcos_ext.Templates.from_features(torch.randn(3, 8, 7, 7))
+        >>> gallery = xcos_ext.Gallery.create(tempfile.mkdtemp(), faces)
+        >>> _ = gallery.add(["ann", "bob", "eve"], faces)
+        >>> gallery.search(faces[1:2], k=1, rerank=2, coarse=FaissIndex.build(gallery), recall_probes=1)
+        Hits(probes=1, k=1, approximate, recall 1.0000 on 1 probes, version=2)
     """
 
     def __init__(self, index: Any, mark: str, lists: int = 16) -> None:

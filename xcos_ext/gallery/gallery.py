@@ -51,6 +51,17 @@ class Gallery(Searcher):
     Attributes:
         path: of the folder.
         layout: shapes, dtype, head and model of the templates.
+
+    Example:
+        >>> import tempfile, torch, xcos_ext
+        >>> faces = xcos_ext.Templates.from_features(torch.randn(3, 8, 7, 7))  # or model.templates(F, "gallery")
+        >>> gallery = Gallery.create(tempfile.mkdtemp(), faces)
+        >>> gallery.add(["ann/0", "ann/1", "bob/0"], faces, persons=["ann", "ann", "bob"])
+        3
+        >>> gallery.search(faces[2:], k=1, where="person <> 'ann'")[0][0].id
+        'bob/0'
+        >>> gallery.remove(["ann/0"]), len(gallery), list(gallery.ids())
+        (1, 2, ['ann/1', 'bob/0'])
     """
 
     def __init__(
@@ -211,6 +222,14 @@ class Gallery(Searcher):
 
         Raises:
             GalleryError: an id that is not in the gallery.
+
+        Example:
+            >>> import tempfile, torch, xcos_ext
+            >>> faces = xcos_ext.Templates.from_features(torch.randn(1, 8, 7, 7))
+            >>> gallery = Gallery.create(tempfile.mkdtemp(), faces)
+            >>> _ = gallery.add(["ann/0"], faces, metadata=[{"camera": 3}])
+            >>> gallery.get(["ann/0"])[1]
+            [{'id': 'ann/0', 'person': None, 'metadata': {'camera': 3}}]
         """
         places = self._places(self._known(ids, "gallery.get"))
         labels = self._snapshot.labels(places)
@@ -377,6 +396,16 @@ class Gallery(Searcher):
         Raises:
             GalleryBusyError: somebody writes, or still reads an older version; in the latter case the newest version is
                 compact, and old files go with the next call.
+
+        Example:
+            >>> import tempfile, torch, xcos_ext
+            >>> faces = xcos_ext.Templates.from_features(torch.randn(9, 8, 7, 7))
+            >>> gallery = Gallery.create(tempfile.mkdtemp(), faces)
+            >>> gallery.add([str(i) for i in range(9)], faces), gallery.remove(["3", "4"])
+            (9, 2)
+            >>> report = gallery.compact()
+            >>> report["bytes_after"] < report["bytes_before"], gallery.verify()["ok"]
+            (True, True)
         """
         tick = progress or (lambda text: None)
         with self._store.writer(self._timeout):
@@ -449,6 +478,14 @@ class Gallery(Searcher):
         Raises:
             GalleryError: no threshold is known; or the head's attention is not symmetric and the gallery was opened
                 without its model, which has to make probes of the stored faces.
+
+        Example:
+            >>> import tempfile, torch, xcos_ext
+            >>> faces = xcos_ext.Templates.from_features(torch.randn(2, 8, 7, 7))
+            >>> gallery = Gallery.create(tempfile.mkdtemp(), faces)
+            >>> _ = gallery.add(["a", "b", "a again"], faces[[0, 1, 0]])
+            >>> gallery.dedupe(0.9).groups
+            [['a', 'a again']]
         """
         t = self.layout.threshold if threshold is None else float(threshold)
         if t is None or not math.isfinite(t):

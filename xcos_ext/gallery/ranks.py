@@ -13,7 +13,7 @@ import math
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -38,13 +38,6 @@ class Ranks:
     Args:
         group: None: the default one; a process that was started alone, without any, is a group of its own.
         timeout: seconds that ranks may be apart. A quarter of it, ten seconds at most, is for finding out who is lost.
-
-    Attributes:
-        rank, world: of this process, and the number of all.
-
-    Raises:
-        GalleryError: there is no process group, this process is not a member, or a wrong timeout.
-        LostRankError: a rank does not open the gallery within the timeout.
     """
 
     def __init__(self, group: Any, timeout: float) -> None:
@@ -58,10 +51,8 @@ class Ranks:
         self.rank, self.world = 0, 1
         if group is None and not (dist.is_available() and dist.is_initialized()):
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                raise GalleryError(
-                    f"{_WHO}: group: expected a process group, got none; call torch.distributed.init_process_group() "
-                    "first"
-                )
+                call = "torch.distributed.init_process_group()"
+                raise GalleryError(f"{_WHO}: group: expected a process group, got none; call {call} first")
             return
         group = dist.group.WORLD if group is None else group
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
@@ -78,24 +69,23 @@ class Ranks:
             limit = timedelta(seconds=timeout - self._sign_in_seconds)
             self._group = dist.new_group(members, limit, "gloo", use_local_synchronization=True)
 
-    # -------------------------------------------------------------- exchanging
-
     def exchange(self, call: str, fields: Mapping[str, str] | None = None, value: Any = None) -> list[Any]:
-        """Wait until every rank makes this call; returns the values that they bring.
-
-        Args:
-            call: its name.
-            fields: words that must be the same on all ranks, by the name of the argument that they stand for.
-            value: for the others; anything that can be pickled.
+        """Wait until every rank makes this call, with the same ``fields``; returns the values that they bring.
 
         Raises:
             LostRankError: a rank does not join within the timeout.
-            GalleryError: a rank failed, has closed the gallery, or made another call.
+            GalleryError: a rank failed, has closed the gallery, made another call, or has other fields.
         """
         sent = self._send({"call": call} | dict(fields or {}), value)
         problems = [f"rank {rank} {error}" for rank, (_, _, error) in enumerate(sent) if error]
         for name in sent[self.rank][0]:
-            problems += _differences(name, [words.get(name, "") for words, _, _ in sent])
+            got = [words.get(name, "") for words, _, _ in sent]
+            usual = Counter(got).most_common(1)[0][0]  # of equally common ones the first rank's
+            others = [rank for rank, value in enumerate(got) if value != usual]
+            if others:
+                some = ", ".join(f"{got[rank]} on rank {rank}" for rank in [got.index(usual), *others[:3]])
+                more = " and more" if len(others) > 3 else ""
+                problems.append(f"{name}: expected the same on all ranks, got {some}{more}")
         if problems:
             self._known = GalleryError(f"{_WHO}: {problems[0]}")
             raise self._known
@@ -133,9 +123,9 @@ class Ranks:
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """What this process fails at in here, the others learn in their next exchange: they raise an error as well."""
-        if self._broken is not None:
-            raise copy.copy(self._broken)
         try:
+            if self._broken is not None:
+                raise copy.copy(self._broken)
             yield
         except BaseException as error:
             if self._broken is None and error is not self._known:
@@ -144,8 +134,6 @@ class Ranks:
             raise
         finally:
             self._known = None
-
-    # -------------------------------------------------------------- the end
 
     def close(self) -> None:
         """Leave; the others' later calls fail."""
@@ -174,8 +162,7 @@ class Ranks:
     def _leave(self, error: str, *, wait: bool) -> tuple[list[int], list[str]] | None:
         """End the group, which ends the others' exchanges, too, and sign in to the store, with an error or with "".
 
-        Returns:
-            The ranks that are lost and the others' errors, agreed on by all; None: the store does not answer.
+        Returns the ranks that are lost and the others' errors, agreed on by all; None: the store does not answer.
         """
         verdict: list[Any] = []
 
@@ -199,13 +186,3 @@ class Ranks:
             self._group = None
         thread.join(self._sign_in_seconds * 1.2)
         return (verdict[0], verdict[1]) if verdict else None
-
-
-def _differences(name: str, values: Sequence[str]) -> Iterator[str]:
-    """What is wrong with values that are not the same on all ranks."""
-    usual = Counter(values).most_common(1)[0][0]  # of equally common ones the first rank's
-    others = [rank for rank, value in enumerate(values) if value != usual]
-    if others:
-        got = ", ".join(f"{values[rank]} on rank {rank}" for rank in [values.index(usual), *others[:3]])
-        more = " and more" if len(others) > 3 else ""
-        yield f"{name}: expected the same on all ranks, got {got}{more}"

@@ -132,6 +132,18 @@ class Searcher(ABC):
             GalleryError: probes of another head, a filter that cannot be understood, ids that are not there.
             GalleryDamagedError: stored faces that were to be scored are not what was written.
             TypeError, RuntimeError: other arguments of wrong types or values.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from xcos_ext import Gallery, Templates
+            >>> faces = Templates.from_features(torch.randn(4, 8, 7, 7))
+            >>> gallery = Gallery.create(tempfile.mkdtemp(), faces)
+            >>> _ = gallery.add(["ann/0", "ann/1", "bob/0", "eve/0"], faces, persons=["ann", "ann", "bob", None])
+            >>> gallery.search(faces[1:3], k=1, by="person").persons  # two probes
+            [['ann'], ['bob']]
+            >>> hits = gallery.search(faces[:2], k=2, groups=["ann", "ann"], explain=True)  # one person
+            >>> sorted(hits.ids[0]), hits.maps.similarity.shape
+            (['ann/0', 'ann/1'], torch.Size([1, 2, 7, 7]))
         """
         arguments = {name: value for name, value in locals().items() if name != "self"}
         return self._search(SimpleNamespace(**arguments))

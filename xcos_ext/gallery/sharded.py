@@ -49,22 +49,26 @@ class _RankShard(Shard):
 class ShardedGallery(Searcher):
     """A gallery that all processes of a process group search together; :meth:`open` opens it.
 
-    Every process opens the same folder, on storage that all of them see, scores its own contiguous part of the rows,
-    and returns the hits of the whole. All of them make the same calls in the same order, each from one thread, with
-    the same arguments, each on a device of its own; a process that makes another one, or fails, or is lost, is an error
-    on all, not a wait without end.
+    Every process opens the same folder, scores its own contiguous part of the rows, and returns the hits of the whole:
+    those of :class:`xcos_ext.Gallery` to the bit, ties included, except that ``person_fusion="mean"`` is summed in
+    another order (1e-6), and that on GPUs fixed attention is a product of matrices, rounded differently for parts of
+    other sizes. All make the same calls with the same arguments in the same order, each from one thread.
 
-    What :class:`xcos_ext.Gallery` finds is found here to the bit, ties included, with two exceptions. The mean over a
-    person's faces (``person_fusion="mean"``) is summed in another order, and agrees within 1e-6. And on GPUs
-    ``"uniform"``, ``"norm"`` and given attention are products of matrices, which are rounded differently for parts of
-    other sizes.
-
-    :meth:`search` also raises GalleryError where arguments are not the same on all ranks, or where the search failed on
-    another rank, which the message names (searches may go on), and LostRankError where a rank was killed, stopped or
-    cut off (nothing can be searched any more). Its ``progress`` is told of this rank's part.
+    A process that makes another call, fails, or is lost is an error on all, not a wait without end: GalleryError names
+    the rank and says what it said (searches may go on), LostRankError names those that were killed, stopped or cut off
+    (nothing can be searched any more). ``progress`` is told of this rank's part.
 
     Attributes:
         rank, world: number of this process, and of all.
+
+    Example:
+        >>> import tempfile, torch, xcos_ext
+        >>> faces = xcos_ext.Templates.from_features(torch.randn(3, 8, 7, 7))
+        >>> with xcos_ext.Gallery.create(tempfile.mkdtemp(), faces) as gallery:
+        ...     _ = gallery.add(["ann", "bob", "eve"], faces)
+        >>> with ShardedGallery.open(gallery.path) as sharded:  # in every process; here in one
+        ...     sharded.search(faces[1:2], k=1).ids, sharded.world
+        ([['bob']], 1)
     """
 
     def __init__(self, path: StrPath, model: Any, group: Any, timeout: float, cache: StrPath | bool) -> None:
@@ -106,8 +110,6 @@ class ShardedGallery(Searcher):
         """
         return cls(path, model, group, timeout, cache)
 
-    # ------------------------------------------------------------------ state
-
     def close(self) -> None:
         """Let the version go; the other ranks cannot search any more. The object must not be used afterwards."""
         if self._gallery is not None:
@@ -129,9 +131,11 @@ class ShardedGallery(Searcher):
             version = ranks.exchange("refresh", value=self.version if self.rank == 0 else None)[0]
             if self.rank != 0:
                 self._move_to(version)
-            snapshot = self._gallery.snapshot
+            snapshot, folder = self._gallery.snapshot, self._gallery._tiles.folder
             state = {"version": str(version), "gallery": f"files {snapshot.mark}"}
-            ranks.exchange("see", state)
+            own = folder is not None and folder != self.path / "tiles"
+            name = f"{socket.gethostname()}:{folder.resolve()}" if own else ""
+            self._folders = ranks.exchange("see", state, name)  # of packed tiles; the same for ranks that share one
             self._state, self._parts = state, even_parts(snapshot, self.world)
         return self
 
@@ -160,12 +164,7 @@ class ShardedGallery(Searcher):
         return len(self._gallery)
 
     def __repr__(self) -> str:
-        return (
-            f"ShardedGallery({str(self.path)!r}, faces={len(self)}, version={self.version}, rank={self.rank} of "
-            f"{self.world})"
-        )
-
-    # ------------------------------------------------------------------ searching
+        return f"Sharded{self._gallery!r}"[:-1] + f", rank={self.rank} of {self.world})"
 
     def _search(self, request: SimpleNamespace) -> Hits:
         ranks = self._ranks
@@ -173,30 +172,23 @@ class ShardedGallery(Searcher):
             if self._state is None:
                 raise GalleryError(f"{WHERE}: version: expected one that all ranks agreed on; refresh() failed")
             search = self._gallery._checked(_RankShard(ranks, self._parts), request)
-            folders = ranks.exchange("search", {**self._state, **_words(search)}, self._folder())
+            ranks.exchange("search", {**self._state, **_words(search)})
             if request.rerank is None or isinstance(request.coarse, str) or request.recall_probes > 0:
-                self._pack(search, folders)
+                self._pack(search)
             hits = search.run()
             # Hits are read after the last exchange, and may be damaged for one rank alone.
             ranks.exchange("found")
         return hits
 
-    def _folder(self) -> str:
-        """Names the folder of packed tiles, the same for ranks that share it."""
-        folder = self._gallery._tiles.folder
-        if folder is None or folder == self.path / "tiles":
-            return ""
-        return f"{socket.gethostname()}:{folder.resolve()}"
-
-    def _pack(self, search: Search, folders: list[str]) -> None:
+    def _pack(self, search: Search) -> None:
         """Write missing tiles, each fragment's by the first of the ranks that read it and share a folder.
 
         Otherwise all ranks that share a fragment would read and write all of it, to use a part each.
         """
-        tiles, own = search.tiles, folders[self.rank]
+        tiles, folders = search.tiles, self._folders
         for f in search.snapshot.fragments:
             first, last = np.searchsorted(self._parts, [f.first, f.first + f.rows - 1], "right") - 1
-            sharing = [rank for rank in range(first, last + 1) if folders[rank] == own]
+            sharing = [rank for rank in range(first, last + 1) if folders[rank] == folders[self.rank]]
             mine = sharing[:1] == [self.rank] and has_selected(search.selected, f.first, f.rows)
             if mine and tiles.file(f) is None:
                 tiles.write(search.snapshot, f)

@@ -208,17 +208,6 @@ def enroll(
 
     Raises:
         GalleryError: another model's gallery, an id that is in it (``"error"``), a full disk. Commits before it stay.
-
-    Example:
-        >>> import tempfile, xcos_ext
-        >>> model = xcos_ext.load_model()
-        >>> gallery = Gallery.create(tempfile.mkdtemp(), model)
-        >>> aligned = Picture("ann/0.png", lambda: np.zeros((112, 112, 3), np.uint8), "ann")
-        >>> for _ in range(2):  # as often as one likes
-        ...     done = enroll(gallery, model, [aligned])
-        ...     print(done.enrolled, done.present)
-        ['ann/0.png'] 0
-        [] 1
     """
     if batch < 1:
         raise GalleryError(f"enroll: batch: expected 1 or more, got {batch}")

@@ -357,10 +357,7 @@ class Gallery(Searcher):
                 stored, names = stored[kept], [names[i] for i in kept]
                 people, texts = [people[i] for i in kept], [texts[i] for i in kept]
             table = self.layout.batch(stored, names, people, texts)
-            if taken and on_duplicate == "replace":
-                self._store.upsert(table)
-            else:
-                self._store.append(table)
+            self._store.add(table, replace=bool(taken) and on_duplicate == "replace")
         self.refresh()
         return len(names)
 

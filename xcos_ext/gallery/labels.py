@@ -52,11 +52,7 @@ def _check_value(value: Any, where: str, level: int = 1) -> None:
 
 
 def checked_metadata(value: Any, where: str) -> str:
-    """A face's metadata as canonical JSON text; None is the empty object.
-
-    Raises:
-        GalleryError: not a mapping with text keys, or a value that JSON cannot hold.
-    """
+    """A face's metadata as canonical JSON text; None is the empty object. GalleryError for what JSON cannot hold."""
     if value is None:
         return "{}"
     if not isinstance(value, Mapping):
@@ -71,11 +67,7 @@ def checked_metadata(value: Any, where: str) -> str:
 
 
 def checked_text(value: Any, where: str) -> str:
-    """A text that storage can hold.
-
-    Raises:
-        GalleryError: not a text, empty, or with lone surrogates.
-    """
+    """A text that storage can hold: not empty, and without lone surrogates."""
     if not isinstance(value, str):
         raise GalleryError(f"{where}: expected text, got {type(value).__name__}")
     if not value:
@@ -98,11 +90,7 @@ def label_checksum(identity: str, person: str | None, metadata: str) -> int:
 
 
 def checked_labels(rows: pa.Table | pa.RecordBatch) -> tuple[dict[str, list[Any]], list[int]]:
-    """Labels of rows, metadata parsed, and the rows whose labels are not what their checksum says.
-
-    Args:
-        rows: with the labels' columns and ``label_checksum``.
-    """
+    """Labels of rows with CHECKED_LABELS, metadata parsed, and the rows whose labels are not what was written."""
     texts = {name: _texts(rows.column(name)) for name in LABELS}
     found = {**texts, "metadata": []}
     wrong = []

@@ -50,16 +50,10 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _ARROW}
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """One array of a template.
-
-    Attributes:
-        name: of the attribute of :class:`xcos_ext.Templates` and of the Arrow column.
-        shape: of one face's values.
-        dtype: as torch has it.
-    """
+    """One array of a template, named as the attribute of :class:`xcos_ext.Templates` and as the Arrow column."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of one face's values
     dtype: torch.dtype
 
     @property
@@ -99,11 +93,7 @@ class Layout:
 
     @classmethod
     def of(cls, source: Any, dtype: torch.dtype, grid: tuple[int, int] = (7, 7)) -> Layout:
-        """The layout for a model, a head, or templates.
-
-        Raises:
-            TypeError: something else, or a dtype that is not floating-point.
-        """
+        """The layout for a model, a head, or templates; TypeError for something else or an integer dtype."""
         check_storage(dtype, "dtype", "Gallery.create")
         if isinstance(source, Templates):
             sample, model = source[:0].to(dtype=dtype), None
@@ -209,11 +199,7 @@ class Layout:
 
     @classmethod
     def from_schema(cls, schema: pa.Schema) -> Layout:
-        """The layout in a schema's metadata.
-
-        Raises:
-            GalleryError: there is none, or it is damaged or of another version.
-        """
+        """The layout in a schema's metadata; GalleryError where there is none, or one of another version."""
         raw = (schema.metadata or {}).get(_KEY)
         if raw is None:
             raise GalleryError("format: expected a gallery of xcos_ext, got another Lance data set")
@@ -274,12 +260,7 @@ class Layout:
         )
 
     def check(self, templates: Any, argument: str, where: str) -> Templates:
-        """Templates of this gallery's kind, in its dtype.
-
-        Raises:
-            TypeError: not templates.
-            GalleryError: another grid, number of channels, or head.
-        """
+        """Templates in this gallery's dtype; GalleryError for another grid, number of channels, or head."""
         if not isinstance(templates, Templates):
             raise TypeError(f"{where}: {argument}: expected Templates, got {type(templates).__name__}")
         grids = [f"{height}x{width}" for height, width in (self.grid, templates.grid)]

@@ -29,12 +29,7 @@ _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
 
 @contextlib.contextmanager
 def writer_lock(folder: Path, timeout: float) -> Iterator[None]:
-    """Be the only writer of a gallery, having waited for another one so many seconds.
-
-    Raises:
-        GalleryBusyError: another one still writes; the message says which process.
-        GalleryError: the folder cannot be written.
-    """
+    """Be the only writer of a gallery; GalleryBusyError, which names it, if another still writes after the timeout."""
     filelock, path = gallery_package("filelock"), folder / WRITER
     lock = filelock.FileLock(path, thread_local=False)
     try:
@@ -68,15 +63,12 @@ class ReaderLock:
     """Holds a version: :func:`wait_for_readers` waits for it. Ends with :meth:`release`, or with the object.
 
     Where the folder cannot be written and nobody has read the version before, nothing is held.
-
-    Attributes:
-        refused: the version is being deleted, so it must not be read.
     """
 
     def __init__(self, folder: Path, version: int) -> None:
         self._descriptor: int | None = None
         self._owner = os.getpid()
-        self.refused = False
+        self.refused = False  # the version is being deleted, and must not be read
         path = folder / READERS / str(version)
         with contextlib.suppress(OSError):
             try:
@@ -101,12 +93,7 @@ class ReaderLock:
 
 
 def wait_for_readers(folder: Path, versions: Iterable[int], timeout: float) -> None:
-    """Wait until nobody reads any of these versions, and let nobody begin to.
-
-    Raises:
-        GalleryBusyError: one of them is still being read.
-        GalleryError: the folder cannot be written.
-    """
+    """Wait until nobody reads any of these versions, and let nobody begin to; GalleryBusyError after the timeout."""
     end = time.monotonic() + timeout
     for version in versions:
         try:

@@ -33,17 +33,11 @@ _GATHER_FACES = 16384
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Probes that are the same person, whose scores become one.
+    """Probes that are the same person, whose scores become one."""
 
-    Attributes:
-        labels: of the groups, in the order in which they first appear.
-        codes: group of each probe, int64 [P].
-        fusion: "max" or "mean" of a group's scores.
-    """
-
-    labels: tuple[Any, ...]
-    codes: Tensor
-    fusion: Fusion
+    labels: tuple[Any, ...]  # of the groups, in the order in which they first appear
+    codes: Tensor  # group of each probe, int64 [P]
+    fusion: Fusion  # of a group's scores
 
     @classmethod
     def of(cls, labels: Sequence[Any], fusion: Fusion, device: torch.device) -> Groups:

@@ -151,29 +151,18 @@ class Searcher(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """A checked search.
-
-    Attributes:
-        snapshot, tiles: what is searched.
-        shard: the part that this process scores.
-        request: the arguments of :meth:`Searcher.search`.
-        probes: P, of the gallery's kind.
-        attention, min_score: as they were asked for, checked.
-        groups: of the probes.
-        selected: places that count, ascending; None: all.
-        exclude: int64 [P, E], places that a probe must not get; None: none.
-    """
+    """A checked search."""
 
     snapshot: Snapshot
     tiles: TileCache
     shard: Shard
-    request: SimpleNamespace
-    probes: Templates
+    request: SimpleNamespace  # the arguments of Searcher.search
+    probes: Templates  # of the gallery's kind
     attention: Tensor | str
     min_score: float
     groups: Groups | None
-    selected: np.ndarray | None
-    exclude: Tensor | None
+    selected: np.ndarray | None  # places that count, ascending; None: all
+    exclude: Tensor | None  # int64 [P, E], places that a probe must not get
 
     @classmethod
     def of(

@@ -34,23 +34,14 @@ _IDS_AT_ONCE = 4096  # that are looked up
 
 @dataclass(frozen=True, eq=False)
 class Fragment:
-    """Rows that were written together; they never change, but some may be deleted.
+    """Rows that were written together; they never change, but some may be deleted."""
 
-    Attributes:
-        number: Lance's.
-        key: names the fragment's data for good, whatever is deleted.
-        first: position of its first row among all rows of the snapshot, deleted ones included.
-        rows: all of them.
-        deleted: offsets of the deleted ones, ascending.
-        paths: of its data files.
-    """
-
-    number: int
-    key: str
-    first: int
-    rows: int
-    deleted: np.ndarray
-    paths: tuple[str, ...]
+    number: int  # Lance's
+    key: str  # names the fragment's data for good, whatever is deleted
+    first: int  # place of its first row
+    rows: int  # all of them
+    deleted: np.ndarray  # offsets of the deleted ones, ascending
+    paths: tuple[str, ...]  # of its data files
 
 
 class Snapshot:
@@ -58,13 +49,6 @@ class Snapshot:
 
     A row's *place* counts all rows, deleted ones included; its *position* counts the others only, and is what users
     see. Both rise in the order in which rows were added.
-
-    Attributes:
-        dataset: Lance's.
-        version: of the data set.
-        layout: of the rows.
-        fragments: in order.
-        places: number of rows, deleted ones included.
     """
 
     def __init__(self, dataset: Any, layout: Layout, lock: ReaderLock | None = None) -> None:
@@ -118,11 +102,7 @@ class Snapshot:
         return positions + np.searchsorted(self.deleted - np.arange(len(self.deleted)), positions, side="right")
 
     def select(self, where: str) -> np.ndarray:
-        """Places of the rows that a filter selects, ascending.
-
-        Raises:
-            GalleryError: the filter cannot be understood, or fails.
-        """
+        """Places of the rows that a filter selects, ascending; GalleryError where it cannot be understood."""
         if not isinstance(where, str):
             raise GalleryError(f"where: expected a filter like \"person = 'Ann'\", got {type(where).__name__}")
         try:
@@ -148,11 +128,7 @@ class Snapshot:
         return self.dataset.take(positions.tolist(), columns=list(columns))
 
     def labels(self, places: np.ndarray, columns: Sequence[str] = LABELS) -> dict[str, list[Any]]:
-        """Labels of rows, in the order asked for; metadata parsed.
-
-        Raises:
-            GalleryDamagedError: they are not what was written, or cannot be read.
-        """
+        """Labels of rows, in the order asked for, compared with their checksums; metadata parsed."""
         if len(places) == 0:
             return {name: [] for name in columns}
         unique, inverse = np.unique(self.positions(places), return_inverse=True)
@@ -169,11 +145,7 @@ class Snapshot:
         return {name: [found[name][i] for i in inverse] for name in columns}
 
     def probe(self, fragment: Fragment) -> None:
-        """Read a row in each of the ways in which rows are read: files say in several places where a column is.
-
-        Raises:
-            GalleryDamagedError: one of them fails.
-        """
+        """Read a row in each of the ways in which rows are read: files say in several places where a column is."""
         for columns in (*([name] for name in LABELS), CHECKED_LABELS, self.layout.tile_columns):
             for _ in self.scan(columns, fragment, limit=1):
                 pass
@@ -192,13 +164,9 @@ class Snapshot:
     def pieces(
         self, positions: np.ndarray, columns: Sequence[str], size: int = 4096, tries: int = 512
     ) -> Iterator[tuple[np.ndarray, pa.Table | None]]:
-        """Rows that cannot all be read: those that can, and None for those that cannot.
+        """Rows at ascending positions that cannot all be read: those that can, and None for those that cannot.
 
-        Args:
-            positions: of the rows, ascending.
-            columns: that are read.
-            size: rows read at a time; where that fails, ever fewer.
-            tries: failures after which no more is narrowed down.
+        ``size`` are read at a time; where that fails, ever fewer, until ``tries`` have failed.
         """
         waiting = [positions[start : start + size] for start in range(0, len(positions), size)][::-1]
         while waiting:
@@ -236,11 +204,7 @@ class Snapshot:
     def scan(
         self, columns: Sequence[str], fragment: Fragment | None = None, *, batch_size: int = 16384, **options: Any
     ) -> Iterator[pa.RecordBatch]:
-        """Rows in order, of one fragment or of all, in bounded memory.
-
-        Raises:
-            GalleryDamagedError: they cannot be read.
-        """
+        """Rows in order, of one fragment or of all, in bounded memory; GalleryDamagedError if they cannot be read."""
         with reading(self, fragment):
             yield from self.dataset.scanner(
                 columns=list(columns),
@@ -256,15 +220,9 @@ class Snapshot:
     def fragment_batches(
         self, fragment: Fragment, begin: int = 0, end: int | None = None, *, dead: Callable[[], None] | None = None
     ) -> Iterator[pa.RecordBatch]:
-        """Rows of a fragment, deleted ones included: their templates and checksums, a tile at a time.
+        """Rows of a fragment from ``begin`` on, deleted ones included: templates and checksums, compared, by tiles.
 
-        Args:
-            fragment: whose.
-            begin, end: offsets of a part; None: to the last.
-            dead: is called before a batch with damage in deleted rows alone, which hurts nobody.
-
-        Raises:
-            GalleryDamagedError: rows that are not what was written, or cannot be read.
+        ``dead`` is called before a batch with damage in deleted rows alone, which hurts nobody.
         """
         columns, rows = self.layout.tile_columns, self.layout.tile_rows
         end = fragment.rows if end is None else end
@@ -320,8 +278,7 @@ def first_line(error: BaseException) -> str:
 def engine_failed(error: BaseException) -> bool:
     """Whether an error may be the engine's, whose panics are no Exceptions.
 
-    Raises:
-        KeyboardInterrupt, SystemExit: the engine has wrapped what a signal's handler raised; it is no failure.
+    KeyboardInterrupt and SystemExit that a signal's handler raised, and the engine has wrapped, are raised again.
     """
     if "External error: KeyboardInterrupt:" in str(error):
         raise KeyboardInterrupt from error

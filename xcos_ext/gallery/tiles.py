@@ -63,20 +63,12 @@ def stays_mapped(layout: Layout, place: int) -> bool:
 
 
 class TileFile:
-    """The tiles of one fragment, mapped.
-
-    Attributes:
-        tiles: number of them.
-        checked: those that this process has compared with their checksums, or has written.
-
-    Raises:
-        ValueError, OSError: it is not that fragment's file, or is damaged.
-    """
+    """The tiles of one fragment, mapped; ValueError or OSError if it is not that fragment's file, or is damaged."""
 
     def __init__(self, path: Path, fragment: Fragment, layout: Layout) -> None:
         pa = gallery_package("pyarrow")
         self._layout, self._rows = layout, fragment.rows
-        self.checked: set[int] = set()
+        self.checked: set[int] = set()  # tiles that this process has compared with their checksums, or has written
         self.tiles = -(-fragment.rows // layout.tile_rows)
         # The memory stays mapped as long as it is used, the file is not kept open: there may be thousands.
         with pa.memory_map(str(path)) as file:
@@ -90,11 +82,7 @@ class TileFile:
                 raise ValueError(f"another {what}")
 
     def batch(self, index: int) -> pa.RecordBatch:
-        """A tile's rows, checked when this process first reads them.
-
-        Raises:
-            ValueError: they are not what was written.
-        """
+        """A tile's rows, checked when this process first reads them: ValueError if they are not what was written."""
         try:
             batch, custom = self._reader.get_batch_with_custom_metadata(index)
             if index in self.checked:
@@ -157,11 +145,7 @@ class TileCache:
                 self._path(fragment).unlink(missing_ok=True)
 
     def write(self, snapshot: Snapshot, fragment: Fragment) -> TileFile | None:
-        """Write a fragment's tiles down; None where the cache cannot be written (a read-only folder, a full disk).
-
-        Raises:
-            GalleryDamagedError: rows that are not what was written.
-        """
+        """Write a fragment's tiles down; None where the cache cannot be written (a read-only folder, a full disk)."""
         if self.folder is None or not self._writable:
             return None
         pa, schema = gallery_package("pyarrow"), self._layout.tile_schema()
@@ -213,11 +197,7 @@ class TileCache:
 
 
 def gather(snapshot: Snapshot, cache: TileCache, places: np.ndarray) -> Templates:
-    """Templates of chosen rows, in the order asked for.
-
-    Raises:
-        GalleryDamagedError: rows that are not what was written.
-    """
+    """Templates of chosen rows, in the order asked for; GalleryDamagedError if they are not what was written."""
     layout = snapshot.layout
     if len(places) > 1 and (np.diff(places) < 0).any():
         order = np.argsort(places, kind="stable")

@@ -222,41 +222,37 @@ def enroll(
     enrolled: list[str] = []
     skipped: dict[str, str] = {}
     several: list[str] = []
-    crops: list[np.ndarray] = []
-    chosen: list[Picture] = []
-    done = present
+    chosen: list[tuple[Picture, np.ndarray]] = []
 
     def commit() -> None:
         if not chosen:
             return
+        some = [picture for picture, _ in chosen]
         with torch.inference_mode():
-            templates = fast.templates(fast.features_of(crops), "gallery", gallery.layout.dtype)
+            features = fast.features_of([crop for _, crop in chosen])
+            templates = fast.templates(features, "gallery", gallery.layout.dtype)
         gallery.add(
-            [p.id for p in chosen],
+            [p.id for p in some],
             templates,
-            persons=[p.person for p in chosen],
-            metadata=[p.metadata for p in chosen],
+            persons=[p.person for p in some],
+            metadata=[p.metadata for p in some],
             on_duplicate=on_duplicate,
         )
-        enrolled.extend(p.id for p in chosen)
+        enrolled.extend(p.id for p in some)
         chosen.clear()
-        crops.clear()
 
     tick = progress or quiet
-    tick(done, len(pictures))
-    for picture, crop, faces, problem in read_faces(
-        todo, model.preprocessing.size, detector, policy=policy, threads=threads
-    ):
+    tick(present, len(pictures))
+    crops = read_faces(todo, model.preprocessing.size, detector, policy=policy, threads=threads)
+    for done, (picture, crop, faces, problem) in enumerate(crops, present + 1):
         if crop is None:
             skipped[picture.id] = problem or "no face"
         else:
             if faces > 1:
                 several.append(picture.id)
-            chosen.append(picture)
-            crops.append(crop)
+            chosen.append((picture, crop))
             if len(chosen) >= batch:
                 commit()
-        done += 1
         tick(done, len(pictures))
     commit()
     return Enrolment(enrolled, present, skipped, several, time.perf_counter() - begin)

@@ -78,15 +78,11 @@ class Gallery(Searcher):
         try:
             self.path = store.folder
             self.layout: Layout = self._snapshot.layout
-            self._model: Any = None
+            self._model = model
             if model is not None:
                 self.check_model(model)
-                self._model = model
-            folder: Path | None = None
-            if cache is True:
-                folder = store.folder / "tiles"
-            elif cache is not False:
-                folder = Path(cache)
+            own = store.folder / "tiles" if cache is True else cache
+            folder = None if isinstance(own, bool) else Path(own)
             self._tiles = TileCache(folder, self.layout)
         except BaseException:
             self.close()

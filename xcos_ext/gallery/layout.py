@@ -69,27 +69,16 @@ class Column:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Shapes and dtype of a gallery's templates, and where they come from.
+    """Shapes and dtype of a gallery's templates, and where they come from; None: that is unknown."""
 
-    Attributes:
-        grid: (H, W).
-        channels: of a cell.
-        dtype: of features and projections.
-        attention: the templates' own.
-        model: fingerprint of the model that makes the templates; None: only their head is known.
-        model_name: for reports.
-        threshold: the model's decision threshold for one pair; None: unknown.
-        fmr_curve: the model's false match rate at any score; None: unknown.
-    """
-
-    grid: tuple[int, int]
-    channels: int
-    dtype: torch.dtype
-    attention: AttentionParameters | FixedAttention
-    model: str | None = None
-    model_name: str | None = None
-    threshold: float | None = None
-    fmr_curve: FMRCurve | None = None
+    grid: tuple[int, int]  # (H, W)
+    channels: int  # of a cell
+    dtype: torch.dtype  # of features and projections
+    attention: AttentionParameters | FixedAttention  # the templates' own
+    model: str | None = None  # fingerprint of the model that makes the templates; None: only their head is known
+    model_name: str | None = None  # for reports
+    threshold: float | None = None  # the model's decision threshold for one pair
+    fmr_curve: FMRCurve | None = None  # the model's false match rate at any score
 
     @classmethod
     def of(cls, source: Any, dtype: torch.dtype, grid: tuple[int, int] = (7, 7)) -> Layout:

@@ -96,10 +96,7 @@ def wait_for_readers(folder: Path, versions: Iterable[int], timeout: float) -> N
     """Wait until nobody reads any of these versions, and let nobody begin to; GalleryBusyError after the timeout."""
     end = time.monotonic() + timeout
     for version in versions:
-        try:
-            descriptor = os.open(folder / READERS / str(version), _FLAGS, 0o666)
-        except OSError as error:
-            raise GalleryError(f"{folder}: cannot be written ({error.strerror})") from error
+        descriptor = os.open(folder / READERS / str(version), _FLAGS, 0o666)
         try:
             while not _locked(descriptor, fcntl.LOCK_EX):
                 if time.monotonic() >= end:

@@ -29,7 +29,7 @@ __all__ = ["DATA", "Fragment", "Snapshot", "engine_failed", "first_line", "range
 DATA = "templates.lance"
 
 _IO_BYTES = 128 << 20  # read ahead of what is being used
-_IDS_AT_ONCE = 4096  # that are looked up
+_IDS_AT_ONCE = 4096  # that are looked up, or whose labels are
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +111,11 @@ class Snapshot:
             if not engine_failed(error):
                 raise
             if not str(error).startswith("Invalid user input"):
-                self._check_labels()  # the condition may be right, and the rows wrong
+                # The condition may be right, and the rows wrong.
+                for fragment in self.fragments:
+                    self.probe(fragment)
+                for part in iter_slices(self.rows, _IDS_AT_ONCE):
+                    self.labels(self.places_of(np.arange(part.start, part.stop)))
             raise GalleryError(f"where: expected an SQL condition, got {where!r}: {first_line(error)}") from error
         return np.sort(self._places(addresses))
 
@@ -149,17 +153,6 @@ class Snapshot:
         for columns in (*([name] for name in LABELS), CHECKED_LABELS, self.layout.tile_columns):
             for _ in self.scan(columns, fragment, limit=1):
                 pass
-
-    def _check_labels(self) -> None:
-        for fragment in self.fragments:
-            self.probe(fragment)
-        done = 0
-        with reading(self):
-            for batch in self.scan(CHECKED_LABELS):
-                _, wrong = checked_labels(batch)
-                if wrong:
-                    raise _damage("labels", done + np.array(wrong))
-                done += batch.num_rows
 
     def pieces(
         self, positions: np.ndarray, columns: Sequence[str], size: int = 4096, tries: int = 512

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xcos_ext.io.errors import GalleryDamagedError, GalleryError
+from xcos_ext.io.errors import GalleryDamagedError, GalleryError, XCosError
 from xcos_ext.io.optional import gallery_package
 
 from .commits import LOG, CommitLog, checksum_of, sync
@@ -42,22 +42,18 @@ class Store:
     def create(cls, folder: Path, layout: Layout) -> Store:
         """A new, empty gallery."""
         store = cls(folder)
-        try:
+        with writing(folder):
             if folder.exists() and not folder.is_dir():
                 raise GalleryError(f"{folder}: expected a folder, or nothing, got a file")
             store._refuse_existing()
             if folder.exists() and any(p.name not in _OURS for p in folder.iterdir()):
                 raise GalleryError(f"{folder}: expected an empty folder, or none, got one with other files in it")
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise GalleryError(f"{folder}: cannot be written ({error.strerror})") from error
-        schema = layout.schema()
-        with writer_lock(folder, 10.0):
-            store._refuse_existing()  # another process may have been faster
-            with writing(folder):
+            with writer_lock(folder, 10.0):
+                store._refuse_existing()  # another process may have been faster
                 (folder / READERS).mkdir(exist_ok=True)
                 dataset = gallery_package("lance").write_dataset(
-                    schema.empty_table(), str(store.data), mode="create", data_storage_version=_STORAGE_VERSION
+                    layout.schema().empty_table(), store.data, mode="create", data_storage_version=_STORAGE_VERSION
                 )
                 sync([*store._files(), store.data / "_versions", store.data, folder, folder.parent])
                 store._write_down(dataset)
@@ -345,7 +341,7 @@ def writing(folder: Path, state: str = "nothing was changed") -> Iterator[None]:
     """Turn the engine's failures to write into one error; a commit that failed left the gallery as it was."""
     try:
         yield
-    except GalleryError:
+    except XCosError:
         raise
     except BaseException as error:
         if not engine_failed(error):

@@ -27,19 +27,12 @@ _SHIFT = 1 / 20
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """Consecutive faces of a gallery.
+    """Consecutive faces of a gallery, on the device that was asked for."""
 
-    Attributes:
-        first: place of the first.
-        templates: of all, on the device that was asked for.
-        excluded: bool [M] on that device, True where a face is deleted or not selected; None: nowhere.
-        copied: on a GPU, the event that the copy is done.
-    """
-
-    first: int
-    templates: Templates
-    excluded: Tensor | None
-    copied: Any = None
+    first: int  # place of the first
+    templates: Templates  # of all
+    excluded: Tensor | None  # bool [M], True where a face is deleted or not selected; None: nowhere
+    copied: Any = None  # on a GPU, the event that the copy is done
 
 
 class _Piece(NamedTuple):

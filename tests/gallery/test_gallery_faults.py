@@ -36,6 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # For processes of their own, which take names of this module.
 PATHS = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "support")]
+PRELUDE = f"import sys, torch; torch.set_num_threads(1); sys.path[:0] = {PATHS!r}\nfrom test_gallery_faults import *\n"
 
 
 def faces(count: int, seed: int = 0, role: str = "gallery") -> Templates:
@@ -74,17 +75,31 @@ def expect(gallery: Gallery, kept: Templates) -> None:
     assert torch.equal(hits.scores, wanted.values) and torch.equal(hits.positions, wanted.indices)
 
 
+def reads(gallery: Gallery, kept: Templates, **options: Any) -> None:
+    """The same of another reader."""
+    with Gallery.open(gallery.path, **options) as other:
+        expect(other, kept)
+
+
+def another_bit(data: bytes, rng: torch.Generator, at: int | None = None) -> bytes:
+    """Data with one bit flipped, anywhere or in a chosen byte."""
+    changed = bytearray(data)
+    at = int(torch.randint(len(data), (1,), generator=rng)) if at is None else at
+    changed[at] ^= 1 << int(torch.randint(8, (1,), generator=rng))
+    return bytes(changed)
+
+
 def data_file(gallery: Gallery, fragment: int = 0) -> Path:
     """The file of a fragment's rows."""
     return gallery.path / "templates.lance" / "data" / gallery.snapshot.fragments[fragment].paths[0]
 
 
-def flip(path: Path, needle: bytes, offset: int = 3) -> None:
+def flip(path: Path, needle: bytes, offset: int = 3, mask: int = 1) -> None:
     """Change a bit behind the place where these bytes are in a file."""
     data = bytearray(path.read_bytes())
     at = data.find(needle)
     assert at >= 0, f"{needle!r} is not in {path.name}"
-    data[at + offset] ^= 1
+    data[at + offset] ^= mask
     path.write_bytes(data)
 
 
@@ -107,10 +122,7 @@ def test_some_kills(tmp_path: Path) -> None:
 def in_a_mount(tmp_path: Path, mount: str, code: str) -> str:
     """Run code in a mount namespace of its own; skip where that is not allowed."""
     script = tmp_path / "code.py"
-    prelude = "import sys, torch; torch.set_num_threads(1)\n"
-    prelude += f"sys.path[:0] = {PATHS!r}\n"
-    prelude += "from test_gallery_faults import *\n"
-    script.write_text(prelude + textwrap.dedent(code))
+    script.write_text(PRELUDE + textwrap.dedent(code))
     (tmp_path / "mount").mkdir(exist_ok=True)
     for options in (["-m"], ["-rm"]):
         inside = ["unshare", *options, "sh", "-c", f"{mount} && exec {sys.executable} {script}"]
@@ -212,8 +224,7 @@ def test_flipped_bits_of_templates(gallery: Gallery, column: str) -> None:
     with Gallery.open(gallery.path, cache=False) as other, pytest.raises(GalleryDamagedError, match="137"):
         other.get(names(1, 137))
     gallery.remove(names(1, 137))  # what is damaged can be removed, and the rest is found
-    with Gallery.open(gallery.path, cache=False) as other:
-        expect(other, stored[[i for i in range(200) if i != 137]])
+    reads(gallery, stored[[i for i in range(200) if i != 137]], cache=False)
 
 
 @pytest.mark.parametrize("text", ["identity-00042", "somebody-00042", "metadata-00042"])
@@ -235,10 +246,7 @@ def test_flipped_bits_of_tiles(gallery: Gallery) -> None:
         tiles = gallery.path / "tiles" / f"{key}.arrow"
         flip(tiles, needle)
         damaged = tiles.read_bytes()
-        with Gallery.open(
-            gallery.path
-        ) as other:  # this process has not seen them yet: it notices, and makes them again
-            expect(other, stored)
+        reads(gallery, stored)  # this process has not seen them yet: it notices, and makes them again
         assert tiles.read_bytes() != damaged
         flip(tiles, needle)
         assert f"{key}.arrow" in gallery.verify()["tiles_dropped"]
@@ -255,9 +263,7 @@ def test_random_flips_are_never_a_wrong_score(gallery: Gallery) -> None:
     for path in paths:
         whole = path.read_bytes()
         for _ in range(12):
-            data = bytearray(whole)
-            data[int(torch.randint(len(data), (1,), generator=rng))] ^= 1 << int(torch.randint(8, (1,), generator=rng))
-            path.write_bytes(data)
+            path.write_bytes(another_bit(whole, rng))
             try:
                 with Gallery.open(gallery.path, cache=False) as other:
                     expect(other, stored)
@@ -275,8 +281,7 @@ def test_truncated_files(gallery: Gallery) -> None:
     expect(gallery, stored)
     tiles = next((gallery.path / "tiles").iterdir())
     tiles.write_bytes(tiles.read_bytes()[:-1000])
-    with Gallery.open(gallery.path) as other:
-        expect(other, stored)
+    reads(gallery, stored)
     path = data_file(gallery, 1)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     report = Gallery.open(gallery.path).verify()
@@ -296,10 +301,6 @@ def test_truncated_files(gallery: Gallery) -> None:
 
 
 WRITER = """
-import sys, torch
-torch.set_num_threads(1)
-sys.path[:0] = {paths!r}
-from test_gallery_faults import *
 stored = faces(200)
 gallery = Gallery.open({path!r}, timeout=60)
 for i in range(8):
@@ -308,7 +309,7 @@ for i in range(8):
 
 
 def test_two_processes_write(gallery: Gallery) -> None:
-    code = WRITER.format(paths=PATHS, path=str(gallery.path))
+    code = PRELUDE + WRITER.format(path=str(gallery.path))
     writers = [subprocess.Popen([sys.executable, "-c", code, name]) for name in ("a", "b")]
     assert [writer.wait(120) for writer in writers] == [0, 0]
     ids = list(gallery.refresh().ids())
@@ -557,9 +558,7 @@ def test_flipped_manifests_and_lists_of_deleted_rows(gallery: Gallery) -> None:
     for path in (manifest(gallery), deleted):
         whole = path.read_bytes()
         for _ in range(20):
-            data = bytearray(whole)
-            data[int(torch.randint(len(data), (1,), generator=rng))] ^= 1 << int(torch.randint(8, (1,), generator=rng))
-            path.write_bytes(data)
+            path.write_bytes(another_bit(whole, rng))
             with pytest.raises(GalleryDamagedError):
                 Gallery.open(gallery.path)
             assert not gallery.verify()["ok"]  # which has it open
@@ -577,20 +576,14 @@ def test_flipped_manifests_and_lists_of_deleted_rows(gallery: Gallery) -> None:
 
 
 def test_bytes_that_are_no_text(gallery: Gallery) -> None:
-    path = data_file(gallery)
-    data = bytearray(path.read_bytes())
-    data[data.find(b"identity-00042") + 3] ^= 0x80
-    path.write_bytes(data)
+    flip(data_file(gallery), b"identity-00042", mask=0x80)
     report = gallery.refresh().verify()
     assert not report["ok"] and len(report["unreadable"]) == 1
     assert 42 in report["unreadable"][0]["positions"] and max(report["unreadable"][0]["positions"]) < 100
     with pytest.raises(GalleryDamagedError, match="labels at positions") as caught:
         gallery.search(faces(4, 9, "probe"), 200)
     assert 42 in caught.value.rows and max(caught.value.rows) < 100
-    path = data_file(gallery, 1)
-    data = bytearray(path.read_bytes())
-    data[data.find(b"metadata-00142") + 3] ^= 0x80  # of the metadata each row stands alone
-    path.write_bytes(data)
+    flip(data_file(gallery, 1), b"metadata-00142", mask=0x80)  # of the metadata each row stands alone
     report = gallery.refresh().verify()
     assert report["unreadable"][1]["positions"] == [142] and "positions 142 (" in report["unreadable"][1]["reason"]
     with pytest.raises(GalleryDamagedError, match="labels at positions 142 "):
@@ -630,8 +623,7 @@ def test_damaged_tiles_are_noticed_wherever_they_are_read(gallery: Gallery) -> N
             wanted = {3: stored.bias[150:151], 2: before.scores, 4: before.maps.attention}
             found = read(other)
             torch.testing.assert_close(found, wanted[found.dim()], rtol=0, atol=0)
-        with Gallery.open(gallery.path) as other:
-            expect(other, stored)  # makes them again
+        reads(gallery, stored)  # makes them again
 
 
 def test_tiles_of_other_rows_are_not_taken(gallery: Gallery) -> None:
@@ -639,8 +631,7 @@ def test_tiles_of_other_rows_are_not_taken(gallery: Gallery) -> None:
     expect(gallery, stored)
     one, two = (gallery.path / "tiles" / f"{f.key}.arrow" for f in gallery.snapshot.fragments)
     two.write_bytes(one.read_bytes())
-    with Gallery.open(gallery.path) as other:
-        expect(other, stored)
+    reads(gallery, stored)
     assert two.read_bytes() != one.read_bytes()
 
 
@@ -653,11 +644,8 @@ def test_random_flips_of_tiles(gallery: Gallery) -> None:
     places += [len(whole) - 1 - int(at) for at in torch.randint(1500, (25,), generator=rng)]  # structure
     places += [int(at) for at in torch.randint(3000, (15,), generator=rng)]
     for at in places:
-        data = bytearray(whole)
-        data[at] ^= 1 << int(torch.randint(8, (1,), generator=rng))
-        path.write_bytes(data)
-        with Gallery.open(gallery.path) as other:
-            expect(other, stored)
+        path.write_bytes(another_bit(whole, rng, at))
+        reads(gallery, stored)
 
 
 def test_tiles_do_not_keep_files_open(tmp_path: Path) -> None:
@@ -731,11 +719,9 @@ def test_every_amount_of_room(tmp_path: Path) -> None:
 def test_files_must_not_grow(tmp_path: Path, gallery: Gallery) -> None:
     """A full disk as every user can have it: a limit on the size of files."""
     gallery.close()
-    code = f"""
-import sys, torch
-torch.set_num_threads(1)
-sys.path[:0] = {PATHS!r}
-from test_gallery_faults import *
+    code = (
+        PRELUDE
+        + f"""
 import resource
 stored = faces(200)
 gallery = Gallery.open({str(gallery.path)!r})
@@ -753,6 +739,7 @@ with Gallery.open(gallery.path) as other:
     expect(other, stored)
     assert other.info()["tiles_ready"] == 2
 """
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

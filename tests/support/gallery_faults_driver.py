@@ -59,6 +59,13 @@ def metadata(name: str, row: int) -> dict[str, Any]:
     return {"row": row, "note": f"of {name}"}
 
 
+def add(gallery: Gallery, faces: Templates, step: dict[str, Any], **options: Any) -> None:
+    """Add a step's faces with their labels."""
+    names, rows = step["ids"], step["rows"]
+    labels = [metadata(*pair) for pair in zip(names, rows, strict=True)]
+    gallery.add(names, faces[rows], persons=[person(row) for row in rows], metadata=labels, **options)
+
+
 # ------------------------------------------------------------------ the process that is killed
 
 
@@ -74,17 +81,11 @@ def work(job: dict[str, Any], faces: Templates, probes: Templates) -> None:
         for index, step in enumerate(job["steps"]):
             say("begin", index)
             begin = time.perf_counter()
-            operation, names, rows = step["operation"], step.get("ids", []), step.get("rows", [])
+            operation = step["operation"]
             if operation in ("add", "replace"):
-                gallery.add(
-                    names,
-                    faces[rows],
-                    persons=[person(row) for row in rows],
-                    metadata=[metadata(*pair) for pair in zip(names, rows, strict=True)],
-                    on_duplicate="replace" if operation == "replace" else "error",
-                )
+                add(gallery, faces, step, on_duplicate="replace" if operation == "replace" else "error")
             elif operation == "remove":
-                gallery.remove(names)
+                gallery.remove(step["ids"])
             elif operation == "compact":
                 gallery.compact()
             else:
@@ -192,13 +193,7 @@ class Trial:
 
     def _add(self, gallery: Gallery, count: int) -> None:
         step = self.new(count)
-        names, rows = step["ids"], step["rows"]
-        gallery.add(
-            names,
-            self.faces[rows],
-            persons=[person(row) for row in rows],
-            metadata=[metadata(*pair) for pair in zip(names, rows, strict=True)],
-        )
+        add(gallery, self.faces, step)
         self.state = after(self.state, step)
 
     def new(self, count: int) -> dict[str, Any]:

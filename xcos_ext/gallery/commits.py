@@ -40,9 +40,6 @@ def sync(paths: Iterable[Path]) -> None:
 class CommitLog:
     """A text file with a line for each version: its number, the checksum of its manifest, that of its deletion files in
     the order of their fragments, and the line's own. A line that was not written whole does not count.
-
-    Args:
-        path: of the file; it may be missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,10 +48,9 @@ class CommitLog:
     def find(self, version: int) -> tuple[str, str] | None:
         """A version's checksums, of its manifest and of its deletion files."""
         for line in reversed(self._lines()):
-            if line.startswith(f"{version} ") and line.count(" ") == 3:
-                _, manifest, deletions, _ = line.split(" ")
-                if line == _line(version, manifest, deletions):
-                    return manifest, deletions
+            number, *sums = line.split(" ")[:3]
+            if number == str(version) and len(sums) == 2 and line == _line(version, *sums):
+                return sums[0], sums[1]
         return None
 
     def __bool__(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -33,13 +33,7 @@ def symmetric(layout: Layout) -> bool:
 
 
 def as_probes(layout: Layout, faces: Templates, model: Any) -> Templates:
-    """Stored faces as the first of their pairs.
-
-    Args:
-        layout: of the gallery.
-        faces: from the gallery, [N].
-        model: makes probes of features where they cannot be had otherwise; else None is enough.
-    """
+    """Stored faces of a gallery as the first of their pairs, made by its model where they cannot be had otherwise."""
     if not isinstance(layout.attention, AttentionParameters):
         return faces.as_probe()
     if layout.attention.symmetric:
@@ -68,78 +62,41 @@ def find_duplicates(
     both = not symmetric(layout)
     total = snapshot.rows * (snapshot.rows - 1) // (1 if both else 2)
     scored = 0
-    found = []
+    best: dict[tuple[int, int], float] = {}  # of two places, the earlier first
     for part in iter_slices(snapshot.rows, PROBES):
         places = snapshot.places_of(np.arange(part.start, part.stop))
-
-        def gone(faces: int, count: int = len(places)) -> None:
-            nonlocal scored
-            scored = min(scored + faces * count, total)
-            tick(scored, total)
-
         with torch.inference_mode():
-            probes = as_probes(layout, gather(layout, snapshot, cache, places).to(device), model)
-            tiles = stream(snapshot, cache, device, begin=0 if both else int(places[0]))
-            found.append(alike(probes, torch.from_numpy(places), tiles, threshold, both_orders=both, tick=gone))
+            probes = as_probes(layout, gather(snapshot, cache, places).to(device), model)
+            own = torch.from_numpy(places).to(device)
+            for tile in stream(snapshot, cache, device, begin=0 if both else int(places[0])):
+                for i, j, score in _alike(probes, own, tile, threshold, both):
+                    pair = (min(i, j), max(i, j))
+                    best[pair] = max(score, best.get(pair, -math.inf))
+                scored = min(scored + len(places) * len(tile.templates), total)
+                tick(scored, total)
     tick(total, total)
-    return grouped(snapshot, found, threshold, total)
+    return _grouped(snapshot, best, threshold, total)
 
 
-def alike(
-    probes: Templates,
-    places: Tensor,
-    tiles: Iterable[Tile],
-    threshold: float,
-    *,
-    both_orders: bool,
-    tick: Callable[[int], None],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs of a block of probes and the gallery that reach the threshold: places (probe, face) and scores.
-
-    Args:
-        probes: faces of the gallery, N of them.
-        places: theirs, int64 [N], ascending.
-        tiles: the gallery; from the first probe's place on is enough where a pair's orders score alike.
-        threshold: least score.
-        both_orders: whether to keep pairs whose face comes before the probe.
-        tick: is told the faces gone through.
-    """
-    rows: list[Tensor] = []
-    columns: list[Tensor] = []
-    values: list[Tensor] = []
-    own = places.to(probes.device).unsqueeze(1)
-    for tile in tiles:
-        pairs = AllPairs("gallery.dedupe", probes, tile.templates, "own")
-        for block, part in score_blocks(len(probes), len(tile.templates), pairs.dtype, probes.device):
-            scores = pairs.scores(block, part)
-            others = torch.arange(tile.first + part.start, tile.first + part.stop, device=probes.device)
-            found = scores >= threshold
-            found &= others != own[block] if both_orders else others > own[block]
-            if tile.excluded is not None:
-                found &= ~tile.excluded[part]
-            row, column = found.nonzero(as_tuple=True)
-            rows.append(own[block].squeeze(1)[row])
-            columns.append(others[column])
-            values.append(scores[row, column])
-        tick(len(tile.templates))
-    if not rows:
-        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
-    return (
-        torch.cat(rows).cpu().numpy(),
-        torch.cat(columns).cpu().numpy(),
-        torch.cat(values).cpu().numpy(),
-    )
+def _alike(
+    probes: Templates, places: Tensor, tile: Tile, threshold: float, both_orders: bool
+) -> Iterator[tuple[int, int, float]]:
+    """(place of the probe, place of the face, score) of the pairs that reach the threshold; each once, where a pair's
+    orders score alike."""
+    pairs = AllPairs("gallery.dedupe", probes, tile.templates, "own")
+    for block, part in score_blocks(len(probes), len(tile.templates), pairs.dtype, probes.device):
+        scores = pairs.scores(block, part)
+        own = places[block].unsqueeze(1)
+        others = torch.arange(tile.first + part.start, tile.first + part.stop, device=probes.device)
+        found = (scores >= threshold) & (others != own if both_orders else others > own)
+        if tile.excluded is not None:
+            found &= ~tile.excluded[part]
+        row, column = found.nonzero(as_tuple=True)
+        yield from zip(own[row, 0].tolist(), others[column].tolist(), scores[row, column].tolist(), strict=True)
 
 
-def grouped(
-    snapshot: Snapshot, found: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], threshold: float, compared: int
-) -> Duplicates:
-    """Pairs that :func:`alike` found, block by block, with their labels, and the groups that they make up."""
-    best: dict[tuple[int, int], float] = {}
-    for rows, columns, values in found:
-        for i, j, score in zip(rows.tolist(), columns.tolist(), values.tolist(), strict=True):
-            pair = (min(i, j), max(i, j))
-            best[pair] = max(score, best.get(pair, -math.inf))
+def _grouped(snapshot: Snapshot, best: dict[tuple[int, int], float], threshold: float, compared: int) -> Duplicates:
+    """Pairs with their labels, and the groups that they make up."""
     places = np.unique(np.array(list(best), np.int64).reshape(-1))
     labels = snapshot.labels(places, ("id", "person"))
     ids, persons = labels["id"], labels["person"]
@@ -160,6 +117,6 @@ def grouped(
         low, high = sorted((find(i), find(j)))
         root[high] = low
     groups: dict[int, list[str]] = {}
-    for i in range(len(places)):
-        groups.setdefault(find(i), []).append(ids[i])
+    for i, name in enumerate(ids):
+        groups.setdefault(find(i), []).append(name)
     return Duplicates(pairs, list(groups.values()), threshold, compared, snapshot.version)

@@ -23,6 +23,7 @@ from xcos_ext.io.errors import GalleryError, PictureError
 from xcos_ext.model import XCosModel
 
 from .gallery import Gallery
+from .search import Progress, quiet
 
 __all__ = ["Enrolment", "Picture", "enroll", "find_pictures", "read_faces"]
 
@@ -38,6 +39,10 @@ class Picture:
         read: gives the picture, uint8 RGB [H, W, 3], or raises PictureError.
         person: who it is; None: not known.
         metadata: to be kept with it.
+
+    Example:
+        >>> Picture("ann/0.png", lambda: np.zeros((112, 112, 3), np.uint8), "ann").read().shape
+        (112, 112, 3)
     """
 
     id: str
@@ -56,6 +61,10 @@ class Enrolment:
         skipped: id -> why, of pictures without a usable face.
         several: ids of pictures with more than one face, of which one was taken.
         seconds: spent on reading, detecting, embedding and committing.
+
+    Example:
+        >>> Enrolment(["ann/0.png"], 0, {"wall.png": "no face found"}, [], 0.4).skipped
+        {'wall.png': 'no face found'}
     """
 
     enrolled: list[str]
@@ -77,6 +86,14 @@ def find_pictures(paths: Iterable[str | os.PathLike[str]], *, person: str | None
 
     Raises:
         GalleryError: a path that is not there, no pictures at all, or two with the same id.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / "ann").mkdir()
+        >>> (folder / "ann" / "0.png").touch()
+        >>> [(picture.id, picture.person) for picture in find_pictures([folder])]
+        [('ann/0.png', 'ann')]
     """
     found: dict[str, Picture] = {}
     for path in paths:
@@ -130,6 +147,11 @@ def read_faces(
 
     Yields:
         (picture, crop or None, faces found, why there is no crop).
+
+    Example:
+        >>> aligned = Picture("ann", lambda: np.zeros((112, 112, 3), np.uint8))
+        >>> [(crop.shape, found, problem) for _, crop, found, problem in read_faces([aligned], (112, 112), None)]
+        [((112, 112, 3), 1, None)]
     """
     local = threading.local()
 
@@ -168,7 +190,7 @@ def enroll(
     batch: int = 256,
     threads: int = 2,
     on_duplicate: Literal["skip", "replace", "error"] = "skip",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Enrolment:
     """Enrol pictures, some at a time, so that an interrupted run can be repeated and goes on where it was.
 
@@ -200,41 +222,37 @@ def enroll(
     enrolled: list[str] = []
     skipped: dict[str, str] = {}
     several: list[str] = []
-    crops: list[np.ndarray] = []
-    chosen: list[Picture] = []
-    done = present
+    chosen: list[tuple[Picture, np.ndarray]] = []
 
     def commit() -> None:
         if not chosen:
             return
+        some = [picture for picture, _ in chosen]
         with torch.inference_mode():
-            templates = fast.templates(fast.features_of(crops), "gallery", gallery.layout.dtype)
+            features = fast.features_of([crop for _, crop in chosen])
+            templates = fast.templates(features, "gallery", gallery.layout.dtype)
         gallery.add(
-            [p.id for p in chosen],
+            [p.id for p in some],
             templates,
-            persons=[p.person for p in chosen],
-            metadata=[p.metadata for p in chosen],
+            persons=[p.person for p in some],
+            metadata=[p.metadata for p in some],
             on_duplicate=on_duplicate,
         )
-        enrolled.extend(p.id for p in chosen)
+        enrolled.extend(p.id for p in some)
         chosen.clear()
-        crops.clear()
 
-    tick = progress or (lambda done, total: None)
-    tick(done, len(pictures))
-    for picture, crop, faces, problem in read_faces(
-        todo, model.preprocessing.size, detector, policy=policy, threads=threads
-    ):
+    tick = progress or quiet
+    tick(present, len(pictures))
+    crops = read_faces(todo, model.preprocessing.size, detector, policy=policy, threads=threads)
+    for done, (picture, crop, faces, problem) in enumerate(crops, present + 1):
         if crop is None:
             skipped[picture.id] = problem or "no face"
         else:
             if faces > 1:
                 several.append(picture.id)
-            chosen.append(picture)
-            crops.append(crop)
+            chosen.append((picture, crop))
             if len(chosen) >= batch:
                 commit()
-        done += 1
         tick(done, len(pictures))
     commit()
     return Enrolment(enrolled, present, skipped, several, time.perf_counter() - begin)

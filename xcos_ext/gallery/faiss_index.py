@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +21,8 @@ from .gallery import Gallery
 from .snapshot import Snapshot
 
 __all__ = ["FaissIndex"]
+
+_TRAIN = 65_536  # faces, evenly chosen, from which an index learns its lists
 
 
 def _faiss() -> Any:
@@ -43,6 +44,14 @@ class FaissIndex:
         index: faiss' own.
         mark: of the gallery's rows.
         lists: inverted lists that a probe looks into, where there are such (faiss' nprobe).
+
+    Example:
+        >>> import tempfile, torch, xcos_ext
+        >>> faces = xcos_ext.Templates.from_features(torch.randn(3, 8, 7, 7))
+        >>> gallery = xcos_ext.Gallery.create(tempfile.mkdtemp(), faces)
+        >>> _ = gallery.add(["ann", "bob", "eve"], faces)
+        >>> gallery.search(faces[1:2], k=1, rerank=2, coarse=FaissIndex.build(gallery), recall_probes=1)
+        Hits(probes=1, k=1, approximate, recall 1.0000 on 1 probes, version=2)
     """
 
     def __init__(self, index: Any, mark: str, lists: int = 16) -> None:
@@ -56,9 +65,7 @@ class FaissIndex:
         gallery: Gallery,
         kind: str | None = None,
         *,
-        train: int = 65_536,
         lists: int = 16,
-        progress: Callable[[int, int], None] | None = None,
     ) -> FaissIndex:
         """Index a gallery at the version that it shows.
 
@@ -66,9 +73,7 @@ class FaissIndex:
             gallery: with at least one face.
             kind: as ``faiss.index_factory`` understands it; None: inverted lists of 8-bit vectors, ``IVF<n>,SQ8`` with
                 2 sqrt(N) lists (1 byte a feature; ``Flat`` below 1,000 faces).
-            train: faces, evenly chosen, that it learns its lists from.
             lists: lists a probe looks into.
-            progress: is told (faces, all).
 
         Raises:
             GalleryError: an empty gallery, or a kind that faiss does not know.
@@ -84,11 +89,10 @@ class FaissIndex:
         try:
             index = faiss.index_factory(columns, kind, faiss.METRIC_INNER_PRODUCT)
             if not index.is_trained:
-                chosen = np.unique(np.linspace(0, snapshot.rows - 1, min(train, snapshot.rows)).astype(np.int64))
+                chosen = np.linspace(0, snapshot.rows - 1, min(_TRAIN, snapshot.rows)).astype(np.int64)
                 index.train(_vectors(gallery.templates_at(chosen.tolist())))
-            flat = not kind.startswith("IVF")
-            index = faiss.IndexIDMap(index) if flat else index
-            done = 0
+            if not kind.startswith("IVF"):
+                index = faiss.IndexIDMap(index)
             for tile in gallery.tiles():
                 vectors = _vectors(tile.templates)
                 places = np.arange(tile.first, tile.first + len(vectors))
@@ -96,9 +100,6 @@ class FaissIndex:
                     kept = ~tile.excluded.numpy()
                     vectors, places = vectors[kept], places[kept]
                 index.add_with_ids(vectors, places)
-                done += len(vectors)
-                if progress is not None:
-                    progress(done, snapshot.rows)
         except RuntimeError as error:
             raise GalleryError(f"faiss: kind: expected one that faiss can build, got {kind!r} ({error})") from error
         return cls(index, snapshot.mark, lists)

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,8 +23,8 @@ from .dedupe import find_duplicates, symmetric
 from .hits import Duplicates, Hits
 from .labels import checked_metadata, checked_text
 from .layout import Layout
-from .search import WHERE, Progress, Request, Search, Searcher, Shard
-from .snapshot import Snapshot, reading
+from .search import WHERE, Progress, Search, Searcher, Shard, quiet
+from .snapshot import Snapshot
 from .store import Store, folder_bytes
 from .stream import Tile, stream
 from .tiles import TileCache, gather
@@ -32,10 +33,6 @@ from .verify import verify
 __all__ = ["Gallery"]
 
 StrPath = str | os.PathLike[str]
-
-
-def _nobody(done: int, total: int) -> None:
-    return None
 
 
 class Gallery(Searcher):
@@ -54,6 +51,17 @@ class Gallery(Searcher):
     Attributes:
         path: of the folder.
         layout: shapes, dtype, head and model of the templates.
+
+    Example:
+        >>> import tempfile, torch, xcos_ext
+        >>> faces = xcos_ext.Templates.from_features(torch.randn(3, 8, 7, 7))  # or model.templates(F, "gallery")
+        >>> gallery = Gallery.create(tempfile.mkdtemp(), faces)
+        >>> gallery.add(["ann/0", "ann/1", "bob/0"], faces, persons=["ann", "ann", "bob"])
+        3
+        >>> gallery.search(faces[2:], k=1, where="person <> 'ann'")[0][0].id
+        'bob/0'
+        >>> gallery.remove(["ann/0"]), len(gallery), list(gallery.ids())
+        (1, 2, ['ann/1', 'bob/0'])
     """
 
     def __init__(
@@ -70,15 +78,11 @@ class Gallery(Searcher):
         try:
             self.path = store.folder
             self.layout: Layout = self._snapshot.layout
-            self._model: Any = None
+            self._model = model
             if model is not None:
                 self.check_model(model)
-                self._model = model
-            folder: Path | None = None
-            if cache is True:
-                folder = store.folder / "tiles"
-            elif cache is not False:
-                folder = Path(cache)
+            own = store.folder / "tiles" if cache is True else cache
+            folder = None if isinstance(own, bool) else Path(own)
             self._tiles = TileCache(folder, self.layout)
         except BaseException:
             self.close()
@@ -159,12 +163,6 @@ class Gallery(Searcher):
 
     # ------------------------------------------------------------------ state
 
-    def __enter__(self) -> Gallery:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """Let the version go. The object must not be used afterwards."""
         self._lock.release()
@@ -200,17 +198,13 @@ class Gallery(Searcher):
 
     def ids(self) -> Iterator[str]:
         """All ids, by position."""
-        for batch in self._snapshot.ids():
-            yield from batch.to_pylist()
+        for batch in self._snapshot.scan(["id"]):
+            yield from batch.column("id").to_pylist()
 
     def ids_of(self, person: str) -> list[str]:
         """Ids of a person's faces, by position."""
-        found: list[str] = []
-        with reading(self._snapshot):
-            for batch in self._snapshot.scan(["id", "person"], batch_size=65536):
-                mask = gallery_package("pyarrow.compute").equal(batch.column("person"), person)
-                found += batch.column("id").filter(mask).to_pylist()
-        return found
+        theirs = gallery_package("pyarrow.compute").field("person") == person
+        return [name for b in self._snapshot.scan(["id"], filter=theirs) for name in b.column("id").to_pylist()]
 
     def positions(self, ids: Iterable[str]) -> dict[str, int]:
         """Positions of those of the ids that there are."""
@@ -224,12 +218,19 @@ class Gallery(Searcher):
 
         Raises:
             GalleryError: an id that is not in the gallery.
+
+        Example:
+            >>> import tempfile, torch, xcos_ext
+            >>> faces = xcos_ext.Templates.from_features(torch.randn(1, 8, 7, 7))
+            >>> gallery = Gallery.create(tempfile.mkdtemp(), faces)
+            >>> _ = gallery.add(["ann/0"], faces, metadata=[{"camera": 3}])
+            >>> gallery.get(["ann/0"])[1]
+            [{'id': 'ann/0', 'person': None, 'metadata': {'camera': 3}}]
         """
-        positions = self._known(ids, "gallery.get")
-        places = self._places(positions)
+        places = self._places(self._known(ids, "gallery.get"))
         labels = self._snapshot.labels(places)
         rows = [dict(zip(labels, row, strict=True)) for row in zip(*labels.values(), strict=True)]
-        return gather(self.layout, self._snapshot, self._tiles, places), rows
+        return gather(self._snapshot, self._tiles, places), rows
 
     def templates_at(self, positions: Sequence[int]) -> Templates:
         """Stored templates by their positions, of role "gallery" [N].
@@ -237,11 +238,7 @@ class Gallery(Searcher):
         Raises:
             GalleryError: a position outside.
         """
-        return gather(self.layout, self._snapshot, self._tiles, self._places(positions))
-
-    def load(self) -> Templates:
-        """All stored templates in memory, of role "gallery", by position: for a gallery that fits, e.g. on a GPU."""
-        return gather(self.layout, self._snapshot, self._tiles, self._snapshot.places_of(np.arange(len(self))))
+        return gather(self._snapshot, self._tiles, self._places(positions))
 
     def _places(self, positions: Sequence[int]) -> np.ndarray:
         chosen = np.asarray(positions, np.int64).reshape(-1)
@@ -261,19 +258,13 @@ class Gallery(Searcher):
     def info(self) -> dict[str, Any]:
         """Counts, sizes, head and model, as plain values."""
         snapshot = self._snapshot
-        persons: set[str] = set()
-        unnamed = 0
-        with reading(snapshot):
-            for batch in snapshot.scan(["person"], batch_size=65536):
-                column = batch.column("person")
-                unnamed += column.null_count
-                persons.update(p for p in column.unique().to_pylist() if p is not None)
+        persons = snapshot.persons()
         data = folder_bytes(self._store.data)
         return {
             "path": str(self.path),
             "faces": snapshot.rows,
-            "persons": len(persons),
-            "faces_without_person": unnamed,
+            "persons": len(persons.dictionary),
+            "faces_without_person": persons.null_count,
             "removed_but_stored": len(snapshot.deleted),
             "version": snapshot.version,
             "fragments": len(snapshot.fragments),
@@ -285,10 +276,7 @@ class Gallery(Searcher):
             "grid": list(self.layout.grid),
             "channels": self.layout.channels,
             "dtype": str(self.layout.dtype).removeprefix("torch."),
-            "head": self.layout.head,
-            "model": self.layout.model,
-            "model_name": self.layout.model_name,
-            "threshold": self.layout.threshold,
+            **{name: getattr(self.layout, name) for name in ("head", "model", "model_name", "threshold")},
         }
 
     # ------------------------------------------------------------------ writing
@@ -326,25 +314,33 @@ class Gallery(Searcher):
         if isinstance(ids, str):
             raise TypeError(f"{where}: ids: expected a sequence of texts, got one text")
         names = [checked_text(value, f"{where}: ids[{i}]") for i, value in enumerate(ids)]
-        if len(set(names)) != len(names):
-            raise GalleryError(f"{where}: ids: expected each once, got {_shown(_twice(names))} more than once")
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise GalleryError(f"{where}: ids: expected each once, got {_shown(twice)} more than once")
         stored = self._templates(templates, "gallery", "templates", where)
-        stored = self.layout.check_role(stored, "templates", where).to("cpu")
+        try:
+            stored = stored.as_gallery().to("cpu")
+        except ValueError as error:
+            raise GalleryError(
+                f"{where}: templates: expected templates of role 'gallery' or 'both', got role {stored.role!r}; "
+                "make them with templates(features, role='gallery')"
+            ) from error
         for name, values in (("templates", stored), ("persons", persons), ("metadata", metadata)):
             if values is not None and len(values) != len(names):
                 raise GalleryError(f"{where}: {name}: expected {len(names)} like ids, got {len(values)}")
+        nothing = [None] * len(names)
         people = [
             None if value is None else checked_text(value, f"{where}: persons[{i}]")
-            for i, value in enumerate(persons if persons is not None else [None] * len(names))
+            for i, value in enumerate(nothing if persons is None else persons)
         ]
         texts = [
             checked_metadata(value, f"{where}: metadata[{i}]")
-            for i, value in enumerate(metadata if metadata is not None else [None] * len(names))
+            for i, value in enumerate(nothing if metadata is None else metadata)
         ]
         if not names:
             return 0
         with self._store.writer(self._timeout):
-            taken = self._store.existing(names)
+            taken = self.refresh().positions(names)
             if taken and on_duplicate == "error":
                 raise GalleryError(
                     f"{where}: ids: expected new ones, got {_shown([i for i in names if i in taken])}, already "
@@ -357,22 +353,14 @@ class Gallery(Searcher):
                 stored, names = stored[kept], [names[i] for i in kept]
                 people, texts = [people[i] for i in kept], [texts[i] for i in kept]
             table = self.layout.batch(stored, names, people, texts)
-            if taken and on_duplicate == "replace":
-                self._store.upsert(table)
-            else:
-                self._store.append(table)
+            self._store.add(table, replace=bool(taken) and on_duplicate == "replace")
         self.refresh()
         return len(names)
 
-    def remove(self, ids: Sequence[str], *, missing: Literal["error", "ignore"] = "error") -> int:
-        """Delete faces in one commit. Searches do not find them any more; their bytes go with :meth:`compact`.
+    def remove(self, ids: Sequence[str]) -> int:
+        """Delete faces, all of them or none, in one commit; returns their number.
 
-        Args:
-            ids: of the faces.
-            missing: whether ids that are not there are an error, in which case nothing is deleted.
-
-        Returns:
-            Number of faces deleted.
+        Searches do not find them any more; their bytes go with :meth:`compact`.
 
         Raises:
             GalleryError: an unknown id, or the folder cannot be written.
@@ -380,13 +368,9 @@ class Gallery(Searcher):
         """
         with self._store.writer(self._timeout):
             self.refresh()
-            if missing == "ignore":
-                positions = list(self.positions(ids).values())
-            else:
-                positions = self._known(list(dict.fromkeys(ids)), "gallery.remove")
+            positions = self._known(list(dict.fromkeys(ids)), "gallery.remove")
             if positions:
-                places = self._snapshot.places_of(np.array(positions, np.int64))
-                self._store.delete(self._snapshot, np.sort(places))
+                self._store.delete(self._snapshot, self._places(positions))
         self.refresh()
         return len(positions)
 
@@ -405,6 +389,16 @@ class Gallery(Searcher):
         Raises:
             GalleryBusyError: somebody writes, or still reads an older version; in the latter case the newest version is
                 compact, and old files go with the next call.
+
+        Example:
+            >>> import tempfile, torch, xcos_ext
+            >>> faces = xcos_ext.Templates.from_features(torch.randn(9, 8, 7, 7))
+            >>> gallery = Gallery.create(tempfile.mkdtemp(), faces)
+            >>> gallery.add([str(i) for i in range(9)], faces), gallery.remove(["3", "4"])
+            (9, 2)
+            >>> report = gallery.compact()
+            >>> report["bytes_after"] < report["bytes_before"], gallery.verify()["ok"]
+            (True, True)
         """
         tick = progress or (lambda text: None)
         with self._store.writer(self._timeout):
@@ -427,7 +421,7 @@ class Gallery(Searcher):
             ``ok``; ``faces`` read; ``damaged``: position, id (None where it cannot be read) and what is damaged, for
             each; ``unreadable``: file and positions that cannot be read at all; ``tiles_dropped``.
         """
-        return verify(self._store, self._snapshot, self._tiles, progress or _nobody)
+        return verify(self._store, self._snapshot, self._tiles, progress or quiet)
 
     # ------------------------------------------------------------------ searching
 
@@ -451,19 +445,15 @@ class Gallery(Searcher):
             begin, end: positions of a part.
         """
         snapshot = self._snapshot
-        bounds = snapshot.places_of(np.array([begin], np.int64))[0]
-        last = (
-            snapshot.places
-            if end is None or end >= snapshot.rows
-            else int(snapshot.places_of(np.array([end], np.int64))[0])
-        )
+        # The end of all is a position as well: one more than the last.
+        first, last = snapshot.places_of(np.array([begin, len(self) if end is None else min(end, len(self))]))
         selected = None if where is None else snapshot.select(where)
-        return stream(snapshot, self._tiles, torch.device(device), selected=selected, begin=int(bounds), end=last)
+        return stream(snapshot, self._tiles, torch.device(device), selected=selected, begin=int(first), end=int(last))
 
-    def _search(self, request: Request) -> Hits:
+    def _search(self, request: SimpleNamespace) -> Hits:
         return self._checked(Shard(), request).run()
 
-    def _checked(self, shard: Shard, request: Request) -> Search:
+    def _checked(self, shard: Shard, request: SimpleNamespace) -> Search:
         """A search of a shard, checked and ready to run."""
         probes = self._templates(request.probes, "probe", "probes", WHERE)
         return Search.of(self._snapshot, self._tiles, shard, probes, request)
@@ -481,17 +471,21 @@ class Gallery(Searcher):
         Raises:
             GalleryError: no threshold is known; or the head's attention is not symmetric and the gallery was opened
                 without its model, which has to make probes of the stored faces.
+
+        Example:
+            >>> import tempfile, torch, xcos_ext
+            >>> faces = xcos_ext.Templates.from_features(torch.randn(2, 8, 7, 7))
+            >>> gallery = Gallery.create(tempfile.mkdtemp(), faces)
+            >>> _ = gallery.add(["a", "b", "a again"], faces[[0, 1, 0]])
+            >>> gallery.dedupe(0.9).groups
+            [['a', 'a again']]
         """
         t = self.layout.threshold if threshold is None else float(threshold)
         if t is None or not math.isfinite(t):
             raise GalleryError(f"gallery.dedupe: threshold: expected a finite number, got {threshold}")
         if self._model is None and not symmetric(self.layout):
             raise GalleryError("gallery.dedupe: model: expected the gallery to be opened with its model, got none")
-        return find_duplicates(self._snapshot, self._tiles, self._model, t, progress or _nobody)
-
-
-def _twice(names: list[str]) -> list[str]:
-    return [name for name, count in Counter(names).items() if count > 1]
+        return find_duplicates(self._snapshot, self._tiles, self._model, t, progress or quiet)
 
 
 def _shown(names: Sequence[str], most: int = 3) -> str:

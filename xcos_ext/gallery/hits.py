@@ -21,6 +21,10 @@ class Hit:
         id: of that face.
         person: of that face; None: not known.
         metadata: of that face; None where it was not asked for.
+
+    Example:
+        >>> Hit(0.81, 3, "ann/0.png", "ann", {"camera": 3}).person
+        'ann'
     """
 
     score: float
@@ -38,6 +42,12 @@ class HitMaps:
         similarity: S, the cells' cosines.
         attention: W.
         contribution: W * (S - t), whose sum is score - t; None without a threshold.
+
+    Example:
+        >>> import torch
+        >>> maps = HitMaps(torch.full((1, 1, 7, 7), 0.5), torch.full((1, 1, 7, 7), 1 / 49), None)
+        >>> (maps.similarity * maps.attention).sum((2, 3)).round(decimals=4)  # the hits' scores
+        tensor([[0.5000]])
     """
 
     similarity: Tensor
@@ -61,6 +71,15 @@ class Hits:
         groups: labels of the fused probes; None where probes were not fused.
         maps: of the hits, where they were asked for.
         version: of the gallery that was searched.
+
+    Example:
+        >>> import tempfile, torch, xcos_ext
+        >>> faces = xcos_ext.Templates.from_features(torch.randn(3, 8, 7, 7))
+        >>> gallery = xcos_ext.Gallery.create(tempfile.mkdtemp(), faces)
+        >>> _ = gallery.add(["ann", "bob", "eve"], faces)
+        >>> hits = gallery.search(faces[:2], k=1)
+        >>> hits, hits[1][0].id, hits.scores.shape
+        (Hits(probes=2, k=1, exact, version=2), 'bob', torch.Size([2, 1]))
     """
 
     scores: Tensor
@@ -108,6 +127,10 @@ class Duplicate:
         positions: in the gallery, the earlier first.
         ids, persons: of the two.
         score: of the pair; of the better order where the two orders score differently.
+
+    Example:
+        >>> Duplicate((0, 7), ("ann/0.png", "eve/2.png"), ("ann", "eve"), 0.93).ids
+        ('ann/0.png', 'eve/2.png')
     """
 
     positions: tuple[int, int]
@@ -126,6 +149,11 @@ class Duplicates:
         threshold: of the pairs.
         compared: number of pairs that were scored.
         version: of the gallery.
+
+    Example:
+        >>> pair = Duplicate((0, 7), ("ann/0.png", "eve/2.png"), ("ann", "eve"), 0.93)
+        >>> Duplicates([pair], [["ann/0.png", "eve/2.png"]], threshold=0.9, compared=28, version=2).groups
+        [['ann/0.png', 'eve/2.png']]
     """
 
     pairs: list[Duplicate]

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 __all__ = [
+    "CHECKED_LABELS",
     "LABELS",
-    "MOST_LEVELS",
     "canonical_json",
     "checked_labels",
     "checked_metadata",
@@ -23,8 +23,10 @@ __all__ = [
 ]
 
 LABELS = ("id", "person", "metadata")
-#: Lists and mappings within each other that metadata may have.
-MOST_LEVELS = 100
+#: All of them, for they have one checksum.
+CHECKED_LABELS = (*LABELS, "label_checksum")
+
+_MOST_LEVELS = 100  # lists and mappings within each other that metadata may have
 
 
 def canonical_json(value: Mapping[str, Any]) -> str:
@@ -38,8 +40,8 @@ def _check_value(value: Any, where: str, level: int = 1) -> None:
         raise GalleryError(f"{where}: expected integers of at most 64 bits, got a larger one")
     if not isinstance(value, (Mapping, list, tuple)):
         return
-    if level > MOST_LEVELS:
-        raise GalleryError(f"{where}: expected at most {MOST_LEVELS} levels of lists and mappings, got more")
+    if level > _MOST_LEVELS:
+        raise GalleryError(f"{where}: expected at most {_MOST_LEVELS} levels of lists and mappings, got more")
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
@@ -50,11 +52,7 @@ def _check_value(value: Any, where: str, level: int = 1) -> None:
 
 
 def checked_metadata(value: Any, where: str) -> str:
-    """A face's metadata as canonical JSON text; None is the empty object.
-
-    Raises:
-        GalleryError: not a mapping with text keys, or a value that JSON cannot hold.
-    """
+    """A face's metadata as canonical JSON text; None is the empty object. GalleryError for what JSON cannot hold."""
     if value is None:
         return "{}"
     if not isinstance(value, Mapping):
@@ -68,15 +66,11 @@ def checked_metadata(value: Any, where: str) -> str:
     return text
 
 
-def checked_text(value: Any, where: str, *, empty: bool = False) -> str:
-    """A text that storage can hold.
-
-    Raises:
-        GalleryError: not a text, empty, or with lone surrogates.
-    """
+def checked_text(value: Any, where: str) -> str:
+    """A text that storage can hold: not empty, and without lone surrogates."""
     if not isinstance(value, str):
         raise GalleryError(f"{where}: expected text, got {type(value).__name__}")
-    if not value and not empty:
+    if not value:
         raise GalleryError(f"{where}: expected a text that is not empty, got ''")
     try:
         value.encode()
@@ -96,11 +90,7 @@ def label_checksum(identity: str, person: str | None, metadata: str) -> int:
 
 
 def checked_labels(rows: pa.Table | pa.RecordBatch) -> tuple[dict[str, list[Any]], list[int]]:
-    """Labels of rows, metadata parsed, and the rows whose labels are not what their checksum says.
-
-    Args:
-        rows: with the labels' columns and ``label_checksum``.
-    """
+    """Labels of rows with CHECKED_LABELS, metadata parsed, and the rows whose labels are not what was written."""
     texts = {name: _texts(rows.column(name)) for name in LABELS}
     found = {**texts, "metadata": []}
     wrong = []
@@ -110,10 +100,9 @@ def checked_labels(rows: pa.Table | pa.RecordBatch) -> tuple[dict[str, list[Any]
         parsed = None
         try:
             parsed = json.loads(metadata)
-            right = stored in (
-                label_checksum(identity, person, metadata),
-                # Lance writes numbers, and may one day order keys, in its own way.
-                label_checksum(identity, person, canonical_json(parsed)),
+            # Lance writes numbers, and may one day order keys, in its own way.
+            right = stored == label_checksum(identity, person, metadata) or stored == label_checksum(
+                identity, person, canonical_json(parsed)
             )
         except (ValueError, AttributeError, TypeError, RecursionError):
             right = False

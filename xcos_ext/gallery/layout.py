@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,21 +50,15 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _ARROW}
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """One array of a template.
-
-    Attributes:
-        name: of the attribute of :class:`xcos_ext.Templates` and of the Arrow column.
-        shape: of one face's values.
-        dtype: as torch has it.
-    """
+    """One array of a template, named as the attribute of :class:`xcos_ext.Templates` and as the Arrow column."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of one face's values
     dtype: torch.dtype
 
     @property
     def values(self) -> int:
-        """Values of a face."""
+        """Number of them in a face."""
         return math.prod(self.shape)
 
     @property
@@ -74,35 +69,20 @@ class Column:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Shapes and dtype of a gallery's templates, and where they come from.
+    """Shapes and dtype of a gallery's templates, and where they come from; None: that is unknown."""
 
-    Attributes:
-        grid: (H, W).
-        channels: of a cell.
-        dtype: of features and projections.
-        attention: the templates' own.
-        model: fingerprint of the model that makes the templates; None: only their head is known.
-        model_name: for reports.
-        threshold: the model's decision threshold for one pair; None: unknown.
-        fmr_curve: the model's false match rate at any score; None: unknown.
-    """
-
-    grid: tuple[int, int]
-    channels: int
-    dtype: torch.dtype
-    attention: AttentionParameters | FixedAttention
-    model: str | None = None
-    model_name: str | None = None
-    threshold: float | None = None
-    fmr_curve: FMRCurve | None = None
+    grid: tuple[int, int]  # (H, W)
+    channels: int  # of a cell
+    dtype: torch.dtype  # of features and projections
+    attention: AttentionParameters | FixedAttention  # the templates' own
+    model: str | None = None  # fingerprint of the model that makes the templates; None: only their head is known
+    model_name: str | None = None  # for reports
+    threshold: float | None = None  # the model's decision threshold for one pair
+    fmr_curve: FMRCurve | None = None  # the model's false match rate at any score
 
     @classmethod
     def of(cls, source: Any, dtype: torch.dtype, grid: tuple[int, int] = (7, 7)) -> Layout:
-        """The layout for a model, a head, or templates.
-
-        Raises:
-            TypeError: something else, or a dtype that is not floating-point.
-        """
+        """The layout for a model, a head, or templates; TypeError for something else or an integer dtype."""
         check_storage(dtype, "dtype", "Gallery.create")
         if isinstance(source, Templates):
             sample, model = source[:0].to(dtype=dtype), None
@@ -123,12 +103,10 @@ class Layout:
         if isinstance(attention, AttentionParameters):
             attention = attention.detach().to("cpu")
         layout = cls(sample.grid, sample.channels, dtype, attention)
-        return layout if model is None else layout.of_model(model)
-
-    def of_model(self, model: XCosModel) -> Layout:
-        """The same with what a model knows of itself."""
+        if model is None:
+            return layout
         return replace(
-            self,
+            layout,
             model=model.fingerprint(),
             model_name=model.name,
             threshold=model.threshold,
@@ -162,74 +140,65 @@ class Layout:
         """Fingerprint of the learned attention, or the fixed attention's name."""
         return self.attention.fingerprint if isinstance(self.attention, AttentionParameters) else self.attention
 
-    def schema(self) -> pa.Schema:
-        """Arrow schema of the rows, with this layout in its metadata."""
+    @functools.cached_property
+    def _fields(self) -> list[pa.Field]:
         pa = gallery_package("pyarrow")
+        # Random bits to a compressor: looking at them costs time and saves no byte.
+        plain = {b"lance-encoding:compression": b"none"}
         fields = [
             pa.field("id", pa.string(), nullable=False),
             pa.field("person", pa.string()),
             pa.field("metadata", pa.json_(), nullable=False),
             *(pa.field(name, pa.uint64(), nullable=False) for name in CHECKS),
-            *self._array_fields(),
         ]
-        return pa.schema(fields, metadata={_KEY: canonical_json(self.as_dict()).encode()})
+        for column in self.columns:
+            item = pa.field("item", getattr(pa, _ARROW[column.dtype])(), nullable=False)
+            fields.append(pa.field(column.name, pa.list_(item, column.values), nullable=False, metadata=plain))
+        return fields
 
-    def _array_fields(self) -> list[pa.Field]:
-        pa = gallery_package("pyarrow")
-        # Random bits to a compressor: looking at them costs time and saves no byte.
-        plain = {b"lance-encoding:compression": b"none"}
-        return [
-            pa.field(
-                column.name,
-                pa.list_(pa.field("item", getattr(pa, _ARROW[column.dtype])(), nullable=False), column.values),
-                nullable=False,
-                metadata=plain,
-            )
-            for column in self.columns
-        ]
+    def schema(self) -> pa.Schema:
+        """Arrow schema of the rows, with this layout in its metadata."""
+        return gallery_package("pyarrow").schema(
+            self._fields, metadata={_KEY: canonical_json(self._as_dict()).encode()}
+        )
+
+    @property
+    def tile_columns(self) -> list[str]:
+        """Columns of the packed tiles: the arrays and their checksum."""
+        return ["checksum", *(column.name for column in self.columns)]
 
     def tile_schema(self) -> pa.Schema:
-        """Arrow schema of the packed tiles: the arrays and their checksum."""
-        pa = gallery_package("pyarrow")
-        return pa.schema([pa.field("checksum", pa.uint64(), nullable=False), *self._array_fields()])
+        """Arrow schema of the packed tiles."""
+        return gallery_package("pyarrow").schema([f for f in self._fields if f.name in self.tile_columns])
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+    def _as_dict(self) -> dict[str, Any]:
         attention: Any = self.attention
         if isinstance(attention, AttentionParameters):
-            attention = {
-                "weight": attention.weight.tolist(),
-                "slope": attention.slope.tolist(),
-                "temperature": attention.temperature,
-                "normalize": attention.normalize,
-                "symmetric": attention.symmetric,
-                "fingerprint": attention.fingerprint,
-            }
+            names = ("temperature", "normalize", "symmetric", "fingerprint")
+            arrays = {"weight": attention.weight.tolist(), "slope": attention.slope.tolist()}
+            attention = arrays | {name: getattr(attention, name) for name in names}
         return {
             "format": FORMAT,
             "grid": list(self.grid),
-            "channels": self.channels,
             "dtype": str(self.dtype).removeprefix("torch."),
             "attention": attention,
-            "model": self.model,
-            "model_name": self.model_name,
-            "threshold": self.threshold,
             "fmr_curve": None if self.fmr_curve is None else self.fmr_curve.as_dict(),
+            **{name: getattr(self, name) for name in ("channels", "model", "model_name", "threshold")},
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Layout:
-        """The layout that :meth:`as_dict` wrote.
-
-        Raises:
-            GalleryError: another version of the format, or damaged data.
-        """
-        version = data.get("format")
-        if version != FORMAT:
-            raise GalleryError(
-                f"format: expected version {FORMAT}, got {version!r}; another version of xcos_ext wrote it"
-            )
+    def from_schema(cls, schema: pa.Schema) -> Layout:
+        """The layout in a schema's metadata; GalleryError where there is none, or one of another version."""
+        raw = (schema.metadata or {}).get(_KEY)
+        if raw is None:
+            raise GalleryError("format: expected a gallery of xcos_ext, got another Lance data set")
         try:
+            data = json.loads(raw)
+            if data.get("format") != FORMAT:
+                raise GalleryError(
+                    f"format: expected version {FORMAT}, got {data.get('format')!r}; another version of xcos_ext "
+                    "wrote it"
+                )
             dtype = _DTYPES[data["dtype"]]
             attention = data["attention"]
             if not isinstance(attention, str):
@@ -245,41 +214,23 @@ class Layout:
             curve = data["fmr_curve"]
             height, width = data["grid"]
             return cls(
-                grid=(int(height), int(width)),
-                channels=int(data["channels"]),
-                dtype=dtype,
-                attention=attention,
+                (int(height), int(width)),
+                int(data["channels"]),
+                dtype,
+                attention,
                 model=data["model"],
                 model_name=data["model_name"],
                 threshold=data["threshold"],
                 fmr_curve=None if curve is None else FMRCurve.from_dict(curve),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, GalleryError):
+                raise
             raise GalleryError(f"format: damaged description ({type(error).__name__}: {error})") from error
-
-    @classmethod
-    def from_schema(cls, schema: pa.Schema) -> Layout:
-        """The layout in a schema's metadata.
-
-        Raises:
-            GalleryError: there is none, or it is damaged or of another version.
-        """
-        raw = (schema.metadata or {}).get(_KEY)
-        if raw is None:
-            raise GalleryError("format: expected a gallery of xcos_ext, got another Lance data set")
-        try:
-            data = json.loads(raw)
-        except ValueError as error:
-            raise GalleryError(f"format: damaged description ({error})") from error
-        if not isinstance(data, dict):
-            raise GalleryError(f"format: damaged description (a {type(data).__name__})")
-        return cls.from_dict(data)
 
     def on(self, device: torch.device) -> Layout:
         """The same with the attention's parameters on a device."""
-        if isinstance(self.attention, str):
-            return self
-        return replace(self, attention=self.attention.to(device))
+        return self if isinstance(self.attention, str) else replace(self, attention=self.attention.to(device))
 
     def empty(self) -> Templates:
         """No faces, of this kind."""
@@ -298,18 +249,11 @@ class Layout:
         )
 
     def check(self, templates: Any, argument: str, where: str) -> Templates:
-        """Templates of this gallery's kind, in its dtype.
-
-        Raises:
-            TypeError: not templates.
-            GalleryError: another grid, number of channels, or head.
-        """
+        """Templates in this gallery's dtype; GalleryError for another grid, number of channels, or head."""
         if not isinstance(templates, Templates):
             raise TypeError(f"{where}: {argument}: expected Templates, got {type(templates).__name__}")
-        for what, expected, got in (
-            ("channels", self.channels, templates.channels),
-            ("grid", "{}x{}".format(*self.grid), "{}x{}".format(*templates.grid)),
-        ):
+        grids = [f"{height}x{width}" for height, width in (self.grid, templates.grid)]
+        for what, expected, got in (("channels", self.channels, templates.channels), ("grid", *grids)):
             if got != expected:
                 raise GalleryError(f"{where}: {argument}: expected {what} {expected} as the gallery has, got {got}")
         mine, theirs = self.attention, templates.attention
@@ -325,20 +269,6 @@ class Layout:
             )
         return templates.detach().to(self.dtype)
 
-    def check_role(self, templates: Templates, argument: str, where: str) -> Templates:
-        """Templates as the second faces of their pairs.
-
-        Raises:
-            GalleryError: they are probes, which lack that part.
-        """
-        try:
-            return templates.as_gallery()
-        except ValueError as error:
-            raise GalleryError(
-                f"{where}: {argument}: expected templates of role 'gallery' or 'both', got role {templates.role!r}; "
-                "make them with templates(features, role='gallery')"
-            ) from error
-
     def arrays(self, templates: Templates) -> dict[str, np.ndarray]:
         """The templates' bytes, uint8 [N, bytes of a face] a column."""
         arrays = {}
@@ -350,16 +280,10 @@ class Layout:
     def batch(
         self, templates: Templates, ids: Sequence[str], persons: Sequence[str | None], metadata: Sequence[str]
     ) -> pa.Table:
-        """Rows ready to be written.
-
-        Args:
-            templates: from :meth:`check`.
-            ids, persons, metadata: one each; metadata as :func:`canonical_json` writes it.
-        """
-        pa = gallery_package("pyarrow")
+        """Rows ready to be written: templates from :meth:`check`, metadata as :func:`canonical_json` writes it."""
+        pa, schema = gallery_package("pyarrow"), self.schema()
         arrays = self.arrays(templates)
         labels = [label_checksum(*row) for row in zip(ids, persons, metadata, strict=True)]
-        schema = self.schema()
         columns = [
             pa.array(ids, pa.string()),
             pa.array(persons, pa.string()),
@@ -367,12 +291,11 @@ class Layout:
             pa.array(row_checksums(arrays), pa.uint64()),
             pa.array(np.array(labels, dtype=np.uint64), pa.uint64()),
         ]
-        for column in self.columns:
-            field = schema.field(column.name)
-            values = pa.Array.from_buffers(
-                field.type.value_type, len(ids) * column.values, [None, pa.py_buffer(arrays[column.name])]
-            )
-            columns.append(pa.FixedSizeListArray.from_arrays(values, type=field.type))
+        for name, array in arrays.items():
+            kind = schema.field(name).type
+            count = len(ids) * kind.list_size
+            values = pa.Array.from_buffers(kind.value_type, count, [None, pa.py_buffer(array)])
+            columns.append(pa.FixedSizeListArray.from_arrays(values, type=kind))
         return pa.Table.from_arrays(columns, schema=schema)
 
     def templates(self, batch: pa.RecordBatch) -> Templates:
@@ -402,10 +325,8 @@ def column_span(array: pa.FixedSizeListArray, column: Column) -> tuple[int, int]
     """Address and bytes of a column's values."""
     values = array.values
     buffer = values.buffers()[1]
-    if buffer is None:
-        return 0, 0
     start = (values.offset + array.offset * column.values) * column.dtype.itemsize
-    return buffer.address + start, len(array) * column.nbytes
+    return (0, 0) if buffer is None else (buffer.address + start, len(array) * column.nbytes)
 
 
 def column_tensor(array: pa.FixedSizeListArray, column: Column) -> Tensor:

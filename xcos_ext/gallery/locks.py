@@ -24,20 +24,12 @@ WRITER = "writer.lock"
 READERS = "readers"
 
 _POLL = 0.05  # seconds
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
 
 
 @contextlib.contextmanager
 def writer_lock(folder: Path, timeout: float) -> Iterator[None]:
-    """Be the only writer of a gallery.
-
-    Args:
-        folder: of the gallery.
-        timeout: seconds to wait for another writer.
-
-    Raises:
-        GalleryBusyError: another one still writes; the message says which process.
-        GalleryError: the folder cannot be written.
-    """
+    """Be the only writer of a gallery; GalleryBusyError, which names it, if another still writes after the timeout."""
     filelock, path = gallery_package("filelock"), folder / WRITER
     lock = filelock.FileLock(path, thread_local=False, fallback_to_soft=False)  # a soft lock would outlive its process
     try:
@@ -59,10 +51,6 @@ def writer_lock(folder: Path, timeout: float) -> Iterator[None]:
         lock.release()
 
 
-def _opened(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-
-
 def _locked(descriptor: int, kind: int) -> bool:
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
@@ -75,23 +63,16 @@ class ReaderLock:
     """Holds a version: :func:`wait_for_readers` waits for it. Ends with :meth:`release`, or with the object.
 
     Where the folder cannot be written and nobody has read the version before, nothing is held.
-
-    Args:
-        folder: of the gallery.
-        version: that is read.
-
-    Attributes:
-        refused: the version is being deleted, so it must not be read.
     """
 
     def __init__(self, folder: Path, version: int) -> None:
         self._descriptor: int | None = None
         self._owner = os.getpid()
-        self.refused = False
+        self.refused = False  # the version is being deleted, and must not be read
         path = folder / READERS / str(version)
         with contextlib.suppress(OSError):
             try:
-                self._descriptor = _opened(path)
+                self._descriptor = os.open(path, _FLAGS, 0o666)
             except OSError:  # those who may only read hold it as well
                 self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             locked = _locked(self._descriptor, fcntl.LOCK_SH)
@@ -112,24 +93,11 @@ class ReaderLock:
 
 
 def wait_for_readers(folder: Path, versions: Iterable[int], timeout: float) -> None:
-    """Wait until nobody reads any of these versions, and let nobody begin to.
-
-    Args:
-        folder: of the gallery.
-        versions: that are to be deleted.
-        timeout: seconds to wait.
-
-    Raises:
-        GalleryBusyError: one of them is still being read.
-        GalleryError: the folder cannot be written.
-    """
+    """Wait until nobody reads any of these versions, and let nobody begin to; GalleryBusyError after the timeout."""
     end = time.monotonic() + timeout
     (folder / READERS).mkdir(exist_ok=True)
     for version in versions:
-        try:
-            descriptor = _opened(folder / READERS / str(version))
-        except OSError as error:
-            raise GalleryError(f"{folder}: cannot be written ({error.strerror})") from error
+        descriptor = os.open(folder / READERS / str(version), _FLAGS, 0o666)
         try:
             while not _locked(descriptor, fcntl.LOCK_EX):
                 if time.monotonic() >= end:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from xcos_ext.ops.templates import Templates, result_dtype
 from xcos_ext.ops.xcos_matrix import AllPairs
 from xcos_ext.ops.xcos_topk import TopkLists, XCosTopk, best_of, columns_at_a_time
 
+from .layout import iter_slices
 from .stream import Tile
 
 __all__ = ["Fusion", "Groups", "attention_of", "exact_topk", "persons_topk", "rerank"]
@@ -31,47 +33,40 @@ _GATHER_FACES = 16384
 
 @dataclass(frozen=True, eq=False)
 class Groups:
-    """Probes that are the same person, whose scores become one.
+    """Probes that are the same person, whose scores become one."""
 
-    Attributes:
-        labels: of the groups, in the order in which they first appear.
-        codes: group of each probe, int64 [P].
-        fusion: "max" or "mean" of a group's scores.
-    """
-
-    labels: tuple[Any, ...]
-    codes: Tensor
-    fusion: Fusion
+    labels: tuple[Any, ...]  # of the groups, in the order in which they first appear
+    codes: Tensor  # group of each probe, int64 [P]
+    fusion: Fusion  # of a group's scores
 
     @classmethod
-    def of(cls, labels: Sequence[Any], fusion: Fusion) -> Groups:
+    def of(cls, labels: Sequence[Any], fusion: Fusion, device: torch.device) -> Groups:
         """Groups of probes with equal labels."""
         codes: dict[Any, int] = {}
         each = [codes.setdefault(label, len(codes)) for label in labels]
-        return cls(tuple(codes), torch.tensor(each, dtype=torch.int64), fusion)
+        return cls(tuple(codes), torch.tensor(each, dtype=torch.int64, device=device), fusion)
 
-    def rounds(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    @functools.cached_property
+    def _rounds(self) -> list[tuple[Tensor, Tensor]]:
         """(groups, probes): the first probe of every group, then the second of those that have one, ..."""
         order = self.codes.argsort(stable=True)
-        sorted_codes = self.codes[order]
-        starts = torch.searchsorted(sorted_codes, torch.arange(len(self.labels)))
-        rank = torch.arange(len(order)) - starts[sorted_codes]
-        count = int(rank.max()) + 1 if len(order) else 0
-        return [(sorted_codes[rank == r].to(device), order[rank == r].to(device)) for r in range(count)]
+        codes = self.codes[order]
+        device = codes.device
+        starts = torch.searchsorted(codes, torch.arange(len(self.labels), device=device))
+        rank = torch.arange(len(order), device=device) - starts[codes]
+        return [(codes[rank == r], order[rank == r]) for r in range(int(rank.max()) + 1 if len(order) else 0)]
 
-    def fuse(self, scores: Tensor, rounds: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def fuse(self, scores: Tensor) -> Tensor:
         """Scores [P, M] of the probes to scores [groups, M]; NaN where any is NaN."""
-        (_, first), *rest = rounds
+        (_, first), *rest = self._rounds
         fused = scores[first]
         for groups, probes in rest:
-            more = scores[probes]
             if self.fusion == "max":
-                fused[groups] = torch.maximum(fused[groups], more)
+                fused[groups] = torch.maximum(fused[groups], scores[probes])
             else:
-                fused[groups] += more
+                fused[groups] += scores[probes]
         if self.fusion == "mean":
-            sizes = torch.bincount(self.codes, minlength=len(self.labels)).to(fused.device, fused.dtype)
-            fused /= sizes.unsqueeze(1)
+            fused /= torch.bincount(self.codes, minlength=len(self.labels)).to(fused.dtype).unsqueeze(1)
         return fused
 
 
@@ -86,18 +81,14 @@ def _blocks(
     tiles: Iterable[Tile], probes: Templates, attention: Tensor | str, groups: Groups | None
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """(place, scores [probes or groups, M], excluded) of consecutive faces."""
-    rounds = None if groups is None else groups.rounds(probes.device)
     for tile in tiles:
         pairs = AllPairs("gallery.search", probes, tile.templates, attention)
-        count = len(tile.templates)
         # All probes at once: a group's may be anywhere.
-        step = columns_at_a_time(len(probes), pairs.dtype, probes.device)
-        for start in range(0, count, step):
-            part = slice(start, min(start + step, count))
+        for part in iter_slices(len(tile.templates), columns_at_a_time(len(probes), pairs.dtype, probes.device)):
             scores = pairs.scores(gallery=part)
-            if groups is not None and rounds is not None:
-                scores = groups.fuse(scores, rounds)
-            yield tile.first + start, scores, None if tile.excluded is None else tile.excluded[part]
+            if groups is not None:
+                scores = groups.fuse(scores)
+            yield tile.first + part.start, scores, None if tile.excluded is None else tile.excluded[part]
 
 
 def exact_topk(
@@ -114,10 +105,7 @@ def exact_topk(
 
     Args:
         tiles: in order.
-        probes: P of them.
-        k: hits.
-        attention: as in :func:`xcos_ext.xcos_topk`.
-        min_score: lower scores are no hits.
+        probes, k, attention, min_score: as in :func:`xcos_ext.xcos_topk`.
         groups: probes that are fused.
         exclude: int64 [P, E], places that a probe must not get.
     """
@@ -128,19 +116,12 @@ def exact_topk(
             lists.add_scores(scores, place, exclude_mask=None if excluded is None else excluded.unsqueeze(0))
         return lists.result
     for tile in tiles:
-        faces, excluded = tile.templates, tile.excluded
-        kept = None
-        if excluded is not None:
-            kept = (~excluded).nonzero().squeeze(1)
-            if 2 * len(kept) > len(faces):
-                kept = None
-        if kept is None:
-            lists.add_pairs(
-                AllPairs("gallery.search", probes, faces, attention),
-                tile.first,
-                exclude_indices=exclude,
-                exclude_mask=None if excluded is None else excluded.unsqueeze(0),
-            )
+        faces = tile.templates
+        mask = None if tile.excluded is None else tile.excluded.unsqueeze(0)
+        kept = None if tile.excluded is None else (~tile.excluded).nonzero().squeeze(1)
+        if kept is None or 2 * len(kept) > len(faces):
+            pairs = AllPairs("gallery.search", probes, faces, attention)
+            lists.add_pairs(pairs, tile.first, exclude_indices=exclude, exclude_mask=mask)
         elif len(kept):
             # Few faces count: scoring the others would cost more than taking these out.
             part = TopkLists(rows, k, lists.values.dtype, probes.device, min_score)
@@ -171,8 +152,7 @@ def persons_topk(
 
     Args:
         tiles: makes the stream; probes beyond the table that memory holds pass by in a stream of their own.
-        persons: code of each place's person, int64 [places]; lower codes win ties.
-        count: number of persons.
+        persons, count: code of each place's person, int64 [places]; lower codes win ties; number of persons.
         probes, k, attention, min_score, groups: as in :func:`exact_topk`.
         fusion: a person's score is the "max" or the "mean" of its faces'.
         reduce: puts the tables of those together who search other parts of the gallery.
@@ -180,7 +160,7 @@ def persons_topk(
     wide = result_dtype(probes.dtype)
     codes = torch.from_numpy(persons).to(probes.device)
     room = max(1, _TABLE_BYTES // max(1, count * wide.itemsize))
-    parts = []
+    parts: list[XCosTopk] = []
     for chosen, part_groups in _portions(len(probes), groups, room):
         some, weights = probes[chosen], attention_of(attention, chosen)
         rows = len(some) if part_groups is None else len(part_groups.labels)
@@ -188,13 +168,16 @@ def persons_topk(
         table = torch.full((rows, count), start, dtype=wide, device=probes.device)
         sizes = torch.zeros(count, dtype=wide, device=probes.device)
         for place, scores, excluded in _blocks(tiles(), some, weights, part_groups):
-            kept = None if excluded is None else (~excluded).nonzero().squeeze(1)
             columns = codes[place : place + scores.shape[1]]
-            if kept is not None:
+            if excluded is not None:
+                kept = (~excluded).nonzero().squeeze(1)
                 scores, columns = scores[:, kept], columns[kept]
             if fusion == "max":
                 # A face without a score says nothing of its person.
-                _raise_to(table, columns, scores.nan_to_num(nan=-math.inf, neginf=-math.inf))
+                scores = scores.nan_to_num(nan=-math.inf, neginf=-math.inf)
+                with warnings.catch_warnings():  # "in beta"; scatter_reduce is 3.5 times slower
+                    warnings.filterwarnings("ignore", "index_reduce", UserWarning)
+                    table.index_reduce_(1, columns, scores, "amax")
             else:
                 table.index_add_(1, columns, scores)
                 sizes.index_add_(0, columns, sizes.new_ones(len(columns)))
@@ -207,14 +190,7 @@ def persons_topk(
         # -inf marks a person of whom no face counts.
         lists.add_scores(table, 0, exclude_mask=table == -math.inf)
         parts.append(lists.result)
-    return XCosTopk(torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts]))
-
-
-def _raise_to(table: Tensor, columns: Tensor, scores: Tensor) -> None:
-    """table[:, columns[j]] = max(itself, scores[:, j]), columns may repeat."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "index_reduce", UserWarning)  # "in beta"; scatter_reduce is 3.5 times slower
-        table.index_reduce_(1, columns, scores, "amax")
+    return XCosTopk(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _portions(count: int, groups: Groups | None, room: int) -> Iterator[tuple[Tensor | slice, Groups | None]]:
@@ -243,29 +219,20 @@ def rerank(
         gather: templates of places.
         score: exact scores [1, M] of a row (a probe or a group) against faces.
         candidates: places, int64 [rows, R]; -1 where there are fewer.
-        k: hits.
-        min_score: lower scores are no hits.
+        k, min_score: as in :func:`exact_topk`.
     """
     places = candidates.cpu().numpy()
-    rows, width = places.shape
     parts = []
-    step = max(1, _GATHER_FACES // max(1, width))
-    for start in range(0, rows, step):
+    for block in iter_slices(len(places), max(1, _GATHER_FACES // max(1, places.shape[1]))):
         # Candidates of several rows overlap, and are read in one go.
-        block = places[start : start + step]
-        unique = np.unique(block[block >= 0])
+        unique = np.unique(places[block][places[block] >= 0])
         faces = gather(unique)
-        for row in range(start, min(start + step, rows)):
+        for row in range(block.start, block.stop):
             own = np.sort(places[row][places[row] >= 0])
             scores = score(row, faces[torch.from_numpy(np.searchsorted(unique, own))])
             usable = (scores >= min_score) & ~scores.isnan()
             found = torch.from_numpy(own).to(scores.device).unsqueeze(0)
-            missing = max(k - len(own), 0)
-            parts.append(
-                best_of(
-                    pad(torch.where(usable, scores, -math.inf), (0, missing), value=-math.inf),
-                    pad(torch.where(usable, found, -1), (0, missing), value=-1),
-                    k,
-                )
-            )
-    return XCosTopk(torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts]))
+            missing = (0, max(k - len(own), 0))
+            values = pad(torch.where(usable, scores, -math.inf), missing, value=-math.inf)
+            parts.append(best_of(values, pad(torch.where(usable, found, -1), missing, value=-1), k))
+    return XCosTopk(*map(torch.cat, zip(*parts, strict=True)))

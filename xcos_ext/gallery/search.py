@@ -8,14 +8,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from xcos_ext.io.errors import GalleryError
-from xcos_ext.io.optional import gallery_package
 from xcos_ext.ops.templates import Templates
 from xcos_ext.ops.xcos_maps import xcos_maps
 from xcos_ext.ops.xcos_matrix import AllPairs
@@ -24,16 +25,23 @@ from xcos_ext.ops.xcos_topk import MOST_K, XCosTopk, checked_k, checked_score
 from .hits import HitMaps, Hits
 from .labels import LABELS
 from .scoring import Fusion, Groups, attention_of, exact_topk, persons_topk, rerank
-from .snapshot import Snapshot, reading
+from .snapshot import Snapshot
 from .stream import Tile, stream
 from .tiles import TileCache, gather
 
-__all__ = ["Progress", "Request", "Search", "Searcher", "Shard"]
+__all__ = ["Progress", "Search", "Searcher", "Shard", "quiet"]
 
 #: Called with the work done so far and all of it, in faces.
 Progress = Callable[[int, int], None]
 
+
+def quiet(done: int, total: int) -> None:
+    """Tell nobody of the progress."""
+
+
 WHERE = "gallery.search"
+
+S = TypeVar("S", bound="Searcher")
 
 
 class Shard:
@@ -52,46 +60,21 @@ class Shard:
         return table
 
 
-class CoarseIndex(Protocol):
-    """Finds candidates; see :class:`xcos_ext.gallery.FaissIndex`."""
-
-    def candidates(self, probes: Templates, count: int) -> Tensor:
-        """Places, int64 [P, count]; -1 where there are fewer."""
-        ...
-
-    def check(self, snapshot: Snapshot) -> None:
-        """Refuse a snapshot that it was not made of."""
-        ...
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """The arguments of :meth:`Searcher.search`."""
-
-    probes: Templates | Tensor
-    k: int
-    attention: Tensor | str
-    where: str | None
-    min_score: float | None
-    groups: Sequence[Any] | None
-    fusion: Fusion
-    by: Literal["face", "person"]
-    person_fusion: Fusion
-    rerank: int | None
-    coarse: Any
-    recall_probes: int
-    exclude: Sequence[Any] | None
-    explain: bool
-    threshold: float | None
-    metadata: bool
-    progress: Progress | None
-
-
 class Searcher(ABC):
     """What can be searched."""
 
+    def __enter__(self: S) -> S:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     @abstractmethod
-    def _search(self, request: Request) -> Hits: ...
+    def close(self) -> None:
+        """Let the version go. The object must not be used afterwards."""
+
+    @abstractmethod
+    def _search(self, request: SimpleNamespace) -> Hits: ...
 
     def search(
         self,
@@ -149,39 +132,42 @@ class Searcher(ABC):
             GalleryError: probes of another head, a filter that cannot be understood, ids that are not there.
             GalleryDamagedError: stored faces that were to be scored are not what was written.
             TypeError, RuntimeError: other arguments of wrong types or values.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from xcos_ext import Gallery, Templates
+            >>> faces = Templates.from_features(torch.randn(4, 8, 7, 7))
+            >>> gallery = Gallery.create(tempfile.mkdtemp(), faces)
+            >>> _ = gallery.add(["ann/0", "ann/1", "bob/0", "eve/0"], faces, persons=["ann", "ann", "bob", None])
+            >>> gallery.search(faces[1:3], k=1, by="person").persons  # two probes
+            [['ann'], ['bob']]
+            >>> hits = gallery.search(faces[:2], k=2, groups=["ann", "ann"], explain=True)  # one person
+            >>> sorted(hits.ids[0]), hits.maps.similarity.shape
+            (['ann/0', 'ann/1'], torch.Size([1, 2, 7, 7]))
         """
         arguments = {name: value for name, value in locals().items() if name != "self"}
-        return self._search(Request(**arguments))
+        return self._search(SimpleNamespace(**arguments))
 
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """A checked search.
-
-    Attributes:
-        snapshot, tiles: what is searched.
-        shard: the part that this process scores.
-        request: as it was made.
-        probes: P, of the gallery's kind.
-        attention, min_score: as they were asked for, checked.
-        groups: of the probes.
-        selected: places that count, ascending; None: all.
-        exclude: int64 [P, E], places that a probe must not get; None: none.
-    """
+    """A checked search."""
 
     snapshot: Snapshot
     tiles: TileCache
     shard: Shard
-    request: Request
-    probes: Templates
+    request: SimpleNamespace  # the arguments of Searcher.search
+    probes: Templates  # of the gallery's kind
     attention: Tensor | str
     min_score: float
     groups: Groups | None
-    selected: np.ndarray | None
-    exclude: Tensor | None
+    selected: np.ndarray | None  # places that count, ascending; None: all
+    exclude: Tensor | None  # int64 [P, E], places that a probe must not get
 
     @classmethod
-    def of(cls, snapshot: Snapshot, tiles: TileCache, shard: Shard, probes: Templates, request: Request) -> Search:
+    def of(
+        cls, snapshot: Snapshot, tiles: TileCache, shard: Shard, probes: Templates, request: SimpleNamespace
+    ) -> Search:
         """Check what is asked for."""
         checked_k(request.k, WHERE)
         min_score = checked_score(request.min_score, WHERE)
@@ -221,7 +207,7 @@ class Search:
                         "each probe"
                     )
                 each = _padded(snapshot, exclude).to(probes.device)
-        made = None if groups is None else Groups.of(groups, request.fusion)
+        made = None if groups is None else Groups.of(groups, request.fusion, probes.device)
         return cls(snapshot, tiles, shard, request, probes, attention, min_score, made, selected, each)
 
     @torch.no_grad()  # not inference mode: callers go on with what is found
@@ -249,7 +235,7 @@ class Search:
                 tick(tile.first + len(tile.templates) - begin, end - begin)
 
     def _gather(self, places: np.ndarray) -> Templates:
-        return gather(self.snapshot.layout, self.snapshot, self.tiles, places).to(self.probes.device)
+        return gather(self.snapshot, self.tiles, places).to(self.probes.device)
 
     def _exact(self) -> XCosTopk:
         lists = exact_topk(
@@ -268,23 +254,14 @@ class Search:
     @functools.cached_property
     def _person_codes(self) -> tuple[np.ndarray, int]:
         """Person of each place, numbered by their first faces; faces without one are persons of their own."""
-        pa = gallery_package("pyarrow")
-        chunks = [b.column("person") for b in self._scan_persons()]
-        column = pa.chunked_array(chunks, pa.string()).combine_chunks().dictionary_encode()
-        index = column.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-        position = np.arange(len(index))
-        known = index >= 0
-        first = np.full(len(column.dictionary), len(index), np.int64)
-        np.minimum.at(first, index[known], position[known])
-        keys = np.where(known, first[np.maximum(index, 0)] if len(first) else position, position)
-        _, codes = np.unique(keys, return_inverse=True)
+        persons = self.snapshot.persons()
+        names = persons.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        nobody = names < 0
+        names[nobody] = len(persons.dictionary) + np.arange(nobody.sum())
+        _, first, codes = np.unique(names, return_index=True, return_inverse=True)
         places = np.zeros(self.snapshot.places, np.int64)  # deleted rows are excluded anyway
-        places[self.snapshot.places_of(position)] = codes
-        return places, int(codes.max()) + 1 if len(codes) else 0
-
-    def _scan_persons(self) -> Iterator[Any]:
-        with reading(self.snapshot):
-            yield from self.snapshot.scan(["person"], batch_size=65536)
+        places[self.snapshot.places_of(np.arange(len(names)))] = first.argsort().argsort()[codes]
+        return places, len(first)
 
     def _persons(self) -> XCosTopk:
         codes, count = self._person_codes
@@ -304,12 +281,8 @@ class Search:
     def _best_faces(self, persons: XCosTopk) -> XCosTopk:
         """The same lists with, for each person, the place of the face that fits best."""
         codes, _ = self._person_codes
-        counts = np.ones(self.snapshot.places, dtype=bool)
-        if self.selected is not None:
-            counts[:] = False
-            counts[self.selected] = True
-        counts[self.snapshot.deleted] = False
-        usable = np.flatnonzero(counts)
+        counted = np.arange(self.snapshot.places) if self.selected is None else self.selected
+        usable = np.setdiff1d(counted, self.snapshot.deleted, assume_unique=True)
         usable = usable[np.argsort(codes[usable], kind="stable")]
         sorted_codes = codes[usable]
         places = torch.full_like(persons.indices, -1)
@@ -317,16 +290,12 @@ class Search:
             wanted = wanted[wanted >= 0]
             if len(wanted) == 0:
                 continue
-            begins = np.searchsorted(sorted_codes, wanted)
-            ends = np.searchsorted(sorted_codes, wanted, side="right")
-            faces = np.concatenate([usable[a:b] for a, b in zip(begins, ends, strict=True)])
-            scores = self._scores(row, self._gather(faces))[0].cpu().numpy()
-            at = 0
-            for column, size in enumerate((ends - begins).tolist()):
-                own = scores[at : at + size]
-                best = int(np.nanargmax(own)) if not np.isnan(own).all() else 0
-                places[row, column] = int(faces[at + best])
-                at += size
+            begins, ends = (np.searchsorted(sorted_codes, wanted, side) for side in ("left", "right"))
+            faces = [usable[a:b] for a, b in zip(begins, ends, strict=True)]
+            scores = self._scores(row, self._gather(np.concatenate(faces)))[0]
+            scores = torch.where(scores.isnan(), -math.inf, scores).cpu()
+            for column, (own, some) in enumerate(zip(faces, scores.split((ends - begins).tolist()), strict=True)):
+                places[row, column] = int(own[int(some.argmax())])
         return XCosTopk(persons.values, places)
 
     def _members(self, row: int) -> Tensor:
@@ -341,8 +310,7 @@ class Search:
         scores = AllPairs(WHERE, self.probes[members], faces, attention_of(self.attention, members)).scores()
         if self.groups is None:
             return scores
-        one = Groups((0,), torch.zeros(len(members), dtype=torch.int64), self.groups.fusion)
-        return one.fuse(scores, one.rounds(scores.device))
+        return Groups((row,), torch.zeros_like(members), self.groups.fusion).fuse(scores)
 
     # -------------------------------------------------------------- two stages
 
@@ -373,14 +341,14 @@ class Search:
         if count <= 0 or rows == 0:
             return None, 0
         chosen = torch.linspace(0, rows - 1, count).round().to(torch.int64).unique()
-        members = torch.cat([self._members(int(row)) for row in chosen])
-        labels = torch.cat([torch.full((len(self._members(int(row))),), int(row)) for row in chosen])
+        each = [self._members(int(row)) for row in chosen]
+        members, labels = torch.cat(each), [row for row, part in enumerate(each) for _ in part]
         exact = dataclasses.replace(
             self,
-            request=dataclasses.replace(self.request, progress=None),
+            request=SimpleNamespace(**vars(self.request) | {"progress": None}),
             probes=self.probes[members],
             attention=attention_of(self.attention, members),
-            groups=None if self.groups is None else Groups.of(labels.tolist(), self.groups.fusion),
+            groups=None if self.groups is None else Groups.of(labels, self.groups.fusion, members.device),
             exclude=None if self.exclude is None else self.exclude[members],
         )._exact()
         there = exact.indices.unsqueeze(2) == found.indices[chosen].unsqueeze(1)
@@ -397,21 +365,24 @@ class Search:
         flat = places[valid].numpy()
         metadata = self.request.metadata
         labels = snapshot.labels(flat, LABELS if metadata else LABELS[:2])
-        counts = valid.sum(1).tolist()
         positions = torch.full_like(places, -1)
         positions[valid] = torch.from_numpy(snapshot.positions(flat))
-        maps = self._maps(found) if self.request.explain else None
+
+        def rows(name: str) -> list[list[Any]]:
+            values = iter(labels[name])
+            return [list(islice(values, count)) for count in valid.sum(1).tolist()]
+
         return Hits(
             scores=scores,
             positions=positions,
-            ids=_rows(labels["id"], counts),
-            persons=_rows(labels["person"], counts),
-            metadata=_rows(labels["metadata"], counts) if metadata else None,
+            ids=rows("id"),
+            persons=rows("person"),
+            metadata=rows("metadata") if metadata else None,
             exact=self.request.rerank is None,
             recall=recall,
             recall_probes=measured,
             groups=None if self.groups is None else self.groups.labels,
-            maps=maps,
+            maps=self._maps(found) if self.request.explain else None,
             version=snapshot.version,
         )
 
@@ -445,15 +416,6 @@ class Search:
                     target[row, : len(places)] = chosen.cpu()
         similarity, attended, contribution = out
         return HitMaps(similarity, attended, None if t is None else contribution)
-
-
-def _rows(values: list[Any], counts: list[int]) -> list[list[Any]]:
-    """A flat list cut into rows."""
-    rows, at = [], 0
-    for count in counts:
-        rows.append(values[at : at + count])
-        at += count
-    return rows
 
 
 def _padded(snapshot: Snapshot, lists: Sequence[Sequence[str]]) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from .gallery import Gallery, StrPath
 from .hits import Hits
 from .layout import Layout
 from .ranks import Ranks
-from .search import WHERE, Request, Search, Searcher, Shard
+from .search import WHERE, Search, Searcher, Shard
 from .store import Store
 from .stream import even_parts, has_selected
 
@@ -49,34 +49,35 @@ class _RankShard(Shard):
 class ShardedGallery(Searcher):
     """A gallery that all processes of a process group search together; :meth:`open` opens it.
 
-    Every process opens the same folder, on storage that all of them see, scores its own contiguous part of the rows,
-    and returns the hits of the whole. All of them make the same calls in the same order, each from one thread, with
-    the same arguments, each on a device of its own; a process that makes another one, or fails, or is lost, is an error
-    on all, not a wait without end.
+    Every process opens the same folder, scores its own contiguous part of the rows, and returns the hits of the whole:
+    those of :class:`xcos_ext.Gallery` to the bit, ties included, except that ``person_fusion="mean"`` is summed in
+    another order (1e-6), and that on GPUs fixed attention is a product of matrices, rounded differently for parts of
+    other sizes. All make the same calls with the same arguments in the same order, each from one thread.
 
-    What :class:`xcos_ext.Gallery` finds is found here to the bit, ties included, with two exceptions. The mean over a
-    person's faces (``person_fusion="mean"``) is summed in another order, and agrees within 1e-6. And on GPUs
-    ``"uniform"``, ``"norm"`` and given attention are products of matrices, which are rounded differently for parts of
-    other sizes.
-
-    :meth:`search` also raises GalleryError where arguments are not the same on all ranks, or where the search failed on
-    another rank, which the message names (searches may go on), and LostRankError where a rank was killed, stopped or
-    cut off (nothing can be searched any more). Its ``progress`` is told of this rank's part.
+    A process that makes another call, fails, or is lost is an error on all, not a wait without end: GalleryError names
+    the rank and says what it said (searches may go on), LostRankError names those that were killed, stopped or cut off
+    (nothing can be searched any more). ``progress`` is told of this rank's part.
 
     Attributes:
         rank, world: number of this process, and of all.
+
+    Example:
+        >>> import tempfile, torch, xcos_ext
+        >>> faces = xcos_ext.Templates.from_features(torch.randn(3, 8, 7, 7))
+        >>> with xcos_ext.Gallery.create(tempfile.mkdtemp(), faces) as gallery:
+        ...     _ = gallery.add(["ann", "bob", "eve"], faces)
+        >>> with ShardedGallery.open(gallery.path) as sharded:  # in every process; here in one
+        ...     sharded.search(faces[1:2], k=1).ids, sharded.world
+        ([['bob']], 1)
     """
 
     def __init__(self, path: StrPath, model: Any, group: Any, timeout: float, cache: StrPath | bool) -> None:
         self._ranks = Ranks(group, timeout)
         self.rank, self.world = self._ranks.rank, self._ranks.world
-        self._store, self._model, self._cache = Store(Path(path)), model, cache
-        self._gallery: Gallery | None = None
-        self._state: dict[str, str] | None = None
-        self._parts: list[int] = []
+        self._gallery: Any = None
+        self._open = lambda version: Gallery(Store(Path(path)), model, cache, version=version)
         try:
-            with self._ranks.together():
-                self._agree("open")
+            self.refresh()
         except BaseException:
             self.close()
             raise
@@ -109,14 +110,6 @@ class ShardedGallery(Searcher):
         """
         return cls(path, model, group, timeout, cache)
 
-    # ------------------------------------------------------------------ state
-
-    def __enter__(self) -> ShardedGallery:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """Let the version go; the other ranks cannot search any more. The object must not be used afterwards."""
         if self._gallery is not None:
@@ -129,90 +122,73 @@ class ShardedGallery(Searcher):
         Raises:
             GalleryError, LostRankError: as :meth:`open`. Refresh again before the next search.
         """
-        self._state = None
-        with self._ranks.together():
-            self._agree("refresh")
-        return self
-
-    def _agree(self, call: str) -> None:
-        """Show the newest version that the first rank sees, who holds it, so that it is there for the others."""
+        self._state: dict[str, str] | None = None
         ranks = self._ranks
-        if ranks.rank == 0:
-            self._move_to(None)
-        version = ranks.exchange(call, value=self.version if ranks.rank == 0 else None)[0]
-        if ranks.rank != 0:
-            self._move_to(version)
-        snapshot = self._opened.snapshot
-        state = {"version": str(snapshot.version), "gallery": f"files {snapshot.mark}"}
-        ranks.exchange("see", state)
-        self._state, self._parts = state, even_parts(snapshot, self.world)
+        with ranks.together():
+            # The first rank holds the newest version that it sees, so that it is there for the others.
+            if self.rank == 0:
+                self._move_to(None)
+            version = ranks.exchange("refresh", value=self.version if self.rank == 0 else None)[0]
+            if self.rank != 0:
+                self._move_to(version)
+            snapshot, folder = self._gallery.snapshot, self._gallery._tiles.folder
+            state = {"version": str(version), "gallery": f"files {snapshot.mark}"}
+            own = folder is not None and folder != self.path / "tiles"
+            name = f"{socket.gethostname()}:{folder.resolve()}" if own else ""
+            self._folders = ranks.exchange("see", state, name)  # of packed tiles; the same for ranks that share one
+            self._state, self._parts = state, even_parts(snapshot, self.world)
+        return self
 
     def _move_to(self, version: int | None) -> None:
         if self._gallery is None:
-            self._gallery = Gallery(self._store, self._model, self._cache, version=version)
+            self._gallery = self._open(version)
         else:
             self._gallery._move_to(version)
 
     @property
-    def _opened(self) -> Gallery:
-        assert self._gallery is not None
-        return self._gallery
-
-    @property
     def path(self) -> Path:
         """Of the folder."""
-        return self._opened.path
+        return self._gallery.path
 
     @property
     def layout(self) -> Layout:
         """Shapes, dtype, head and model of the templates."""
-        return self._opened.layout
+        return self._gallery.layout
 
     @property
     def version(self) -> int:
         """Number of the version that all ranks see."""
-        return self._opened.version
+        return self._gallery.version
 
     def __len__(self) -> int:
-        return len(self._opened)
+        return len(self._gallery)
 
     def __repr__(self) -> str:
-        return (
-            f"ShardedGallery({str(self.path)!r}, faces={len(self)}, version={self.version}, rank={self.rank} of "
-            f"{self.world})"
-        )
+        return f"Sharded{self._gallery!r}"[:-1] + f", rank={self.rank} of {self.world})"
 
-    # ------------------------------------------------------------------ searching
-
-    def _search(self, request: Request) -> Hits:
+    def _search(self, request: SimpleNamespace) -> Hits:
         ranks = self._ranks
         with ranks.together():
             if self._state is None:
                 raise GalleryError(f"{WHERE}: version: expected one that all ranks agreed on; refresh() failed")
-            search = self._opened._checked(_RankShard(ranks, self._parts), request)
-            folders = ranks.exchange("search", {**self._state, **_words(search)}, self._folder())
+            search = self._gallery._checked(_RankShard(ranks, self._parts), request)
+            ranks.exchange("search", {**self._state, **_words(search)})
             if request.rerank is None or isinstance(request.coarse, str) or request.recall_probes > 0:
-                self._pack(search, folders)
+                self._pack(search)
             hits = search.run()
             # Hits are read after the last exchange, and may be damaged for one rank alone.
             ranks.exchange("found")
         return hits
 
-    def _folder(self) -> str:
-        """Names the folder of packed tiles, the same for ranks that share it."""
-        folder = self._opened._tiles.folder
-        own = folder is not None and folder != self.path / "tiles"
-        return f"{socket.gethostname()}:{folder.resolve()}" if own else ""  # type: ignore[union-attr]
-
-    def _pack(self, search: Search, folders: list[str]) -> None:
+    def _pack(self, search: Search) -> None:
         """Write missing tiles, each fragment's by the first of the ranks that read it and share a folder.
 
         Otherwise all ranks that share a fragment would read and write all of it, to use a part each.
         """
-        tiles, own = search.tiles, folders[self.rank]
+        tiles, folders = search.tiles, self._folders
         for f in search.snapshot.fragments:
             first, last = np.searchsorted(self._parts, [f.first, f.first + f.rows - 1], "right") - 1
-            sharing = [rank for rank in range(first, last + 1) if folders[rank] == own]
+            sharing = [rank for rank in range(first, last + 1) if folders[rank] == folders[self.rank]]
             mine = sharing[:1] == [self.rank] and has_selected(search.selected, f.first, f.rows)
             if mine and tiles.file(f) is None:
                 tiles.write(search.snapshot, f)
@@ -221,34 +197,25 @@ class ShardedGallery(Searcher):
 
 def _words(search: Search) -> dict[str, str]:
     """What must be the same on all ranks, in few words, other ones for other values."""
-    request = search.request
-    values = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    values = vars(search.request) | {"probes": search.probes}
     del values["progress"]
-    values["probes"] = search.probes
-    values["coarse"] = request.coarse if isinstance(request.coarse, str) else type(request.coarse)
+    if not isinstance(values["coarse"], str):
+        values["coarse"] = type(values["coarse"])
     if search.groups is not None:
         values["groups"] = search.groups.codes
     words = {name: _short(value) for name, value in values.items()}
-    if request.exclude is not None:
+    if values["exclude"] is not None:
         words["exclude"] = f"{_short(search.selected)}, {_short(search.exclude)}"
     return words
 
 
-def _digest(*values: str | np.ndarray | Tensor | None) -> str:
-    """A short fingerprint of texts and arrays."""
-    state = gallery_package("xxhash").xxh3_128()
-    for value in values:
-        if isinstance(value, Tensor):
-            value = value.detach().cpu().contiguous().view(torch.uint8).numpy()
-        if value is not None:
-            state.update(value.encode() if isinstance(value, str) else np.ascontiguousarray(value))
-    return str(state.hexdigest()[:16])
-
-
 def _short(value: Any) -> str:
     if isinstance(value, Templates):
-        return f"{len(value)} faces {_digest(value.features, value.norms, value.projection, value.bias)}"
+        arrays = [value.features, value.norms, value.projection, value.bias]
+        return f"{len(value)} faces {' '.join(_short(array) for array in arrays)}"
+    digest = gallery_package("xxhash").xxh3_64_hexdigest
     if isinstance(value, (Tensor, np.ndarray)):
-        return f"{list(value.shape)} {_digest(value)}"
+        array = torch.as_tensor(value).detach().cpu().contiguous()
+        return f"{list(array.shape)} {digest(array.view(torch.uint8).numpy())}"
     text = repr(value)
-    return text if len(text) <= 100 else f"{text[:80]}... {_digest(text)}"
+    return text if len(text) <= 100 else f"{text[:80]}... {digest(text.encode())}"

@@ -14,9 +14,10 @@ import numpy as np
 
 from xcos_ext.io.errors import GalleryDamagedError, GalleryError
 from xcos_ext.io.optional import gallery_package
+from xcos_ext.io.text import first_line as text_line
 
-from .labels import LABELS, checked_labels
-from .layout import Layout, damaged_rows
+from .labels import CHECKED_LABELS, LABELS, checked_labels
+from .layout import Layout, damaged_rows, iter_slices
 from .locks import ReaderLock
 
 if TYPE_CHECKING:
@@ -28,28 +29,19 @@ __all__ = ["DATA", "Fragment", "Snapshot", "engine_failed", "first_line", "range
 DATA = "templates.lance"
 
 _IO_BYTES = 128 << 20  # read ahead of what is being used
-_IDS_AT_ONCE = 4096  # that are looked up
+_IDS_AT_ONCE = 4096  # that are looked up, or whose labels are
 
 
 @dataclass(frozen=True, eq=False)
 class Fragment:
-    """Rows that were written together; they never change, but some may be deleted.
+    """Rows that were written together; they never change, but some may be deleted."""
 
-    Attributes:
-        number: Lance's.
-        key: names the fragment's data for good, whatever is deleted.
-        first: position of its first row among all rows of the snapshot, deleted ones included.
-        rows: all of them.
-        deleted: offsets of the deleted ones, ascending.
-        paths: of its data files.
-    """
-
-    number: int
-    key: str
-    first: int
-    rows: int
-    deleted: np.ndarray
-    paths: tuple[str, ...]
+    number: int  # Lance's
+    key: str  # names the fragment's data for good, whatever is deleted
+    first: int  # place of its first row
+    rows: int  # all of them
+    deleted: np.ndarray  # offsets of the deleted ones, ascending
+    paths: tuple[str, ...]  # of its data files
 
 
 class Snapshot:
@@ -57,13 +49,6 @@ class Snapshot:
 
     A row's *place* counts all rows, deleted ones included; its *position* counts the others only, and is what users
     see. Both rise in the order in which rows were added.
-
-    Attributes:
-        dataset: Lance's.
-        version: of the data set.
-        layout: of the rows.
-        fragments: in order.
-        places: number of rows, deleted ones included.
     """
 
     def __init__(self, dataset: Any, layout: Layout, lock: ReaderLock | None = None) -> None:
@@ -116,19 +101,8 @@ class Snapshot:
         # The i-th deleted row is at place d_i, so d_i - i rows that are not deleted come before it.
         return positions + np.searchsorted(self.deleted - np.arange(len(self.deleted)), positions, side="right")
 
-    @functools.cached_property
-    def starts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of the fragments, and their first places."""
-        numbers = np.array([f.number for f in self.fragments], np.int64)
-        firsts = np.array([f.first for f in self.fragments], np.int64)
-        return numbers, firsts
-
     def select(self, where: str) -> np.ndarray:
-        """Places of the rows that a filter selects, ascending.
-
-        Raises:
-            GalleryError: the filter cannot be understood, or fails.
-        """
+        """Places of the rows that a filter selects, ascending; GalleryError where it cannot be understood."""
         if not isinstance(where, str):
             raise GalleryError(f"where: expected a filter like \"person = 'Ann'\", got {type(where).__name__}")
         try:
@@ -137,79 +111,61 @@ class Snapshot:
             if not engine_failed(error):
                 raise
             if not str(error).startswith("Invalid user input"):
-                self._check_labels()  # the condition may be right, and the rows wrong
+                # The condition may be right, and the rows wrong.
+                for fragment in self.fragments:
+                    self.probe(fragment)
+                for part in iter_slices(self.rows, _IDS_AT_ONCE):
+                    self.labels(self.places_of(np.arange(part.start, part.stop)))
             raise GalleryError(f"where: expected an SQL condition, got {where!r}: {first_line(error)}") from error
         return np.sort(self._places(addresses))
 
     def _places(self, addresses: np.ndarray) -> np.ndarray:
         """Places of row addresses."""
-        addresses = addresses.astype(np.int64)
-        numbers, firsts = self.starts
+        numbers = np.array([f.number for f in self.fragments], np.int64)
+        firsts = np.array([f.first for f in self.fragments], np.int64)
         order = np.argsort(numbers)
         found = order[np.searchsorted(numbers, addresses >> 32, sorter=order)]
         return firsts[found] + (addresses & 0xFFFFFFFF)
 
-    def labels(self, places: np.ndarray, columns: Sequence[str] = LABELS) -> dict[str, list[Any]]:
-        """Labels of rows, in the order asked for; metadata parsed.
+    def take(self, positions: np.ndarray, columns: Sequence[str]) -> pa.Table:
+        """Rows at positions."""
+        return self.dataset.take(positions.tolist(), columns=list(columns))
 
-        Raises:
-            GalleryDamagedError: they are not what was written, or cannot be read.
-        """
+    def labels(self, places: np.ndarray, columns: Sequence[str] = LABELS) -> dict[str, list[Any]]:
+        """Labels of rows, in the order asked for, compared with their checksums; metadata parsed."""
         if len(places) == 0:
             return {name: [] for name in columns}
         unique, inverse = np.unique(self.positions(places), return_inverse=True)
-        columns_read = [*LABELS, "label_checksum"]  # all of them: their checksum is one
         try:
             with reading(self):
-                found, wrong = checked_labels(self.dataset.take(unique.tolist(), columns=columns_read))
+                found, wrong = checked_labels(self.take(unique, CHECKED_LABELS))
         except GalleryDamagedError as error:
-            unread = [part for part, rows in self.pieces(unique, columns_read) if rows is None]
+            unread = [part for part, rows in self.pieces(unique, CHECKED_LABELS) if rows is None]
             if not unread:
                 raise
-            raise _damaged_labels(np.concatenate(unread)) from error
+            raise _damage("labels", np.concatenate(unread)) from error
         if wrong:
-            raise _damaged_labels(unique[wrong])
+            raise _damage("labels", unique[wrong])
         return {name: [found[name][i] for i in inverse] for name in columns}
 
     def probe(self, fragment: Fragment) -> None:
-        """Read a row in each of the ways in which rows are read: files say in several places where a column is.
-
-        Raises:
-            GalleryDamagedError: one of them fails.
-        """
-        tiles = [field.name for field in self.layout.tile_schema()]
-        with reading(self, fragment):
-            for columns in (*([name] for name in LABELS), [*LABELS, "label_checksum"], tiles):
-                for _ in self.scan(columns, fragments=[self.dataset.get_fragment(fragment.number)], limit=1):
-                    pass
-
-    def _check_labels(self) -> None:
-        for fragment in self.fragments:
-            self.probe(fragment)
-        done = 0
-        with reading(self):
-            for batch in self.scan([*LABELS, "label_checksum"]):
-                _, wrong = checked_labels(batch)
-                if wrong:
-                    raise _damaged_labels(done + np.array(wrong))
-                done += batch.num_rows
+        """Read a row in each of the ways in which rows are read: files say in several places where a column is."""
+        for columns in (*([name] for name in LABELS), CHECKED_LABELS, self.layout.tile_columns):
+            for _ in self.scan(columns, fragment, limit=1):
+                pass
 
     def pieces(
         self, positions: np.ndarray, columns: Sequence[str], size: int = 4096, tries: int = 512
     ) -> Iterator[tuple[np.ndarray, pa.Table | None]]:
-        """Rows that cannot all be read: those that can, and None for those that cannot.
+        """Rows at ascending positions that cannot all be read: those that can, and None for those that cannot.
 
-        Args:
-            positions: of the rows, ascending.
-            columns: that are read.
-            size: rows read at a time; where that fails, ever fewer.
-            tries: failures after which no more is narrowed down.
+        ``size`` are read at a time; where that fails, ever fewer, until ``tries`` have failed.
         """
         waiting = [positions[start : start + size] for start in range(0, len(positions), size)][::-1]
         while waiting:
             piece = waiting.pop()
             try:
-                rows = self.dataset.take(piece.tolist(), columns=list(columns))
+                rows = self.take(piece, columns)
             except BaseException as error:
                 if not engine_failed(error):
                     raise
@@ -220,91 +176,79 @@ class Snapshot:
                     continue
             yield piece, rows
 
-    def ids(self) -> Iterator[pa.Array]:
-        """All ids, in order, some at a time."""
-        with reading(self):
-            yield from (b.column("id") for b in self.scan(["id"], batch_size=65536))
-
     def find(self, ids: Iterable[str]) -> dict[str, int]:
         """Positions of those of the ids that there are."""
         wanted = sorted(set(ids))
         found: dict[str, int] = {}
-        for start in range(0, len(wanted), _IDS_AT_ONCE):
-            field = gallery_package("pyarrow.compute").field("id")
-            options = {
-                "columns": ["id"],
-                "with_row_address": True,
-                "filter": field.isin(wanted[start : start + _IDS_AT_ONCE]),
-            }
+        for part in iter_slices(len(wanted), _IDS_AT_ONCE):
+            those = gallery_package("pyarrow.compute").field("id").isin(wanted[part])
             with reading(self):
-                table = self.dataset.scanner(**options).to_table()
-            places = self._places(table.column("_rowaddr").to_numpy())
+                table = self.dataset.scanner(columns=["id"], with_row_address=True, filter=those).to_table()
+            places = self._places(table.column("_rowaddr").to_numpy().astype(np.int64))
             found.update(zip(table.column("id").to_pylist(), self.positions(places).tolist(), strict=True))
         return found
 
-    def scan(self, columns: Sequence[str], **options: Any) -> Iterator[pa.RecordBatch]:
-        """Rows in order, in bounded memory."""
-        options.setdefault("batch_size", self.layout.tile_rows)
-        yield from self.dataset.scanner(
-            columns=list(columns),
-            batch_readahead=1,
-            fragment_readahead=1,
-            io_buffer_size=_IO_BYTES,
-            scan_in_order=True,
-            **options,
-        ).to_batches()
+    def persons(self) -> pa.DictionaryArray:
+        """The person of each face, by position."""
+        pa = gallery_package("pyarrow")
+        chunks = [batch.column("person") for batch in self.scan(["person"])]
+        return pa.chunked_array(chunks, pa.string()).combine_chunks().dictionary_encode()
+
+    def scan(
+        self, columns: Sequence[str], fragment: Fragment | None = None, *, batch_size: int = 16384, **options: Any
+    ) -> Iterator[pa.RecordBatch]:
+        """Rows in order, of one fragment or of all, in bounded memory; GalleryDamagedError if they cannot be read."""
+        with reading(self, fragment):
+            yield from self.dataset.scanner(
+                columns=list(columns),
+                fragments=None if fragment is None else [self.dataset.get_fragment(fragment.number)],
+                batch_size=batch_size,
+                batch_readahead=1,
+                fragment_readahead=1,
+                io_buffer_size=_IO_BYTES,
+                scan_in_order=True,
+                **options,
+            ).to_batches()
 
     def fragment_batches(
         self, fragment: Fragment, begin: int = 0, end: int | None = None, *, dead: Callable[[], None] | None = None
     ) -> Iterator[pa.RecordBatch]:
-        """Rows of a fragment, deleted ones included: their templates and checksums, a tile at a time.
+        """Rows of a fragment from ``begin`` on, deleted ones included: templates and checksums, compared, by tiles.
 
-        Args:
-            fragment: whose.
-            begin, end: offsets of a part; None: to the last.
-            dead: is called before a batch with damage in deleted rows alone, which hurts nobody.
-
-        Raises:
-            GalleryDamagedError: rows that are not what was written, or cannot be read.
+        ``dead`` is called before a batch with damage in deleted rows alone, which hurts nobody.
         """
-        from_lance = self.dataset.get_fragment(fragment.number)
-        columns = [field.name for field in self.layout.tile_schema()]
+        columns, rows = self.layout.tile_columns, self.layout.tile_rows
         end = fragment.rows if end is None else end
         done = begin
-        part = {} if (begin, end) == (0, fragment.rows) else {"offset": begin, "limit": end - begin}
-        with reading(self, fragment):
-            batches = self.scan(
-                columns,
-                fragments=[from_lance],
-                include_deleted_rows=True,
-                with_row_id=True,
-                batch_size=self.layout.tile_rows,
-                strict_batch_size=True,
-                **part,
-            )
-            for batch in batches:
-                wrong = damaged_rows(self.layout, batch)
-                if wrong:
-                    offsets = [done + row for row in wrong]
-                    if not np.isin(offsets, fragment.deleted).all():
-                        raise self.damage(fragment, offsets)
-                    if dead is not None:
-                        dead()
-                done += batch.num_rows
-                yield batch.select(columns)
+        options: dict[str, Any] = {"include_deleted_rows": True, "with_row_id": True, "strict_batch_size": True}
+        if (begin, end) != (0, fragment.rows):
+            options |= {"offset": begin, "limit": end - begin}
+        for batch in self.scan(columns, fragment, batch_size=rows, **options):
+            with reading(self, fragment):
+                wrong = [done + row for row in damaged_rows(self.layout, batch)]
+            if wrong and not np.isin(wrong, fragment.deleted).all():
+                raise self.damage(fragment, wrong)
+            if wrong and dead is not None:
+                dead()
+            done += batch.num_rows
+            yield batch.select(columns)
         if done != end:
             raise self.damage(fragment, list(range(done, end)))
 
-    def damage(self, fragment: Fragment, offsets: Sequence[int], what: str = "templates") -> GalleryDamagedError:
-        """The error for damaged rows of a fragment."""
+    def damage(self, fragment: Fragment, offsets: Sequence[int]) -> GalleryDamagedError:
+        """The error for damaged templates of a fragment."""
         alive = np.setdiff1d(np.asarray(offsets, np.int64), fragment.deleted)
-        positions = self.positions(fragment.first + alive).tolist()
         path = f"{DATA}/data/{fragment.paths[0]}" if fragment.paths else DATA
-        return GalleryDamagedError(
-            f"gallery: {what} at positions {ranges(positions)} are not what was written ({path}); "
-            "xcos gallery verify lists all damage",
-            positions,
-        )
+        return _damage("templates", self.positions(fragment.first + alive), f" ({path})")
+
+
+def _damage(what: str, positions: np.ndarray, where: str = "") -> GalleryDamagedError:
+    listed = positions.tolist()
+    return GalleryDamagedError(
+        f"gallery: {what} at positions {ranges(listed)} are not what was written{where}; "
+        "xcos gallery verify lists all damage",
+        listed,
+    )
 
 
 def ranges(positions: Sequence[int], most: int = 8) -> str:
@@ -321,23 +265,13 @@ def ranges(positions: Sequence[int], most: int = 8) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of an engine's message, without the source line that it ends with."""
-    text = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return text.partition(", /")[0][:300]
-
-
-def _damaged_labels(positions: np.ndarray) -> GalleryDamagedError:
-    listed = positions.tolist()
-    return GalleryDamagedError(
-        f"gallery: labels at positions {ranges(listed)} are not what was written; xcos gallery verify lists all damage",
-        listed,
-    )
+    return text_line(error, None).partition(", /")[0][:300]
 
 
 def engine_failed(error: BaseException) -> bool:
     """Whether an error may be the engine's, whose panics are no Exceptions.
 
-    Raises:
-        KeyboardInterrupt, SystemExit: the engine has wrapped what a signal's handler raised; it is no failure.
+    KeyboardInterrupt and SystemExit that a signal's handler raised, and the engine has wrapped, are raised again.
     """
     if "External error: KeyboardInterrupt:" in str(error):
         raise KeyboardInterrupt from error
@@ -358,9 +292,9 @@ def reading(snapshot: Snapshot, fragment: Fragment | None = None) -> Iterator[No
     except BaseException as error:
         if not engine_failed(error):
             raise
+        folder = Path(snapshot.dataset.uri.removeprefix("file://")) / "data"
         parts = snapshot.fragments if fragment is None else [fragment]
-        gone = [f for f in parts for path in f.paths if not data_path(snapshot, path).exists()]
-        if gone and not _listed(snapshot):
+        if any(not (folder / path).exists() for f in parts for path in f.paths) and not _listed(snapshot):
             raise GalleryError(
                 f"gallery: version {snapshot.version} is gone: it was compacted meanwhile; open the gallery again"
             ) from error
@@ -375,11 +309,6 @@ def reading(snapshot: Snapshot, fragment: Fragment | None = None) -> Iterator[No
             f"({DATA}/data/{fragment.paths[0]}: {first_line(error)})",
             positions,
         ) from error
-
-
-def data_path(snapshot: Snapshot, path: str) -> Path:
-    """Where a fragment's file is."""
-    return Path(snapshot.dataset.uri.removeprefix("file://")) / "data" / path
 
 
 def _listed(snapshot: Snapshot) -> bool:

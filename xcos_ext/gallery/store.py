@@ -6,13 +6,13 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xcos_ext.io.errors import GalleryDamagedError, GalleryError
+from xcos_ext.io.errors import GalleryDamagedError, GalleryError, XCosError
 from xcos_ext.io.optional import gallery_package
 
 from .commits import LOG, CommitLog, checksum_of, sync
@@ -31,14 +31,7 @@ _INDEXED_FROM = 20_000  # faces; fewer ids are read in no time
 
 
 class Store:
-    """A gallery's folder: the data set, its locks, its versions.
-
-    Args:
-        folder: of the gallery.
-
-    Raises:
-        GalleryError: it is not a gallery, or one of another format.
-    """
+    """A gallery's folder: the data set, its locks, its versions."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -47,28 +40,20 @@ class Store:
 
     @classmethod
     def create(cls, folder: Path, layout: Layout) -> Store:
-        """A new, empty gallery.
-
-        Raises:
-            GalleryError: there is one already, something else is in the way, or the folder cannot be written.
-        """
+        """A new, empty gallery."""
         store = cls(folder)
-        try:
+        with writing(folder):
             if folder.exists() and not folder.is_dir():
                 raise GalleryError(f"{folder}: expected a folder, or nothing, got a file")
             store._refuse_existing()
             if folder.exists() and any(p.name not in _OURS for p in folder.iterdir()):
                 raise GalleryError(f"{folder}: expected an empty folder, or none, got one with other files in it")
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise GalleryError(f"{folder}: cannot be written ({error.strerror})") from error
-        schema = layout.schema()
-        with writer_lock(folder, 10.0):
-            store._refuse_existing()  # another process may have been faster
-            with writing(folder):
+            with writer_lock(folder, 10.0):
+                store._refuse_existing()  # another process may have been faster
                 (folder / READERS).mkdir(exist_ok=True)
                 dataset = gallery_package("lance").write_dataset(
-                    schema.empty_table(), str(store.data), mode="create", data_storage_version=_STORAGE_VERSION
+                    layout.schema().empty_table(), store.data, mode="create", data_storage_version=_STORAGE_VERSION
                 )
                 sync([*store._files(), store.data / "_versions", store.data, folder, folder.parent])
                 store._write_down(dataset)
@@ -98,37 +83,29 @@ class Store:
         A newest manifest that cannot be read and was never logged does not count: the machine's end cut its commit
         short, of which nobody has been told.
         """
-        try:
-            return gallery_package("lance").dataset(str(self.data), version=version)
-        except BaseException as error:
-            if not engine_failed(error):
-                raise
-            versions = self._versions()
-            if not versions:
-                raise GalleryError(
-                    f"{self.folder}: expected a gallery, got one whose creation did not end; create it again"
-                ) from error
-            if version is not None:
-                raise GalleryError(
-                    f"{self.folder}: version {version} cannot be opened ({first_line(error)})"
-                ) from error
-            for number in versions if self.log else ():
-                try:
-                    return gallery_package("lance").dataset(str(self.data), version=number)
-                except BaseException as another:
-                    if not engine_failed(another):
-                        raise
-                if self.log.find(number) is not None:
-                    break
-            raise GalleryDamagedError(f"{self.folder}: cannot be opened ({first_line(error)})") from error
+        chosen: list[int | None] = [version]
+        if version is None and self.log:
+            chosen += self._versions()
+        failed: BaseException | None = None
+        for number in chosen:
+            try:
+                return gallery_package("lance").dataset(str(self.data), version=number)
+            except BaseException as error:
+                if not engine_failed(error):
+                    raise
+                failed = failed or error
+            if number is not None and self.log.find(number) is not None:
+                break
+        assert failed is not None
+        if not self._versions():
+            text = "expected a gallery, got one whose creation did not end; create it again"
+            raise GalleryError(f"{self.folder}: {text}") from failed
+        if version is not None:
+            raise GalleryError(f"{self.folder}: version {version} cannot be opened ({first_line(failed)})") from failed
+        raise GalleryDamagedError(f"{self.folder}: cannot be opened ({first_line(failed)})") from failed
 
     def snapshot(self, version: int | None = None) -> tuple[Snapshot, ReaderLock]:
-        """The newest version or a chosen one, held until its lock is released.
-
-        Raises:
-            GalleryError: it is not a gallery, or one of another format, or there is no such version.
-            GalleryDamagedError: it cannot be opened.
-        """
+        """The newest version or a chosen one, held until its lock is released."""
         if not self.folder.is_dir():
             raise GalleryError(f"{self.folder}: there is no such gallery")
         if not self.data.is_dir():
@@ -156,11 +133,7 @@ class Store:
             raise GalleryDamagedError(f"{self.folder}: cannot be opened ({first_line(error)})") from error
 
     def check(self, dataset: Any) -> None:
-        """Compare a version's manifest and deletion files with their checksums in the log.
-
-        Raises:
-            GalleryDamagedError: which rows there are can no longer be told.
-        """
+        """Compare a version's manifest and deletion files, which say what rows there are, with their checksums."""
         version = int(dataset.version)
         logged = self.log.find(version)
         if logged is None:  # killed between the commit and the log's line
@@ -211,14 +184,10 @@ class Store:
 
     @contextlib.contextmanager
     def _changing(self, *, steps: bool = False) -> Iterator[tuple[Any, Callable[[], None]]]:
-        """A commit to the newest version: it lasts, or leaves nothing behind.
+        """A commit to the newest version, or in several ``steps``: it lasts, or leaves nothing behind.
 
-        Args:
-            steps: Lance makes it in several versions, of which only the last has the change.
-
-        Yields:
-            Lance's data set, and what has to be called between writing files and committing them: it waits until they
-            are on the disk, so that no version names files that are not.
+        Gives Lance's data set, and what has to be called between writing files and committing them: it waits until they
+        are on the disk, so that no version names files that are not.
         """
         with writing(self.folder):
             dataset = self._open()
@@ -257,44 +226,32 @@ class Store:
                 ) from error
             self._write_down(changed)
 
-    def append(self, table: pa.Table) -> None:
-        """Add rows in one commit; the caller is the writer."""
+    def add(self, table: pa.Table, *, replace: bool) -> None:
+        """Add rows in one commit, or put them in the place of those with the same ids; the caller is the writer."""
         lance = gallery_package("lance")
         with self._changing() as (dataset, settle):
-            fragments = lance.fragment.write_fragments(table, dataset, mode="append")
+            if replace:
+                builder = dataset.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+                change, version = builder.execute_uncommitted(table)[0], None
+            else:
+                change = lance.LanceOperation.Append(lance.fragment.write_fragments(table, dataset, mode="append"))
+                version = dataset.version
             settle()
-            lance.LanceDataset.commit(dataset, lance.LanceOperation.Append(fragments), read_version=dataset.version)
-
-    def upsert(self, table: pa.Table) -> None:
-        """Add rows, or put them in the place of those with the same ids, in one commit."""
-        with self._changing() as (dataset, settle):
-            builder = dataset.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
-            transaction, _ = builder.execute_uncommitted(table)
-            settle()
-            gallery_package("lance").LanceDataset.commit(dataset, transaction)
-
-    def existing(self, ids: Iterable[str]) -> set[str]:
-        """Those of the ids that the newest version has."""
-        snapshot, lock = self.snapshot()
-        try:
-            return set(snapshot.find(ids))
-        finally:
-            lock.release()
+            lance.LanceDataset.commit(dataset, change, read_version=version)
 
     def delete(self, snapshot: Snapshot, places: np.ndarray) -> None:
-        """Delete rows of the newest version, ascending, in one commit; the caller is the writer."""
+        """Delete rows of the newest version in one commit; the caller is the writer."""
         lance = gallery_package("lance")
-        numbers, firsts = snapshot.starts
-        index = np.searchsorted(firsts, places, side="right") - 1
-        addresses = (numbers[index] << 32) | (places - firsts[index])
         with self._changing() as (dataset, settle):
             changed, emptied = [], []
-            for part in np.split(addresses, np.flatnonzero(np.diff(index)) + 1):
-                number = int(part[0]) >> 32
-                rows = ",".join(map(str, part.tolist()))
-                left = dataset.get_fragment(number).delete(f"_rowaddr IN ({rows})")
+            for f in snapshot.fragments:
+                offsets = places[(places >= f.first) & (places < f.first + f.rows)] - f.first
+                if len(offsets) == 0:
+                    continue
+                rows = ",".join(map(str, ((f.number << 32) | offsets).tolist()))
+                left = dataset.get_fragment(f.number).delete(f"_rowaddr IN ({rows})")
                 if left is None:
-                    emptied.append(number)
+                    emptied.append(f.number)
                 else:
                     changed.append(left)
             settle()
@@ -304,9 +261,7 @@ class Store:
     def compact(self, timeout: float, tick: Callable[[str], None]) -> dict[str, int]:
         """Rewrite without the deleted rows, then delete every file of older versions; the caller is the writer.
 
-        Raises:
-            GalleryBusyError: somebody still reads an older version after ``timeout`` seconds. The newest version is
-                compact; the older files are still there.
+        GalleryBusyError: somebody still reads an older version. The newest is compact; the older files are still there.
         """
         from lance.optimize import Compaction
 
@@ -386,7 +341,7 @@ def writing(folder: Path, state: str = "nothing was changed") -> Iterator[None]:
     """Turn the engine's failures to write into one error; a commit that failed left the gallery as it was."""
     try:
         yield
-    except GalleryError:
+    except XCosError:
         raise
     except BaseException as error:
         if not engine_failed(error):

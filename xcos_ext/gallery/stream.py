@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +14,8 @@ from torch import Tensor
 
 from xcos_ext.ops.templates import Templates
 
-from .layout import Layout
-from .snapshot import Fragment, Snapshot
-from .tiles import TileCache, TileFile, stays_mapped
+from .snapshot import Snapshot
+from .tiles import TileCache, stays_mapped
 
 __all__ = ["Tile", "even_parts", "has_selected", "stream"]
 
@@ -30,26 +27,18 @@ _SHIFT = 1 / 20
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """Consecutive faces of a gallery.
+    """Consecutive faces of a gallery, on the device that was asked for."""
 
-    Attributes:
-        first: place of the first.
-        templates: of all, on the device that was asked for.
-        excluded: bool [M] on that device, True where a face is deleted or not selected; None: nowhere.
-        copied: on a GPU, the event that the copy is done.
-    """
+    first: int  # place of the first
+    templates: Templates  # of all
+    excluded: Tensor | None  # bool [M], True where a face is deleted or not selected; None: nowhere
+    copied: Any = None  # on a GPU, the event that the copy is done
 
+
+class _Piece(NamedTuple):
     first: int
     templates: Templates
-    excluded: Tensor | None
-    copied: Any = None
-
-
-@dataclass(frozen=True, eq=False)
-class _Piece:
-    first: int
-    templates: Templates
-    release: Callable[[], None] | None
+    release: Callable[[], None] = lambda: None
 
 
 def stream(
@@ -74,7 +63,7 @@ def stream(
         GalleryDamagedError: rows that are not what was written.
     """
     end = snapshot.places if end is None else end
-    pieces = _pieces(snapshot, cache, selected, begin, end)
+    pieces = _put_together(_pieces(snapshot, cache, selected, begin, end), snapshot.layout.tile_rows)
     if device.type == "cuda":
         return _arrived(_ahead(_upload(pieces, snapshot, selected, device)), device)
     return _ahead(_in_memory(pieces, snapshot, selected))
@@ -106,20 +95,55 @@ def has_selected(selected: np.ndarray | None, first: int, rows: int) -> bool:
 def _pieces(
     snapshot: Snapshot, cache: TileCache, selected: np.ndarray | None, begin: int, end: int
 ) -> Iterator[_Piece]:
-    """Templates in memory, in order, small ones put together."""
+    """Templates in memory, in order."""
+    layout, step = snapshot.layout, snapshot.layout.tile_rows
+    for f in snapshot.fragments:
+        first, last = max(begin, f.first), min(end, f.first + f.rows)
+        if first >= last or not has_selected(selected, f.first, f.rows):
+            continue
+        # Whoever wants a part need not read the rest, which may be far larger, to write it down.
+        whole = again = last - first == f.rows
+        file = cache.file(f) or (cache.write(snapshot, f) if whole else None)
+        while file is not None and first < last:
+            index = (first - f.first) // step
+            start = f.first + index * step
+            stop = min(start + step, last)
+            if has_selected(selected, first, stop - first):
+                file.prefetch(index + 1)  # the disk reads it while this one is checked and scored
+                try:
+                    batch = file.batch(index)
+                except ValueError:
+                    # Derived data: made again, once; on with the first face that has not been given yet.
+                    cache.drop(f)
+                    file, again = cache.write(snapshot, f) if again else None, False
+                    continue
+                templates = layout.templates(batch)
+                if (first, stop) != (start, start + len(templates)):
+                    templates = templates[first - start : stop - start]
+                stays = stays_mapped(layout, start - begin)
+                yield _Piece(first, templates) if stays else _Piece(first, templates, partial(file.release, batch))
+            first = stop
+        if first < last:
+            for batch in snapshot.fragment_batches(f, first - f.first, last - f.first):
+                yield _Piece(first, layout.templates(batch))
+                first += batch.num_rows
+
+
+def _put_together(pieces: Iterator[_Piece], most: int) -> Iterator[_Piece]:
+    """The same with small ones put together, to ``most`` faces."""
     waiting: list[_Piece] = []
-    count = 0
-    for piece in _raw_pieces(snapshot, cache, selected, begin, end):
-        rows = len(piece.templates)
-        follows = not waiting or piece.first == waiting[-1].first + len(waiting[-1].templates)
-        if waiting and (not follows or count + rows > cache.layout.tile_rows or rows >= _SMALL):
-            yield _joined(waiting)
-            waiting, count = [], 0
-        if rows >= _SMALL:
-            yield piece
-        else:
+    for piece in pieces:
+        after = piece.first + len(piece.templates)
+        small = len(piece.templates) < _SMALL
+        if waiting:
+            follows = piece.first == waiting[-1].first + len(waiting[-1].templates)
+            if not small or not follows or after - waiting[0].first > most:
+                yield _joined(waiting)
+                waiting = []
+        if small:
             waiting.append(piece)
-            count += rows
+        else:
+            yield piece
     if waiting:
         yield _joined(waiting)
 
@@ -127,79 +151,10 @@ def _pieces(
 def _joined(pieces: list[_Piece]) -> _Piece:
     if len(pieces) == 1:
         return pieces[0]
-    templates = Templates.cat([p.templates for p in pieces])
+    templates = Templates.cat([piece.templates for piece in pieces])
     for piece in pieces:
-        _release(piece)
-    return _Piece(pieces[0].first, templates, None)
-
-
-def _raw_pieces(
-    snapshot: Snapshot, cache: TileCache, selected: np.ndarray | None, begin: int, end: int
-) -> Iterator[_Piece]:
-    layout = snapshot.layout
-    for fragment in snapshot.fragments:
-        if fragment.first >= end or fragment.first + fragment.rows <= begin:
-            continue
-        if not has_selected(selected, fragment.first, fragment.rows):
-            continue
-        # Whoever wants a part need not read the rest, which may be far larger, to write it down.
-        whole = begin <= fragment.first and fragment.first + fragment.rows <= end
-        for _ in range(2):
-            file = cache.file(fragment) or (cache.write(snapshot, fragment) if whole else None)
-            if file is None:
-                break
-            try:
-                yield from _mapped(file, fragment, layout, selected, begin, end)
-                break
-            except _Damaged as damage:
-                # Derived data: make it again, and go on with the first face that has not been given yet.
-                cache.drop(fragment)
-                begin, file = max(begin, damage.first), None
-        if file is None:
-            first = max(begin, fragment.first)
-            last = min(end, fragment.first + fragment.rows)
-            for batch in snapshot.fragment_batches(fragment, first - fragment.first, last - fragment.first):
-                yield _Piece(first, layout.templates(batch), None)
-                first += batch.num_rows
-
-
-class _Damaged(Exception):
-    def __init__(self, first: int) -> None:
-        super().__init__()
-        self.first = first
-
-
-def _mapped(
-    file: TileFile,
-    fragment: Fragment,
-    layout: Layout,
-    selected: np.ndarray | None,
-    begin: int,
-    end: int,
-) -> Iterator[_Piece]:
-    for index in range(file.tiles):
-        first = fragment.first + index * layout.tile_rows
-        rows = min(layout.tile_rows, fragment.first + fragment.rows - first)
-        if first >= end or first + rows <= begin or not has_selected(selected, first, rows):
-            continue
-        file.prefetch(index + 1)  # the disk reads it while this one is checked and scored
-        try:
-            batch = file.batch(index)
-        except ValueError as error:
-            raise _Damaged(first) from error
-        release = None if stays_mapped(layout, first - begin) else partial(file.release, batch)
-        piece = _cut(_Piece(first, layout.templates(batch), release), begin, end)
-        if piece is not None:
-            yield piece
-
-
-def _cut(piece: _Piece, begin: int, end: int) -> _Piece | None:
-    low, high = max(begin - piece.first, 0), min(end - piece.first, len(piece.templates))
-    if low >= high:
-        return None
-    if (low, high) == (0, len(piece.templates)):
-        return piece
-    return _Piece(piece.first + low, piece.templates[low:high], piece.release)
+        piece.release()
+    return _Piece(pieces[0].first, templates)
 
 
 def _excluded(snapshot: Snapshot, selected: np.ndarray | None, first: int, rows: int) -> Tensor | None:
@@ -218,21 +173,12 @@ def _excluded(snapshot: Snapshot, selected: np.ndarray | None, first: int, rows:
 
 
 def _in_memory(pieces: Iterator[_Piece], snapshot: Snapshot, selected: np.ndarray | None) -> Iterator[Tile]:
-    mapped: deque[_Piece] = deque()
+    before: _Piece | None = None
     for piece in pieces:
-        excluded = _excluded(snapshot, selected, piece.first, len(piece.templates))
-        yield Tile(piece.first, piece.templates, excluded)
-        mapped.append(piece)
-        # The queue took this one, so the consumer has the one before, and is done with the one before that.
-        if len(mapped) > 2:
-            _release(mapped.popleft())
-    for piece in mapped:
-        _release(piece)
-
-
-def _release(piece: _Piece) -> None:
-    if piece.release is not None:
-        piece.release()
+        yield Tile(piece.first, piece.templates, _excluded(snapshot, selected, piece.first, len(piece.templates)))
+        if before is not None:  # the consumer has this one now, and is done with that
+            before.release()
+        before = piece
 
 
 def _upload(
@@ -261,7 +207,7 @@ def _upload(
             }
             excluded = None if excluded is None else sent("excluded", excluded)
             copied[turn % 2] = side.record_event()
-        _release(piece)
+        piece.release()
         yield Tile(piece.first, layout.assemble(tensors), excluded, copied[turn % 2])
 
 
@@ -279,43 +225,9 @@ def _arrived(tiles: Iterator[Tile], device: torch.device) -> Iterator[Tile]:
 
 def _ahead(tiles: Iterator[Tile]) -> Iterator[Tile]:
     """Run an iterator one step ahead in a thread."""
-    ready: queue.Queue[Any] = queue.Queue(1)
-    stop = threading.Event()
-
-    def put(item: Any) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            with torch.no_grad():
-                for tile in tiles:
-                    if not put(tile):
-                        break
-                else:
-                    put(None)
-        except BaseException as error:  # handed to the caller's thread
-            put(error)
-        finally:
-            close = getattr(tiles, "close", None)
-            if close is not None:
-                close()
-
-    thread = threading.Thread(target=work, name="xcos-gallery-reader", daemon=True)
-    thread.start()
-    try:
-        while True:
-            item = ready.get()
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        thread.join()
+    step = torch.no_grad()(partial(next, tiles, None))  # a thread has a gradient mode of its own
+    with ThreadPoolExecutor(1, "xcos-gallery-reader") as pool:
+        waiting = pool.submit(step)
+        while (tile := waiting.result()) is not None:
+            waiting = pool.submit(step)
+            yield tile

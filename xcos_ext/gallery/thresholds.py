@@ -26,6 +26,11 @@ def identification_threshold(curve: FMRCurve | None, fpir: float, candidates: in
 
     Raises:
         GalleryError: no curve, a wrong rate, or one that the calibration's impostor pairs cannot tell.
+
+    Example:
+        >>> curve = FMRCurve((0.0, 0.5), (1.0, 1e-5), (1.0, 2e-5), smallest=1e-5, pairs=10**6)
+        >>> [round(identification_threshold(curve, 0.01, candidates), 4) for candidates in (1, 100)]
+        [0.2, 0.3998]
     """
     if curve is None:
         raise GalleryError("fpir: expected a calibrated model, got one without a false match rate; give a threshold")

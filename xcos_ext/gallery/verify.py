@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from xcos_ext.io.errors import GalleryDamagedError
 
 from .labels import checked_labels
 from .layout import damaged_rows
-from .snapshot import Fragment, Snapshot, first_line, ranges, reading
+from .snapshot import Snapshot, first_line, ranges, reading
 from .store import Store
 from .tiles import TileCache
 
@@ -26,6 +26,7 @@ def verify(store: Store, snapshot: Snapshot, tiles: TileCache, tick: Callable[[i
     unreadable: list[dict[str, Any]] = []
     dropped: list[str] = []
     read = 0
+    columns = snapshot.layout.schema().names
 
     def note(found: list[dict[str, Any]], rows: int) -> None:
         nonlocal read
@@ -42,13 +43,18 @@ def verify(store: Store, snapshot: Snapshot, tiles: TileCache, tick: Callable[[i
         positions = snapshot.positions(fragment.first + alive)
         start = read
         try:
-            for batch in _batches(snapshot, fragment, len(alive)):
-                part = positions[read - start : read - start + batch.num_rows]
-                note(_damage(snapshot, batch, part), batch.num_rows)
+            for batch in snapshot.scan(columns, fragment, batch_size=_ROWS):
+                with reading(snapshot, fragment):
+                    found = _damage(snapshot, batch, positions[read - start : read - start + batch.num_rows])
+                note(found, batch.num_rows)
+            if read - start != len(alive):
+                raise GalleryDamagedError(
+                    f"gallery: {fragment.paths[0]}: expected {len(alive)} rows, got {read - start}"
+                )
             snapshot.probe(fragment)
         except GalleryDamagedError as error:
             unread: list[int] = []  # one bit can make thousands of rows unreadable at once, and few of them alone
-            for part, rows in snapshot.pieces(positions[read - start :], _columns(snapshot)):
+            for part, rows in snapshot.pieces(positions[read - start :], columns):
                 if rows is None:
                     unread += part.tolist()
                 else:
@@ -66,23 +72,6 @@ def verify(store: Store, snapshot: Snapshot, tiles: TileCache, tick: Callable[[i
         "unreadable": unreadable,
         "tiles_dropped": dropped,
     }
-
-
-def _columns(snapshot: Snapshot) -> list[str]:
-    return [field.name for field in snapshot.layout.schema()]
-
-
-def _batches(snapshot: Snapshot, fragment: Fragment, count: int) -> Iterator[Any]:
-    """The rows of a fragment, some at a time."""
-    done = 0
-    with reading(snapshot, fragment):
-        chosen = [snapshot.dataset.get_fragment(fragment.number)]
-        size = min(snapshot.layout.tile_rows, _ROWS)
-        for batch in snapshot.scan(_columns(snapshot), fragments=chosen, batch_size=size):
-            done += batch.num_rows
-            yield batch
-    if done != count:
-        raise GalleryDamagedError(f"gallery: {fragment.paths[0]}: expected {count} rows, got {done}")
 
 
 def _damage(snapshot: Snapshot, batch: Any, positions: np.ndarray) -> list[dict[str, Any]]:

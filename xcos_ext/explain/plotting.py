@@ -60,12 +60,15 @@ DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 
 
-def _rgb(colour: str) -> tuple[int, int, int]:
-    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
+def _rgb(colour: str) -> tuple[int, ...]:
+    return tuple(bytes.fromhex(colour[1:]))
 
 
 class Scale:
     """Colours for numbers between two ends; what lies beyond an end gets its colour.
+
+    >>> Scale(("#000000", "#ffffff"), -1.0, 1.0)(0.0)
+    '#808080'
 
     Args:
         stops: colours at equal distances.
@@ -75,6 +78,7 @@ class Scale:
 
     def __init__(self, stops: Sequence[str], low: float, high: float) -> None:
         self.stops, self.low, self.high = tuple(stops), low, high
+        self._rgb = [_rgb(stop) for stop in stops]
 
     def __call__(self, value: float) -> str:
         """The colour of a number, ``#rrggbb``."""
@@ -88,11 +92,8 @@ class Scale:
         """The colour at a place between the ends."""
         place = min(max(place, 0.0), 1.0) * (len(self.stops) - 1)
         index = min(int(place), len(self.stops) - 2)
-        mixed = (
-            round(a + (b - a) * (place - index))
-            for a, b in zip(_rgb(self.stops[index]), _rgb(self.stops[index + 1]), strict=True)
-        )
-        return "#{:02x}{:02x}{:02x}".format(*mixed)
+        one, next_one = self._rgb[index : index + 2]
+        return "#" + bytes(round(a + (b - a) * (place - index)) for a, b in zip(one, next_one, strict=True)).hex()
 
 
 def ink(ground: str) -> str:
@@ -123,10 +124,7 @@ def new_figure(width: float, height: float, **how: Any) -> Figure:
 def bare_axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
     """Axes without ticks and frame at a place in the figure, in its widths and heights."""
     axes = figure.add_axes((left, bottom, width, height))
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.set_axis_off()
     return axes
 
 

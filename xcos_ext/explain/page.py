@@ -19,7 +19,7 @@ import numpy as np
 from xcos_ext.io.optional import need
 from xcos_ext.io.text import number, percent, printable, short_name, signed
 
-from .plotting import RDBU, YLGN, Scale, ink
+from .plotting import RDBU, YLGN, Scale, ink, shades
 from .regions import PARTS
 
 __all__ = ["explanation_page", "notebook_frame", "picture_uri", "render"]
@@ -54,9 +54,8 @@ def _templates() -> Any:
         finalize=lambda value: printable(value) if type(value) is str and not value.isprintable() else value,
     )
     made.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    made.filters |= {
-        function.__name__: function for function in (number, signed, percent, short_name, ink, picture_uri, sha256)
-    }
+    functions = (number, signed, percent, short_name, ink, shades, picture_uri, sha256)
+    made.filters |= {function.__name__: function for function in functions}
     return made
 
 

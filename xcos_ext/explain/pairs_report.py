@@ -47,6 +47,9 @@ _FULL = 65535  # a map's number in two bytes
 class ReportSummary:
     """What a report holds.
 
+    >>> ReportSummary(pairs=3, compared=2, failed=1).as_dict()["failed"]
+    1
+
     Attributes:
         pairs: all, in the order of the list.
         compared: those with a score.
@@ -205,7 +208,7 @@ class _Report:
         return {"kind": "pairs", "data": data}
 
     def _score(self, sides: list[list[int]]) -> tuple[np.ndarray, np.ndarray, list[bool], list[str | None]]:
-        """Of rows of A and rows of B: scores fp64 [N], maps uint16 [N, 2, cells], which features are equal, and why there
+        """Of rows of A and of B: scores fp64 [N], maps uint16 [N, 2, cells], whether the features are equal, and why there
         is no score."""
         import torch
 
@@ -225,14 +228,8 @@ class _Report:
             finite = np.isfinite(own) & np.isfinite(similarity).all(1) & np.isfinite(attention).all(1)
             true = (np.abs(total[:, 0] - 1) <= slack) & (np.abs(scores - own) <= slack)
             maps = np.rint(np.clip(np.stack([(similarity + 1) / 2, attention], 1), 0, 1) * _FULL)
-        not_finite, not_true = (
-            "the model gave a result that is not finite",
-            "the model gave a score that its maps do not make",
-        )
-        problems = [
-            None if ok else not_true if is_finite else not_finite
-            for ok, is_finite in zip(finite & true, finite, strict=True)
-        ]
+        wrong, sick = "the model gave a score that its maps do not make", "the model gave a result that is not finite"
+        problems = [None if ok else wrong if known else sick for ok, known in zip(finite & true, finite, strict=True)]
         return scores, np.nan_to_num(maps).astype("<u2"), alike, problems
 
     def _count(self, genuine: bool | None, score: float) -> None:

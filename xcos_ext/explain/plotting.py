@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +41,7 @@ __all__ = [
     "ink",
     "new_figure",
     "save_figure",
+    "shades",
 ]
 
 #: Red (against) to blue (for the same person).
@@ -96,6 +98,12 @@ class Scale:
         return "#" + bytes(round(a + (b - a) * (place - index)) for a, b in zip(one, next_one, strict=True)).hex()
 
 
+@cache
+def shades(stops: tuple[str, ...]) -> tuple[str, ...]:
+    """48 colours for a legend, from the first stop to the last."""
+    return tuple(Scale(stops, 0.0, 48.0)(i + 0.5) for i in range(48))
+
+
 def ink(ground: str) -> str:
     """The colour of text that can be read on a ground."""
     red, green, blue = _rgb(ground)
@@ -147,6 +155,9 @@ def check_face(name: str, face: np.ndarray) -> None:
 def check_figure_path(path: str | os.PathLike[str]) -> str:
     """Check that a figure can be written, before the work for it is done.
 
+    >>> check_figure_path("/tmp/why.png")
+    '/tmp/why.png'
+
     Raises:
         OutputError: a suffix other than :data:`FIGURE_SUFFIXES`, or a file that cannot be written.
     """
@@ -155,6 +166,12 @@ def check_figure_path(path: str | os.PathLike[str]) -> str:
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150) -> None:
     """Write a figure, atomically, in the format of its suffix.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_figure(new_figure(1, 1), f"{folder}/a.png", dpi=20)
+    ...     os.listdir(folder)
+    ['a.png']
 
     Args:
         figure: to write.

@@ -82,7 +82,7 @@ class BatchedExplainer(ABC):
         size = self.batch_size or _AT_ONCE.get(a.device.type, _AT_ONCE_ELSEWHERE)
         # A single batch stays the tensors themselves: a model may remember what it has seen.
         parts = [(a, b)] if len(a) <= size else zip(a.split(size), b.split(size), strict=True)
-        made = [self._maps(model, *part, size) for part in parts]
+        made = [self._maps(model, part_a, part_b, size) for part_a, part_b in parts]
         return Saliency(*(torch.cat(maps) for maps in zip(*made, strict=True)))
 
     @abstractmethod

@@ -33,6 +33,7 @@ from .regions import PARTS, cell_parts
 
 if TYPE_CHECKING:
     from xcos_ext.faces import Detector
+    from xcos_ext.gallery.enroll import ReadPicture
     from xcos_ext.model import XCosModel
 
 __all__ = ["ReportSummary", "write_report"]
@@ -137,7 +138,7 @@ class _Report:
 
     # --- pictures
 
-    def add_pictures(self, read: list[tuple[str, np.ndarray | None, int, str | None]]) -> Iterator[dict[str, Any]]:
+    def add_pictures(self, read: list[ReadPicture]) -> Iterator[dict[str, Any]]:
         """Features and thumbnails of the next pictures; their blocks of the page."""
         faces = [rgb for _, rgb, _, _ in read if rgb is not None]
         failure = None
@@ -159,7 +160,7 @@ class _Report:
             self.summary.several_faces += found > 1
         self.summary.pictures += len(read)
         self.summary.without_face += len(reasons)
-        yield {"kind": "names", "data": {"names": [printable(name) for name, *_ in read], "why": reasons}}
+        yield {"kind": "names", "data": {"names": [printable(picture.id) for picture, *_ in read], "why": reasons}}
         yield {"first": first, "jpegs": ["" if rgb is None else _thumbnail(rgb) for _, rgb, _, _ in read]}
 
     # --- pairs
@@ -208,8 +209,8 @@ class _Report:
         return {"kind": "pairs", "data": data}
 
     def _score(self, sides: list[list[int]]) -> tuple[np.ndarray, np.ndarray, list[bool], list[str | None]]:
-        """Of rows of A and of B: scores fp64 [N], maps uint16 [N, 2, cells], whether the features are equal, and why there
-        is no score."""
+        """Of rows of A and of B: scores fp64 [N], maps uint16 [N, 2, cells], whether the features are equal, and why
+        there is no score."""
         import torch
 
         unique, index = np.unique(sides, return_inverse=True)
@@ -267,6 +268,12 @@ def write_report(
     and searches, and shows some pairs at a time. A pair whose picture cannot be used is listed with the reason. The
     page is written to a temporary file that takes the name when it is complete.
 
+    >>> import xcos_ext
+    >>> pairs, face = [ReportPair("a.jpg", "b.jpg")], np.full((112, 112, 3), 90, np.uint8)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_report(f"{folder}/pairs.html", xcos_ext.load_model(), pairs, lambda name: face).compared
+    1
+
     Args:
         path: the page, ``.html``.
         model: in evaluation mode.
@@ -289,6 +296,8 @@ def write_report(
         OutputError: the page cannot be written.
         ValueError: a model in training mode, no pairs, or a threshold that is not finite.
     """
+    from xcos_ext.gallery.enroll import Picture, read_faces
+
     started = time.monotonic()
     if model.training:
         raise ValueError("model: expected evaluation mode, got training mode; call .eval() first")
@@ -310,7 +319,10 @@ def write_report(
             raise ValueError("pairs: expected at least one, got none")
 
         def made() -> Generator[dict[str, Any], None, None]:
-            with contextlib.closing(_faces(report, read, detector, policy, threads)) as faces:
+            pictures = (Picture(name, partial(read, name)) for name in report.places)
+            size = model.preprocessing.size
+            reading: Any = read_faces(pictures, size, detector, policy=policy, threads=threads)  # type: ignore[arg-type]
+            with contextlib.closing(reading) as faces:
                 source = iter(pairs)
                 done = 0
                 while chunk := list(islice(source, _PAIRS)):
@@ -344,22 +356,6 @@ def write_report(
     finally:
         report.spool.close()
     return report.summary
-
-
-def _faces(
-    report: _Report,
-    read: Callable[[str], np.ndarray],
-    detector: Callable[[], Detector] | None,
-    policy: str,
-    threads: int,
-) -> Generator[tuple[str, np.ndarray | None, int, str | None], None, None]:
-    """(name, crop or None, faces found, why there is no crop) of every picture, in the order of first use."""
-    from xcos_ext.gallery.enroll import Picture, read_faces
-
-    size = report.model.preprocessing.size
-    pictures = (Picture(name, partial(read, name)) for name in report.places)
-    for picture, rgb, found, why in read_faces(pictures, size, detector, policy=policy, threads=threads):  # type: ignore[arg-type]
-        yield picture.id, rgb, found, why
 
 
 def _settings(report: _Report, card: ModelCard) -> dict[str, Any]:

@@ -97,6 +97,9 @@ class FeatureDecoder(nn.Module):
     embedding), and through residual 3x3 convolutions at 7, 14, 28 and 56 pixels; the last ones make the 2x2 pixels of
     each place. What they make is added to the mean face, so a decoder that knows nothing shows that.
 
+    >>> FeatureDecoder((32, 7, 7))(torch.zeros(1, 32, 7, 7)).shape
+    torch.Size([1, 3, 112, 112])
+
     Args:
         shape: of one feature: (C, h, w) or (D,).
         fingerprint: of the model that makes the features, from
@@ -173,6 +176,10 @@ class FeatureDecoder(nn.Module):
 
 def fingerprint_of(model: PairModel) -> str:
     """Short hash of all that features depend on: an xCos model's own, or of a recogniser's weights and pixels.
+
+    >>> import xcos_ext
+    >>> fingerprint_of(XCosPairs(xcos_ext.load_model())) in shipped_decoders()
+    True
 
     Raises:
         ValueError: another kind of model, without a method ``fingerprint()``.
@@ -284,6 +291,12 @@ def decoded(decoder: FeatureDecoder, features: Tensor, batch_size: int = _BATCH)
 
 def save_decoder(decoder: FeatureDecoder, path: StrPath, *, dtype: torch.dtype = torch.float16) -> None:
     """Write a decoder as safetensors, its data-set mean and the fingerprint of its features' model with it.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_decoder(FeatureDecoder((5,), name="mine"), f"{folder}/mine.safetensors")
+    ...     load_decoder(f"{folder}/mine.safetensors").name
+    'mine'
 
     Args:
         decoder: to write.

@@ -138,7 +138,7 @@ def test_tensors_arrays_and_half_precision_give_the_same_figure(tmp_path: Path) 
 def test_bad_arguments() -> None:
     a, b = faces()
     r = result()
-    with pytest.raises(ValueError, match="threshold: expected a finite number, got nan"):
+    with pytest.raises(ValueError, match="threshold: expected a finite number or None, got nan"):
         verification_figure(a, b, r, float("nan"))
     with pytest.raises(ValueError, match="result: expected finite values"):
         verification_figure(a, b, XCosScore(r.score * float("nan"), r.similarity, r.attention), 0.2)

@@ -250,7 +250,7 @@ def readout(browser: Browser) -> str:
 
 def said(e: Explanation, row: int, column: int) -> str:
     assert e.contribution is not None
-    part = PARTS[e.parts_of((7, 7))[row, column]]
+    part = PARTS[e.parts[row, column]]
     c = e.contribution[row, column]
     s, c_text = f"{e.similarity[row, column]:.3f}".replace("-", "\u2212"), f"{c:+.4f}".replace("-", "\u2212")
     attention = f"{100 * e.attention[row, column]:.1f} %"
@@ -271,7 +271,7 @@ def test_hovering_lights_up_both_faces_and_all_maps(browser: Browser, tmp_path: 
         browser.hover(f"svg.{grid} .cell", number)
         assert lit(browser) == [[[row, column]]] * 5
         assert readout(browser) == said(e, row, column)
-        part = e.parts_of((7, 7))[row, column]
+        part = e.parts[row, column]
         assert browser.run(f"document.querySelector('tr[data-part=\"{part}\"]').classList.contains('lit')")
     browser.hover("h2")
     assert lit(browser) == [[]] * 5

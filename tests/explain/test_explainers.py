@@ -31,7 +31,8 @@ from xcos_ext.explain.explainers import (
     available,
     create,
 )
-from xcos_ext.explain.explainers.masking import average_ranks, cell_squares, fill_pictures, patch_masks
+from xcos_ext.explain.explainers.masking import average_ranks, cell_squares, patch_masks
+from xcos_ext.explain.fills import filled
 from xcos_ext.io.optional import MissingPackageError
 from xcos_ext.model import XCosAttention, XCosHead, XCosModel, load_model
 
@@ -235,7 +236,7 @@ def test_occlusion_is_its_reference(kind: str, grid: tuple[int, int] | None, fil
         shown = {
             "black": black().expand_as(a[n]),
             "mean": a[n].mean((1, 2), keepdim=True).expand_as(a[n]),
-            "blur": fill_pictures("blur", a[n : n + 1], NORMALISATION)[0],
+            "blur": filled("blur", a[n : n + 1], NORMALISATION)[0],
         }[fill]
         for i in range(rows):
             for j in range(columns):
@@ -476,7 +477,7 @@ def test_black_is_black() -> None:
     black_picture = np.zeros((SIDE, SIDE, 3), np.uint8)
     images = pictures(1, torch.float32)[0]
     torch.testing.assert_close(
-        fill_pictures("black", images, NORMALISATION), NORMALISATION(black_picture), rtol=1e-6, atol=1e-6
+        filled("black", images, NORMALISATION), NORMALISATION(black_picture), rtol=1e-6, atol=1e-6
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Maps", "contribution", "one_pair"]
+__all__ = ["Maps", "check_threshold", "contribution", "one_pair"]
 
 
 class Maps(NamedTuple):
@@ -17,24 +18,29 @@ class Maps(NamedTuple):
     attention: np.ndarray
 
 
+def check_threshold(threshold: float | None) -> float | None:
+    """A decision threshold, or None.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: not finite.
+    """
+    if threshold is None:
+        return None
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float | np.number):
+        raise TypeError(f"threshold: expected a number or None, got {type(threshold).__name__}")
+    if not math.isfinite(threshold):
+        raise ValueError(f"threshold: expected a finite number or None, got {threshold}")
+    return float(threshold)
+
+
 def contribution(similarity: np.ndarray, attention: np.ndarray, threshold: float) -> np.ndarray:
-    """Signed part of every cell in the decision: W * (S - t). As sum W = 1, it adds up to score - t.
+    """Signed part of every cell in the decision: W * (S - t), fp64. As sum W = 1, it adds up to score - t.
 
-    Args:
-        similarity: S [H, W].
-        attention: W [H, W].
-        threshold: t.
-
-    Returns:
-        fp64 [H, W].
+    >>> contribution(np.array([[0.5, 0.1]]), np.array([[0.25, 0.75]]), 0.3)
+    array([[ 0.05, -0.15]])
     """
     return np.asarray(attention, np.float64) * (np.asarray(similarity, np.float64) - threshold)
-
-
-def _array(value: Any) -> np.ndarray:
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().double().numpy()
-    return np.asarray(value, np.float64)
 
 
 def one_pair(result: Any) -> Maps:
@@ -47,12 +53,11 @@ def one_pair(result: Any) -> Maps:
     Raises:
         ValueError: several pairs, other shapes, or values that are not finite.
     """
-    score = _array(result.score)
-    similarity, attention = _array(result.similarity), _array(result.attention)
+    given = (result.score, result.similarity, result.attention)
+    score, *maps = (np.asarray(v.detach().cpu().double() if hasattr(v, "detach") else v, np.float64) for v in given)
     if score.size != 1:
         raise ValueError(f"result: expected one pair, got score of shape {list(score.shape)}")
-    similarity = similarity[0] if similarity.ndim == 3 and len(similarity) == 1 else similarity
-    attention = attention[0] if attention.ndim == 3 and len(attention) == 1 else attention
+    similarity, attention = (part[0] if part.ndim == 3 and len(part) == 1 else part for part in maps)
     if similarity.ndim != 2 or similarity.size == 0 or similarity.shape != attention.shape:
         raise ValueError(
             "result: expected similarity and attention of one shape [H, W], got "
@@ -60,4 +65,4 @@ def one_pair(result: Any) -> Maps:
         )
     if not all(np.isfinite(a).all() for a in (score, similarity, attention)):
         raise ValueError("result: expected finite values, got NaN or infinity")
-    return Maps(float(score.reshape(())), similarity, attention)
+    return Maps(score.item(), similarity, attention)

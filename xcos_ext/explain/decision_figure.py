@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from xcos_ext.io.optional import need
 from xcos_ext.io.text import number, shorten, signed
 
-from .decision import Maps, contribution, one_pair
+from .decision import Maps, check_threshold, contribution, one_pair
 from .plotting import AGAINST, FAINT, FOR, INK, RDBU, YLGN, Scale, bare_axes, check_face, colour_map, ink, new_figure
 
 if TYPE_CHECKING:
@@ -40,6 +39,10 @@ def verification_figure(
     W; and the signed contribution W * (S - t), which adds up to score - threshold. Without a threshold there is no
     verdict: the colours of S are centred on 0, and the last map is W * S, which adds up to the score.
 
+    >>> result = Maps(0.5, np.array([[0.5, 0.5]]), np.array([[0.5, 0.5]]))
+    >>> [text.get_text() for text in verification_figure(None, None, result, 0.3).texts]
+    ['same person', 'score 0.500 \u2265 threshold 0.300']
+
     Args:
         face_a: the first aligned face, uint8 RGB [height, width, 3], or None to leave the faces out.
         face_b: the second.
@@ -58,8 +61,7 @@ def verification_figure(
         ValueError: other shapes or types, values or a threshold that are not finite.
     """
     maps = one_pair(result)
-    if threshold is not None and not math.isfinite(threshold):
-        raise ValueError(f"threshold: expected a finite number, got {threshold}")
+    check_threshold(threshold)
     faces = [face for face in (face_a, face_b) if face is not None]
     if len(faces) == 1:
         raise ValueError("face_a, face_b: expected two faces or none, got one")

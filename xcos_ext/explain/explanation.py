@@ -14,8 +14,8 @@ from xcos_ext.deploy.onnx_model import OnnxModel
 from xcos_ext.devices import module_device
 from xcos_ext.io.text import percent, printable, short_name, signed
 
+from .decision import check_threshold, one_pair
 from .decision import contribution as contribution_of
-from .decision import one_pair
 from .regions import Region, cell_parts, checked_landmarks, summarise
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from xcos_ext.card import FMRAtScore, FMRCurve
     from xcos_ext.model import XCosModel
 
-__all__ = ["Explanation", "Face", "ModelCard", "attention_kind", "checked_threshold", "explain", "features_of_faces"]
+__all__ = ["Explanation", "Face", "ModelCard", "explain", "features_of_faces"]
 
 #: Rounding that the identity ``sum W (S - t) = score - t`` is allowed in fp64, in units of its largest term.
 _ROUNDING = 64 * np.finfo(np.float64).eps
@@ -35,6 +35,9 @@ Identical = Literal["pictures", "features"]
 @dataclass(frozen=True, eq=False)
 class Face:
     """One of the two faces.
+
+    >>> Face(name="a.jpg", details={"faces": 2}).as_dict()
+    {'picture': 'a.jpg', 'faces': 2}
 
     Attributes:
         rgb: the aligned crop, uint8 [height, width, 3], or None.
@@ -57,6 +60,9 @@ class Face:
 class ModelCard:
     """The model behind an explanation.
 
+    >>> ModelCard("toy", None, "0123", "uniform").attention_in_words
+    'uniform, not learned: every cell counts alike'
+
     Attributes:
         name: of the model.
         file: that it was loaded from, or None.
@@ -68,6 +74,18 @@ class ModelCard:
     file: str | None
     fingerprint: str
     attention: str
+
+    @classmethod
+    def of(cls, model: XCosModel | OnnxModel, file: str | None) -> ModelCard:
+        """The card of a model that was loaded from a file."""
+        if isinstance(model, OnnxModel):
+            attention = model.card.attention
+        else:
+            from xcos_ext.deploy.graphs import attention_of  # needs torch
+
+            kind = attention_of(model.head)
+            attention = kind if isinstance(kind, str) else "learned"
+        return cls(model.name, file, model.fingerprint(), attention)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -97,6 +115,13 @@ class Explanation:
     summed without rounding, are off by at most 64 eps of fp64 times the largest of 1, abs(score) and abs(threshold);
     the score is off the model's by at most 64 eps of the model's type.
 
+    >>> card = ModelCard("toy", None, "0123", "learned")
+    >>> e = Explanation(np.array([[0.9, 0.1]]), np.array([[0.75, 0.25]]), 0.7, 0.3, Face(), Face(), card)
+    >>> e
+    <Explanation: same person, score 0.7000, threshold 0.3000, 1x2 cells>
+    >>> e.contribution.round(2)
+    array([[ 0.45, -0.05]])
+
     Args:
         similarity: S [h, w], cosines.
         attention: W [h, w], not negative, sums to 1 up to rounding.
@@ -113,6 +138,8 @@ class Explanation:
     Attributes:
         score: fp64.
         contribution: W * (S - t) [h, w], fp64; None without a threshold.
+        parts: the part of the face that every cell lies on, int64 [h, w]: indices into
+            :data:`~xcos_ext.explain.regions.PARTS`.
         regions: what every part of the faces did.
 
     Raises:
@@ -134,49 +161,45 @@ class Explanation:
     eps: float = float(np.finfo(np.float32).eps)
     score: float = field(init=False)
     contribution: np.ndarray | None = field(init=False)
+    parts: np.ndarray = field(init=False)
     regions: tuple[Region, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         maps = one_pair(SimpleNamespace(score=self.model_score, similarity=self.similarity, attention=self.attention))
-        similarity, attention = maps.similarity.copy(), maps.attention.copy()
-        total = math.fsum(attention.ravel().tolist())
+        similarity, weights = maps.similarity.copy(), maps.attention
+        total = math.fsum(weights.ravel().tolist())
         slack = 64 * self.eps
-        if attention.min() < -slack or abs(total - 1) > slack:
+        if weights.min() < -slack or abs(total - 1) > slack:
             raise ValueError(
                 "attention: expected weights that are not negative and sum to 1, got a sum of "
-                f"{total:.6g} and a least of {attention.min():.3g}"
+                f"{total:.6g} and a least of {weights.min():.3g}"
             )
-        attention /= total
+        attention = weights / total
         score = math.fsum((attention * similarity).ravel().tolist())
         if abs(score - self.model_score) > slack * max(1.0, float(np.abs(similarity).max())):
             raise ValueError(f"model_score: expected {score:.9g}, which sum W * S gives, got {self.model_score:.9g}")
-        threshold = self.threshold
-        parts: np.ndarray | None = None
-        if threshold is not None:
-            if not math.isfinite(threshold):
-                raise ValueError(f"threshold: expected a finite number or None, got {threshold}")
-            parts = contribution_of(similarity, attention, threshold)
-            margin = math.fsum(parts.ravel().tolist())
-            if abs(margin - (score - threshold)) > _ROUNDING * max(1.0, abs(score), abs(threshold)):
-                raise ValueError(
-                    f"contribution: expected a sum of score - threshold = {score - threshold!r}, got {margin!r}"
-                )
-        for values in (similarity, attention, parts):
-            if values is not None:
-                values.setflags(write=False)
-        adds = attention * similarity if parts is None else parts
-        cells = (int(similarity.shape[0]), int(similarity.shape[1]))
-        regions = summarise(similarity, attention, adds, self.parts_of(cells), decided=parts is not None)
-        computed = {"similarity": similarity, "attention": attention, "score": score, "contribution": parts}
-        for name, value in (computed | {"regions": regions}).items():
-            object.__setattr__(self, name, value)  # the dataclass is frozen
-
-    def parts_of(self, cells: tuple[int, int]) -> np.ndarray:
-        """The part of the face that every cell lies on: int64 indices into :data:`~xcos_ext.explain.regions.PARTS`."""
+        decided = check_threshold(self.threshold) is not None
+        origin = self.threshold or 0.0
+        added = contribution_of(similarity, attention, origin)
+        margin = math.fsum(added.ravel().tolist())
+        if abs(margin - (score - origin)) > _ROUNDING * max(1.0, abs(score), abs(origin)):
+            raise ValueError(f"contribution: expected a sum of score - threshold = {score - origin!r}, got {margin!r}")
+        for values in (similarity, attention, added):
+            values.setflags(write=False)
         known = [face.landmarks for face in (self.a, self.b) if face.landmarks is not None]
         picture = self.a.rgb if self.a.rgb is not None else self.b.rgb
-        size = (112, 112) if picture is None else (int(picture.shape[0]), int(picture.shape[1]))
-        return cell_parts(cells, size, np.mean(known, axis=0) if known else None)
+        size = (112, 112) if picture is None else picture.shape[:2]
+        parts = cell_parts(similarity.shape, size, np.mean(known, axis=0) if known else None)
+        computed = {
+            "similarity": similarity,
+            "attention": attention,
+            "score": score,
+            "contribution": added if decided else None,
+            "parts": parts,
+            "regions": summarise(similarity, attention, added, parts, decided=decided),
+        }
+        for name, value in computed.items():
+            object.__setattr__(self, name, value)  # the dataclass is frozen
 
     @property
     def weighted(self) -> np.ndarray:
@@ -279,8 +302,7 @@ class Explanation:
         return " ".join(said)
 
     def __str__(self) -> str:
-        lines = [self.summary, self.certainty, *self.remarks]
-        return "\n".join(lines)
+        return "\n".join((self.summary, self.certainty, *self.remarks))
 
     def __repr__(self) -> str:
         threshold = "None" if self.threshold is None else f"{self.threshold:.4f}"
@@ -360,7 +382,7 @@ class Explanation:
         """
         from .page import explanation_page
 
-        return explanation_page(self, title=title)
+        return "".join(explanation_page(self, title))
 
     def _repr_html_(self) -> str:
         from .page import notebook_frame
@@ -380,33 +402,6 @@ def _rate(rate: FMRAtScore | None, curve: FMRCurve | None) -> dict[str, Any] | N
         "impostor_pairs": curve.pairs,
         "people": curve.people,
     }
-
-
-def attention_kind(model: XCosModel | OnnxModel) -> str:
-    """``"learned"``, or the rule that weighs the cells of a model without attention: ``"norm"`` or ``"uniform"``."""
-    if isinstance(model, OnnxModel):
-        return model.card.attention
-    head: Any = model.head
-    if getattr(head, "attention", None) is not None:
-        return "learned"
-    # A head without parameters weighs by norms where it does not say otherwise: the closed form.
-    fixed = getattr(head, "fixed_attention", "norm")
-    return fixed if isinstance(fixed, str) else "norm"
-
-
-def checked_threshold(model: XCosModel | OnnxModel, threshold: float | None) -> tuple[float | None, bool]:
-    """The threshold that decides, and whether it is the caller's.
-
-    Raises:
-        TypeError, ValueError: not a finite number.
-    """
-    if threshold is None:
-        return model.threshold, False
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float | np.number):
-        raise TypeError(f"threshold: expected a number or None, got {type(threshold).__name__}")
-    if not math.isfinite(threshold):
-        raise ValueError(f"threshold: expected a finite number or None, got {threshold}")
-    return float(threshold), True
 
 
 def features_of_faces(model: XCosModel, faces: Sequence[np.ndarray]) -> Any:
@@ -431,9 +426,12 @@ def explain(
 ) -> Explanation:
     """Why a model says what it says about two faces.
 
-    >>> explanation = explain(model, a, b)
-    >>> print(explanation)
-    >>> open("why.html", "w").write(explanation.to_html())
+    >>> import xcos_ext
+    >>> face = np.full((112, 112, 3), 90, np.uint8)
+    >>> explanation = explain(xcos_ext.load_model(), face, face)
+    >>> explanation.verdict, round(explanation.score, 3), explanation.identical
+    ('same person', 1.0, 'pictures')
+    >>> page = explanation.to_html()
 
     Args:
         model: in evaluation mode; of any kind of attention. Or a pair graph, which needs no torch.
@@ -464,31 +462,15 @@ def explain(
             )
         if face.shape != (*size, 3):
             raise ValueError(f"{argument}: expected an aligned face [{size[0]}, {size[1]}, 3], got {list(face.shape)}")
-    threshold, given = checked_threshold(model, threshold)
+    chosen = check_threshold(threshold)
     points = [
         None if p is None else checked_landmarks(p, size, f"landmarks_{which}")
         for which, p in (("a", landmarks_a), ("b", landmarks_b))
     ]
-    maps, same_features = _compared(model, a, b)
-    return Explanation(
-        **maps,
-        threshold=threshold,
-        a=Face(a, names[0], points[0], details[0]),
-        b=Face(b, names[1], points[1], details[1]),
-        model=ModelCard(model.name, file, model.fingerprint(), attention_kind(model)),
-        curve=model.fmr_curve,
-        given=given,
-        identical="pictures" if np.array_equal(a, b) else "features" if same_features else None,
-    )
-
-
-def _compared(model: XCosModel | OnnxModel, a: np.ndarray, b: np.ndarray) -> tuple[dict[str, Any], bool]:
-    """What a model says of one pair, by the names of :class:`Explanation`, and whether it keeps the same of both."""
     if isinstance(model, OnnxModel):
         maps, exchanged = model.compare(a, b)
-        score, eps = float(maps.score[0]), np.finfo(np.float32).eps
-        similarity, attention = maps.similarity[0], maps.attention[0]
-        same_features = False  # a graph does not give the features themselves
+        score, similarity, attention = (part[0] for part in maps)
+        eps, alike = np.finfo(np.float32).eps, False  # a graph does not give the features themselves
     else:
         import torch
 
@@ -497,14 +479,19 @@ def _compared(model: XCosModel | OnnxModel, a: np.ndarray, b: np.ndarray) -> tup
             # (A, B) and (B, A) in one call: for a model whose attention depends on the order.
             result = model.score(features, features.flip(0), return_maps=True)
         score, exchanged = result.score.double().tolist()
-        eps = torch.finfo(result.score.dtype).eps
         similarity, attention = (part[0].double().cpu().numpy() for part in result[1:])
-        same_features = torch.equal(features[0], features[1])
-    values = {
-        "model_score": score,
-        "exchanged": exchanged if math.isfinite(exchanged) else None,
-        "similarity": similarity,
-        "attention": attention,
-        "eps": float(eps),
-    }
-    return values, same_features
+        eps, alike = torch.finfo(result.score.dtype).eps, torch.equal(features[0], features[1])
+    return Explanation(
+        similarity,
+        attention,
+        float(score),
+        model.threshold if chosen is None else chosen,
+        Face(a, names[0], points[0], details[0]),
+        Face(b, names[1], points[1], details[1]),
+        ModelCard.of(model, file),
+        curve=model.fmr_curve,
+        given=chosen is not None,
+        identical="pictures" if np.array_equal(a, b) else "features" if alike else None,
+        exchanged=exchanged if math.isfinite(exchanged) else None,
+        eps=float(eps),
+    )

@@ -19,7 +19,7 @@ import numpy as np
 from xcos_ext.io.optional import need
 from xcos_ext.io.text import number, percent, printable, short_name, signed
 
-from .plotting import RDBU, YLGN, Scale, ink
+from .plotting import RDBU, YLGN, Scale, ink, shades
 from .regions import PARTS
 
 __all__ = ["explanation_page", "notebook_frame", "picture_uri", "render"]
@@ -54,9 +54,8 @@ def _templates() -> Any:
         finalize=lambda value: printable(value) if type(value) is str and not value.isprintable() else value,
     )
     made.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    made.filters |= {
-        function.__name__: function for function in (number, signed, percent, short_name, ink, picture_uri, sha256)
-    }
+    functions = (number, signed, percent, short_name, ink, shades, picture_uri, sha256)
+    made.filters |= {function.__name__: function for function in functions}
     return made
 
 
@@ -71,75 +70,67 @@ def sha256(content: str) -> str:
 
 
 def picture_uri(rgb: np.ndarray, kind: str = "PNG", **how: Any) -> str:
-    """A picture, uint8 RGB [height, width, 3], as a data URI.
-
-    Raises:
-        MissingPackageError: Pillow is not installed.
-    """
+    """A picture, uint8 RGB [height, width, 3], as a data URI; needs Pillow."""
     image = need("PIL.Image", "encoding pictures for a page")
     stream = io.BytesIO()
     image.fromarray(rgb).save(stream, kind, **how)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
 
 
-def explanation_page(explanation: Any, *, title: str | None = None) -> str:
-    """A decision as one HTML page.
+def explanation_page(e: Any, title: str | None = None) -> Iterator[str]:
+    """A decision as one HTML page, piece by piece.
 
     Args:
-        explanation: an :class:`~xcos_ext.explain.Explanation` (its file knows this one).
-        title: see :meth:`Explanation.to_html <xcos_ext.explain.Explanation.to_html>`.
+        e: an :class:`~xcos_ext.explain.Explanation` (its file knows this one).
+        title: of the page; None: the names of the pictures and the verdict.
     """
-    similarity, attention = explanation.similarity, explanation.attention
-    decided = explanation.threshold is not None
-    middle = explanation.threshold if decided else 0.0
+    middle, attention = e.threshold or 0.0, 100 * e.attention
     span = max(1 - middle, 0.05)
-    third = explanation.contribution if decided else explanation.weighted
-    most = 100 * max(float(np.abs(third).max()), 1e-9)
-    names = " and ".join(short_name(face.name) for face in (explanation.a, explanation.b))
-    return "".join(
-        render(
-            "page",
-            title=title or f"{names}: {explanation.verdict}",
-            heading=title,
-            e=explanation,
-            decided=decided,
-            rows=similarity.shape[0],
-            columns=similarity.shape[1],
-            similarity=Scale(RDBU, middle - span, middle + span),
-            similarity_text=lambda value: number(value, 2),
-            attention=Scale(YLGN, min(0.0, 100 * float(attention.min())), max(100 * float(attention.max()), 1e-7)),
-            attention_text=lambda value: number(value, 1),
-            per_cent=(100 * attention).tolist(),
-            contribution=Scale(RDBU, -most, most),
-            contribution_text=lambda value: signed(value, 1),
-            hundredfold=(100 * third).tolist(),
-            largest=max((abs(region.contribution) for region in explanation.regions), default=0.0) or 1.0,
-            budget=_budget(explanation),
-            names=list(PARTS),
-            facts=_facts(explanation),
-            data={
-                "s": similarity.tolist(),
-                "w": attention.tolist(),
-                "c": third.tolist(),
-                "parts": explanation.parts_of(similarity.shape).tolist(),
-                "names": list(PARTS),
-                "decided": decided,
-                "margin": explanation.margin,
-            },
-        )
+    added = e.weighted if e.contribution is None else e.contribution
+    most = 100 * max(float(np.abs(added).max()), 1e-9)
+    names = " and ".join(short_name(face.name) for face in (e.a, e.b))
+    return render(
+        "page",
+        title=title or f"{names}: {e.verdict}",
+        heading=title,
+        e=e,
+        decided=e.threshold is not None,
+        rows=e.similarity.shape[0],
+        columns=e.similarity.shape[1],
+        similarity=Scale(RDBU, middle - span, middle + span),
+        similarity_text=lambda value: number(value, 2),
+        attention=Scale(YLGN, min(0.0, float(attention.min())), max(float(attention.max()), 1e-7)),
+        attention_text=lambda value: number(value, 1),
+        per_cent=attention.tolist(),
+        contribution=Scale(RDBU, -most, most),
+        contribution_text=lambda value: signed(value, 1),
+        hundredfold=(100 * added).tolist(),
+        largest=max((abs(region.contribution) for region in e.regions), default=0.0) or 1.0,
+        budget=_budget(e),
+        names=list(PARTS),
+        facts=_facts(e),
+        data={
+            "s": e.similarity.tolist(),
+            "w": e.attention.tolist(),
+            "c": added.tolist(),
+            "parts": e.parts.tolist(),
+            "names": list(PARTS),
+            "decided": e.threshold is not None,
+            "margin": e.margin,
+        },
     )
 
 
-def _budget(explanation: Any) -> dict[str, Any]:
+def _budget(e: Any) -> dict[str, Any]:
     """Bars from the threshold (or from zero), part by part, to the score; in units of the drawing, 300 wide."""
-    start = explanation.threshold or 0.0
-    bars = [("threshold", 0.0, start, number(start))] if explanation.threshold is not None else []
-    at = start
-    for region in explanation.regions:
-        bars.append((region.name, at, at + region.contribution, signed(region.contribution)))
+    at = start = e.threshold or 0.0
+    bars = [] if e.threshold is None else [("threshold", "given", 0.0, start, number(start))]
+    for region in e.regions:
+        side = "for" if region.contribution >= 0 else "against"
+        bars.append((region.name, side, at, at + region.contribution, signed(region.contribution)))
         at += region.contribution
-    bars.append(("score", 0.0, explanation.score, number(explanation.score)))
-    ends = [end for _, *both, _ in bars for end in both]
+    bars.append(("score", "given", 0.0, e.score, number(e.score)))
+    ends = [end for _, _, *both, _ in bars for end in both]
     low, high = min(ends), max(ends)
 
     def place(value: float) -> float:
@@ -150,32 +141,26 @@ def _budget(explanation: Any) -> dict[str, Any]:
         "bars": [
             {
                 "label": label,
-                "kind": "given" if label in ("threshold", "score") else "for" if end >= begin else "against",
+                "kind": kind,
                 "x": place(min(begin, end)),
                 "width": max(abs(place(end) - place(begin)), 0.8),
                 "value": value,
             }
-            for label, begin, end, value in bars
+            for label, kind, begin, end, value in bars
         ],
     }
 
 
-def _facts(explanation: Any) -> list[tuple[str, str]]:
+def _facts(e: Any) -> list[tuple[str, str]]:
     """What was compared: names and values."""
     from xcos_ext import __version__
 
-    model = explanation.model
-    facts = [("model", model.name)]
-    if model.file is not None:
-        facts.append(("file", model.file))
-    facts += [("fingerprint", model.fingerprint), ("attention", model.attention_in_words)]
-    for letter, face in (("A", explanation.a), ("B", explanation.b)):
+    facts = [("model", e.model.name), *([] if e.model.file is None else [("file", e.model.file)])]
+    facts += [("fingerprint", e.model.fingerprint), ("attention", e.model.attention_in_words)]
+    for letter, face in (("A", e.a), ("B", e.b)):
         facts.append((f"picture {letter}", face.name))
-        facts += [
-            (f"{letter}: {str(key).replace('_', ' ')}", _plain(value))
-            for key, value in face.details.items()
-            if key != "picture"
-        ]
+        known = {key: value for key, value in face.details.items() if key != "picture"}
+        facts += [(f"{letter}: {str(key).replace('_', ' ')}", _plain(value)) for key, value in known.items()]
         if face.landmarks is not None:
             points = ", ".join(f"({x:.0f}, {y:.0f})" for x, y in face.landmarks)
             facts.append((f"{letter}: points in the crop", points))
@@ -190,15 +175,10 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def notebook_frame(explanation: Any, *, height: int = 920) -> str:
-    """The page in a frame of its own for a notebook: its style and names stay inside, and its program cannot reach out.
-
-    Args:
-        explanation: what to show.
-        height: of the frame in pixels.
-    """
+def notebook_frame(e: Any) -> str:
+    """The page in a frame of its own for a notebook: its style and names stay inside, its program cannot reach out."""
     frame = need("markupsafe", "a page").Markup(
-        '<iframe srcdoc="{}" sandbox="allow-scripts" width="100%" height="{}" loading="lazy" title="{}" '
+        '<iframe srcdoc="{}" sandbox="allow-scripts" width="100%" height="920" loading="lazy" title="{}" '
         'frameborder="0"></iframe>'
     )
-    return str(frame.format(explanation_page(explanation), height, printable(repr(explanation))))
+    return str(frame.format("".join(explanation_page(e)), printable(repr(e))))

@@ -48,6 +48,12 @@ class PairsFile:
     ``genuine`` is 1 or 0 (also true, yes, false, no), or empty where it is not known. The other columns are shown on
     the page. The file is read through once to check it, and again whenever it is iterated; it is never held in memory.
 
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
+    ...     print("a,b,genuine", "1.jpg,2.jpg,yes", sep="\\n", file=file, flush=True)
+    ...     list(PairsFile(file.name))
+    [ReportPair(a='1.jpg', b='2.jpg', genuine=True, labels=(), line=2)]
+
     Args:
         path: the file, UTF-8.
 
@@ -128,6 +134,13 @@ class PairsFile:
 
 def pictures_below(root: str | os.PathLike[str], *, max_pixels: int | None = None) -> Callable[[str], np.ndarray]:
     """A reader of pictures by their path below a folder, or in a zip archive.
+
+    >>> import tempfile
+    >>> from PIL import Image
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Image.new("RGB", (4, 3)).save(f"{folder}/a.png")
+    ...     pictures_below(folder)("a.png").shape
+    (3, 4, 3)
 
     Args:
         root: the folder or archive. Where it holds one folder and nothing else, paths may start in that.

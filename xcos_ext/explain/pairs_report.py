@@ -24,7 +24,8 @@ from xcos_ext.io.atomic import check_output, write_atomically
 from xcos_ext.io.optional import need
 from xcos_ext.io.text import printable
 
-from .explanation import ModelCard, attention_kind, checked_threshold, features_of_faces
+from .decision import check_threshold
+from .explanation import ModelCard, features_of_faces
 from .page import picture_uri, render
 from .pairs_file import ReportPair
 from .plotting import RDBU, YLGN
@@ -32,6 +33,7 @@ from .regions import PARTS, cell_parts
 
 if TYPE_CHECKING:
     from xcos_ext.faces import Detector
+    from xcos_ext.gallery.enroll import ReadPicture
     from xcos_ext.model import XCosModel
 
 __all__ = ["ReportSummary", "write_report"]
@@ -45,6 +47,9 @@ _FULL = 65535  # a map's number in two bytes
 @dataclass
 class ReportSummary:
     """What a report holds.
+
+    >>> ReportSummary(pairs=3, compared=2, failed=1).as_dict()["failed"]
+    1
 
     Attributes:
         pairs: all, in the order of the list.
@@ -90,6 +95,7 @@ class _Spool:
 
     def __init__(self, folder: str) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by close)
+        self.close = self._file.close
         self._shape: tuple[int, ...] = ()
         self._rows = 0
 
@@ -101,17 +107,11 @@ class _Spool:
         return range(self._rows - len(rows), self._rows)
 
     def take(self, places: Sequence[int]) -> np.ndarray:
-        """Rows by their places [N, ...]."""
+        """Rows by their places [N, ...]; read, not mapped: mapped pages would count as this process's memory."""
         self._file.flush()
         size = 4 * int(np.prod(self._shape))
-        made = np.empty((len(places), *self._shape), np.float32)
-        for row, place in zip(made, places, strict=True):
-            # Reading, not mapping: mapped pages would count as this process's memory.
-            row[...] = np.frombuffer(os.pread(self._file.fileno(), size, place * size), np.float32).reshape(self._shape)
-        return made
-
-    def close(self) -> None:
-        self._file.close()
+        rows = b"".join(os.pread(self._file.fileno(), size, place * size) for place in places)
+        return np.frombuffer(bytearray(rows), np.float32).reshape(len(places), *self._shape)
 
 
 def _thumbnail(rgb: np.ndarray) -> str:
@@ -138,7 +138,7 @@ class _Report:
 
     # --- pictures
 
-    def add_pictures(self, read: list[tuple[str, np.ndarray | None, int, str | None]]) -> Iterator[dict[str, Any]]:
+    def add_pictures(self, read: list[ReadPicture]) -> Iterator[dict[str, Any]]:
         """Features and thumbnails of the next pictures; their blocks of the page."""
         faces = [rgb for _, rgb, _, _ in read if rgb is not None]
         failure = None
@@ -160,7 +160,7 @@ class _Report:
             self.summary.several_faces += found > 1
         self.summary.pictures += len(read)
         self.summary.without_face += len(reasons)
-        yield {"kind": "names", "data": {"names": [printable(name) for name, *_ in read], "why": reasons}}
+        yield {"kind": "names", "data": {"names": [printable(picture.id) for picture, *_ in read], "why": reasons}}
         yield {"first": first, "jpegs": ["" if rgb is None else _thumbnail(rgb) for _, rgb, _, _ in read]}
 
     # --- pairs
@@ -169,36 +169,31 @@ class _Report:
         """Scores and maps of some pairs; their block of the page."""
         numbers = [(self.places[pair.a], self.places[pair.b]) for pair in pairs]
         why: dict[int, str] = {}
-        usable = []
-        for i, (a, b) in enumerate(numbers):
-            reasons = dict.fromkeys(self.why[n] for n in (a, b) if n in self.why)
-            if reasons:
+        for i, both in enumerate(numbers):
+            if reasons := dict.fromkeys(self.why[n] for n in both if n in self.why):
                 why[i] = "; ".join(reasons)
-            else:
-                usable.append(i)
-        scores, maps, alike, problems = self._score(
-            [(self.rows[numbers[i][0]], self.rows[numbers[i][1]]) for i in usable]
-        )
+        usable = [i for i in range(len(pairs)) if i not in why]
+        packed = np.zeros((len(pairs), 2, int(np.prod(self.cells))), "<u2")
         shown: list[float | None] = [None] * len(pairs)
         rates: list[float | None] = [None] * len(pairs)
-        for place, i in enumerate(usable):
-            if place in problems:
-                why[i] = problems[place]
-                continue
-            score = float(scores[place])
-            shown[i] = score
-            if self.model.fmr_curve is not None:
-                rate = self.model.fmr_curve.at(score)
-                # Below what the calibration resolves: negative, so that one number says both.
-                rates[i] = float(f"{rate.rate if rate.resolved else -rate.rate:.3g}")
-            self._count(pairs[i].genuine, score)
+        identical: dict[int, str] = {}
+        if usable:
+            scored = self._score([[self.rows[numbers[i][side]] for i in usable] for side in (0, 1)])
+            for i, score, maps, alike, problem in zip(usable, *scored, strict=True):
+                if alike:
+                    identical[i] = "same picture" if len(set(numbers[i])) == 1 else "same features"
+                if problem is not None:
+                    why[i] = problem
+                    continue
+                shown[i], packed[i] = float(score), maps
+                if self.model.fmr_curve is not None:
+                    rate = self.model.fmr_curve.at(float(score))
+                    # Below what the calibration resolves: negative, so that one number says both.
+                    rates[i] = float(f"{rate.rate if rate.resolved else -rate.rate:.3g}")
+                self._count(pairs[i].genuine, float(score))
         self.summary.pairs += len(pairs)
         self.summary.failed += len(why)
-        packed = np.zeros((len(pairs), *maps.shape[1:]), "<u2")
-        identical = {usable[i]: "same picture" if len(set(numbers[usable[i]])) == 1 else "same features" for i in alike}
         self.summary.identical += len(identical)
-        good = [place for place in range(len(usable)) if place not in problems]
-        packed[[usable[place] for place in good]] = maps[good]
         data = {
             "a": [a for a, _ in numbers],
             "b": [b for _, b in numbers],
@@ -213,22 +208,19 @@ class _Report:
         }
         return {"kind": "pairs", "data": data}
 
-    def _score(self, rows: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray, list[int], dict[int, str]]:
-        """Scores fp64 [N], maps uint16 [N, 2, cells], places of equal features, and by place why there is no score."""
+    def _score(self, sides: list[list[int]]) -> tuple[np.ndarray, np.ndarray, list[bool], list[str | None]]:
+        """Of rows of A and of B: scores fp64 [N], maps uint16 [N, 2, cells], whether the features are equal, and why
+        there is no score."""
         import torch
 
-        cells = int(np.prod(self.cells))
-        if not rows:
-            return np.empty(0), np.empty((0, 2, cells), "<u2"), [], {}
-        unique = sorted({row for pair in rows for row in pair})
-        index = {row: i for i, row in enumerate(unique)}
-        features = torch.from_numpy(self.spool.take(unique)).to(module_device(self.model))
+        unique, index = np.unique(sides, return_inverse=True)
+        features = torch.from_numpy(self.spool.take(unique.tolist())).to(module_device(self.model))
         with torch.no_grad():
-            a, b = (features[[index[pair[side]] for pair in rows]] for side in (0, 1))
+            a, b = features[torch.from_numpy(index.reshape(2, -1)).to(features.device)]
             result = self.model.score(a, b, return_maps=True)
-            alike = (a == b).flatten(1).all(1).nonzero().flatten().tolist()
+            alike = (a == b).flatten(1).all(1).tolist()
         own = result.score.double().cpu().numpy()
-        similarity, attention = (m.double().cpu().numpy().reshape(len(rows), cells) for m in result[1:])
+        similarity, attention = (m.double().flatten(1).cpu().numpy() for m in result[1:])
         slack = 64 * float(torch.finfo(result.score.dtype).eps)
         with np.errstate(invalid="ignore"):
             total = attention.sum(1, keepdims=True)
@@ -236,15 +228,10 @@ class _Report:
             scores = (attention * similarity).sum(1)
             finite = np.isfinite(own) & np.isfinite(similarity).all(1) & np.isfinite(attention).all(1)
             true = (np.abs(total[:, 0] - 1) <= slack) & (np.abs(scores - own) <= slack)
-        problems = {
-            int(i): "the model gave a result that is not finite"
-            if not finite[i]
-            else "the model gave a score that its maps do not make"
-            for i in np.flatnonzero(~(finite & true))
-        }
-        kept = np.where(finite[:, None], similarity, 0), np.where(finite[:, None], attention, 0)
-        maps = np.stack([(kept[0] + 1) / 2, kept[1]], 1)
-        return scores, np.rint(np.clip(maps, 0, 1) * _FULL).astype("<u2"), alike, problems
+            maps = np.rint(np.clip(np.stack([(similarity + 1) / 2, attention], 1), 0, 1) * _FULL)
+        wrong, sick = "the model gave a score that its maps do not make", "the model gave a result that is not finite"
+        problems = [None if ok else wrong if known else sick for ok, known in zip(finite & true, finite, strict=True)]
+        return scores, np.nan_to_num(maps).astype("<u2"), alike, problems
 
     def _count(self, genuine: bool | None, score: float) -> None:
         summary = self.summary
@@ -281,6 +268,12 @@ def write_report(
     and searches, and shows some pairs at a time. A pair whose picture cannot be used is listed with the reason. The
     page is written to a temporary file that takes the name when it is complete.
 
+    >>> import xcos_ext
+    >>> pairs, face = [ReportPair("a.jpg", "b.jpg")], np.full((112, 112, 3), 90, np.uint8)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_report(f"{folder}/pairs.html", xcos_ext.load_model(), pairs, lambda name: face).compared
+    1
+
     Args:
         path: the page, ``.html``.
         model: in evaluation mode.
@@ -303,13 +296,16 @@ def write_report(
         OutputError: the page cannot be written.
         ValueError: a model in training mode, no pairs, or a threshold that is not finite.
     """
+    from xcos_ext.gallery.enroll import Picture, read_faces
+
     started = time.monotonic()
     if model.training:
         raise ValueError("model: expected evaluation mode, got training mode; call .eval() first")
     if batch_size < 1 or threads < 1:
         raise ValueError(f"batch_size, threads: expected at least 1, got {batch_size}, {threads}")
     target = check_output(path, (".html", ".htm"))
-    threshold, given = checked_threshold(model, threshold)
+    given = check_threshold(threshold) is not None
+    threshold = threshold if given else model.threshold
     if detector is not None:
         detector()  # fails here rather than in a thread; and OpenCV cannot be imported by several threads at once
     report = _Report(model, threshold, os.path.dirname(target))
@@ -323,7 +319,10 @@ def write_report(
             raise ValueError("pairs: expected at least one, got none")
 
         def made() -> Generator[dict[str, Any], None, None]:
-            with contextlib.closing(_faces(report, read, detector, policy, threads)) as faces:
+            pictures = (Picture(name, partial(read, name)) for name in report.places)
+            size = model.preprocessing.size
+            reading: Any = read_faces(pictures, size, detector, policy=policy, threads=threads)  # type: ignore[arg-type]
+            with contextlib.closing(reading) as faces:
                 source = iter(pairs)
                 done = 0
                 while chunk := list(islice(source, _PAIRS)):
@@ -341,7 +340,7 @@ def write_report(
             "report",
             title=title,
             decided=threshold is not None,
-            settings=_settings(report, ModelCard(model.name, file, model.fingerprint(), attention_kind(model)))
+            settings=_settings(report, ModelCard.of(model, file))
             | {"given": given, "labels": [printable(name) for name in label_names]},
             blocks=blocks,
             summary=report.summary,
@@ -357,22 +356,6 @@ def write_report(
     finally:
         report.spool.close()
     return report.summary
-
-
-def _faces(
-    report: _Report,
-    read: Callable[[str], np.ndarray],
-    detector: Callable[[], Detector] | None,
-    policy: str,
-    threads: int,
-) -> Generator[tuple[str, np.ndarray | None, int, str | None], None, None]:
-    """(name, crop or None, faces found, why there is no crop) of every picture, in the order of first use."""
-    from xcos_ext.gallery.enroll import Picture, read_faces
-
-    size = report.model.preprocessing.size
-    pictures = (Picture(name, partial(read, name)) for name in report.places)
-    for picture, rgb, found, why in read_faces(pictures, size, detector, policy=policy, threads=threads):  # type: ignore[arg-type]
-        yield picture.id, rgb, found, why
 
 
 def _settings(report: _Report, card: ModelCard) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +41,7 @@ __all__ = [
     "ink",
     "new_figure",
     "save_figure",
+    "shades",
 ]
 
 #: Red (against) to blue (for the same person).
@@ -60,12 +62,15 @@ DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)))
 FIGURE_SUFFIXES = (".png", ".pdf", ".svg")
 
 
-def _rgb(colour: str) -> tuple[int, int, int]:
-    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
+def _rgb(colour: str) -> tuple[int, ...]:
+    return tuple(bytes.fromhex(colour[1:]))
 
 
 class Scale:
     """Colours for numbers between two ends; what lies beyond an end gets its colour.
+
+    >>> Scale(("#000000", "#ffffff"), -1.0, 1.0)(0.0)
+    '#808080'
 
     Args:
         stops: colours at equal distances.
@@ -75,6 +80,7 @@ class Scale:
 
     def __init__(self, stops: Sequence[str], low: float, high: float) -> None:
         self.stops, self.low, self.high = tuple(stops), low, high
+        self._rgb = [_rgb(stop) for stop in stops]
 
     def __call__(self, value: float) -> str:
         """The colour of a number, ``#rrggbb``."""
@@ -88,11 +94,14 @@ class Scale:
         """The colour at a place between the ends."""
         place = min(max(place, 0.0), 1.0) * (len(self.stops) - 1)
         index = min(int(place), len(self.stops) - 2)
-        mixed = (
-            round(a + (b - a) * (place - index))
-            for a, b in zip(_rgb(self.stops[index]), _rgb(self.stops[index + 1]), strict=True)
-        )
-        return "#{:02x}{:02x}{:02x}".format(*mixed)
+        one, next_one = self._rgb[index : index + 2]
+        return "#" + bytes(round(a + (b - a) * (place - index)) for a, b in zip(one, next_one, strict=True)).hex()
+
+
+@cache
+def shades(stops: tuple[str, ...]) -> tuple[str, ...]:
+    """48 colours for a legend, from the first stop to the last."""
+    return tuple(Scale(stops, 0.0, 48.0)(i + 0.5) for i in range(48))
 
 
 def ink(ground: str) -> str:
@@ -123,10 +132,7 @@ def new_figure(width: float, height: float, **how: Any) -> Figure:
 def bare_axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
     """Axes without ticks and frame at a place in the figure, in its widths and heights."""
     axes = figure.add_axes((left, bottom, width, height))
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.set_axis_off()
     return axes
 
 
@@ -149,6 +155,9 @@ def check_face(name: str, face: np.ndarray) -> None:
 def check_figure_path(path: str | os.PathLike[str]) -> str:
     """Check that a figure can be written, before the work for it is done.
 
+    >>> check_figure_path("/tmp/why.png")
+    '/tmp/why.png'
+
     Raises:
         OutputError: a suffix other than :data:`FIGURE_SUFFIXES`, or a file that cannot be written.
     """
@@ -157,6 +166,12 @@ def check_figure_path(path: str | os.PathLike[str]) -> str:
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150) -> None:
     """Write a figure, atomically, in the format of its suffix.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_figure(new_figure(1, 1), f"{folder}/a.png", dpi=20)
+    ...     os.listdir(folder)
+    ['a.png']
 
     Args:
         figure: to write.

@@ -27,6 +27,9 @@ _FAINT = 0.05  # of what the strongest part contributes
 class Region:
     """One part of the faces in a decision.
 
+    >>> Region("nose", ((2, 3), (3, 3)), 0.7, 0.1, 0.04, "agrees").name
+    'nose'
+
     Attributes:
         name: one of :data:`PARTS`.
         cells: (row, column) of its cells.
@@ -138,28 +141,17 @@ def summarise(
     Returns:
         In the order of :data:`PARTS`, without parts that no cell lies on.
     """
-    sums = {
-        index: math.fsum(contribution[parts == index].tolist()) for index in range(len(PARTS)) if (parts == index).any()
-    }
-    strongest = max((abs(value) for value in sums.values()), default=0.0)
+    chosen = [(name, parts == index) for index, name in enumerate(PARTS) if (parts == index).any()]
+    sums = [math.fsum(contribution[where].tolist()) for _, where in chosen]
+    strongest = max(map(abs, sums), default=0.0)
     made = []
-    for index, value in sums.items():
-        where = parts == index
+    for (name, where), value in zip(chosen, sums, strict=True):
         share = math.fsum(attention[where].tolist())
-        even = where.mean()
         if decided:
             word = "counts little" if abs(value) <= _FAINT * strongest else "agrees" if value > 0 else "differs"
         else:
-            ratio = share / even
+            ratio = share / where.mean()
             word = "little weight" if ratio < _FEW else "much weight" if ratio > 1 / _FEW else "usual weight"
-        made.append(
-            Region(
-                PARTS[index],
-                tuple((int(r), int(c)) for r, c in np.argwhere(where)),
-                float(similarity[where].mean()),
-                share,
-                value,
-                word,
-            )
-        )
+        cells = tuple((int(r), int(c)) for r, c in np.argwhere(where))
+        made.append(Region(name, cells, float(similarity[where].mean()), share, value, word))
     return tuple(made)

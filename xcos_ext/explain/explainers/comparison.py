@@ -38,6 +38,11 @@ def explainers_figure(
     ranks lower than a place. The upper half is coloured, blue where A is like B, red where it is not (ColorBrewer's
     RdBu, which stays apart under colour blindness); places of equal value share the middle of their ranks.
 
+    >>> face, cells = np.zeros((112, 112, 3), np.uint8), np.eye(7)
+    >>> figure = explainers_figure(face, face, {"mine": Saliency(cells, -cells)})
+    >>> [axes.get_title() for axes in figure.axes if axes.get_title()]
+    ['mine']
+
     Args:
         face_a: the face that is explained, uint8 RGB [height, width, 3].
         face_b: the one it is compared with.

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xcos_ext.backbones import Recogniser
+from xcos_ext.explain.decision import check_threshold
 from xcos_ext.io.optional import need
 
-from .base import GradientExplainer, check_threshold, split, threshold_of
+from .base import GradientExplainer, split, threshold_of
 from .interface import EmbeddingCosine, PairModel, Saliency, XCosPairs
 
 __all__ = ["FGGB", "XSSAB", "GradCAM"]
 
-_Step = Callable[[Tensor], Tensor]
 Units = Literal["cells", "channels"]
 Gradients = Literal["signed", "magnitude"]
 
@@ -33,6 +33,9 @@ class FGGB(GradientExplainer):
     Units of a plain embedding are its K numbers before they are brought to unit length: w_k = a_k b_k / (|a| |b|). An
     xCos score has C * h * w channels; its units are by default the h * w cells instead, G the gradient of the cell's
     cosine and w the cell's W * S. The paper does not say how colours become one map: here it is their mean.
+
+    >>> FGGB("channels", gradients="magnitude").units
+    'channels'
 
     Args:
         units: ``"cells"`` (xCos models only) or ``"channels"``; None: cells where there are cells.
@@ -71,12 +74,9 @@ class FGGB(GradientExplainer):
         self.clip = clip
         self.vectorised = vectorised
 
-    def _check(self, model: PairModel) -> None:
+    def _gradient_maps(self, model: PairModel, a: Tensor, features_b: Tensor, size: int) -> Saliency:
         if self.units == "cells" and not isinstance(model, XCosPairs):
             raise ValueError(f"units: expected 'channels' for a model without cells, got 'cells' ({model.name})")
-        threshold_of(model, self.threshold, "the worth of a channel")
-
-    def _maps(self, model: PairModel, a: Tensor, features_b: Tensor, size: int) -> Saliency:
         threshold = threshold_of(model, self.threshold, "the worth of a channel")
         images = a.requires_grad_()
         units, shares = self._units(model, images, features_b)
@@ -130,6 +130,9 @@ class XSSAB(GradientExplainer):
     whatever K is. On an xCos model the channels are those of all cells' unit features, weighed with the attention,
     which is held constant.
 
+    >>> XSSAB(threshold=0.3).threshold
+    0.3
+
     Args:
         threshold: t; None: the model's.
         batch_size: pictures per pass; None: 16 on a CPU, else 256.
@@ -144,10 +147,7 @@ class XSSAB(GradientExplainer):
         super().__init__(batch_size)
         self.threshold = check_threshold(threshold)
 
-    def _check(self, model: PairModel) -> None:
-        threshold_of(model, self.threshold, "the support of a channel")
-
-    def _maps(self, model: PairModel, a: Tensor, features_b: Tensor, size: int) -> Saliency:
+    def _gradient_maps(self, model: PairModel, a: Tensor, features_b: Tensor, size: int) -> Saliency:
         threshold = threshold_of(model, self.threshold, "the support of a channel")
         images = a.requires_grad_()
         u, v = model.channels(model.features(images), features_b)
@@ -155,50 +155,12 @@ class XSSAB(GradientExplainer):
         supports = terms.detach() >= threshold / terms.shape[1]
         maps = []
         for chosen in (supports, ~supports):
-            if terms.requires_grad:
+            gradient = torch.zeros_like(images)
+            if terms.requires_grad:  # else the features do not depend on the picture
                 total = torch.where(chosen, terms, 0.0).sum()  # pairs do not meet, so one pass serves them all
                 (gradient,) = torch.autograd.grad(total, images, retain_graph=True)
-            else:
-                gradient = torch.zeros_like(images)  # the features do not depend on the picture
             maps.append(gradient.abs().mean(1).float())
         return Saliency(*maps)
-
-
-class _Grid(nn.Module):
-    """Images to the map that is explained; nothing in front of it is differentiated."""
-
-    def __init__(self, compute: _Step) -> None:
-        super().__init__()
-        self._compute = compute
-
-    def forward(self, images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self._compute(images).clone()
-
-
-class _PairScore(nn.Module):
-    """Images of A [N, 3, H, W] to their scores with B [N]."""
-
-    def __init__(self, model: PairModel) -> None:
-        super().__init__()
-        to_map, to_features = _steps(model)
-        self.grid = _Grid(to_map)
-        self._to_features = to_features
-        self._score = model.score
-
-    def forward(self, images: Tensor, features_b: Tensor) -> Tensor:
-        return self._score(self._to_features(self.grid(images)), features_b)
-
-
-def _steps(model: PairModel) -> tuple[_Step, _Step]:
-    """Images to the last map before spatial resolution is lost, and from there to features."""
-    if isinstance(model, XCosPairs):
-        backbone = model.model.backbone
-        return (backbone.grid if isinstance(backbone, Recogniser) else backbone), model.model.head.features
-    if isinstance(model, EmbeddingCosine):
-        recogniser = model.recogniser
-        return recogniser.grid, lambda grid: F.normalize(recogniser.embed(grid), dim=1)
-    return model.features, lambda features: features
 
 
 class GradCAM(GradientExplainer):
@@ -207,6 +169,9 @@ class GradCAM(GradientExplainer):
     ``sum_c mean_ij(d score / d x_c,ij) x_c`` over the backbone's last map x (Grad-CAM, arXiv 1610.02391; the score is
     that of the pair, with B held constant), from :class:`captum.attr.LayerGradCam`. Grad-CAM keeps the positive part,
     which is what is similar; the negative part is what is not. One forward and, behind the map, one backward pass.
+
+    >>> GradCAM(clip=False).name
+    'gradcam'
 
     Args:
         clip: False: the maps keep their order where the sum has the other sign, too.
@@ -224,11 +189,22 @@ class GradCAM(GradientExplainer):
         self._method = need("captum.attr", "Grad-CAM", extra="explain").LayerGradCam
         self.clip = clip
 
-    def _maps(self, model: PairModel, a: Tensor, features_b: Tensor, size: int) -> Saliency:
-        if not isinstance(model, XCosPairs | EmbeddingCosine) and features_b.dim() != 4:
+    def _gradient_maps(self, model: PairModel, a: Tensor, features_b: Tensor, size: int) -> Saliency:
+        to_map: Callable[[Tensor], Tensor] = model.features
+        to_features: Callable[[Tensor], Tensor] = nn.Identity()
+        if isinstance(model, XCosPairs):
+            backbone = model.model.backbone
+            to_map = backbone.grid if isinstance(backbone, Recogniser) else backbone
+            to_features = model.model.head.features
+        elif isinstance(model, EmbeddingCosine):
+            recogniser = model.recogniser
+            to_map, to_features = recogniser.grid, lambda grid: F.normalize(recogniser.embed(grid), dim=1)
+        elif features_b.dim() != 4:
             raise ValueError(
                 f"model: expected features that are a map [N, C, h, w], got {list(features_b.shape)} ({model.name})"
             )
-        module = _PairScore(model)
-        made = self._method(module, module.grid).attribute(a, additional_forward_args=(features_b,))
-        return split(made.squeeze(1), self.clip)
+        with torch.no_grad():  # nothing in front of the map is differentiated
+            grid = to_map(a).clone()
+        layer = nn.Identity()
+        method = self._method(lambda grid: model.score(to_features(layer(grid)), features_b), layer)
+        return split(method.attribute(grid).squeeze(1), self.clip)

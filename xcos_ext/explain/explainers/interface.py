@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from xcos_ext.backbones import Recogniser
 from xcos_ext.card import Preprocessing
@@ -20,6 +20,9 @@ class Saliency(NamedTuple):
 
     Only the order of a map's values has a meaning that all explainers share; they may be negative. Maps of B come from
     the explainer called with the faces exchanged.
+
+    >>> Saliency(torch.rand(2, 7, 7), torch.rand(2, 7, 7)).similar.shape
+    torch.Size([2, 7, 7])
 
     Attributes:
         similar: [N, h, w], fp32: pixels of A, or cells of its grid.
@@ -83,10 +86,18 @@ class Explainer(Protocol):
 class EmbeddingCosine:
     """The plain cosine of a recogniser's embeddings as a :class:`PairModel`.
 
+    >>> from xcos_ext import backbones
+    >>> model = EmbeddingCosine(backbones.create("mobilefacenet", embedding_size=8).eval(), threshold=0.3)
+    >>> model.name
+    'mobilefacenet, cosine'
+
     Args:
         recogniser: with its output block, in evaluation mode.
         threshold: the same person if cosine >= threshold; None: unknown.
         name: for reports; None: the architecture's.
+
+    Attributes:
+        module: the network.
 
     Raises:
         ValueError: the recogniser has no output block.
@@ -95,19 +106,9 @@ class EmbeddingCosine:
     def __init__(self, recogniser: Recogniser, *, threshold: float | None = None, name: str | None = None) -> None:
         if recogniser.embedding_size is None:
             raise ValueError("recogniser: expected one with its output block, whose embeddings are compared; got none")
-        self.recogniser = recogniser
-        self.threshold = threshold
+        self.module = self.recogniser = recogniser
+        self.preprocessing, self.threshold = recogniser.preprocessing, threshold
         self.name = f"{recogniser.architecture}, cosine" if name is None else name
-
-    @property
-    def module(self) -> nn.Module:
-        """The network."""
-        return self.recogniser
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """Of the pictures."""
-        return self.recogniser.preprocessing
 
     def embedding(self, images: Tensor) -> Tensor:
         """Normalised images [N, 3, H, W] -> the recogniser's embeddings [N, D], not of unit length."""
@@ -129,32 +130,26 @@ class EmbeddingCosine:
 class XCosPairs:
     """The score sum W * S of an xCos model as a :class:`PairModel`.
 
+    >>> import torch, xcos_ext
+    >>> model = XCosPairs(xcos_ext.load_model())
+    >>> model.features(torch.zeros(2, 3, 112, 112)).shape
+    torch.Size([2, 32, 7, 7])
+
     Args:
         model: in evaluation mode.
+
+    Attributes:
+        module: the network.
     """
 
     def __init__(self, model: XCosModel) -> None:
-        self.model = model
-
-    @property
-    def module(self) -> nn.Module:
-        """The network."""
-        return self.model
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """Of the pictures."""
-        return self.model.preprocessing
+        self.module = self.model = model
+        self.preprocessing, self.name = model.preprocessing, model.name
 
     @property
     def threshold(self) -> float | None:
         """The model's decision threshold."""
         return self.model.threshold
-
-    @property
-    def name(self) -> str:
-        """The model's."""
-        return self.model.name
 
     def features(self, images: Tensor) -> Tensor:
         """Normalised images [N, 3, H, W] -> grid features [N, C, h, w]."""
@@ -175,11 +170,13 @@ class XCosPairs:
 def as_pair_model(model: PairModel | XCosModel | Recogniser) -> PairModel:
     """A model as explainers want it: an :class:`XCosModel`'s own score, a recogniser's plain cosine.
 
+    >>> import xcos_ext
+    >>> as_pair_model(xcos_ext.load_model()).name
+    'xcos-compact'
+
     Raises:
         ValueError: a recogniser without its output block.
     """
     if isinstance(model, XCosModel):
         return XCosPairs(model)
-    if isinstance(model, Recogniser):
-        return EmbeddingCosine(model)
-    return model
+    return EmbeddingCosine(model) if isinstance(model, Recogniser) else model

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from xcos_ext.card import Preprocessing
 from xcos_ext.explain.fills import filled
 
-from .base import BatchedExplainer, check_count, check_pairs, features_of, split
+from .base import BatchedExplainer, check_count, split
 from .interface import PairModel, Saliency, XCosPairs
 
-__all__ = ["CorrRISE", "Fill", "Occlusion", "average_ranks", "cell_squares", "fill_pictures", "patch_masks"]
+__all__ = ["CorrRISE", "Fill", "Occlusion", "average_ranks", "cell_squares", "patch_masks"]
 
 _GRID = (7, 7)  # of models without cells
 _MASKS_AT_ONCE = 1024  # as fp32: 51 MB of 112x112
@@ -22,46 +21,23 @@ _MASKS_AT_ONCE = 1024  # as fp32: 51 MB of 112x112
 Fill = Literal["black", "mean", "blur"]
 
 
-def fill_pictures(fill: Fill, images: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """The pictures to show where others are hidden.
-
-    Args:
-        fill: which.
-        images: normalised [N, 3, H, W].
-        preprocessing: they were normalised by: black is pixel value 0, not 0 after normalisation.
-
-    Returns:
-        [N, 3, H, W], possibly expanded.
-    """
-    if fill == "mean":
-        return images.mean((2, 3), keepdim=True).expand_as(images)
-    return filled({"black": "zero", "blur": "blur"}[fill], images, preprocessing)
-
-
 class _MaskingExplainer(BatchedExplainer):
     def __init__(self, fill: str, batch_size: int | None) -> None:
         if fill not in get_args(Fill):
             raise ValueError(f"fill: expected one of {', '.join(get_args(Fill))}, got {fill!r}")
         super().__init__(batch_size)
-        self.fill = cast(Fill, fill)
+        self.fill = fill
 
-    def _masked_scores(self, model: PairModel, a: Tensor, features_b: Tensor, keep: Tensor) -> Tensor:
-        """Scores of all pairs under all masks, [N, M]; memory holds one batch of masked pictures.
-
-        Args:
-            model: of the score.
-            a: normalised images [N, 3, H, W].
-            features_b: of the faces that they are compared with [N, ...], computed once.
-            keep: bool [M, H, W]: True where A stays.
-        """
-        count, masks = a.shape[0], keep.shape[0]
-        fill = fill_pictures(self.fill, a, model.preprocessing)
+    def _masked_scores(self, model: PairModel, a: Tensor, features_b: Tensor, keep: Tensor, size: int) -> Tensor:
+        """Scores [N, M] of A [N, 3, H, W] with B under masks, bool [M, H, W], True where A stays; a few at a time."""
+        masks = len(keep)
+        fill = filled(self.fill, a, model.preprocessing)
         scores = []
-        for part in torch.arange(count * masks, device=a.device).split(self._at_once(a.device)):
+        for part in torch.arange(len(a) * masks, device=a.device).split(size):
             pair, mask = part // masks, part % masks
             pictures = torch.where(keep[mask].unsqueeze(1), a[pair], fill[pair])
             scores.append(model.score(model.features(pictures), features_b[pair]))
-        return torch.cat(scores).view(count, masks)
+        return torch.cat(scores).view(-1, masks)
 
 
 def cell_squares(grid: tuple[int, int], size: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
@@ -82,6 +58,9 @@ def cell_squares(grid: tuple[int, int], size: tuple[int, int], device: torch.dev
 
 class Occlusion(_MaskingExplainer):
     """What the score loses (similar) or gains (dissimilar) when a cell of A is hidden: one forward pass per cell.
+
+    >>> Occlusion((7, 7), fill="mean").grid
+    (7, 7)
 
     Args:
         grid: (rows, columns) of squares; None: the model's own cells, or 7x7 for models without cells.
@@ -105,21 +84,13 @@ class Occlusion(_MaskingExplainer):
         self.grid = grid
 
     @torch.no_grad()
-    def __call__(self, model: PairModel, a: Tensor, b: Tensor) -> Saliency:
-        """Maps over the squares of A [N, rows, columns].
-
-        Raises:
-            TypeError: something else than floating-point tensors.
-            ValueError: images that are not [N, 3, H, W], or more cells than pixels.
-        """
-        check_pairs(model, a, b)
-        size = self._at_once(a.device)
-        features_a, features_b = features_of(model, a, size), features_of(model, b, size)
+    def _maps(self, model: PairModel, a: Tensor, b: Tensor, size: int) -> Saliency:
+        features_a, features_b = model.features(a), model.features(b)
         grid = self.grid
         if grid is None:
             grid = (features_a.shape[2], features_a.shape[3]) if isinstance(model, XCosPairs) else _GRID
         keep = ~cell_squares(grid, (a.shape[2], a.shape[3]), a.device)
-        hidden = self._masked_scores(model, a, features_b, keep)
+        hidden = self._masked_scores(model, a, features_b, keep, size)
         lost = (model.score(features_a, features_b).unsqueeze(1) - hidden).float().view(-1, *grid)
         return Saliency(lost, -lost)
 
@@ -163,6 +134,9 @@ class CorrRISE(_MaskingExplainer):
     negative part what is not. 500 forward passes per picture; B's features are computed once. A pixel that no mask
     hides, or a score that no mask changes, gives 0.
 
+    >>> CorrRISE(masks=10).keep((112, 112)).shape
+    torch.Size([10, 112, 112])
+
     Args:
         masks: random masks.
         patches: hidden squares per mask.
@@ -205,28 +179,21 @@ class CorrRISE(_MaskingExplainer):
         return self._kept
 
     @torch.no_grad()
-    def __call__(self, model: PairModel, a: Tensor, b: Tensor) -> Saliency:
-        """Maps over A's pixels [N, H, W]: correlations.
-
-        Raises:
-            TypeError: something else than floating-point tensors.
-            ValueError: images that are not [N, 3, H, W], or smaller than the patches.
-        """
-        check_pairs(model, a, b)
+    def _maps(self, model: PairModel, a: Tensor, b: Tensor, size: int) -> Saliency:
         keep = self.keep((a.shape[2], a.shape[3])).to(a.device)
-        scores = self._masked_scores(model, a, features_of(model, b, self._at_once(b.device)), keep)
-        return split(self._correlation(scores, keep.flatten(1)).view(-1, *a.shape[2:]), self.clip)
+        scores = self._masked_scores(model, a, model.features(b), keep, size)
+        return split(_correlation(scores, keep.flatten(1)).view(-1, *a.shape[2:]), self.clip)
 
-    @staticmethod
-    def _correlation(scores: Tensor, keep: Tensor) -> Tensor:
-        """Pearson's r of the ranks of [N, M] with every column of [M, P]: [N, P], fp32."""
-        ranks = average_ranks(scores)
-        ranks -= ranks.mean(1, keepdim=True)
-        # Ranks without their mean are multiples of 1/2, so fp32 adds up those of shown pixels without rounding.
-        low = ranks.float()
-        product = scores.new_zeros(scores.shape[0], keep.shape[1], dtype=torch.float32)
-        for part, rows in zip(low.split(_MASKS_AT_ONCE, 1), keep.split(_MASKS_AT_ONCE), strict=True):
-            product.addmm_(part, rows.float())
-        shown = keep.sum(0).double()
-        spread = (shown * (keep.shape[0] - shown) / keep.shape[0]).sqrt() * ranks.norm(dim=1, keepdim=True)
-        return torch.where(spread > 0, product / spread.clamp_min(1e-30), 0.0).float()
+
+def _correlation(scores: Tensor, keep: Tensor) -> Tensor:
+    """Pearson's r of the ranks of [N, M] with every column of [M, P]: [N, P], fp32."""
+    ranks = average_ranks(scores)
+    ranks -= ranks.mean(1, keepdim=True)
+    # Ranks without their mean are multiples of 1/2, so fp32 adds up those of shown pixels without rounding.
+    low = ranks.float()
+    product = scores.new_zeros(scores.shape[0], keep.shape[1], dtype=torch.float32)
+    for part, rows in zip(low.split(_MASKS_AT_ONCE, 1), keep.split(_MASKS_AT_ONCE), strict=True):
+        product.addmm_(part, rows.float())
+    shown = keep.sum(0).double()
+    spread = (shown * (keep.shape[0] - shown) / keep.shape[0]).sqrt() * ranks.norm(dim=1, keepdim=True)
+    return torch.where(spread > 0, product / spread.clamp_min(1e-30), 0.0).float()

@@ -7,7 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .base import check_pairs, check_threshold, threshold_of
+from xcos_ext.explain.decision import check_threshold
+
+from .base import BatchedExplainer, threshold_of
 from .interface import PairModel, Saliency, XCosPairs
 
 __all__ = ["CellMap", "CentreMap", "RandomMap"]
@@ -15,8 +17,11 @@ __all__ = ["CellMap", "CentreMap", "RandomMap"]
 _NAMES = {"contribution": "xcos", "similarity": "xcos-similarity", "attention": "xcos-attention"}
 
 
-class CellMap:
+class CellMap(BatchedExplainer):
     """A map of the cells that the score is made of.
+
+    >>> CellMap("attention").name
+    'xcos-attention'
 
     Args:
         kind: ``"contribution"``: W * (S - t), what each cell adds to the decision; ``"similarity"``: S alone;
@@ -37,33 +42,28 @@ class CellMap:
             raise ValueError(f"kind: expected one of {', '.join(_NAMES)}, got {kind!r}")
         if threshold is not None and kind != "contribution":
             raise ValueError(f"threshold: expected None for {kind}, which is not about one, got {threshold}")
-        self.kind = kind
-        self.threshold = check_threshold(threshold)
-        self.name = _NAMES[kind]
+        super().__init__()
+        self.kind, self.name, self.threshold = kind, _NAMES[kind], check_threshold(threshold)
 
     @torch.no_grad()
-    def __call__(self, model: PairModel, a: Tensor, b: Tensor) -> Saliency:
-        """Maps over A's cells [N, h, w].
-
-        Raises:
-            TypeError: something else than floating-point tensors.
-            ValueError: a model without cells, images that are not [N, 3, H, W], or ``"contribution"`` without a
-                threshold.
-        """
-        check_pairs(model, a, b)
+    def _maps(self, model: PairModel, a: Tensor, b: Tensor, size: int) -> Saliency:
         if not isinstance(model, XCosPairs):
             raise ValueError(f"model: expected an xCos model, whose score has cells, got {model.name}")
-        maps = model.model.score(model.features(a), model.features(b), return_maps=True)
+        _, similarity, attention = model.model.score(model.features(a), model.features(b), return_maps=True)
         if self.kind == "attention":
-            return Saliency(maps.attention.float(), maps.attention.float())
-        if self.kind == "similarity":
-            return Saliency(maps.similarity.float(), -maps.similarity.float())
-        parts = (maps.attention * (maps.similarity - threshold_of(model, self.threshold, "W * (S - t)"))).float()
-        return Saliency(parts, -parts)
+            return Saliency(attention.float(), attention.float())
+        if self.kind == "contribution":
+            similarity = attention * (similarity - threshold_of(model, self.threshold, "W * (S - t)"))
+        return Saliency(similarity.float(), -similarity.float())
 
 
 class RandomMap:
     """Independent uniform values for every pixel: a map that cannot beat it explains nothing.
+
+    >>> import torch
+    >>> faces = torch.zeros(2, 3, 28, 28)
+    >>> RandomMap(seed=1)(None, faces, faces).similar.shape
+    torch.Size([2, 28, 28])
 
     Args:
         seed: of the first call; later calls go on from there.
@@ -83,6 +83,11 @@ class RandomMap:
 
 class CentreMap:
     """A Gaussian at the centre of the picture, the same for every pair.
+
+    >>> import torch
+    >>> faces = torch.zeros(2, 3, 29, 29)
+    >>> float(CentreMap()(None, faces, faces).similar[0, 14, 14])
+    1.0
 
     Args:
         spread: its standard deviation, in widths of the picture.

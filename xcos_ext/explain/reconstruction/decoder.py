@@ -9,12 +9,12 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from xcos_ext.explain.explainers.interface import EmbeddingCosine, PairModel, XCosPairs
@@ -97,6 +97,9 @@ class FeatureDecoder(nn.Module):
     embedding), and through residual 3x3 convolutions at 7, 14, 28 and 56 pixels; the last ones make the 2x2 pixels of
     each place. What they make is added to the mean face, so a decoder that knows nothing shows that.
 
+    >>> FeatureDecoder((32, 7, 7))(torch.zeros(1, 32, 7, 7)).shape
+    torch.Size([1, 3, 112, 112])
+
     Args:
         shape: of one feature: (C, h, w) or (D,).
         fingerprint: of the model that makes the features, from
@@ -139,10 +142,9 @@ class FeatureDecoder(nn.Module):
         self.register_buffer("mean_face", torch.full((3, *self.picture_size), 0.5))
         self.enter: nn.Module
         self.enter = _Cells(shape, _SEED[0]) if len(shape) == 3 else _Unfold(shape[0], _SEED)  # type: ignore[arg-type]
-        stages = []
-        for cin, cout in zip((_SEED[0], *widths), widths, strict=False):
-            stages.append(nn.Sequential(_conv(cin, cout, gain=1.0), _Block(cout)))
-        self.stages = nn.ModuleList(stages)
+        self.stages = nn.ModuleList(
+            nn.Sequential(_conv(cin, cout, gain=1.0), _Block(cout)) for cin, cout in pairwise((_SEED[0], *widths))
+        )
         self.leave = _conv(widths[-1], 12, gain=0.002)
         self.unfold = nn.PixelShuffle(2)
 
@@ -151,18 +153,12 @@ class FeatureDecoder(nn.Module):
         """Whether features are grids [C, h, w], not embeddings."""
         return len(self.shape) == 3
 
-    def check(self, features: Tensor, argument: str = "features") -> None:
-        """Refuse what is no batch of features.
-
-        Raises:
-            TypeError: not floating-point.
-            ValueError: another shape than [N, *shape].
-        """
+    def check(self, features: Tensor) -> None:
+        """Refuse what is no batch of features: TypeError if not floating-point, ValueError if not [N, *shape]."""
         if features.dim() != 1 + len(self.shape) or tuple(features.shape[1:]) != self.shape:
-            wanted = ", ".join(map(str, self.shape))
-            raise ValueError(f"{argument}: expected [N, {wanted}], got {list(features.shape)}")
+            raise ValueError(f"features: expected [N, {_listed(self.shape)}], got {list(features.shape)}")
         if not features.is_floating_point():
-            raise TypeError(f"{argument}: expected floating-point features, got {features.dtype}")
+            raise TypeError(f"features: expected floating-point features, got {features.dtype}")
 
     def forward(self, features: Tensor) -> Tensor:
         """Features [N, *shape] -> pictures, RGB in about 0..1, fp32 [N, 3, H, W], not clamped; differentiable."""
@@ -181,6 +177,10 @@ class FeatureDecoder(nn.Module):
 def fingerprint_of(model: PairModel) -> str:
     """Short hash of all that features depend on: an xCos model's own, or of a recogniser's weights and pixels.
 
+    >>> import xcos_ext
+    >>> fingerprint_of(XCosPairs(xcos_ext.load_model())) in shipped_decoders()
+    True
+
     Raises:
         ValueError: another kind of model, without a method ``fingerprint()``.
     """
@@ -195,21 +195,19 @@ def fingerprint_of(model: PairModel) -> str:
     return str(own())
 
 
-def _mask(chosen: Tensor | Sequence[int], shape: tuple[int, ...], argument: str, *, numbers: bool = False) -> Tensor:
-    """bool [1 or N, *shape] of a mask with or without N, or of numbers along a single axis."""
+def _listed(shape: Sequence[int]) -> str:
+    return ", ".join(map(str, shape))
+
+
+def _mask(chosen: Tensor | Sequence[int], shape: tuple[int, ...], argument: str) -> Tensor:
+    """bool [1 or N, *shape] of a mask with or without N."""
     mask = torch.as_tensor(chosen)
-    if numbers and mask.dtype != torch.bool:
-        size = shape[0]
-        if mask.numel() == 0:
-            return torch.zeros(1, size, dtype=torch.bool)
-        if mask.is_floating_point() or mask.dim() != 1 or int(mask.min()) < 0 or int(mask.max()) >= size:
-            raise ValueError(f"{argument}: expected numbers from 0 to {size - 1} or a bool mask, got {chosen}")
-        return torch.zeros(1, size, dtype=torch.bool).index_fill_(1, mask.long().cpu(), True)
     if mask.dtype != torch.bool:
         raise TypeError(f"{argument}: expected a bool mask, got {mask.dtype}")
     if tuple(mask.shape[-len(shape) :]) != shape or mask.dim() - len(shape) not in (0, 1):
-        wanted = ", ".join(map(str, shape))
-        raise ValueError(f"{argument}: expected bool [{wanted}] or [N, {wanted}], got {list(mask.shape)}")
+        raise ValueError(
+            f"{argument}: expected bool [{_listed(shape)}] or [N, {_listed(shape)}], got {list(mask.shape)}"
+        )
     return mask.reshape(-1, *shape)
 
 
@@ -222,6 +220,10 @@ def without(
     entries: Tensor | None = None,
 ) -> Tensor:
     """Features with a set of entries replaced by the data-set mean of those entries; the others stay as they are.
+
+    >>> decoder = FeatureDecoder((3, 2, 2))
+    >>> without(decoder, torch.ones(1, 3, 2, 2), channels=[0, 2]).sum((2, 3))
+    tensor([[0., 4., 0.]])
 
     Args:
         decoder: whose mean is used.
@@ -238,51 +240,49 @@ def without(
         ValueError: a wrong shape or number, or cells of an embedding.
     """
     decoder.check(features)
-    removed = torch.zeros(1, *decoder.shape, dtype=torch.bool, device=features.device)
+    shape, device = decoder.shape, features.device
+    removed = torch.zeros(1, *shape, dtype=torch.bool, device=device)
     if channels is not None:
-        mask = _mask(channels, decoder.shape[:1], "channels", numbers=True).to(features.device)
-        removed = removed | mask.reshape(*mask.shape, *(1 for _ in decoder.shape[1:]))
+        chosen = torch.as_tensor(channels).to(device)
+        if chosen.dtype != torch.bool:
+            count, numbers = shape[0], chosen
+            chosen = torch.zeros(count, dtype=torch.bool, device=device)
+            if numbers.numel():
+                if numbers.is_floating_point() or numbers.dim() != 1 or not 0 <= numbers.min() <= numbers.max() < count:
+                    raise ValueError(f"channels: expected numbers from 0 to {count - 1} or a bool mask, got {channels}")
+                chosen[numbers.long()] = True
+        removed = removed | _mask(chosen, shape[:1], "channels").view(-1, shape[0], *(1 for _ in shape[1:]))
     if cells is not None:
         if not decoder.grid:
             raise ValueError("cells: expected a decoder of grid features, got one of embeddings, which have no cells")
-        removed = removed | _mask(cells, decoder.shape[1:], "cells").to(features.device).unsqueeze(1)
+        removed = removed | _mask(cells, shape[1:], "cells").to(device).unsqueeze(1)
     if entries is not None:
-        removed = removed | _mask(entries, decoder.shape, "entries").to(features.device)
+        removed = removed | _mask(entries, shape, "entries").to(device)
     if len(removed) not in (1, len(features)):
         raise ValueError(f"sets: expected one for all faces or {len(features)}, got {len(removed)}")
     return torch.where(removed, decoder.mean.to(features), features)
 
 
 @torch.no_grad()
-def reconstruct(
-    decoder: FeatureDecoder,
-    features: Tensor,
-    *,
-    channels: Tensor | Sequence[int] | None = None,
-    cells: Tensor | None = None,
-    entries: Tensor | None = None,
-) -> Tensor:
+def reconstruct(decoder: FeatureDecoder, features: Tensor, **sets: Any) -> Tensor:
     """Pictures of what was kept of faces, optionally without a set of channels, cells or entries.
+
+    >>> reconstruct(FeatureDecoder((3, 2, 2)).eval(), torch.ones(1, 3, 2, 2), channels=[0]).shape
+    torch.Size([1, 3, 32, 32])
 
     Args:
         decoder: in evaluation mode.
         features: [N, *shape], as ``PairModel.features`` makes them.
-        channels, cells, entries: as for :func:`without`.
+        **sets: ``channels``, ``cells``, ``entries``: as for :func:`without`, which also says what is refused.
 
     Returns:
         RGB in 0..1, fp32 [N, 3, H, W].
-
-    Raises:
-        TypeError, ValueError: as :func:`without`.
     """
-    kept = without(decoder, features, channels=channels, cells=cells, entries=entries)
-    return decoded(decoder, kept)
+    return decoded(decoder, without(decoder, features, **sets))
 
 
 def decoded(decoder: FeatureDecoder, features: Tensor, batch_size: int = _BATCH) -> Tensor:
     """Pictures in 0..1 of any number of features, some at a time."""
-    if not len(features):
-        return torch.empty(0, 3, *decoder.picture_size, device=features.device)
     return torch.cat([decoder(part).clamp(0, 1) for part in features.split(batch_size)])
 
 
@@ -291,6 +291,12 @@ def decoded(decoder: FeatureDecoder, features: Tensor, batch_size: int = _BATCH)
 
 def save_decoder(decoder: FeatureDecoder, path: StrPath, *, dtype: torch.dtype = torch.float16) -> None:
     """Write a decoder as safetensors, its data-set mean and the fingerprint of its features' model with it.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_decoder(FeatureDecoder((5,), name="mine"), f"{folder}/mine.safetensors")
+    ...     load_decoder(f"{folder}/mine.safetensors").name
+    'mine'
 
     Args:
         decoder: to write.
@@ -301,7 +307,7 @@ def save_decoder(decoder: FeatureDecoder, path: StrPath, *, dtype: torch.dtype =
         ModelError: the file cannot be written, or a weight is not finite in ``dtype``.
     """
     tensors = {name: tensor.detach().to(dtype) for name, tensor in decoder.state_dict().items()}
-    broken = next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)
+    broken = next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
     if broken is not None:
         raise ModelError(f"{path}: cannot be written: {broken} holds values that {dtype} cannot hold")
     # The mean is put in place of entries as it is: in fp32 it stays the one that was measured.
@@ -311,12 +317,11 @@ def save_decoder(decoder: FeatureDecoder, path: StrPath, *, dtype: torch.dtype =
     write_safetensors(path, tensors, metadata)
 
 
-def load_decoder(path: StrPath, *, device: str | torch.device = "cpu") -> FeatureDecoder:
-    """A decoder in evaluation mode, fp32.
+def load_decoder(path: StrPath) -> FeatureDecoder:
+    """A decoder in evaluation mode, fp32, that :func:`save_decoder` wrote.
 
-    Args:
-        path: written by :func:`save_decoder`.
-        device: where to put it.
+    >>> load_decoder(next(iter(shipped_decoders().values()))).picture_size
+    (112, 112)
 
     Raises:
         ModelError: missing, damaged, or not a decoder's file.
@@ -332,34 +337,24 @@ def load_decoder(path: StrPath, *, device: str | torch.device = "cpu") -> Featur
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: damaged decoder's file: its metadata cannot be used ({error})") from error
-    state = {name: tensor.float() for name, tensor in tensors.items()}
-    wanted = {name: tensor.shape for name, tensor in decoder.state_dict().items()}
-    wrong = sorted(set(wanted) ^ set(state)) or [n for n, shape in wanted.items() if state[n].shape != shape]
+    wanted = decoder.state_dict()
+    wrong = sorted(wanted.keys() ^ tensors.keys()) or [n for n, t in wanted.items() if tensors[n].shape != t.shape]
     if wrong:
         raise ModelError(
             f"{path}: damaged decoder's file: {len(wrong)} tensors are missing, unknown or of another shape, "
             f"e.g. {wrong[0]}"
         )
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in state.values()) or bool((state["scale"] <= 0).any()):
+    if not all(tensor.isfinite().all() for tensor in tensors.values()) or (tensors["scale"] <= 0).any():
         raise ModelError(f"{path}: damaged decoder's file: it holds values that are not finite, or scales of zero")
-    decoder.load_state_dict(state)
-    return _frozen(decoder).to(device)
-
-
-def _frozen(decoder: FeatureDecoder) -> FeatureDecoder:
+    decoder.load_state_dict(tensors)
     nn.Module.to(decoder, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return decoder.eval().requires_grad_(False)
 
 
 def shipped_decoders() -> dict[str, Path]:
-    """Decoders that came with the package: fingerprint of the features' model -> file."""
-    found = {}
-    for file in sorted(DATA.glob("decoder_*.safetensors")):
-        try:
-            with safe_open(str(file), framework="pt") as opened:
-                metadata = opened.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file}: damaged or truncated safetensors file ({error})") from error
-        if metadata.get("format") == _FORMAT:
-            found[metadata.get("fingerprint", "")] = file
-    return found
+    """Decoders that came with the package: fingerprint of the features' model -> file.
+
+    >>> sorted(file.name for file in shipped_decoders().values())
+    ['decoder_mobilefacenet_apache2.safetensors', 'decoder_xcos_compact.safetensors']
+    """
+    return {read_safetensors(file)[1]["fingerprint"]: file for file in sorted(DATA.glob("decoder_*.safetensors"))}

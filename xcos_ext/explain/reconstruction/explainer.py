@@ -15,14 +15,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from xcos_ext.explain.explainers.base import (
-    BatchedExplainer,
-    check_count,
-    check_pairs,
-    check_threshold,
-    features_of,
-    threshold_of,
-)
+from xcos_ext.explain.decision import check_threshold
+from xcos_ext.explain.explainers.base import BatchedExplainer, check_count, threshold_of
 from xcos_ext.explain.explainers.interface import PairModel, Saliency, XCosPairs
 from xcos_ext.explain.fills import blurred
 
@@ -47,16 +41,18 @@ class Evidence(NamedTuple):
 
 @torch.no_grad()
 def evidence(model: PairModel, features_a: Tensor, features_b: Tensor, threshold: float | None = None) -> Evidence:
-    """The similar and the dissimilar set of pairs.
+    """The similar and the dissimilar set of pairs, from features that ``model.features`` made.
 
-    An entry's part of the score is u_k v_k (``PairModel.channels``). Its part of the threshold is t / N; with xCos it
-    is t W_ij / C in cell ij of C channels, which sums to t as well: with t / N every entry of a cell that the
-    attention passes over would count as dissimilar.
+    An entry's part of the score is u_k v_k (``PairModel.channels``). Its part of the threshold t (None: the model's) is
+    t / N; with xCos it is t W_ij / C in cell ij of C channels, which sums to t as well: with t / N every entry of a
+    cell that the attention passes over would count as dissimilar.
 
-    Args:
-        model: of the score.
-        features_a, features_b: from ``model.features``.
-        threshold: t; None: the model's.
+    >>> from xcos_ext import backbones
+    >>> from xcos_ext.explain.explainers import EmbeddingCosine
+    >>> model = EmbeddingCosine(backbones.create("mobilefacenet", embedding_size=2).eval(), threshold=0.5)
+    >>> unit = torch.tensor([[0.6, 0.8]])
+    >>> evidence(model, unit, unit).excess
+    tensor([[0.1100, 0.3900]])
 
     Raises:
         ValueError: no threshold.
@@ -73,14 +69,9 @@ def evidence(model: PairModel, features_a: Tensor, features_b: Tensor, threshold
     return Evidence(excess, excess > 0, excess < 0)
 
 
-class _Piece(NamedTuple):
-    """Drawings to make: pairs int64 [M], entries removed bool [M, *shape], weights [M], and for which map, int64 [M]:
-    0 is the similar one, 1 the dissimilar one."""
-
-    pairs: Tensor
-    removed: Tensor
-    weights: Tensor
-    sides: Tensor
+#: Drawings to make: pairs int64 [M], entries removed bool [M, *shape], weights [M], and for which map, int64 [M]: 0 is
+#: the similar one, 1 the dissimilar one.
+_Pieces = Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 class ReconstructionExplainer(BatchedExplainer):
@@ -93,6 +84,11 @@ class ReconstructionExplainer(BatchedExplainer):
     Units are cells (with all their channels; the cells with W (S - t) > 0 are the similar set: 49 drawings), or
     channels: each set is cut into ``groups`` of like \\|excess\\|, so one drawing stands for many entries that have
     nearly the same weight (2 x 8 drawings instead of 1,568). ``groups=None`` draws every entry alone.
+
+    >>> import xcos_ext
+    >>> from xcos_ext.explain.explainers import XCosPairs
+    >>> ReconstructionExplainer().decoder_for(XCosPairs(xcos_ext.load_model())).shape
+    (32, 7, 7)
 
     Args:
         decoder: of the model's features, or its file; None: the shipped one that fits the model.
@@ -181,18 +177,9 @@ class ReconstructionExplainer(BatchedExplainer):
         return excess > 0, excess < 0
 
     @torch.no_grad()
-    def __call__(self, model: PairModel, a: Tensor, b: Tensor) -> Saliency:
-        """Maps over A's pixels [N, H, W], fp32.
-
-        Raises:
-            TypeError: something else than floating-point tensors.
-            ValueError: images that are not [N, 3, H, W], no threshold, cells of an embedding, or a model that the
-                decoder does not belong to.
-        """
-        check_pairs(model, a, b)
+    def _maps(self, model: PairModel, a: Tensor, b: Tensor, size: int) -> Saliency:
         decoder = self.decoder_for(model).to(a.device)
-        size = self._at_once(a.device)
-        features_a, features_b = features_of(model, a, size), features_of(model, b, size)
+        features_a, features_b = model.features(a), model.features(b)
         decoder.check(features_a)
         units = self._units(decoder)
         found = evidence(model, features_a, features_b, self.threshold)
@@ -210,16 +197,16 @@ class ReconstructionExplainer(BatchedExplainer):
 
     # --- units, a few drawings at a time
 
-    def _cells(self, found: Evidence, decoder: FeatureDecoder, size: int) -> Iterator[_Piece]:
+    def _cells(self, found: Evidence, decoder: FeatureDecoder, size: int) -> _Pieces:
         channels, height, width = decoder.shape
         excess = found.excess.unflatten(1, decoder.shape).sum(1).flatten(1)  # W (S - t)
         pairs, cells = torch.nonzero(excess != 0, as_tuple=True)
         one = torch.eye(height * width, dtype=torch.bool, device=excess.device).view(-1, 1, height, width)
         for p, c in zip(pairs.split(size), cells.split(size), strict=True):
             values = excess[p, c]
-            yield _Piece(p, one[c].expand(-1, channels, -1, -1), values.abs(), (values < 0).long())
+            yield p, one[c].expand(-1, channels, -1, -1), values.abs(), (values < 0).long()
 
-    def _channels(self, found: Evidence, decoder: FeatureDecoder, size: int) -> Iterator[_Piece]:
+    def _channels(self, found: Evidence, decoder: FeatureDecoder, size: int) -> _Pieces:
         entries = found.excess.shape[1]
         count = entries if self.groups is None else min(self.groups, entries)
         for side, members in enumerate((found.similar, found.dissimilar)):
@@ -233,4 +220,4 @@ class ReconstructionExplainer(BatchedExplainer):
             for p, g in zip(pairs.split(size), numbers.split(size), strict=True):
                 removed = group[p] == g[:, None]
                 weights = (weight[p] * removed).sum(1) / removed.sum(1)
-                yield _Piece(p, removed.unflatten(1, decoder.shape), weights, torch.full_like(p, side))
+                yield p, removed.unflatten(1, decoder.shape), weights, torch.full_like(p, side)

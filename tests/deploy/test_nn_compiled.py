@@ -19,7 +19,8 @@ from xcos_ext import backbones
 from xcos_ext.card.calibration import Calibration
 from xcos_ext.deploy import CompiledModel, Trial, compile_for_inference
 from xcos_ext.deploy import compiled as module
-from xcos_ext.deploy.compiled import CANDIDATES, Candidate, build_candidate, choose
+from xcos_ext.deploy.candidates import CANDIDATES, Candidate, _Graphed, build_candidate, names
+from xcos_ext.deploy.compiled import choose
 from xcos_ext.deploy.cuda_graphs import MOST_GRAPHS, CudaGraphs
 from xcos_ext.deploy.timing import Spread
 from xcos_ext.model import XCosHead, XCosModel, load_model
@@ -442,7 +443,7 @@ def test_threads_take_turns_at_a_graph() -> None:
 
 def test_a_whole_model_in_a_graph_gives_its_scores(model: XCosModel) -> None:
     cuda = FakeCuda()
-    candidate = module._Graphed(build_candidate("folded", model, torch.float32, (4, 3, 112, 112), CPU), cuda)
+    candidate = _Graphed(build_candidate("folded", model, torch.float32, (4, 3, 112, 112), CPU), cuda)
     with torch.no_grad():
         for n in (2, 2, 1):
             a, b = images(n), images(n)
@@ -453,11 +454,11 @@ def test_a_whole_model_in_a_graph_gives_its_scores(model: XCosModel) -> None:
 
 def test_a_gpu_tries_graphs_and_says_what_it_has() -> None:
     cuda = torch.device("cuda", 0)
-    assert module._names(cuda, None) == CANDIDATES["cuda"] and module._names(CPU, None) == CANDIDATES["cpu"][:-1]
-    assert module._names(cuda, ["graph"]) == ("eager", "graph")
-    assert module._names(torch.device("mps"), None) == ("eager", "folded")
+    assert names(cuda, None) == CANDIDATES["cuda"] and names(CPU, None) == CANDIDATES["cpu"][:-1]
+    assert names(cuda, ["graph"]) == ("eager", "graph")
+    assert names(torch.device("mps"), None) == ("eager", "folded")
     with pytest.raises(ValueError, match=r"'inductor graph', 'autotuned graph' \(cuda\), got \['packed'\]"):
-        module._names(cuda, ["packed"])
+        names(cuda, ["packed"])
 
 
 # --- the real things

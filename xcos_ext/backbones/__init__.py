@@ -4,7 +4,7 @@ Networks of other packages become recognisers through :func:`from_layer`, :class
 :class:`SplitRecogniser`; :func:`feature_maps` shows where they can be split.
 """
 
-from .candidates import feature_maps
+from .split_points import feature_maps
 from .feature_map import FeatureMap
 from .layers import LayerRecogniser, from_layer
 from .mobilefacenet import MobileFaceNet, MobileFaceNetReLU

@@ -124,17 +124,6 @@ class _Graphed(Candidate):
         return XCosScore(*self._pair(images_a, images_b))
 
 
-def _options(kind: str, device: torch.device) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    if device.type == "cpu":
-        options["freezing"] = True  # weights become constants in oneDNN's own layout
-    if kind.startswith("autotuned"):
-        options["max_autotune"] = True
-        if device.type == "cuda":
-            options["coordinate_descent_tuning"] = True
-    return options
-
-
 def build_candidate(
     kind: str, model: XCosModel, dtype: torch.dtype, shape: Sequence[int], device: torch.device
 ) -> Candidate:
@@ -152,7 +141,10 @@ def build_candidate(
     prepared = for_inference(model, dtype, packed=kind != "folded")
     candidate = Candidate(prepared)
     if kind.startswith(("inductor", "ahead of time", "autotuned")):
-        embed, options = _Embed(prepared).requires_grad_(False).eval(), _options(kind, device)
+        embed = _Embed(prepared).requires_grad_(False).eval()
+        cpu, tuned = device.type == "cpu", kind.startswith("autotuned")
+        # Frozen weights become constants in oneDNN's own layout.
+        options = {"freezing": cpu, "max_autotune": tuned, "coordinate_descent_tuning": tuned and not cpu}
         if kind == "ahead of time":
             run = _ahead_of_time(embed, shape, device, options)
         else:

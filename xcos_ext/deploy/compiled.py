@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -74,21 +75,16 @@ def choose(faster: Mapping[str, Spread], margin: float) -> str:
 
 def _table(trials: Sequence[Trial], chosen: str) -> str:
     """Trials as text, one a line; the chosen one has a star."""
-    rows = [("", "candidate", "time", "quartiles", "x eager", "score error", "built in", "")]
+    rows = [["", "candidate", "time", "quartiles", "x eager", "score error", "built in", ""]]
     for trial in trials:
-        spread, speedup = trial.seconds, trial.speedup
-        rows.append(
-            (
-                "*" if trial.name == chosen else "",
-                trial.name,
-                duration(None if spread is None else spread.median),
-                "" if spread is None else f"{duration(spread.low)} .. {duration(spread.high)}",
-                "" if speedup is None else f"{speedup.median:.2f} [{speedup.low:.2f}, {speedup.high:.2f}]",
-                "" if trial.error is None else f"{trial.error:.1e}",
-                duration(trial.build_seconds),
-                trial.problem or "",
-            )
-        )
+        timed, faster = ["-", ""], ""
+        if (spread := trial.seconds) is not None:
+            timed = [duration(spread.median), f"{duration(spread.low)} .. {duration(spread.high)}"]
+        if (speedup := trial.speedup) is not None:
+            faster = f"{speedup.median:.2f} [{speedup.low:.2f}, {speedup.high:.2f}]"
+        error = "" if trial.error is None else f"{trial.error:.1e}"
+        star = "*" if trial.name == chosen else ""
+        rows.append([star, trial.name, *timed, faster, error, duration(trial.build_seconds), trial.problem or ""])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
@@ -273,11 +269,6 @@ def _check_dtypes(dtypes: Sequence[torch.dtype] | None) -> tuple[torch.dtype, ..
     return tuple(dtype for dtype in FLOATS if dtype in wanted)
 
 
-def _check_number(name: str, value: float, text: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}: expected {text}, got {value!r}")
-
-
 def _default_tolerance(dtype: torch.dtype, device: torch.device) -> float:
     if dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
         return _TF32_TOLERANCE
@@ -331,12 +322,9 @@ class _Search:
             Exception: what the eager model raises.
         """
 
-        def call(candidate: Candidate) -> Callable[[], Any]:
-            if len(self.images) == 1:
-                return lambda: candidate.features(self.images[0])
-            return lambda: candidate.pair(*self.images)
-
-        contenders = [Contender(call(candidate), clock_for(self.device)) for candidate in self.candidates.values()]
+        clock, alone = clock_for(self.device), len(self.images) == 1
+        calls = [candidate.features if alone else candidate.pair for candidate in self.candidates.values()]
+        contenders = [Contender(functools.partial(call, *self.images), clock) for call in calls]
         share = seconds / len(contenders)
         found = measure_in_turns(contenders, share, one_by_one=False, least=_LEAST_ROUNDS)
         eager = found[0]
@@ -352,10 +340,10 @@ class _Search:
 
     def choose(self, margin: float) -> CompiledModel:
         """The model as the simplest candidate that none without a problem beats by the margin."""
-        trials = self.trials.values()
+        trials = tuple(self.trials.values())
         usable = {trial.name: trial.speedup for trial in trials if trial.problem is None and trial.speedup is not None}
         chosen = choose(usable, margin)
-        return CompiledModel(self.model, self.candidates[chosen], list(trials), chosen, self.device)
+        return CompiledModel(self.model, self.candidates[chosen], trials, chosen, self.device)
 
 
 def compile_for_inference(
@@ -403,10 +391,13 @@ def compile_for_inference(
     device = _check_model(model)
     images = _check_example(model, device, example)
     wanted = _check_dtypes(dtypes)
-    _check_number("seconds", seconds, "a number of at least 0")
-    _check_number("margin", margin, "a share of at least 0")
-    if tolerance is not None:
-        _check_number("tolerance", tolerance, "a number of at least 0, or None")
+    for option, value, text in (
+        ("seconds", seconds, "a number of at least 0"),
+        ("margin", margin, "a share of at least 0"),
+        ("tolerance", 0.0 if tolerance is None else tolerance, "a number of at least 0, or None"),
+    ):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"{option}: expected {text}, got {value!r}")
     kinds = names(device, candidates)
     say = progress or (lambda words: None)
     with _plain(device):

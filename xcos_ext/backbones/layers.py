@@ -209,6 +209,11 @@ def from_layer(
         TypeError: not a module, or ``output`` that cannot be called.
         ModelError: no such layer, one that is never called or called more often than once, another output than a map,
             a network that fails for a picture, or no usable map.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 6, 16, 16), nn.ReLU(), nn.Flatten(), nn.Linear(294, 8))
+    >>> recogniser = from_layer(net, "1")
+    >>> recogniser.grid_shape, recogniser.embedding_size, recogniser(torch.zeros(2, 3, 112, 112)).shape
+    ((6, 7, 7), 8, torch.Size([2, 8]))
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a torch module, got {type(module).__name__}")

@@ -135,6 +135,12 @@ def build_candidate(
         dtype: of the body; ``eager`` keeps the model's own.
         shape: [M, 3, height, width] of the batch that goes through the body.
         device: of the model.
+
+    >>> from xcos_ext import backbones, model
+    >>> small = model.XCosModel(backbones.CompactNet(), model.XCosHead(128)).eval()
+    >>> folded = build_candidate("folded", small, torch.float32, (2, 3, 112, 112), torch.device("cpu"))
+    >>> folded.pair(*torch.zeros(2, 1, 3, 112, 112)).similarity.shape
+    torch.Size([1, 7, 7])
     """
     if kind == "eager":
         return _Eager(model)

@@ -68,6 +68,10 @@ def choose(faster: Mapping[str, Spread], margin: float) -> str:
 
     Returns:
         A name.
+
+    >>> faster = {"eager": Spread.of([1.0]), "folded": Spread.of([1.5]), "packed": Spread.of([1.51])}
+    >>> choose(faster, 0.03), choose(faster, 0.001)
+    ('folded', 'packed')
     """
     enough = max(spread.median for spread in faster.values()) / (1 + margin)
     return next(name for name, spread in faster.items() if spread.median >= enough)
@@ -387,6 +391,13 @@ def compile_for_inference(
             out of range.
         TypeError: another kind of model, or images that are no floating-point tensors.
         RuntimeError: an example that asks for gradients.
+
+    >>> from xcos_ext import backbones, model
+    >>> small = model.XCosModel(backbones.CompactNet(), model.XCosHead(128)).eval()
+    >>> pair = torch.zeros(1, 3, 112, 112), torch.ones(1, 3, 112, 112)
+    >>> fast = compile_for_inference(small, pair, candidates=["folded"], seconds=0)
+    >>> [trial.name for trial in fast.trials], fast(*pair).score.shape
+    (['eager', 'folded fp32'], torch.Size([1]))
     """
     device = _check_model(model)
     images = _check_example(model, device, example)

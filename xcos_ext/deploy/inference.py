@@ -34,7 +34,11 @@ _ADDITIONS = {operator.add, operator.iadd, torch.add}
 
 
 def has_fast_bfloat16(device: torch.device | str = "cpu") -> bool:
-    """Whether convolutions in bfloat16 are faster than in fp32: a CPU with AVX-512 BF16 or AMX, a GPU from sm_80 on."""
+    """Whether convolutions in bfloat16 are faster than in fp32: a CPU with AVX-512 BF16 or AMX, a GPU from sm_80 on.
+
+    >>> has_fast_bfloat16("meta")
+    False
+    """
     where = torch.device(device)
     if where.type == "cuda":
         return torch.cuda.get_device_capability(where) >= (8, 0)
@@ -264,6 +268,11 @@ def for_inference(model: XCosModel, dtype: torch.dtype | None = torch.float32, *
 
     Raises:
         ValueError: a model in training mode, or another dtype.
+
+    >>> from xcos_ext import backbones, model
+    >>> small = model.XCosModel(backbones.CompactNet(), model.XCosHead(128)).eval()
+    >>> for_inference(small).features(torch.zeros(2, 3, 112, 112)).shape
+    torch.Size([2, 32, 7, 7])
     """
     from torch.fx.experimental.optimization import fuse
 

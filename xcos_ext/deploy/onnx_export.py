@@ -84,6 +84,14 @@ def export_onnx(
         OutputError: the file cannot be written.
         ModelError: a graph that does not compute what the model does.
         MissingPackageError: onnx or onnxscript is not installed.
+
+    >>> import tempfile
+    >>> from xcos_ext import backbones, model
+    >>> small = model.XCosModel(backbones.CompactNet(), model.XCosHead(128, attention="norm")).eval()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     card = export_onnx(small, f"{folder}/score.onnx", kind="score")
+    >>> card.kind, card.attention, card.layout.size
+    ('score', 'norm', 1617)
     """
     say = progress or (lambda step: None)
     target = check_output(path, (".onnx",))

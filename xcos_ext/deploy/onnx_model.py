@@ -46,6 +46,15 @@ class OnnxModel:
             graph was changed after it was written, or one that onnxruntime cannot load.
         ValueError: a number of threads below 1, or a provider that this onnxruntime does not have.
         MissingPackageError: onnx or onnxruntime is not installed.
+
+    >>> import tempfile
+    >>> from xcos_ext import backbones, deploy, model
+    >>> small = model.XCosModel(backbones.CompactNet(), model.XCosHead(128, attention="norm")).eval()
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     card = deploy.export_onnx(small, f"{folder}/score.onnx", kind="score")
+    ...     graph = OnnxModel(f"{folder}/score.onnx", threads=1)
+    >>> graph.score(*np.zeros((2, 3, card.layout.size), np.float32)).attention.shape
+    (3, 7, 7)
     """
 
     #: A graph is always in evaluation mode.

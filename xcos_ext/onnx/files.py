@@ -197,5 +197,12 @@ def _setting(attribute: Any) -> str:
 
 
 def metadata(proto: onnx.ModelProto) -> dict[str, str]:
-    """The file's own notes, name -> text."""
+    """The file's own notes, name -> text.
+
+    >>> import onnx
+    >>> proto = onnx.ModelProto()
+    >>> onnx.helper.set_model_props(proto, {"xcos.kind": "pair"})
+    >>> metadata(proto)
+    {'xcos.kind': 'pair'}
+    """
     return {entry.key: entry.value for entry in proto.metadata_props}

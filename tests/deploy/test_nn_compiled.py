@@ -193,7 +193,7 @@ class FailsLater(Candidate):
         (FailsLater, "RuntimeError: lost"),
     ],
 )
-def test_a_way_that_fails_is_noted_and_never_chosen(
+def test_a_candidate_that_fails_is_noted_and_never_chosen(
     model: XCosModel, monkeypatch: pytest.MonkeyPatch, kind: type[Candidate], problem: str
 ) -> None:
     real = build_candidate
@@ -226,7 +226,7 @@ def test_a_body_that_cannot_be_traced_stays_eager() -> None:
     assert fast.chosen == "eager" and all("TraceError" in str(trial.problem) for trial in fast.trials[1:])
 
 
-def test_a_simpler_way_wins_unless_it_is_beaten_by_the_margin() -> None:
+def test_a_simpler_candidate_wins_unless_it_is_beaten_by_the_margin() -> None:
     def chosen(margin: float, **seconds: list[float]) -> str:
         return choose({name: Spread.of_ratios(seconds["eager"], taken) for name, taken in seconds.items()}, margin)
 
@@ -472,7 +472,7 @@ def test_nothing_is_compiled_or_imported_before_it_is_asked_for() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_shipped_model_keeps_its_scores_in_every_way(dtype: torch.dtype) -> None:
+def test_the_shipped_model_keeps_its_scores_as_every_candidate(dtype: torch.dtype) -> None:
     model = load_model().eval()
     fast = compile_for_inference(
         model, (images(2), images(2)), dtypes=(dtype,), candidates=CANDIDATES["cpu"], seconds=0
@@ -483,7 +483,7 @@ def test_the_shipped_model_keeps_its_scores_in_every_way(dtype: torch.dtype) -> 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", ["folded", "graph", "inductor", "inductor graph"])
-def test_ways_on_a_gpu_keep_the_scores(model: XCosModel, name: str, dtype: torch.dtype) -> None:
+def test_candidates_on_a_gpu_keep_the_scores(model: XCosModel, name: str, dtype: torch.dtype) -> None:
     model = copy.deepcopy(model).cuda()
     example = images(2).cuda(), images(2).cuda()
     fast = compile_for_inference(model, example, candidates=[name], dtypes=(dtype,), seconds=0.1)

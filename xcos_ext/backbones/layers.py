@@ -285,21 +285,7 @@ def _split(module: nn.Module, layer: str, followed: Followed | None) -> tuple[nn
 
 
 def layer_feature_maps(module: nn.Module, example: Tensor | None = None) -> list[FeatureMap]:
-    """The layers at which a network may be split, nearest to its output first.
-
-    Listed are submodules that give a square map of 4 to 16 cells a side. Where torch.fx can follow the network, only
-    those that the output depends on alone; where it cannot, all that were called.
-
-    Args:
-        module: the network.
-        example: images [N, 3, height, width]; None: two grey ones of 112 x 112.
-
-    Returns:
-        The maps; the one that :func:`from_layer` takes by default is marked.
-
-    Raises:
-        ModelError: a network that fails for the example.
-    """
+    """:func:`~xcos_ext.backbones.feature_maps` of a module: those of its submodules that were called."""
     calls: list[tuple[str, Any]] = []
     handles = [
         part.register_forward_hook(lambda _m, _a, made, path=path: calls.append((path, made)))

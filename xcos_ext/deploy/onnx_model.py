@@ -12,7 +12,7 @@ from xcos_ext.card.card import INPUTS, Kind, OnnxCard
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.optional import need
 from xcos_ext.onnx.files import contents_hash, metadata, read_onnx
-from xcos_ext.onnx.session import CPU, Provider, run_graph, session_of
+from xcos_ext.onnx.session import CPU, Provider, check_threads, run_graph, session_of
 
 if TYPE_CHECKING:
     from xcos_ext.ops.templates import Role, Templates
@@ -46,15 +46,6 @@ class OnnxModel:
             graph was changed after it was written, or one that onnxruntime cannot load.
         ValueError: a number of threads below 1, or a provider that this onnxruntime does not have.
         MissingPackageError: onnx or onnxruntime is not installed.
-
-    >>> import tempfile
-    >>> from xcos_ext import backbones, deploy, model
-    >>> small = model.XCosModel(backbones.CompactNet(), model.XCosHead(128, attention="norm")).eval()
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     card = deploy.export_onnx(small, f"{folder}/score.onnx", kind="score")
-    ...     graph = OnnxModel(f"{folder}/score.onnx", threads=1)
-    >>> graph.score(*np.zeros((2, 3, card.layout.size), np.float32)).attention.shape
-    (3, 7, 7)
     """
 
     #: A graph is always in evaluation mode.
@@ -67,8 +58,7 @@ class OnnxModel:
         threads: int | None = None,
         providers: Sequence[Provider] | None = None,
     ) -> None:
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise ValueError(f"threads: expected an integer of at least 1 or None, got {threads!r}")
+        check_threads(threads)
         runtime = need("onnxruntime", "running an ONNX graph", extra="onnx")
         proto = read_onnx(path)
         where, notes = os.fspath(path), metadata(proto)

@@ -254,7 +254,7 @@ def measure_in_turns(
     Returns:
         What each took, in their order.
 
-    >>> short, long = measure_in_turns([Contender(lambda: sum(range(n)), Clock()) for n in (10, 10_000)], 0.01)
+    >>> short, long = measure_in_turns([Contender(lambda n=n: sum(range(n)), Clock()) for n in (10, 10_000)], 0.01)
     >>> len(short.rounds) == len(long.rounds) >= 7, short.failure
     (True, None)
     """

@@ -31,7 +31,8 @@ from study_tables import inference_case
 from torch import Tensor, nn
 
 from xcos_ext import backbones
-from xcos_ext.deploy.compiled import DEFAULT_CANDIDATES, DTYPE_NAMES, Candidate, build_candidate, choose
+from xcos_ext.deploy.candidates import DEFAULT_CANDIDATES, DTYPE_NAMES, Candidate, build_candidate
+from xcos_ext.deploy.compiled import choose
 from xcos_ext.deploy.timing import Spread
 from xcos_ext.faces import decode_picture
 from xcos_ext.io.shipped import SHIPPED

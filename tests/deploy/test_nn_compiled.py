@@ -19,7 +19,8 @@ from xcos_ext import backbones
 from xcos_ext.card.calibration import Calibration
 from xcos_ext.deploy import CompiledModel, Trial, compile_for_inference
 from xcos_ext.deploy import compiled as module
-from xcos_ext.deploy.compiled import CANDIDATES, Candidate, build_candidate, choose
+from xcos_ext.deploy.candidates import CANDIDATES, Candidate, _Graphed, build_candidate, names
+from xcos_ext.deploy.compiled import choose
 from xcos_ext.deploy.cuda_graphs import MOST_GRAPHS, CudaGraphs
 from xcos_ext.deploy.timing import Spread
 from xcos_ext.model import XCosHead, XCosModel, load_model
@@ -192,7 +193,7 @@ class FailsLater(Candidate):
         (FailsLater, "RuntimeError: lost"),
     ],
 )
-def test_a_way_that_fails_is_noted_and_never_chosen(
+def test_a_candidate_that_fails_is_noted_and_never_chosen(
     model: XCosModel, monkeypatch: pytest.MonkeyPatch, kind: type[Candidate], problem: str
 ) -> None:
     real = build_candidate
@@ -225,7 +226,7 @@ def test_a_body_that_cannot_be_traced_stays_eager() -> None:
     assert fast.chosen == "eager" and all("TraceError" in str(trial.problem) for trial in fast.trials[1:])
 
 
-def test_a_simpler_way_wins_unless_it_is_beaten_by_the_margin() -> None:
+def test_a_simpler_candidate_wins_unless_it_is_beaten_by_the_margin() -> None:
     def chosen(margin: float, **seconds: list[float]) -> str:
         return choose({name: Spread.of_ratios(seconds["eager"], taken) for name, taken in seconds.items()}, margin)
 
@@ -442,7 +443,7 @@ def test_threads_take_turns_at_a_graph() -> None:
 
 def test_a_whole_model_in_a_graph_gives_its_scores(model: XCosModel) -> None:
     cuda = FakeCuda()
-    candidate = module._Graphed(build_candidate("folded", model, torch.float32, (4, 3, 112, 112), CPU), cuda)
+    candidate = _Graphed(build_candidate("folded", model, torch.float32, (4, 3, 112, 112), CPU), cuda)
     with torch.no_grad():
         for n in (2, 2, 1):
             a, b = images(n), images(n)
@@ -453,11 +454,11 @@ def test_a_whole_model_in_a_graph_gives_its_scores(model: XCosModel) -> None:
 
 def test_a_gpu_tries_graphs_and_says_what_it_has() -> None:
     cuda = torch.device("cuda", 0)
-    assert module._names(cuda, None) == CANDIDATES["cuda"] and module._names(CPU, None) == CANDIDATES["cpu"][:-1]
-    assert module._names(cuda, ["graph"]) == ("eager", "graph")
-    assert module._names(torch.device("mps"), None) == ("eager", "folded")
+    assert names(cuda, None) == CANDIDATES["cuda"] and names(CPU, None) == CANDIDATES["cpu"][:-1]
+    assert names(cuda, ["graph"]) == ("eager", "graph")
+    assert names(torch.device("mps"), None) == ("eager", "folded")
     with pytest.raises(ValueError, match=r"'inductor graph', 'autotuned graph' \(cuda\), got \['packed'\]"):
-        module._names(cuda, ["packed"])
+        names(cuda, ["packed"])
 
 
 # --- the real things
@@ -471,7 +472,7 @@ def test_nothing_is_compiled_or_imported_before_it_is_asked_for() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_shipped_model_keeps_its_scores_in_every_way(dtype: torch.dtype) -> None:
+def test_the_shipped_model_keeps_its_scores_as_every_candidate(dtype: torch.dtype) -> None:
     model = load_model().eval()
     fast = compile_for_inference(
         model, (images(2), images(2)), dtypes=(dtype,), candidates=CANDIDATES["cpu"], seconds=0
@@ -482,7 +483,7 @@ def test_the_shipped_model_keeps_its_scores_in_every_way(dtype: torch.dtype) -> 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", ["folded", "graph", "inductor", "inductor graph"])
-def test_ways_on_a_gpu_keep_the_scores(model: XCosModel, name: str, dtype: torch.dtype) -> None:
+def test_candidates_on_a_gpu_keep_the_scores(model: XCosModel, name: str, dtype: torch.dtype) -> None:
     model = copy.deepcopy(model).cuda()
     example = images(2).cuda(), images(2).cuda()
     fast = compile_for_inference(model, example, candidates=[name], dtypes=(dtype,), seconds=0.1)

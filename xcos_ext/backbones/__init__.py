@@ -4,7 +4,6 @@ Networks of other packages become recognisers through :func:`from_layer`, :class
 :class:`SplitRecogniser`; :func:`feature_maps` shows where they can be split.
 """
 
-from .candidates import feature_maps
 from .feature_map import FeatureMap
 from .layers import LayerRecogniser, from_layer
 from .mobilefacenet import MobileFaceNet, MobileFaceNetReLU
@@ -13,6 +12,7 @@ from .recogniser import Recogniser, SplitRecogniser
 from .registry import available, create, register
 from .residual import IRSE, IResNet
 from .small import CompactNet, LocalNet
+from .split_points import feature_maps
 
 __all__ = [
     "IRSE",

@@ -24,6 +24,9 @@ class FeatureMap:
         distance: operators or modules between it and the output.
         affine: whether all of these are affine, as the closed form needs; None: not known.
         chosen: whether it is the one that is taken unless another is named.
+
+    >>> FeatureMap("layer4", (512, 7, 7), "Sequential", distance=4).chosen
+    False
     """
 
     name: str

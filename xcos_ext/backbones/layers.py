@@ -209,6 +209,11 @@ def from_layer(
         TypeError: not a module, or ``output`` that cannot be called.
         ModelError: no such layer, one that is never called or called more often than once, another output than a map,
             a network that fails for a picture, or no usable map.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 6, 16, 16), nn.ReLU(), nn.Flatten(), nn.Linear(294, 8))
+    >>> recogniser = from_layer(net, "1")
+    >>> recogniser.grid_shape, recogniser.embedding_size, recogniser(torch.zeros(2, 3, 112, 112)).shape
+    ((6, 7, 7), 8, torch.Size([2, 8]))
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a torch module, got {type(module).__name__}")
@@ -280,21 +285,7 @@ def _split(module: nn.Module, layer: str, followed: Followed | None) -> tuple[nn
 
 
 def layer_feature_maps(module: nn.Module, example: Tensor | None = None) -> list[FeatureMap]:
-    """The layers at which a network may be split, nearest to its output first.
-
-    Listed are submodules that give a square map of 4 to 16 cells a side. Where torch.fx can follow the network, only
-    those that the output depends on alone; where it cannot, all that were called.
-
-    Args:
-        module: the network.
-        example: images [N, 3, height, width]; None: two grey ones of 112 x 112.
-
-    Returns:
-        The maps; the one that :func:`from_layer` takes by default is marked.
-
-    Raises:
-        ModelError: a network that fails for the example.
-    """
+    """:func:`~xcos_ext.backbones.feature_maps` of a module: those of its submodules that were called."""
     calls: list[tuple[str, Any]] = []
     handles = [
         part.register_forward_hook(lambda _m, _a, made, path=path: calls.append((path, made)))

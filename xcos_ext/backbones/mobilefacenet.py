@@ -65,6 +65,11 @@ class MobileFaceNet(Recogniser):
     Args:
         embedding_size: length of the embedding.
         output: with the output block. An xCos model needs only the map.
+
+    >>> import torch
+    >>> with torch.device("meta"):  # shapes without weights
+    ...     MobileFaceNet().eval()(torch.empty(1, 3, 112, 112)).shape
+    torch.Size([1, 128])
     """
 
     output_prefixes: ClassVar[tuple[str, ...]] = ("conv_6_dw.", "linear.", "bn.")
@@ -141,6 +146,11 @@ class MobileFaceNetReLU(Recogniser):
     Args:
         embedding_size: length of the embedding.
         output: with the output block. An xCos model needs only the map.
+
+    >>> import torch
+    >>> with torch.device("meta"):  # shapes without weights
+    ...     MobileFaceNetReLU().eval()(torch.empty(1, 3, 112, 112)).shape
+    torch.Size([1, 128])
     """
 
     output_prefixes: ClassVar[tuple[str, ...]] = ("gdconv.", "conv3.", "bn.")

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from xcos_ext.card.preprocessing import ARCFACE, Preprocessing
 from xcos_ext.io.errors import ModelError
+from xcos_ext.onnx.files import contents_hash, read_onnx
 from xcos_ext.onnx.graph import BATCH, Graph
 from xcos_ext.onnx.pixels import check_range, normalisation_of
-from xcos_ext.onnx.session import Runner
+from xcos_ext.onnx.session import Runner, check_threads
 from xcos_ext.onnx.tail import AffineTail, NotAffineError, first_obstacle
 
 from .feature_map import FeatureMap, is_map_shape, shown, with_choice
@@ -36,15 +37,7 @@ _SAME_HALF = 2e-2
 
 
 def _read(path: StrPath) -> Graph:
-    from xcos_ext.onnx.files import read_onnx
-
     return Graph(read_onnx(path), os.fspath(path))
-
-
-def _hashes(*parts: onnx.ModelProto) -> str:
-    from xcos_ext.onnx.files import contents_hash
-
-    return " ".join(contents_hash(part) for part in parts)
 
 
 def _embedding(graph: Graph, output: str | None, size: tuple[int, int]) -> str:
@@ -99,21 +92,7 @@ def _candidates(graph: Graph, output: str, size: tuple[int, int]) -> list[Featur
 
 
 def onnx_feature_maps(path: StrPath, output: str | None = None) -> list[FeatureMap]:
-    """The maps at which an ONNX recogniser may be split, nearest to its output first.
-
-    Listed are square maps of 4 to 16 cells a side that the output depends on alone: no connection leads around them.
-
-    Args:
-        path: the file.
-        output: tensor that is the embedding; None: the graph's only output [N, D].
-
-    Returns:
-        The maps; the one that :class:`OnnxRecogniser` takes by default is marked. Empty where there is none.
-
-    Raises:
-        ModelError: a file that cannot be used, or no single embedding.
-        MissingPackageError: onnx or onnxruntime is not installed.
-    """
+    """:func:`~xcos_ext.backbones.feature_maps` of an ONNX file."""
     graph = _read(path)
     size = graph.size or ARCFACE.size
     return _candidates(graph, _embedding(graph, output, size), size)
@@ -168,8 +147,7 @@ class OnnxRecogniser(Recogniser):
         threads: int | None = None,
     ) -> None:
         super().__init__()
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise ValueError(f"threads: expected an integer of at least 1 or None, got {threads!r}")
+        check_threads(threads)
         graph = _read(path)
         self.architecture = "onnx"
         self.where = graph.where
@@ -190,7 +168,7 @@ class OnnxRecogniser(Recogniser):
         names = [self.output, whole] if whole != self.output else [self.output]
         tail = graph.part(graph.tail(names, self.tensor), [self.tensor], names, maps.dtype)
         # Of the graphs, so that weights that are not torch's still have a fingerprint; as numbers 0..255.
-        digest = hashlib.sha256(_hashes(body, tail).encode()).digest()
+        digest = hashlib.sha256(f"{contents_hash(body)} {contents_hash(tail)}".encode()).digest()
         self.contents = nn.Parameter(torch.tensor(list(digest), dtype=torch.float32), requires_grad=False)
         runner = Runner(tail, graph.where, threads)
         self.obstacle: str | None = None

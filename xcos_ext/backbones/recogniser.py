@@ -22,6 +22,13 @@ class Recogniser(nn.Module):
         grid_shape: (channels, height, width) of the map for one image of the expected size.
         embedding_size: length of the embedding, or None if the network was built without its output block.
         preprocessing: the pixel normalisation that the known weights of this architecture expect.
+
+    >>> class Tiny(Recogniser):
+    ...     grid_shape = (3, 7, 7)
+    ...     def grid(self, images):
+    ...         return nn.functional.avg_pool2d(images, 16)
+    >>> Tiny().architecture, Tiny().embedding_size
+    ('custom', None)
     """
 
     architecture: str = "custom"
@@ -69,6 +76,12 @@ class SplitRecogniser(Recogniser):
         grid_shape: (channels, height, width) of the map.
         embedding_size: length of the embedding.
         preprocessing: pixel normalisation of the network's input.
+
+    >>> import torch
+    >>> output = nn.Sequential(nn.Flatten(), nn.Linear(147, 8))
+    >>> net = SplitRecogniser(nn.AvgPool2d(16), output, grid_shape=(3, 7, 7), embedding_size=8)
+    >>> net(torch.zeros(2, 3, 112, 112)).shape
+    torch.Size([2, 8])
     """
 
     def __init__(

@@ -25,6 +25,12 @@ def register(name: str, factory: Callable[..., Recogniser]) -> None:
 
     Raises:
         ValueError: the name is taken.
+
+    >>> register("compact of a friend", CompactNet)
+    >>> "compact of a friend" in available()
+    True
+    >>> _REGISTRY.pop("compact of a friend").__name__  # this example leaves nothing behind
+    'CompactNet'
     """
     if name in _REGISTRY:
         raise ValueError(f"name: {name!r} is already registered")
@@ -32,7 +38,11 @@ def register(name: str, factory: Callable[..., Recogniser]) -> None:
 
 
 def available() -> tuple[str, ...]:
-    """Names that :func:`create` accepts, sorted."""
+    """Names that :func:`create` accepts, sorted.
+
+    >>> "ir_se_50" in available()
+    True
+    """
     return tuple(sorted(_REGISTRY))
 
 
@@ -48,6 +58,9 @@ def create(name: str, **options: Any) -> Recogniser:
 
     Raises:
         ValueError: no such name.
+
+    >>> create("compact").eval().grid_shape
+    (128, 7, 7)
     """
     factory = _REGISTRY.get(name)
     if factory is None:

@@ -97,6 +97,11 @@ class IRSE(_ResidualNet):
 
     Raises:
         ValueError: another depth.
+
+    >>> import torch
+    >>> with torch.device("meta"):  # shapes without weights
+    ...     IRSE().eval()(torch.empty(1, 3, 112, 112)).shape
+    torch.Size([1, 512])
     """
 
     output_prefixes: ClassVar[tuple[str, ...]] = ("output_layer.",)
@@ -162,6 +167,11 @@ class IResNet(_ResidualNet):
 
     Raises:
         ValueError: another depth.
+
+    >>> import torch
+    >>> with torch.device("meta"):  # shapes without weights
+    ...     IResNet().eval()(torch.empty(1, 3, 112, 112)).shape
+    torch.Size([1, 512])
     """
 
     output_prefixes: ClassVar[tuple[str, ...]] = ("bn2.", "fc.", "features.")

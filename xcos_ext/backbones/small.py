@@ -81,6 +81,10 @@ class CompactNet(_StagedNet):
 
     Args:
         output: accepted as for every backbone; there is no output block to leave out.
+
+    >>> import torch
+    >>> CompactNet().eval().grid(torch.zeros(1, 3, 112, 112)).shape
+    torch.Size([1, 128, 7, 7])
     """
 
     def __init__(self, *, output: bool = True) -> None:
@@ -107,6 +111,10 @@ class LocalNet(_StagedNet):
 
     Args:
         output: accepted as for every backbone; there is no output block to leave out.
+
+    >>> import torch
+    >>> [tuple(made.shape[1:]) for made in LocalNet().eval().maps(torch.zeros(1, 3, 112, 112))]
+    [(48, 28, 28), (128, 14, 14), (256, 7, 7)]
     """
 
     #: Side of the square of pixels that a cell sees; its middle is the cell's.

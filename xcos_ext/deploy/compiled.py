@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, cast, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from xcos_ext.card.calibration import FMRCurve
 from xcos_ext.card.preprocessing import Preprocessing
@@ -23,31 +22,11 @@ from xcos_ext.model.model import XCosModel
 from xcos_ext.ops import XCosScore
 from xcos_ext.ops.templates import Role, Templates
 
-from .cuda_graphs import CudaGraphs
-from .inference import FLOATS, for_inference
+from .candidates import DTYPE_NAMES, Candidate, build_candidate, names
+from .inference import FLOATS
 from .timing import Contender, Spread, clock_for, measure_in_turns
 
-__all__ = [
-    "CANDIDATES",
-    "DEFAULT_CANDIDATES",
-    "DTYPE_NAMES",
-    "Candidate",
-    "CompiledModel",
-    "Trial",
-    "build_candidate",
-    "choose",
-    "compile_for_inference",
-]
-
-DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-#: Every candidate there is, by device, simplest first.
-CANDIDATES: dict[str, tuple[str, ...]] = {
-    "cpu": ("eager", "folded", "packed", "inductor", "ahead of time", "autotuned"),
-    "cuda": ("eager", "folded", "graph", "inductor", "inductor graph", "autotuned graph"),
-}
-#: What is tried where nothing is asked for. On a CPU autotuning takes minutes and is seldom worth it.
-DEFAULT_CANDIDATES = {"cpu": CANDIDATES["cpu"][:-1], "cuda": CANDIDATES["cuda"]}
+__all__ = ["CompiledModel", "Trial", "choose", "compile_for_inference"]
 
 #: How far a score may be from the eager model's. fp32 differs by rounding only (1e-6 was measured), and by that of
 #: TensorFloat-32 where the GPU's convolutions use it; half precision is for those who ask for it.
@@ -57,154 +36,6 @@ _TF32_TOLERANCE = 5e-3
 _LEAST_ROUNDS = 5
 
 Example = Tensor | tuple[Tensor, Tensor]
-
-
-class Candidate:
-    """Images to grid features, and pairs of images to scores, both faces of a pair in one batch."""
-
-    def __init__(self, model: XCosModel) -> None:
-        self.model = model
-
-    def features(self, images: Tensor) -> Tensor:
-        """[N, 3, height, width], any float type -> F [N, C, H, W]."""
-        return self.model.features(images)
-
-    def pair(self, images_a: Tensor, images_b: Tensor) -> XCosScore:
-        """Two batches of one shape -> score and maps."""
-        features = self.features(torch.cat([images_a, images_b]))
-        pairs = images_a.shape[0]
-        return cast(XCosScore, self.model.score(features[:pairs], features[pairs:], return_maps=True))
-
-
-class _Eager(Candidate):
-    """The model as it came."""
-
-    def __init__(self, model: XCosModel) -> None:
-        super().__init__(model)
-        self._dtype = next(model.parameters()).dtype
-
-    def features(self, images: Tensor) -> Tensor:
-        return self.model.features(images.to(self._dtype))
-
-    def pair(self, images_a: Tensor, images_b: Tensor) -> XCosScore:
-        return cast(XCosScore, self.model(images_a.to(self._dtype), images_b.to(self._dtype)))
-
-
-class _Embed(nn.Module):
-    """Images to grid features, what is compiled."""
-
-    def __init__(self, model: XCosModel) -> None:
-        super().__init__()
-        self.backbone, self.head = model.backbone, model.head
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head.features(self.backbone(images))
-
-
-class _Compiled(Candidate):
-    """Body and 1x1 block compiled for one batch size; other sizes go through the folded model."""
-
-    def __init__(self, model: XCosModel, shape: Sequence[int], run: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(model)
-        self._shape = tuple(shape)
-        self._run = run
-
-    def features(self, images: Tensor) -> Tensor:
-        if tuple(images.shape) != self._shape:
-            return super().features(images)
-        # One dtype, one layout: others would be compiled again, or be wrong for what was compiled once and for all.
-        return self._run(images.to(torch.float32, memory_format=torch.contiguous_format))
-
-
-def _just_in_time(embed: _Embed, options: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-    """By torch.compile, at the first call."""
-
-    def run(images: Tensor) -> Tensor:
-        return cast(Tensor, embed(images))
-
-    # Dynamo counts recompilations by code object: with one of its own, no other model uses up this one's.
-    run.__code__ = run.__code__.replace(co_name=f"embed_{id(embed):x}")
-    return cast(Callable[[Tensor], Tensor], torch.compile(run, fullgraph=True, dynamic=False, options=options))
-
-
-def _ahead_of_time(
-    embed: _Embed, shape: Sequence[int], device: torch.device, options: dict[str, Any]
-) -> Callable[[Tensor], Tensor]:
-    """By AOTInductor, now: a library without Python between its kernels and without guards before them."""
-    from torch._inductor import aoti_compile_and_package, aoti_load_package
-
-    program = torch.export.export(embed, (torch.zeros(*shape, device=device),))
-    with tempfile.TemporaryDirectory() as folder:
-        file = aoti_compile_and_package(program, package_path=str(Path(folder) / "embed.pt2"), inductor_configs=options)
-        return cast(Callable[[Tensor], Tensor], aoti_load_package(file))
-
-
-class _Graphed(Candidate):
-    """Another candidate, replayed from CUDA graphs."""
-
-    def __init__(self, candidate: Candidate, cuda: Any = None) -> None:
-        super().__init__(candidate.model)
-        self._features = CudaGraphs(lambda images: (candidate.features(images),), cuda=cuda)
-        self._pair = CudaGraphs(lambda a, b: tuple(candidate.pair(a, b)), cuda=cuda)
-
-    def features(self, images: Tensor) -> Tensor:
-        return self._features(images)[0]
-
-    def pair(self, images_a: Tensor, images_b: Tensor) -> XCosScore:
-        return XCosScore(*self._pair(images_a, images_b))
-
-
-def _options(kind: str, device: torch.device) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    if device.type == "cpu":
-        options["freezing"] = True  # weights become constants in oneDNN's own layout
-    if kind.startswith("autotuned"):
-        options["max_autotune"] = True
-        if device.type == "cuda":
-            options["coordinate_descent_tuning"] = True
-    return options
-
-
-def build_candidate(
-    kind: str, model: XCosModel, dtype: torch.dtype, shape: Sequence[int], device: torch.device
-) -> Candidate:
-    """One of :data:`CANDIDATES`.
-
-    Args:
-        kind: its name.
-        model: in evaluation mode.
-        dtype: of the body; ``eager`` keeps the model's own.
-        shape: [M, 3, height, width] of the batch that goes through the body.
-        device: of the model.
-    """
-    if kind == "eager":
-        return _Eager(model)
-    prepared = for_inference(model, dtype, packed=kind != "folded")
-    candidate = Candidate(prepared)
-    if kind.startswith(("inductor", "ahead of time", "autotuned")):
-        embed, options = _Embed(prepared).requires_grad_(False).eval(), _options(kind, device)
-        if kind == "ahead of time":
-            run = _ahead_of_time(embed, shape, device, options)
-        else:
-            run = _just_in_time(embed, options)
-        candidate = _Compiled(prepared, shape, run)
-    return _Graphed(candidate) if kind.endswith("graph") else candidate
-
-
-def _names(device: torch.device, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    """Names of the candidates to try, simplest first, the eager one always among them.
-
-    Raises:
-        ValueError: a name that this device does not have.
-    """
-    known = CANDIDATES.get(device.type, ("eager", "folded"))
-    if wanted is None:
-        return DEFAULT_CANDIDATES.get(device.type, known)
-    if isinstance(wanted, str) or not set(wanted) <= set(known):
-        raise ValueError(
-            f"candidates: expected a list of {', '.join(map(repr, known))} ({device.type}), got {wanted!r}"
-        )
-    return tuple(name for name in known if name in wanted or name == "eager")
 
 
 @dataclass(frozen=True)
@@ -237,6 +68,10 @@ def choose(faster: Mapping[str, Spread], margin: float) -> str:
 
     Returns:
         A name.
+
+    >>> faster = {"eager": Spread.of([1.0]), "folded": Spread.of([1.5]), "packed": Spread.of([1.51])}
+    >>> choose(faster, 0.03), choose(faster, 0.001)
+    ('folded', 'packed')
     """
     enough = max(spread.median for spread in faster.values()) / (1 + margin)
     return next(name for name, spread in faster.items() if spread.median >= enough)
@@ -244,21 +79,16 @@ def choose(faster: Mapping[str, Spread], margin: float) -> str:
 
 def _table(trials: Sequence[Trial], chosen: str) -> str:
     """Trials as text, one a line; the chosen one has a star."""
-    rows = [("", "candidate", "time", "quartiles", "x eager", "score error", "built in", "")]
+    rows = [["", "candidate", "time", "quartiles", "x eager", "score error", "built in", ""]]
     for trial in trials:
-        spread, speedup = trial.seconds, trial.speedup
-        rows.append(
-            (
-                "*" if trial.name == chosen else "",
-                trial.name,
-                duration(None if spread is None else spread.median),
-                "" if spread is None else f"{duration(spread.low)} .. {duration(spread.high)}",
-                "" if speedup is None else f"{speedup.median:.2f} [{speedup.low:.2f}, {speedup.high:.2f}]",
-                "" if trial.error is None else f"{trial.error:.1e}",
-                duration(trial.build_seconds),
-                trial.problem or "",
-            )
-        )
+        timed, faster = ["-", ""], ""
+        if (spread := trial.seconds) is not None:
+            timed = [duration(spread.median), f"{duration(spread.low)} .. {duration(spread.high)}"]
+        if (speedup := trial.speedup) is not None:
+            faster = f"{speedup.median:.2f} [{speedup.low:.2f}, {speedup.high:.2f}]"
+        error = "" if trial.error is None else f"{trial.error:.1e}"
+        star = "*" if trial.name == chosen else ""
+        rows.append([star, trial.name, *timed, faster, error, duration(trial.build_seconds), trial.problem or ""])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
@@ -443,11 +273,6 @@ def _check_dtypes(dtypes: Sequence[torch.dtype] | None) -> tuple[torch.dtype, ..
     return tuple(dtype for dtype in FLOATS if dtype in wanted)
 
 
-def _check_number(name: str, value: float, text: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name}: expected {text}, got {value!r}")
-
-
 def _default_tolerance(dtype: torch.dtype, device: torch.device) -> float:
     if dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
         return _TF32_TOLERANCE
@@ -501,12 +326,9 @@ class _Search:
             Exception: what the eager model raises.
         """
 
-        def call(candidate: Candidate) -> Callable[[], Any]:
-            if len(self.images) == 1:
-                return lambda: candidate.features(self.images[0])
-            return lambda: candidate.pair(*self.images)
-
-        contenders = [Contender(call(candidate), clock_for(self.device)) for candidate in self.candidates.values()]
+        clock, alone = clock_for(self.device), len(self.images) == 1
+        calls = [candidate.features if alone else candidate.pair for candidate in self.candidates.values()]
+        contenders = [Contender(functools.partial(call, *self.images), clock) for call in calls]
         share = seconds / len(contenders)
         found = measure_in_turns(contenders, share, one_by_one=False, least=_LEAST_ROUNDS)
         eager = found[0]
@@ -522,10 +344,10 @@ class _Search:
 
     def choose(self, margin: float) -> CompiledModel:
         """The model as the simplest candidate that none without a problem beats by the margin."""
-        trials = self.trials.values()
+        trials = tuple(self.trials.values())
         usable = {trial.name: trial.speedup for trial in trials if trial.problem is None and trial.speedup is not None}
         chosen = choose(usable, margin)
-        return CompiledModel(self.model, self.candidates[chosen], list(trials), chosen, self.device)
+        return CompiledModel(self.model, self.candidates[chosen], trials, chosen, self.device)
 
 
 def compile_for_inference(
@@ -569,15 +391,25 @@ def compile_for_inference(
             out of range.
         TypeError: another kind of model, or images that are no floating-point tensors.
         RuntimeError: an example that asks for gradients.
+
+    >>> from xcos_ext import backbones, model
+    >>> small = model.XCosModel(backbones.CompactNet(), model.XCosHead(128)).eval()
+    >>> pair = torch.zeros(1, 3, 112, 112), torch.ones(1, 3, 112, 112)
+    >>> fast = compile_for_inference(small, pair, candidates=["folded"], seconds=0)
+    >>> [trial.name for trial in fast.trials], fast(*pair).score.shape
+    (['eager', 'folded fp32'], torch.Size([1]))
     """
     device = _check_model(model)
     images = _check_example(model, device, example)
     wanted = _check_dtypes(dtypes)
-    _check_number("seconds", seconds, "a number of at least 0")
-    _check_number("margin", margin, "a share of at least 0")
-    if tolerance is not None:
-        _check_number("tolerance", tolerance, "a number of at least 0, or None")
-    kinds = _names(device, candidates)
+    for option, value, text in (
+        ("seconds", seconds, "a number of at least 0"),
+        ("margin", margin, "a share of at least 0"),
+        ("tolerance", 0.0 if tolerance is None else tolerance, "a number of at least 0, or None"),
+    ):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"{option}: expected {text}, got {value!r}")
+    kinds = names(device, candidates)
     say = progress or (lambda words: None)
     with _plain(device):
         search = _Search(model, images, device)

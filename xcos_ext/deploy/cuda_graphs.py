@@ -59,6 +59,9 @@ class CudaGraphs:
     Args:
         function: of tensors on one CUDA device, to a tuple of tensors; without synchronisation, alike every time.
         cuda: stands in for ``torch.cuda`` in tests.
+
+    >>> CudaGraphs(lambda x: (x * 2,)).shapes  # nothing is captured before the first call
+    ()
     """
 
     def __init__(self, function: Callable[..., Tensors], *, cuda: Any = None) -> None:

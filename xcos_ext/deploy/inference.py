@@ -5,6 +5,7 @@ On the CPU oneDNN runs the convolutions as it likes best: weights in its own lay
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 
 from xcos_ext.backbones.recogniser import Recogniser
 from xcos_ext.model.head import ClosedFormHead, XCosHead
@@ -32,7 +34,11 @@ _ADDITIONS = {operator.add, operator.iadd, torch.add}
 
 
 def has_fast_bfloat16(device: torch.device | str = "cpu") -> bool:
-    """Whether convolutions in bfloat16 are faster than in fp32: a CPU with AVX-512 BF16 or AMX, a GPU from sm_80 on."""
+    """Whether convolutions in bfloat16 are faster than in fp32: a CPU with AVX-512 BF16 or AMX, a GPU from sm_80 on.
+
+    >>> has_fast_bfloat16("meta")
+    False
+    """
     where = torch.device(device)
     if where.type == "cuda":
         return torch.cuda.get_device_capability(where) >= (8, 0)
@@ -85,32 +91,12 @@ class _PackedSum(_Packed):
         return found
 
 
-class _Shapes(fx.Interpreter):
-    """Runs a graph once and keeps shape and bytes of what every node makes."""
-
-    def __init__(self, graph: fx.GraphModule) -> None:
-        super().__init__(graph)
-        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
-        self.largest = 0
-
-    def run_node(self, n: fx.Node) -> Any:
-        made = super().run_node(n)
-        if isinstance(made, Tensor):
-            self.shapes[n] = tuple(made.shape)
-            self.largest = max(self.largest, made.numel() * made.element_size())
-        return made
-
-
-def _run(body: fx.GraphModule, images: Tensor) -> _Shapes:
-    shapes = _Shapes(body)
+def _shapes(body: fx.GraphModule, images: Tensor) -> dict[fx.Node, TensorMetadata]:
+    """Shape and type of what every node makes of a batch."""
     with torch.no_grad():
-        shapes.run(images)
-    return shapes
-
-
-def _largest_activation(body: fx.GraphModule, images: Tensor) -> int:
-    """Bytes of the largest tensor between the layers, a picture; ``images`` is one batch."""
-    return _run(body, images).largest // images.shape[0]
+        ShapeProp(body).propagate(images)
+    found = {node: node.meta.get("tensor_meta") for node in body.graph.nodes}
+    return {node: made for node, made in found.items() if isinstance(made, TensorMetadata)}
 
 
 def _packable(module: nn.Module | None) -> bool:
@@ -151,11 +137,12 @@ def pack(body: fx.GraphModule, images: Tensor) -> fx.GraphModule:
     Raises:
         RuntimeError: oneDNN refuses a convolution, for example in a dtype this processor lacks.
     """
-    shapes = _run(body, images).shapes
+    shapes = _shapes(body, images)
     packed = fx.GraphModule(body, copy.deepcopy(body.graph))
     modules = dict(packed.named_modules())
     # The copy's nodes stand in the original's order; new ones are entered as they come.
-    known = dict(zip(packed.graph.nodes, (shapes.get(n) for n in body.graph.nodes), strict=True))
+    copies = zip(body.graph.nodes, packed.graph.nodes, strict=True)
+    known = {copied: shapes[node] for node, copied in copies if node in shapes}
     for count, node in enumerate(list(packed.graph.nodes)):
         conv = modules.get(str(node.target)) if node.op == "call_module" else None
         if not _packable(conv):
@@ -164,15 +151,19 @@ def pack(body: fx.GraphModule, images: Tensor) -> fx.GraphModule:
         source = node.all_input_nodes[0]
         inputs: tuple[fx.Node, ...] = (source,)
         last, made = node, None
-        shape = known[source]
-        assert shape is not None
+        shape = known[source].shape
         (user,) = node.users if len(node.users) == 1 else (None,)
         if user is not None and (fused := _activation(user, modules)) is not None:
             last, made = user, _Packed(conv, shape, fused[0], *fused[1])
         elif user is not None and user.target in _ADDITIONS and len(user.args) == 2 and not user.kwargs:
             other = user.args[0] if user.args[1] is node else user.args[1]
             # The sum is computed in the addition's place, where both summands are there.
-            if isinstance(other, fx.Node) and other is not node and known.get(other) == known[node]:
+            if (
+                isinstance(other, fx.Node)
+                and other in known
+                and other is not node
+                and (known[other].shape == known[node].shape)
+            ):
                 last, inputs, made = user, (source, other), _PackedSum(conv, shape)
         name = f"packed_{count}"
         packed.add_module(name, _Packed(conv, shape) if made is None else made)
@@ -213,15 +204,13 @@ class _Prepared(nn.Module):
 
     def prepare_cpu(self, size: tuple[int, int], packed: bool) -> None:
         """Find how many pictures to take at a time, and pack the weights where oneDNN can."""
-        images = torch.zeros(1, 3, *size, dtype=self.dtype)
-        images = images.to(memory_format=torch.channels_last)
-        self.piece = max(1, _LARGEST_ALLOCATION // max(1, _largest_activation(self.body, images)))
+        images = torch.zeros(1, 3, *size, dtype=self.dtype).to(memory_format=torch.channels_last)
+        largest = max(made.shape.numel() * made.dtype.itemsize for made in _shapes(self.body, images).values())
+        self.piece = max(1, _LARGEST_ALLOCATION // max(1, largest))
         if packed and can_pack(self.dtype):
             many = images.expand(min(self.piece, _USUAL_BATCH), -1, -1, -1)
-            try:
+            with contextlib.suppress(RuntimeError):  # a convolution that oneDNN does not have on this processor
                 self._packed = [pack(self.body, many.contiguous(memory_format=torch.channels_last))]
-            except RuntimeError:  # a convolution that oneDNN does not have on this processor
-                self._packed = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": []}  # a copy computes without: slower, and the same
@@ -279,6 +268,11 @@ def for_inference(model: XCosModel, dtype: torch.dtype | None = torch.float32, *
 
     Raises:
         ValueError: a model in training mode, or another dtype.
+
+    >>> from xcos_ext import backbones, model
+    >>> small = model.XCosModel(backbones.CompactNet(), model.XCosHead(128)).eval()
+    >>> for_inference(small).features(torch.zeros(2, 3, 112, 112)).shape
+    torch.Size([2, 32, 7, 7])
     """
     from torch.fx.experimental.optimization import fuse
 

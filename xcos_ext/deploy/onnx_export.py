@@ -7,7 +7,8 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, BinaryIO, get_args
+from operator import methodcaller
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -110,11 +111,7 @@ def export_onnx(
     contents = proto.SerializeToString()
     _compare(contents, model, card, layout, 3 if dynamic_batch else batch_size)
     say("writing")
-
-    def write(file: BinaryIO) -> None:
-        file.write(contents)
-
-    write_atomically(target, write)
+    write_atomically(target, methodcaller("write", contents))
     return card
 
 
@@ -144,9 +141,9 @@ def _checked(model: XCosModel, kind: str, dtype: torch.dtype, batch_size: int, o
 
 def _card(model: XCosModel, kind: Kind, dtype: torch.dtype, opset: int, layout: TemplateLayout) -> OnnxCard:
     attention = attention_of(model.head)
-    learned = isinstance(attention, XCosAttention)
-    pair_weights: dict[str, Any] = {}
+    kind_of_attention, symmetric, pair_weights = str(attention), True, dict[str, Any]()
     if isinstance(attention, XCosAttention):
+        kind_of_attention, symmetric = "learned", attention.symmetric
         with torch.no_grad():
             device = next(attention.parameters()).device
             empty = torch.zeros(1, layout.channels, *layout.grid, device=device)
@@ -167,9 +164,9 @@ def _card(model: XCosModel, kind: Kind, dtype: torch.dtype, opset: int, layout: 
         threshold=model.threshold,
         dtype=str(dtype).removeprefix("torch."),
         opset=opset,
-        attention="learned" if learned else str(attention),
+        attention=kind_of_attention,
         layout=layout,
-        symmetric=attention.symmetric if isinstance(attention, XCosAttention) else True,
+        symmetric=symmetric,
         fmr_thresholds=dict(model.fmr_thresholds),
         fmr_curve=model.fmr_curve,
         pair_weights=pair_weights,

@@ -12,11 +12,9 @@ from xcos_ext.card.card import INPUTS, Kind, OnnxCard
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.optional import need
 from xcos_ext.onnx.files import contents_hash, metadata, read_onnx
-from xcos_ext.onnx.session import CPU, Provider, run_graph, session_of
+from xcos_ext.onnx.session import CPU, Provider, check_threads, run_graph, session_of
 
 if TYPE_CHECKING:
-    from xcos_ext.card.calibration import FMRCurve
-    from xcos_ext.card.preprocessing import Preprocessing
     from xcos_ext.ops.templates import Role, Templates
 
 __all__ = ["OnnxModel", "PairMaps"]
@@ -40,6 +38,8 @@ class OnnxModel:
 
     Attributes:
         card: the file's metadata.
+        kind, name, preprocessing, threshold, fmr_curve: the card's own.
+        batch_size: the batch that every run must have; None: any.
 
     Raises:
         ModelError: a file that :func:`~xcos_ext.deploy.read_onnx` refuses, one without xcos_ext's metadata, one whose
@@ -48,6 +48,9 @@ class OnnxModel:
         MissingPackageError: onnx or onnxruntime is not installed.
     """
 
+    #: A graph is always in evaluation mode.
+    training = False
+
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -55,64 +58,31 @@ class OnnxModel:
         threads: int | None = None,
         providers: Sequence[Provider] | None = None,
     ) -> None:
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise ValueError(f"threads: expected an integer of at least 1 or None, got {threads!r}")
+        check_threads(threads)
         runtime = need("onnxruntime", "running an ONNX graph", extra="onnx")
         proto = read_onnx(path)
         where, notes = os.fspath(path), metadata(proto)
         opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
-        self.card = OnnxCard.from_metadata(notes, opset, where)
+        self.card = card = OnnxCard.from_metadata(notes, opset, where)
+        self.kind, self.name, self.preprocessing = card.kind, card.name, card.preprocessing
+        self.threshold, self.fmr_curve = card.threshold, card.fmr_curve
         if notes.get("xcos.sha256") != contents_hash(proto):
             raise ModelError(f"{where}: the graph is not the one that was written: its checksum differs")
-        expected = INPUTS[self.card.kind]
+        expected = INPUTS[self.kind]
         if tuple(value.name for value in proto.graph.input) != expected:
-            raise ModelError(f"{where}: damaged: expected inputs {', '.join(expected)} of a {self.card.kind} graph")
+            raise ModelError(f"{where}: damaged: expected inputs {', '.join(expected)} of a {self.kind} graph")
         dim = proto.graph.input[0].type.tensor_type.shape.dim[0]
-        #: The batch that every run must have; None: any.
         self.batch_size: int | None = None if dim.dim_param else dim.dim_value
         chosen = CPU if providers is None else list(providers)
         known = runtime.get_available_providers()
-        names = [one if isinstance(one, str) else one[0] for one in chosen]
-        missing = [name for name in names if name not in known]
+        missing = [name for name in (one if isinstance(one, str) else one[0] for one in chosen) if name not in known]
         if missing:
             raise ValueError(f"providers: expected some of {', '.join(known)}, got {', '.join(missing)}")
         self._session, self._where = session_of(proto, where, threads, chosen), where
 
-    # --- what the card says, under the names that a model in torch has
-
-    #: A graph is always in evaluation mode.
-    training = False
-
-    @property
-    def kind(self) -> Kind:
-        """``"pair"``, ``"template"`` or ``"score"``."""
-        return self.card.kind
-
-    @property
-    def name(self) -> str:
-        """Of the model."""
-        return self.card.name
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """Of the images."""
-        return self.card.preprocessing
-
-    @property
-    def threshold(self) -> float | None:
-        """The same person if score >= threshold."""
-        return self.card.threshold
-
-    @property
-    def fmr_curve(self) -> FMRCurve | None:
-        """The false match rate at any score."""
-        return self.card.fmr_curve
-
     def fingerprint(self) -> str:
         """Of the model that the graph was made of."""
         return self.card.fingerprint
-
-    # --- running
 
     def pair(self, images_a: np.ndarray, images_b: np.ndarray) -> PairMaps:
         """Score, S and W of N pairs of faces.
@@ -172,17 +142,10 @@ class OnnxModel:
 
     def compare(self, a: np.ndarray, b: np.ndarray) -> tuple[PairMaps, float]:
         """Two aligned crops, uint8 RGB [height, width, 3]: the maps of (A, B), and the score of (B, A)."""
-        maps = self.pair(a[None], b[None]) if self.batch_size in (None, 1) else self._padded(a, b)
-        if self.card.symmetric:
-            return maps, float(maps.score[0])
-        turned = self.pair(b[None], a[None]) if self.batch_size in (None, 1) else self._padded(b, a)
+        batches = [np.repeat(face[None], self.batch_size or 1, 0) for face in (a, b)]
+        maps = PairMaps(*(values[:1] for values in self.pair(*batches)))
+        turned = maps if self.card.symmetric else self.pair(*batches[::-1])
         return maps, float(turned.score[0])
-
-    def _padded(self, a: np.ndarray, b: np.ndarray) -> PairMaps:
-        """One pair through a graph with a fixed batch."""
-        assert self.batch_size is not None
-        maps = self.pair(*(np.repeat(face[None], self.batch_size, 0) for face in (a, b)))
-        return PairMaps(*(values[:1] for values in maps))
 
     def _need(self, kind: Kind) -> None:
         if self.kind != kind:
@@ -218,13 +181,11 @@ class OnnxModel:
             )
 
     def _run(self, **given: np.ndarray) -> list[Any]:
-        count = len(next(iter(given.values())))
+        name, count = next((name, len(value)) for name, value in given.items())
         if self.batch_size is not None and count != self.batch_size:
-            raise ValueError(
-                f"{next(iter(given))}: expected a batch of {self.batch_size}, which this graph is for, got {count}"
-            )
+            raise ValueError(f"{name}: expected a batch of {self.batch_size}, which this graph is for, got {count}")
         if count == 0:
-            raise ValueError(f"{next(iter(given))}: expected at least one, got an empty batch")
+            raise ValueError(f"{name}: expected at least one, got an empty batch")
         return run_graph(self._session, {k: np.ascontiguousarray(v) for k, v in given.items()}, self._where)
 
     def __repr__(self) -> str:

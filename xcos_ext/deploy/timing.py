@@ -93,7 +93,13 @@ def clock_for(device: torch.device | str) -> Clock:
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles of some samples."""
+    """Median and quartiles of some samples.
+
+    >>> Spread.of([3.0, 1.0, 2.0])
+    Spread(median=2.0, low=1.0, high=3.0, samples=3)
+    >>> Spread.of_ratios([2.0, 8.0], [1.0, 4.0]).median
+    2.0
+    """
 
     median: float
     low: float
@@ -247,6 +253,10 @@ def measure_in_turns(
 
     Returns:
         What each took, in their order.
+
+    >>> short, long = measure_in_turns([Contender(lambda n=n: sum(range(n)), Clock()) for n in (10, 10_000)], 0.01)
+    >>> len(short.rounds) == len(long.rounds) >= 7, short.failure
+    (True, None)
     """
     results = [Measured() for _ in contenders]
     turns: list[_Turn] = []

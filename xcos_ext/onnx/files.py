@@ -27,10 +27,9 @@ def _regular(path: StrPath) -> Path:
     """The path of a readable, non-empty regular file; torch is not needed to tell."""
     file = Path(path)
     try:
-        if file.is_dir():
-            raise ModelError(f"{file}: expected an ONNX file, got a directory")
         if not file.is_file():
-            raise ModelError(f"{file}: no such file" if not file.exists() else f"{file}: not a regular file")
+            flaw = "expected an ONNX file, got a directory" if file.is_dir() else "not a regular file"
+            raise ModelError(f"{file}: {flaw if file.exists() else 'no such file'}")
         size = file.stat().st_size
     except (OSError, ValueError) as error:
         raise ModelError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
@@ -72,29 +71,21 @@ def tensors_of(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
         yield from _in_nodes(function.node)
 
 
-def _parts(tensor: onnx.TensorProto, file: Path) -> tuple[str, int, int | None]:
-    """Where a tensor that lies outside is: file name, offset, length."""
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    try:
-        offset = int(entries.get("offset", "0"))
-        length = int(entries["length"]) if "length" in entries else None
-    except ValueError as error:
-        raise ModelError(f"{file}: tensor {tensor.name!r}: damaged external data ({error})") from error
-    if offset < 0 or (length is not None and length < 0):
-        raise ModelError(
-            f"{file}: tensor {tensor.name!r}: external data: expected an offset and a length of at least 0"
-        )
-    return entries.get("location", ""), offset, length
-
-
 def _external(tensor: onnx.TensorProto, file: Path) -> tuple[Path, int, int]:
     """The file, offset and length of a tensor's data, inside the model's folder.
 
     Raises:
         ModelError: an absolute path, one that leaves the folder (by .. or by a symbolic link), or data that is missing.
     """
-    location, offset, length = _parts(tensor, file)
-    where = f"{file}: tensor {tensor.name!r}"
+    entries, where = {entry.key: entry.value for entry in tensor.external_data}, f"{file}: tensor {tensor.name!r}"
+    location = entries.get("location", "")
+    try:
+        offset = int(entries.get("offset", "0"))
+        length = int(entries["length"]) if "length" in entries else None
+    except ValueError as error:
+        raise ModelError(f"{where}: damaged external data ({error})") from error
+    if offset < 0 or (length is not None and length < 0):
+        raise ModelError(f"{where}: external data: expected an offset and a length of at least 0")
     folder = file.resolve().parent
     if not location or "\0" in location:
         raise ModelError(f"{where}: external data without a location")
@@ -117,12 +108,22 @@ def _load_external(tensor: onnx.TensorProto, file: Path, inside: Any) -> None:
     target, offset, length = _external(tensor, file)
     with target.open("rb") as stream:
         stream.seek(offset)
-        data = stream.read(length)
-    if len(data) != length:
-        raise ModelError(f"{file}: tensor {tensor.name!r}: external data is cut off")
-    tensor.raw_data = data
+        tensor.raw_data = stream.read(length)
     del tensor.external_data[:]
     tensor.data_location = inside
+
+
+def _parsed(path: StrPath) -> tuple[Any, Path, onnx.ModelProto]:
+    """The package onnx, the file, and its graph without the weights that lie beside it."""
+    file = _regular(path)
+    library = need("onnx", "reading an ONNX file", extra="onnx")
+    try:
+        proto: onnx.ModelProto = library.load_model(str(file), load_external_data=False)
+    except Exception as error:  # protobuf's own types, depending on its version
+        raise ModelError(f"{file}: damaged or truncated, or not an ONNX file ({first_line(error)})") from error
+    if not proto.HasField("graph") or not proto.graph.output or not proto.opset_import:
+        raise ModelError(f"{file}: truncated, or not an ONNX file: it has no graph with outputs")
+    return library, file, proto
 
 
 def read_onnx(path: StrPath) -> onnx.ModelProto:
@@ -136,14 +137,7 @@ def read_onnx(path: StrPath) -> onnx.ModelProto:
             or outside the folder.
         MissingPackageError: onnx is not installed.
     """
-    file = _regular(path)
-    library = need("onnx", "reading an ONNX file", extra="onnx")
-    try:
-        proto: onnx.ModelProto = library.load_model(str(file), load_external_data=False)
-    except Exception as error:  # protobuf's own types, depending on its version
-        raise ModelError(f"{file}: damaged or truncated, or not an ONNX file ({first_line(error)})") from error
-    if not proto.HasField("graph") or not proto.graph.output or not proto.opset_import:
-        raise ModelError(f"{file}: truncated, or not an ONNX file: it has no graph with outputs")
+    library, file, proto = _parsed(path)
     outside = library.TensorProto.EXTERNAL
     try:
         for tensor in tensors_of(proto):
@@ -166,12 +160,7 @@ def onnx_hash(path: StrPath) -> str:
         ModelError: as :func:`read_onnx`, but weights are only looked for, not read into memory.
         MissingPackageError: onnx is not installed.
     """
-    file = _regular(path)
-    library = need("onnx", "reading an ONNX file", extra="onnx")
-    try:
-        proto = library.load_model(str(file), load_external_data=False)
-    except Exception as error:
-        raise ModelError(f"{file}: damaged or truncated, or not an ONNX file ({first_line(error)})") from error
+    library, file, proto = _parsed(path)
     outside = library.TensorProto.EXTERNAL
     beside = {_external(t, file)[0] for t in tensors_of(proto) if t.data_location == outside}
     digest = hashlib.sha256()
@@ -208,5 +197,12 @@ def _setting(attribute: Any) -> str:
 
 
 def metadata(proto: onnx.ModelProto) -> dict[str, str]:
-    """The file's own notes, name -> text."""
+    """The file's own notes, name -> text.
+
+    >>> import onnx
+    >>> proto = onnx.ModelProto()
+    >>> onnx.helper.set_model_props(proto, {"xcos.kind": "pair"})
+    >>> metadata(proto)
+    {'xcos.kind': 'pair'}
+    """
     return {entry.key: entry.value for entry in proto.metadata_props}

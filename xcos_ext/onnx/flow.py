@@ -15,6 +15,10 @@ class Flow:
     Args:
         values: all of them.
         edges: from a value to one that is made of it.
+
+    >>> flow = Flow("abcd", [("a", "b"), ("a", "c"), ("b", "d"), ("c", "d")])
+    >>> sorted(flow.behind(["d"])), flow.cuts("a", "d")
+    (['a', 'b', 'c', 'd'], ['d'])
     """
 
     def __init__(self, values: Iterable[Hashable], edges: Iterable[tuple[Hashable, Hashable]]) -> None:

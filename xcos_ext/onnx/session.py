@@ -15,7 +15,7 @@ from xcos_ext.io.text import first_line
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Provider", "Runner", "providers_on", "run_graph", "session_of"]
+__all__ = ["Provider", "Runner", "check_threads", "providers_on", "run_graph", "session_of"]
 
 #: A name, or a name with options.
 Provider = str | tuple[str, Mapping[str, Any]]
@@ -48,6 +48,12 @@ def providers_on(device: str) -> list[Provider]:
         )
     # Maps and score must agree to the last bits of fp32, which TF32 has not.
     return [(_CUDA, {"device_id": index or 0, "use_tf32": 0}), *CPU]
+
+
+def check_threads(threads: int | None) -> None:
+    """Raises ValueError for a number of threads below 1; None leaves it to onnxruntime."""
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise ValueError(f"threads: expected an integer of at least 1 or None, got {threads!r}")
 
 
 def session_of(

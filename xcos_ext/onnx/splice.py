@@ -43,30 +43,21 @@ def with_body(
         except Exception as error:
             raise ModelError(f"model: its backbone's graph cannot be brought to opset {opset} ({error})") from error
     body = library.compose.add_prefix(body, "body/")
-    image, grid = body.graph.input[0].name, body.graph.output[0].name
+    body.ir_version, graph = head.ir_version, body.graph
+    image, grid = graph.input[0].name, graph.output[0].name
     batch = head.graph.input[0].type.tensor_type.shape.dim[0]
-    first: str | int = batch.dim_param or batch.dim_value
-    inputs = [helper.make_tensor_value_info(n, library.TensorProto.FLOAT, [first, 3, *size]) for n in names]
+    shape = [batch.dim_param or batch.dim_value, 3, *size]
     maps = [f"{name}/map" for name in names]
+    for field in (graph.input, graph.output, graph.value_info):
+        del field[:]
+    graph.input.extend(helper.make_tensor_value_info(name, library.TensorProto.FLOAT, shape) for name in names)
+    graph.output.extend(library.ValueInfoProto(name=name) for name in maps)
     if len(names) == 1:
-        before = [helper.make_node("Identity", list(names), [image])]
-        after = [helper.make_node("Identity", [grid], maps)]
+        before, after = helper.make_node("Identity", names, [image]), helper.make_node("Identity", [grid], maps)
     else:
-        before = [helper.make_node("Concat", list(names), [image], axis=0)]
-        after = [helper.make_node("Split", [grid], maps, axis=0, num_outputs=len(names))]
-    renamed = dict(zip(names, maps, strict=True))
-    nodes = []
-    for node in head.graph.node:
-        copied = library.NodeProto()
-        copied.CopyFrom(node)
-        copied.input[:] = [renamed.get(name, name) for name in node.input]
-        nodes.append(copied)
-    graph = helper.make_graph(
-        [*before, *body.graph.node, *after, *nodes],
-        head.graph.name,
-        inputs,
-        list(head.graph.output),
-        [*body.graph.initializer, *head.graph.initializer],
-    )
-    made: onnx.ModelProto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+        before = helper.make_node("Concat", names, [image], axis=0)
+        after = helper.make_node("Split", [grid], maps, axis=0, num_outputs=len(names))
+    graph.node.insert(0, before)
+    graph.node.append(after)
+    made: onnx.ModelProto = library.compose.merge_models(body, head, list(zip(maps, names, strict=True)))
     return made

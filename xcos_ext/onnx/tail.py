@@ -34,35 +34,30 @@ class _Step:
     opset: int
 
 
-# A value is a tensor, or a NumPy array of integers where it is a shape or a list of axes.
-_Value = Any
-_Operator = Callable[[_Step, list[_Value]], _Value]
+# Values are tensors: of integers, on the CPU, where they are a shape or a list of axes; None for an input left out.
+_Operator = Callable[[_Step, list[Any]], Tensor]
 
 
-def _ints(step: _Step, values: list[_Value], place: int, name: str) -> list[int] | None:
+def _ints(step: _Step, values: list[Any], place: int, name: str) -> list[int] | None:
     """A list of integers that older opsets have as attribute and newer ones as input."""
     if len(values) > place and values[place] is not None:
-        return [int(i) for i in np.asarray(values[place]).reshape(-1)]
+        return [int(i) for i in values[place].reshape(-1)]
     found = step.settings.get(name)
     return None if found is None else [int(i) for i in found]
 
 
-def _like(value: _Value, other: Tensor) -> Tensor:
-    return value.to(other.dtype) if isinstance(value, Tensor) else torch.as_tensor(value, dtype=other.dtype)
-
-
-def _both(values: list[_Value]) -> tuple[Tensor, Tensor]:
+def _both(values: list[Any]) -> tuple[Tensor, Tensor]:
     """Two operands in one type, which is the larger of their types."""
     a, b = values
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+    if not (a.is_floating_point() and b.is_floating_point()):
         raise NotAffineError("it computes with shapes")
     kind = torch.promote_types(a.dtype, b.dtype)
     return a.to(kind), b.to(kind)
 
 
-def _conv(step: _Step, values: list[_Value]) -> Tensor:
-    x, weight = values[0], _like(values[1], values[0])
-    bias = _like(values[2], x) if len(values) > 2 and values[2] is not None else None
+def _conv(step: _Step, values: list[Any]) -> Tensor:
+    x, weight = values[0], values[1].to(values[0].dtype)
+    bias = values[2].to(x.dtype) if len(values) > 2 and values[2] is not None else None
     if step.settings.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID"):
         raise NotAffineError("its padding is not explicit")
     dims = weight.dim() - 2
@@ -74,62 +69,56 @@ def _conv(step: _Step, values: list[_Value]) -> Tensor:
     return made
 
 
-def _gemm(step: _Step, values: list[_Value]) -> Tensor:
-    a, b = values[0], _like(values[1], values[0])
+def _gemm(step: _Step, values: list[Any]) -> Tensor:
+    a, b = values[0], values[1].to(values[0].dtype)
     a = a.T if step.settings.get("transA") else a
     b = b.T if step.settings.get("transB") else b
     made: Tensor = step.settings.get("alpha", 1.0) * (a @ b)
     if len(values) > 2 and values[2] is not None:
-        made = made + step.settings.get("beta", 1.0) * _like(values[2], a)
+        made = made + step.settings.get("beta", 1.0) * values[2].to(a.dtype)
     return made
 
 
-def _batch_norm(step: _Step, values: list[_Value]) -> Tensor:
-    if (
-        step.settings.get("training_mode")
-        or step.settings.get("is_test", 1) == 0
-        or not step.settings.get("spatial", 1)
-    ):
+def _batch_norm(step: _Step, values: list[Any]) -> Tensor:
+    get = step.settings.get
+    if get("training_mode") or not get("is_test", 1) or not get("spatial", 1):
         raise NotAffineError("it takes its statistics from the batch")
     x = values[0]
-    weight, bias, mean, var = (_like(v, x) for v in values[1:5])
-    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, step.settings.get("epsilon", 1e-5))
+    weight, bias, mean, var = (v.to(x.dtype) for v in values[1:5])
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, get("epsilon", 1e-5))
 
 
-def _reshape(step: _Step, values: list[_Value]) -> Tensor:
-    x, shape = values[0], [int(i) for i in np.asarray(values[1]).reshape(-1)]
+def _reshape(step: _Step, values: list[Any]) -> Tensor:
+    x, shape = values[0], values[1].tolist()
     if not step.settings.get("allowzero"):
         shape = [x.shape[i] if n == 0 else n for i, n in enumerate(shape)]
     made: Tensor = x.reshape(shape)
     return made
 
 
-def _flatten(step: _Step, values: list[_Value]) -> Tensor:
+def _flatten(step: _Step, values: list[Any]) -> Tensor:
     x, axis = values[0], step.settings.get("axis", 1)
     axis = axis + x.dim() if axis < 0 else axis
     made: Tensor = x.reshape(int(np.prod(x.shape[:axis], dtype=np.int64)), -1)
     return made
 
 
-def _squeeze(step: _Step, values: list[_Value]) -> _Value:
+def _squeeze(step: _Step, values: list[Any]) -> Tensor:
     axes = _ints(step, values, 1, "axes")
-    if isinstance(values[0], Tensor):
-        return values[0].squeeze() if axes is None else values[0].squeeze(tuple(axes))
-    return np.squeeze(values[0], None if axes is None else tuple(axes))
+    made: Tensor = values[0].squeeze() if axes is None else values[0].squeeze(tuple(axes))
+    return made
 
 
-def _unsqueeze(step: _Step, values: list[_Value]) -> _Value:
-    axes = _ints(step, values, 1, "axes") or []
-    if not isinstance(values[0], Tensor):
-        return np.expand_dims(values[0], tuple(axes))
-    x = values[0]
+def _unsqueeze(step: _Step, values: list[Any]) -> Tensor:
+    x, axes = values[0], _ints(step, values, 1, "axes") or []
     rank = x.dim() + len(axes)
     for axis in sorted(axis % rank for axis in axes):
         x = x.unsqueeze(axis)
-    return x
+    made: Tensor = x
+    return made
 
 
-def _reduce(step: _Step, values: list[_Value]) -> Tensor:
+def _reduce(step: _Step, values: list[Any]) -> Tensor:
     axes, x = _ints(step, values, 1, "axes"), values[0]
     if axes is None:
         if step.settings.get("noop_with_empty_axes"):
@@ -139,7 +128,7 @@ def _reduce(step: _Step, values: list[_Value]) -> Tensor:
     return reduce(x, tuple(axes), keepdim=bool(step.settings.get("keepdims", 1)))
 
 
-def _average_pool(step: _Step, values: list[_Value]) -> Tensor:
+def _average_pool(step: _Step, values: list[Any]) -> Tensor:
     settings = step.settings
     kernel = settings["kernel_shape"]
     pads, dims = settings.get("pads", [0, 0, 0, 0]), len(kernel)
@@ -150,40 +139,43 @@ def _average_pool(step: _Step, values: list[_Value]) -> Tensor:
     return F.avg_pool2d(values[0], kernel, settings.get("strides", [1, 1]), list(pads[:2]), False, counted)
 
 
-def _cast(step: _Step, values: list[_Value]) -> _Value:
-    # Of numbers: the precision is the caller's. Shapes are integers in any case.
-    return values[0]
+def _same(step: _Step, values: list[Any]) -> Tensor:
+    # Also a cast: the precision of numbers is the caller's, and shapes are integers in any case.
+    made: Tensor = values[0]
+    return made
 
 
-def _gather(step: _Step, values: list[_Value]) -> _Value:
-    if isinstance(values[0], Tensor):
+def _shape(step: _Step, values: list[Any]) -> Tensor:
+    return torch.tensor(values[0].shape)[step.settings.get("start", 0) : step.settings.get("end")]
+
+
+def _gather(step: _Step, values: list[Any]) -> Tensor:
+    if values[0].is_floating_point():
         raise NotAffineError("it picks parts of the map")
-    return np.take(values[0], np.asarray(values[1], np.int64), axis=step.settings.get("axis", 0))
+    made: Tensor = values[0][values[1]]
+    return made
 
 
-def _concat(step: _Step, values: list[_Value]) -> _Value:
-    axis = step.settings.get("axis", 0)
-    if all(isinstance(v, Tensor) for v in values):
-        return torch.cat(values, axis)
-    if any(isinstance(v, Tensor) for v in values):
+def _concat(step: _Step, values: list[Any]) -> Tensor:
+    if len({value.is_floating_point() for value in values}) > 1:
         raise NotAffineError("it joins a map and a shape")
-    return np.concatenate([np.atleast_1d(v) for v in values], axis)
+    return torch.cat([torch.atleast_1d(value) for value in values], step.settings.get("axis", 0))
 
 
-def _slice(step: _Step, values: list[_Value]) -> _Value:
+def _slice(step: _Step, values: list[Any]) -> Tensor:
     starts, ends = _ints(step, values, 1, "starts"), _ints(step, values, 2, "ends")
-    if isinstance(values[0], Tensor) or starts is None or ends is None or len(starts) != 1:
+    if values[0].is_floating_point() or starts is None or ends is None or len(starts) != 1:
         raise NotAffineError("it picks parts of the map")
-    steps = _ints(step, values, 4, "steps") or [1]
-    return values[0][starts[0] : ends[0] : steps[0]]
+    made: Tensor = values[0][starts[0] : ends[0] : (_ints(step, values, 4, "steps") or [1])[0]]
+    return made
 
 
-def _add(step: _Step, values: list[_Value]) -> Tensor:
+def _add(step: _Step, values: list[Any]) -> Tensor:
     a, b = _both(values)
     return a + b if step.op == "Add" else a - b
 
 
-def _multiply(step: _Step, values: list[_Value]) -> Tensor:
+def _multiply(step: _Step, values: list[Any]) -> Tensor:
     a, b = _both(values)
     if step.op == "MatMul":
         return a @ b
@@ -194,25 +186,23 @@ _OPERATORS: dict[str, _Operator] = {
     "Add": _add,
     "AveragePool": _average_pool,
     "BatchNormalization": _batch_norm,
-    "Cast": _cast,
+    "Cast": _same,
     "Concat": _concat,
     "Conv": _conv,
     "Div": _multiply,
-    "Dropout": _cast,
+    "Dropout": _same,
     "Flatten": _flatten,
     "Gather": _gather,
     "Gemm": _gemm,
     "GlobalAveragePool": lambda step, values: values[0].mean(tuple(range(2, values[0].dim())), keepdim=True),
-    "Identity": _cast,
+    "Identity": _same,
     "MatMul": _multiply,
     "Mul": _multiply,
     "Neg": lambda step, values: -values[0],
     "ReduceMean": _reduce,
     "ReduceSum": _reduce,
     "Reshape": _reshape,
-    "Shape": lambda step, values: np.asarray(values[0].shape, np.int64)[
-        step.settings.get("start", 0) : step.settings.get("end")
-    ],
+    "Shape": _shape,
     "Slice": _slice,
     "Squeeze": _squeeze,
     "Sub": _add,
@@ -221,7 +211,6 @@ _OPERATORS: dict[str, _Operator] = {
 }
 # Inputs that may depend on the map: by default the first alone. Mul and MatMul: one of both.
 _MAY_DEPEND = {"Add": 2, "Sub": 2, "Mul": 2, "MatMul": 2, "Concat": 1 << 30}
-_SHAPE = "Shape"
 
 
 def first_obstacle(graph: Graph, nodes: Sequence[onnx.NodeProto], tensor: str) -> str | None:
@@ -234,7 +223,7 @@ def first_obstacle(graph: Graph, nodes: Sequence[onnx.NodeProto], tensor: str) -
         product = node.op_type in ("Mul", "MatMul") and sum(depends) > 1
         if any(depends) and (not known or any(depends[places:]) or product):
             return f"{node.op_type} (which makes {node.output[0]!r})"
-        if any(depends) and node.op_type != _SHAPE:
+        if any(depends) and node.op_type != "Shape":
             dependent.update(node.output[:1])
     return None
 
@@ -259,7 +248,7 @@ class AffineTail(nn.Module):
             raise NotAffineError(obstacle)
         self._start, self._output = tensor, output
         self._steps: list[_Step] = []
-        self._lists: dict[str, np.ndarray] = {}
+        self._lists: dict[str, Tensor] = {}
         self._places: dict[str, str] = {}
         get = graph.onnx.helper.get_attribute_value
         for node in nodes:
@@ -281,12 +270,12 @@ class AffineTail(nn.Module):
             place = f"w{len(self._places)}"
             self.register_buffer(place, torch.from_numpy(np.array(value, np.float32 if value.itemsize < 8 else None)))
             self._places[name] = place
-        else:
-            self._lists[name] = value
+        elif value.dtype.kind in "iub":
+            self._lists[name] = torch.from_numpy(np.array(value))
 
     def forward(self, grid: Tensor) -> Tensor:
         """Map [N, C, H, W] -> embedding [N, D]."""
-        values: dict[str, _Value] = {self._start: grid, "": None, **self._lists}
+        values: dict[str, Any] = {self._start: grid, "": None, **self._lists}
         for name, place in self._places.items():
             values[name] = getattr(self, place)
         for step in self._steps:

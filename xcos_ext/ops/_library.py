@@ -70,6 +70,9 @@ def build_info() -> dict[str, Any]:
         A dictionary with the keys ``version``, ``compiler``, ``torch`` (built against), ``torch_abi``,
         ``isa_compiled``, ``isa_supported``, ``isa`` (in use), ``cuda`` (bool), ``cuda_compiler`` and
         ``cuda_architectures``.
+
+    >>> sorted(build_info())[:3]
+    ['compiler', 'cuda', 'cuda_architectures']
     """
     return compiled.build_info()
 

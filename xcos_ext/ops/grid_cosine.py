@@ -62,6 +62,10 @@ def grid_cosine(a: Any, b: Any, *, eps: float = 1e-6) -> Any:
     Raises:
         RuntimeError: An argument has the wrong rank, shape, dtype, device or value (ValueError for NumPy arrays).
         TypeError: a and b are neither two tensors nor two arrays.
+
+    >>> x = torch.tensor([3.0, 4.0]).view(1, 2, 1, 1)
+    >>> round(grid_cosine(x, x.flip(1)).item(), 4)
+    0.96
     """
     _checks.refuse_tensor("grid_cosine", "eps", eps)
     if isinstance(a, Tensor) and isinstance(b, Tensor):

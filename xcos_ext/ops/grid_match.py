@@ -34,6 +34,10 @@ class GridMatch(NamedTuple):
         similarity: S [N, H, W].
         offsets: int8 [N, D, 2, H, W], rows down and columns right from a cell to its chosen neighbour. Direction 0
             leads from cells of ``a`` to cells of ``b``, direction 1 (D = 2: symmetric matching) from ``b`` to ``a``.
+
+    >>> a = torch.eye(9).view(1, 9, 3, 3)
+    >>> GridMatch._fields == tuple(grid_match(a, a, return_offsets=True)._asdict())
+    True
     """
 
     similarity: Tensor
@@ -168,6 +172,11 @@ def grid_match(
     Raises:
         RuntimeError: An argument has the wrong rank, shape, dtype, device or value.
         TypeError: a or b is not a tensor, radius not an integer, or a number is in a tensor.
+
+    >>> a = torch.eye(9).view(1, 9, 3, 3)  # every cell another direction
+    >>> moved = a.roll(1, dims=3)
+    >>> grid_match(a, moved, radius=0).sum().item(), grid_match(a, moved, radius=1, symmetric=False).sum().item()
+    (0.0, 6.0)
     """
     mode = check_matching(_OP, radius, match, temperature)
     _checks.refuse_tensor(_OP, "eps", eps)

@@ -36,6 +36,10 @@ class HeadLayer(NamedTuple):
         norm_variance: running variance [out].
         slope: [1].
         norm_eps: added to the variance.
+
+    >>> norm = [torch.ones(16)] * 4
+    >>> HeadLayer(torch.ones(16, 32, 3, 3), torch.zeros(16), *norm, torch.ones(1)).norm_eps
+    1e-05
     """
 
     weight: Tensor
@@ -57,6 +61,11 @@ class HeadParameters(NamedTuple):
         embed: C -> 16.
         first: 32 -> 16.
         last: 16 -> 1; of a residual attention, whose last convolution stands alone, only (weight, bias).
+
+    >>> def layer(n, m):
+    ...     return HeadLayer(torch.ones(n, m, 3, 3), torch.zeros(n), *[torch.ones(n)] * 4, torch.ones(1))
+    >>> len(HeadParameters(layer(16, 32), layer(16, 32), layer(1, 16)).tensors())
+    21
     """
 
     embed: HeadLayer
@@ -234,6 +243,12 @@ def xcos_head(
     Raises:
         RuntimeError: An argument has the wrong rank, shape, dtype, device or value, or a gradient is asked for.
         TypeError: a or b is not a tensor, parameters is no HeadParameters, or a number is in a tensor.
+
+    >>> def layer(n, m):
+    ...     return HeadLayer(torch.ones(n, m, 3, 3), torch.zeros(n), *[torch.ones(n)] * 4, torch.ones(1))
+    >>> parameters = HeadParameters(layer(16, 32), layer(16, 32), layer(1, 16))
+    >>> round(xcos_head(torch.ones(1, 32, 7, 7), torch.ones(1, 32, 7, 7), parameters).item(), 4)
+    1.0
     """
     for name, value in (("a", a), ("b", b)):
         if not isinstance(value, Tensor):

@@ -35,6 +35,11 @@ class XCosMaps(NamedTuple):
         attention: W [M, H, W], the weights as used.
         contribution: W * (S - threshold) [M, H, W]; where W sums to 1 it adds up to score - threshold. None without
             a threshold.
+
+    >>> from xcos_ext import Templates
+    >>> faces = Templates.from_features(torch.ones(1, 8, 7, 7))
+    >>> xcos_maps(faces, faces, torch.tensor([[0, 0]])).contribution is None
+    True
     """
 
     score: Tensor
@@ -135,6 +140,12 @@ def xcos_maps(
     Raises:
         TypeError: an argument of another type.
         RuntimeError: templates that do not fit each other, an index outside, or a wrong shape, dtype, device or value.
+
+    >>> from xcos_ext import Templates
+    >>> faces = Templates.from_features(torch.ones(2, 8, 7, 7))
+    >>> maps = xcos_maps(faces, faces, torch.tensor([[0, 1]]), threshold=0.25)
+    >>> round(maps.contribution.sum().item(), 4), tuple(maps.similarity.shape)
+    (0.75, (1, 7, 7))
     """
     check_sides(_OP, probes, gallery, attention)
     how = resolve_attention(_OP, attention, probes, gallery)

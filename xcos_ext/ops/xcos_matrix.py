@@ -271,6 +271,12 @@ def xcos_matrix(probes: Templates, gallery: Templates, attention: Tensor | str =
         TypeError: an argument of another type.
         RuntimeError: templates that do not fit each other (channels, grid, dtype, device, role, or another head's), a
             wrong attention, or a matrix larger than the memory that is free.
+
+    >>> from xcos_ext import Templates
+    >>> faces = Templates.from_features(torch.eye(3).view(3, 3, 1, 1))
+    >>> xcos_matrix(faces[:2], faces)
+    tensor([[1., 0., 0.],
+            [0., 1., 0.]])
     """
     pairs = AllPairs(_OP, probes, gallery, attention)
     _refuse_what_does_not_fit(probes, gallery)

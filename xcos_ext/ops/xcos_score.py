@@ -30,6 +30,10 @@ class XCosScore(NamedTuple):
         score: [N].
         similarity: S [N, H, W], the cell cosines.
         attention: W [N, H, W], the weights as used (after the softmax, where there is one).
+
+    >>> found = xcos_score(torch.ones(1, 8, 7, 7), torch.ones(1, 8, 7, 7), return_maps=True)
+    >>> torch.allclose(found.score, (found.attention * found.similarity).sum((1, 2)))
+    True
     """
 
     score: Tensor
@@ -238,6 +242,11 @@ def xcos_score(
     Raises:
         RuntimeError: An argument has the wrong rank, shape, dtype, device or value (ValueError for NumPy arrays).
         TypeError: a, b and attention are not of one kind, tensors or arrays.
+
+    >>> a = torch.ones(2, 32, 7, 7)
+    >>> score, similarity, attention = xcos_score(a, -a, "norm", return_maps=True)
+    >>> [round(x, 4) for x in score.tolist()], tuple(attention.shape)
+    ([-1.0, -1.0], (2, 7, 7))
     """
     if attention is None:
         mode, given = _UNIFORM, None

@@ -34,6 +34,11 @@ class XCosTopk(NamedTuple):
     Attributes:
         values: scores [P, k], float32 (float64 for float64 templates); -inf where there are fewer than k hits.
         indices: positions in the gallery [P, k], int64; -1 where there are fewer than k hits.
+
+    >>> from xcos_ext import Templates
+    >>> faces = Templates.from_features(torch.eye(2).view(2, 2, 1, 1))
+    >>> xcos_topk(faces, faces, 3).indices[0].tolist()
+    [0, 1, -1]
     """
 
     values: Tensor
@@ -226,6 +231,12 @@ def xcos_topk(
     Raises:
         TypeError: an argument of another type.
         RuntimeError: templates that do not fit each other, or an argument of a wrong shape, dtype, device or value.
+
+    >>> from xcos_ext import Templates
+    >>> faces = Templates.from_features(torch.eye(3).view(3, 3, 1, 1))
+    >>> hits = xcos_topk(faces, faces, 1)
+    >>> hits.indices.flatten().tolist(), hits.values.flatten().tolist()
+    ([0, 1, 2], [1.0, 1.0, 1.0])
     """
     pairs = AllPairs(_OP, probes, gallery, attention)
     k = checked_k(k)

@@ -131,6 +131,9 @@ class BatchProfile:
 
     Raises:
         ValueError: not 1 <= min <= opt <= max.
+
+    >>> BatchProfile.parse("1:8:64"), str(BatchProfile(1, 8, 64))
+    (BatchProfile(min=1, opt=8, max=64), '1 to 64')
     """
 
     min: int
@@ -226,7 +229,11 @@ class PlanCard:
 
 
 def sidecar(plan: StrPath) -> Path:
-    """Where a plan's card lies: ``<plan>.json``."""
+    """Where a plan's card lies: ``<plan>.json``.
+
+    >>> sidecar("pair.plan").name
+    'pair.plan.json'
+    """
     return Path(f"{os.fspath(plan)}.json")
 
 

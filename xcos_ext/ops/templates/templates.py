@@ -56,6 +56,10 @@ class Templates:
     Raises:
         TypeError: an argument of another type, or a dtype that is not floating-point.
         ValueError: shapes, dtypes or devices that do not fit each other.
+
+    >>> faces = Templates.from_features(torch.ones(5, 8, 7, 7), torch.float16)
+    >>> len(faces), len(faces[1:3]), tuple(faces.features.shape), faces.grid, faces.dtype
+    (5, 2, (5, 49, 8), (7, 7), torch.float16)
     """
 
     features: Tensor

@@ -34,6 +34,10 @@ def feature_maps(
         ModelError: a file that cannot be used, no single embedding, or a module that fails for the example.
         TypeError: neither a file nor a module, or an argument that is for the other.
         MissingPackageError: onnx or onnxruntime is not installed.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 6, 16, 16), nn.ReLU(), nn.Flatten(), nn.Linear(294, 8))
+    >>> [(found.name, found.shape, found.affine, found.chosen) for found in feature_maps(net)]
+    [('1', (6, 7, 7), True, True), ('0', (6, 7, 7), False, False)]
     """
     if isinstance(network, nn.Module):
         if output is not None:

@@ -218,7 +218,6 @@ LABELS = {
     "centre": "control: centre",
 }
 DIRECTIONS = ("impostor-into-genuine", "genuine-into-impostor")
-READINGS = ("absolute", "difference", "centred")
 
 
 def _value(estimate: Data | None, digits: int = 2) -> str:
@@ -390,7 +389,7 @@ def faithfulness(kind: str) -> list[str]:
     return {"swap": _swap, "regions": _regions, "deletion": _deletion}[what](data | {"name": name})
 
 
-# Galleries: gallery_scale.py, examples/identify_lfw.py
+# Galleries: gallery_scale.py, recipes/identify_lfw.py
 
 
 def _milliseconds(row: Data) -> str:

@@ -108,6 +108,16 @@ def test_every_batch_size_has_a_context_of_its_own_and_all_share_one_scratch_mem
     assert {memory for _, memory in calls(trt, "execute_async_v3")} == {scratch}
 
 
+def test_ever_new_batch_sizes_need_no_more_contexts(trt: Any, plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xcos_ext.deploy.tensorrt.runner._MOST_CONTEXTS", 2)
+    trt.script.contexts = 4  # two of their own, one of each profile
+    runner = TrtRunner(plan, graph=False)
+    for batch in (1, 2, 3, 4, 5, 16, 4, 1, 12, 3):
+        inputs = pair(batch)
+        torch.testing.assert_close(runner.run(inputs)["total"], total(inputs))
+    assert trt.script.contexts == 0
+
+
 def test_batch_sizes_beyond_the_most_graphs_run_without_one(trt: Any, plan: Path) -> None:
     runner = TrtRunner(plan)
     for batch in (*range(1, MOST_GRAPHS + 3), 1, MOST_GRAPHS + 2):

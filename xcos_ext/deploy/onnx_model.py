@@ -42,8 +42,8 @@ class OnnxModel:
         batch_size: the batch that every run must have; None: any.
 
     Raises:
-        ModelError: a file that :func:`~xcos_ext.deploy.read_onnx` refuses, one without xcos_ext's metadata, one whose
-            graph was changed after it was written, or one that onnxruntime cannot load.
+        ModelError: a file that cannot be read as a graph, one without xcos_ext's metadata, one whose graph was
+            changed after it was written, or one that onnxruntime cannot load.
         ValueError: a number of threads below 1, or a provider that this onnxruntime does not have.
         MissingPackageError: onnx or onnxruntime is not installed.
     """

@@ -154,8 +154,12 @@ class Ranks:
             why = f"the process group's store, which {'it' if lost else 'none of them'} keeps, does not answer"
         elif self.rank in lost:
             why = f"the others gave rank {self.rank}, this one, up: it did not answer in time"
-        else:
+        elif lost:
             why = f"no answer within the timeout ({why})"
+        else:
+            why = (
+                f"all ranks are there, but one took longer than the timeout; open the gallery with a longer one ({why})"
+            )
         who = f"rank {lost[0]} is" if len(lost) == 1 else f"ranks {', '.join(map(str, lost))} are"
         return LostRankError(f"{_WHO}: {f'{who} lost: ' if lost else ''}{why}", lost)
 

@@ -50,7 +50,7 @@ class PlugStatistics:
     """Mean cell features of one recogniser over many faces, and what was derived from them.
 
     Attributes:
-        fingerprint: :func:`~xcos_ext.model.fingerprint.fingerprint_weights` of the recogniser.
+        fingerprint: :func:`~xcos_ext.io.fingerprint.fingerprint_weights` of the recogniser.
         mean: mean of e_ij = M_ij x_ij, [D, H, W] fp32.
         basis: per-cell principal axes [H * W, K, D] fp32 (orthonormal rows, strongest first) of cells after
             sharing with ``basis_spread``, or None.

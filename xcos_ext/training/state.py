@@ -26,7 +26,7 @@ def averaged_model(module: nn.Module, decay: float) -> AveragedModel:
     """A copy of a module whose ``update_parameters(module)`` keeps an exponential moving average of it.
 
     Parameters and floating buffers: ``average += (1 - d) (value - average)`` with d = min(decay, (1 + n) / (10 + n))
-    after n updates, so that the first weights do not linger; integer buffers are copied.
+    after n updates, so that the first weights do not linger (the first update copies); integer buffers are copied.
     """
 
     def update(averages: Any, values: Any, _: Any) -> None:

@@ -7,9 +7,9 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import Future, wait
 from dataclasses import asdict
 from operator import methodcaller
 from pathlib import Path
@@ -219,19 +219,24 @@ class _Steps:
     def run(self, build: Callable[[], Any], device: torch.device) -> Any:
         """Build in a thread of its own: one that is in TensorRT cannot take a Ctrl-C, and TensorRT swallows it."""
 
-        def work() -> Any:
-            with torch.cuda.device(device):
-                return build()
+        built: Future[Any] = Future()
 
-        with ThreadPoolExecutor(1, "xcos-tensorrt") as pool:
+        def work() -> None:
             try:
-                built = pool.submit(work)
-                while True:
-                    with contextlib.suppress(FutureTimeout):  # again and again: a signal may meet another thread
-                        return built.result(timeout=0.1)
-            except KeyboardInterrupt as error:
-                self.failure = error
-                raise
+                with torch.cuda.device(device):
+                    built.set_result(build())
+            except BaseException as error:
+                built.set_exception(error)
+
+        try:
+            threading.Thread(target=work, name="xcos-tensorrt").start()
+            while not wait([built], timeout=0.1).done:  # again and again: a signal may meet another thread
+                pass
+        except KeyboardInterrupt as error:
+            self.failure = error
+            wait([built])
+            raise
+        return built.result()
 
     def note(self, phase: str, total: int | None, done: int) -> bool:
         """A phase begins with a total, goes on without, and ends with 0; gives whether to go on."""

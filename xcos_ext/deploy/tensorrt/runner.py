@@ -18,6 +18,7 @@ from .plan import EngineError, TensorRTError
 
 __all__ = ["TrtRunner"]
 
+_MOST_CONTEXTS = 32  # of batch sizes of their own, more than are captured as graphs; the rest share one of a profile
 _ALIGNMENT = 256  # TensorRT's demand on addresses, in bytes; torch allocates so, a view may begin elsewhere
 
 
@@ -64,6 +65,7 @@ class TrtRunner:
             self._scratch = torch.empty(scratch, dtype=torch.uint8, device=self._device)
             self._own_stream, self._done = torch.cuda.Stream(), torch.cuda.Event()
         self._contexts: dict[tuple[tuple[int, ...], ...], Any] = {}
+        self._shared: dict[int, Any] = {}  # by profile
         self._call = CudaGraphs(self._launch) if graph else self._launch
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -124,9 +126,7 @@ class TrtRunner:
         """Enqueue the engine on the current stream; CUDA graphs record this."""
         self._log.errors.clear()
         shapes, stream = tuple(tuple(value.shape) for value in inputs), torch.cuda.current_stream()
-        context = self._contexts.get(shapes)
-        if context is None:
-            context = self._contexts[shapes] = self._new_context(shapes, stream.cuda_stream)
+        context = self._contexts.get(shapes) or self._context(shapes, stream.cuda_stream)
         outputs = []
         for card in self.card.outputs:
             shape = tuple(int(n) for n in context.get_tensor_shape(card.name))
@@ -149,20 +149,28 @@ class TrtRunner:
             stream.wait_stream(target)
         return tuple(outputs)
 
-    def _new_context(self, shapes: tuple[tuple[int, ...], ...], stream: int) -> Any:
-        """A context for inputs of these shapes, which CUDA graphs need each, by the profile for the nearest batch."""
-        context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if context is None:
-            raise TensorRTError(f"TensorRT makes no execution context: {self._log.reason()}")
-        context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
+    def _context(self, shapes: tuple[tuple[int, ...], ...], stream: int) -> Any:
+        """A context set to inputs of these shapes: their own, which CUDA graphs need, or the nearest profile's."""
         varying = [(c.name, shape) for c, shape in zip(self.card.inputs, shapes, strict=True) if -1 in c.shape]
+        nearest = 0
         if varying:
             batch, profiles = varying[0][1][0], self.card.profiles
             fitting = [index for index, profile in enumerate(profiles) if profile.min <= batch <= profile.max]
             nearest = min(fitting, key=lambda index: abs(profiles[index].opt - batch))
-            if not context.set_optimization_profile_async(nearest, stream):
+        own = len(self._contexts) < _MOST_CONTEXTS
+        context = None if own else self._shared.get(nearest)
+        if context is None:
+            context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            if context is None:
+                raise TensorRTError(f"TensorRT makes no execution context: {self._log.reason()}")
+            context.set_device_memory(self._scratch.data_ptr(), self._scratch.numel())
+            if varying and not context.set_optimization_profile_async(nearest, stream):
                 raise TensorRTError(f"TensorRT refuses its profile {nearest}: {self._log.reason()}")
         for name, shape in varying:
             if not context.set_input_shape(name, shape):
                 raise TensorRTError(f"{name}: TensorRT refuses the shape {list(shape)}: {self._log.reason()}")
+        if own:
+            self._contexts[shapes] = context
+        else:
+            self._shared[nearest] = context
         return context

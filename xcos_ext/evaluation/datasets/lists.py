@@ -253,8 +253,8 @@ class CSVPairs(PairList):
     """Pairs from a CSV file with a header: columns ``a``, ``b``, ``genuine`` (or ``same``) and, optionally, ``fold``.
 
     ``a`` and ``b`` are paths from the root (or from the only folder in it), ``genuine`` is 1 or 0 (also true, yes,
-    false, no), ``fold`` an integer. Other columns are ignored. Where every pair is genuine exactly if both pictures
-    lie in the same folder, a picture's folder is taken for its person.
+    false, no), ``fold`` an integer. Other columns are ignored; no row may have more or fewer. Where
+    every pair is genuine exactly if both pictures lie in the same folder, a picture's folder is taken for its person.
 
     Args:
         root: folder or zip archive that the paths start from.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -37,6 +39,17 @@ class _OutputBlock(nn.Module):
         return self.recogniser.embed(grid)
 
 
+@contextlib.contextmanager
+def kept_modes(module: nn.Module) -> Iterator[None]:
+    """Puts training and evaluation mode of a module and all its parts back, whatever happens inside."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
 # Gradients are needed here even when a caller loads models under inference_mode().
 @torch.inference_mode(False)
 def cell_matrices(recogniser: Recogniser) -> CellMatrices:
@@ -65,13 +78,12 @@ def cell_matrices(recogniser: Recogniser) -> CellMatrices:
     def embed(grid: Tensor) -> Tensor:
         return functional_call(block, state, (grid,))
 
-    modes = {name: module.training for name, module in recogniser.named_modules()}
-    recogniser.eval()
-    try:
-        shape = recogniser.grid_shape
-        generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(4, *shape, dtype=torch.float64, generator=generator)
-        probe[2:] *= 30  # so that saturation and clipping show
+    shape = recogniser.grid_shape
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(4, *shape, dtype=torch.float64, generator=generator)
+    probe[2:] *= 30  # so that saturation and clipping show
+    with kept_modes(recogniser):
+        recogniser.eval()
         with torch.no_grad():
             constant = embed(torch.zeros(1, *shape, dtype=torch.float64))
             expected = embed(probe)
@@ -80,19 +92,14 @@ def cell_matrices(recogniser: Recogniser) -> CellMatrices:
                 f"{recogniser.architecture}: the output block must give [N, D], got {list(constant.shape)} for one map"
             )
         constant = constant[0]
-        dim = constant.shape[0]
         rows = []
         with torch.enable_grad():
-            for first in range(0, dim, _ROWS_AT_ONCE):
-                count = min(_ROWS_AT_ONCE, dim - first)
-                grid = torch.zeros(count, *shape, dtype=torch.float64, requires_grad=True)
-                # Item i asks for output channel first + i only, so its gradient is that row of M.
-                picked = embed(grid)[torch.arange(count), torch.arange(first, first + count)].sum()
+            for channels in torch.arange(len(constant)).split(_ROWS_AT_ONCE):
+                grid = torch.zeros(len(channels), *shape, dtype=torch.float64, requires_grad=True)
+                # Item i asks for its own output channel only, so its gradient is that row of M.
+                picked = embed(grid).gather(1, channels[:, None]).sum()
                 rows.append(torch.autograd.grad(picked, grid)[0])
         matrices = torch.cat(rows)
-    finally:
-        for name, module in recogniser.named_modules():
-            module.training = modes[name]
     if not (torch.isfinite(matrices).all() and torch.isfinite(constant).all()):
         raise ModelError(f"{recogniser.architecture}: the output block's weights are not finite")
     got = torch.einsum("dchw,nchw->nd", matrices, probe) + constant

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from functools import partial
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from xcos_ext.model import XCosAttention, XCosHead
+from xcos_ext.model import XCosHead
 from xcos_ext.ops import xcos_matrix, xcos_score
 from xcos_ext.ops.templates import unit_cells
 
@@ -85,16 +86,14 @@ def triplet(scores: Tensor, people: Tensor, margin: float) -> Tensor:
 def make_loss(name: str, temperature: float = 0.05, margin: float | None = None) -> Loss:
     """A loss of scores [B, B] and people [B] with its constants; margin None: 0.3 for contrastive, 0.2 for triplet.
 
-    Raises:
-        ValueError: an unknown name.
+    >>> scores = torch.tensor([[1.0, 0.8, 0.1], [0.8, 1.0, 0.3], [0.1, 0.3, 1.0]])
+    >>> round(float(make_loss("triplet", margin=0.6)(scores, torch.tensor([0, 0, 1]))), 4)
+    0.05
     """
     if name == "infonce":
-        return lambda scores, people: infonce(scores, people, temperature)
-    if name == "contrastive":
-        return lambda scores, people: contrastive(scores, people, 0.3 if margin is None else margin)
-    if name == "triplet":
-        return lambda scores, people: triplet(scores, people, 0.2 if margin is None else margin)
-    raise ValueError(f"loss: expected 'infonce', 'contrastive' or 'triplet', got {name!r}")
+        return partial(infonce, temperature=temperature)
+    loss, usual = {"contrastive": (contrastive, 0.3), "triplet": (triplet, 0.2)}[name]
+    return partial(loss, margin=usual if margin is None else margin)
 
 
 def cosine_loss(scores: Tensor, cosines: Tensor, kind: Literal["mse", "l1"] = "mse") -> Tensor:
@@ -143,18 +142,11 @@ def pair_scores(head: XCosHead, a: Tensor, b: Tensor, detach: Detach = "none") -
     """Scores [N] of pairs of grid features [N, C, H, W]; ``detach`` as in :func:`all_pairs`."""
     if detach == "features":
         a, b = a.detach(), b.detach()
-    if detach != "attention":
+    if detach != "attention" or head.fixed_attention == "uniform":
         return head.score(a, b)
-    attention = head.attention
-    if isinstance(attention, XCosAttention):
-        weights = attention(a.detach(), b.detach())
-    elif head.fixed_attention == "norm":
-        weights = xcos_score(a.detach(), b.detach(), "norm", return_maps=True).attention
-    else:
-        return head.score(a, b)
-    scores = xcos_score(a, b, weights)
-    assert isinstance(scores, Tensor)
-    return scores
+    held = a.detach(), b.detach()
+    weights = xcos_score(*held, "norm", return_maps=True)[2] if head.attention is None else head.attention(*held)
+    return cast(Tensor, xcos_score(a, b, weights))
 
 
 def sample_classes(labels: Tensor, classes: int, share: float, generator: torch.Generator) -> Tensor:

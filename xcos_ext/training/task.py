@@ -74,7 +74,7 @@ class Task(Protocol):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameters of ``module`` to optimise: dicts with ``params`` and, if wanted, ``rate_scale`` (times the
         configured learning rate, default 1), ``weight_decay`` (instead of the configured one) and ``muon`` (whether
-        :class:`~xcos_ext.training.muon.MuonAdamW` may orthogonalise them; without effect elsewhere). With several
+        :class:`~xcos_ext.training.optimiser.MuonAdamW` may orthogonalise them; without effect elsewhere). With several
         processes every trained parameter must take part in every loss."""
         ...
 

@@ -18,7 +18,7 @@ __all__ = ["TASKS", "create_task", "load_experiment"]
 
 #: Built-in task -> its module. A module of a task has ``Experiment``, a pydantic dataclass with fields ``task: str``
 #: and ``train: TrainConfig``, and ``create(experiment, progress)``, which makes the task of it.
-TASKS = {"head": f"{__name__}.head", "model": f"{__name__}.model"}
+TASKS = {"head": f"{__name__}.head", "model": f"{__name__}.head"}
 
 
 def load_experiment(path: str | Path, assignments: Sequence[str] = ()) -> Any:

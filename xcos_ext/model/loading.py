@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -37,6 +36,8 @@ _VERSION = "1"
 _NESTED = ("state_dict", "model_state_dict", "state_dict_backbone", "model", "net", "weights")
 
 State = dict[str, Tensor]
+_Module = TypeVar("_Module", bound=nn.Module)
+_Read = TypeVar("_Read")
 
 
 # --- reading a state dict
@@ -91,7 +92,7 @@ class _Uninitialised(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _bare(build: Callable[[], nn.Module]) -> nn.Module:
+def _bare(build: Callable[[], _Module]) -> _Module:
     """Build without initialising parameters; the weights are assigned afterwards.
 
     On the CPU rather than on "meta": untouched memory costs nothing, and a single operation on meta tensors imports
@@ -114,11 +115,7 @@ def _check_keys(module: nn.Module, state: Mapping[str, Tensor], path: StrPath, w
     ]
     problems = [
         f"{len(found)} {label}: {few(found)}"
-        for label, found in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", shapes),
-        )
+        for label, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
         if found
     ]
     if problems:
@@ -167,7 +164,6 @@ def _as_recogniser(state: State, path: StrPath) -> Recogniser:
             f"{KNOWN_RECOGNISERS}"
         )
     recogniser = _bare(lambda: backbones.create(name, **recogniser_options(name, state)))
-    assert isinstance(recogniser, Recogniser)
     _load_strict(recogniser, state, path, name)
     return recogniser.eval()
 
@@ -193,7 +189,6 @@ def _from_official(state: State, path: StrPath) -> XCosModel:
     }
     whole.backbone = _bare(lambda: backbones.create(name, output=has["backbone.output_layer."]))
     head = _bare(lambda: XCosHead(attention=XCosAttention(symmetric=False)))
-    assert isinstance(head, XCosHead) and isinstance(head.attention, XCosAttention)
     whole.backbone.add_module("conv1x1", head.conv1x1)
     whole.attention = head.attention
     if has["backbone_target."]:
@@ -208,7 +203,6 @@ def _from_official(state: State, path: StrPath) -> XCosModel:
 
     # The output block in there was not trained with this head and the teacher is not needed: neither is kept.
     body = _bare(lambda: backbones.create(name, output=False))
-    assert isinstance(body, Recogniser)
     wanted = body.state_dict()
     _load_strict(body, {key: value for key, value in backbone_state.items() if key in wanted}, path, name)
     head_state = {f"conv1x1.{key}": value for key, value in _sub(state, "backbone.conv1x1.").items()}
@@ -272,7 +266,9 @@ def save_model(model: XCosModel, path: StrPath, *, dtype: torch.dtype | None = N
     write_safetensors(path, state, metadata)
 
 
-def _own_head(kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor], path: StrPath) -> nn.Module:
+def _own_head(
+    kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor], path: StrPath
+) -> XCosHead | ClosedFormHead:
     if kind == XCosHead.kind:
         return _bare(lambda: XCosHead.from_config(config))
     if kind == ClosedFormHead.kind:
@@ -281,21 +277,16 @@ def _own_head(kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor],
         if missing:
             raise ModelError(f"{path}: missing: {', '.join(f'head.{name}' for name in sorted(missing))}")
         channels, height, width = config["grid_shape"]
+        names = ("scale", "spread", "mean", "basis")
         head = ClosedFormHead(
             parts["weight"],
-            scale=parts.get("scale"),
-            spread=parts.get("spread"),
-            mean=parts.get("mean"),
-            basis=parts.get("basis"),
             constant=parts["constant"],
             grid_shape=(channels, height, width),
+            **{name: parts.get(name) for name in names},
         )
         head.set_matching(**config.get("matching", {"radius": 0}))
         return head
     raise ModelError(f"{path}: kind of head: expected 'learned' or 'closed-form', got {kind!r}")
-
-
-_Read = TypeVar("_Read")
 
 
 def _calibrated(
@@ -326,26 +317,19 @@ def _from_own(state: State, metadata: Mapping[str, str], path: StrPath) -> XCosM
             options["embedding_size"] = int(embedding_size)
         backbone = _bare(lambda: backbones.create(name, **options))
         head = _own_head(metadata["kind"], json.loads(metadata["head"]), state, path)
-        preprocessing = Preprocessing(**json.loads(metadata["preprocessing"]))
-        threshold = json.loads(metadata["threshold"])
-        fmr = _calibrated("fmr_thresholds", metadata, checked_thresholds, path) or {}
-        curve = _calibrated("fmr_curve", metadata, FMRCurve.from_dict, path)
-        if threshold is not None and not math.isfinite(threshold):
-            raise ValueError("threshold is not finite")
+        model = XCosModel(
+            backbone,
+            head,
+            preprocessing=Preprocessing(**json.loads(metadata["preprocessing"])),
+            threshold=json.loads(metadata["threshold"]),
+            name=metadata.get("name", name),
+            fmr_thresholds=_calibrated("fmr_thresholds", metadata, checked_thresholds, path),
+            fmr_curve=_calibrated("fmr_curve", metadata, FMRCurve.from_dict, path),
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{path}: damaged metadata ({type(error).__name__}: {error})") from error
-    assert isinstance(head, (XCosHead, ClosedFormHead))
-    model = XCosModel(
-        backbone,
-        head,
-        preprocessing=preprocessing,
-        threshold=threshold,
-        name=metadata.get("name", name),
-        fmr_thresholds=fmr,
-        fmr_curve=curve,
-    )
     _load_strict(model, state, path, f"a {metadata['kind']} model over {name}")
     return model.eval()
 

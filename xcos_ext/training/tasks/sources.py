@@ -117,7 +117,9 @@ def build_head(config: ModelConfig, sources: Sources, trained: Tensor, seed: int
             )
         elif attention == "uniform" and closed is not None:
             raise ConfigError("model.attention: expected 'residual', 'learned' or 'norm' with the closed form")
-        projection = "shared" if closed is None else CellProjection.from_tensors(closed.tensors(), closed.grid_shape)
+        projection: Any = "shared"
+        if closed is not None:
+            projection = CellProjection.from_tensors(dict(closed.named_buffers()), closed.grid_shape)
         head = XCosHead(recogniser.grid_shape[0], channels, attention=attention, projection=projection)
         fix_statistics(head, maps.grids[0][trained[:: max(1, len(trained) // 1024)]], seed)
     return head

@@ -45,15 +45,20 @@ def _min_shift(logits: Tensor) -> Tensor:
 
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution with the batch norm behind it, as it is in evaluation mode."""
-    weight, bias = conv.weight.to(dtype), cast(Tensor, conv.bias).to(dtype)
     if norm is None:
-        return weight, bias
+        assert conv.bias is not None
+        return conv.weight.to(dtype), conv.bias.to(dtype)
     mean, variance = norm.running_mean, norm.running_var
     if mean is None or variance is None:
         raise RuntimeError("templates: expected batch norms with running statistics, got track_running_stats=False")
-    scale = (variance.to(dtype) + norm.eps).rsqrt() * norm.weight.to(dtype)
-    shift = (bias - mean.to(dtype)) * scale + norm.bias.to(dtype)
-    return weight * scale.view(-1, 1, 1, 1), shift
+    scale = (variance.to(dtype) + norm.eps).rsqrt()
+    shift = -mean.to(dtype) if conv.bias is None else conv.bias.to(dtype) - mean.to(dtype)
+    if norm.weight is not None:
+        scale = scale * norm.weight.to(dtype)
+    shift = shift * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.to(dtype)
+    return conv.weight.to(dtype) * scale.view(-1, 1, 1, 1), shift
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

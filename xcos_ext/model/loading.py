@@ -183,17 +183,15 @@ def _from_official(state: State, path: StrPath) -> XCosModel:
     name = irse_name(backbone_state, path)
 
     # One module with every key that the layout may have, so that one check names all that does not fit.
-    whole = _bare(nn.Module)
-    has = {
-        group: any(key.startswith(group) for key in state) for group in ("backbone.output_layer.", "backbone_target.")
-    }
-    whole.backbone = _bare(lambda: backbones.create(name, output=has["backbone.output_layer."]))
+    output = any(key.startswith("backbone.output_layer.") for key in state)
+    backbone = _bare(lambda: backbones.create(name, output=output))
     head = _bare(lambda: XCosHead(attention=XCosAttention(symmetric=False)))
-    whole.backbone.add_module("conv1x1", head.conv1x1)
-    whole.attention = head.attention
-    if has["backbone_target."]:
-        teacher = irse_name(_sub(state, "backbone_target."), path)
-        whole.backbone_target = _bare(lambda: backbones.create(teacher))
+    assert head.attention is not None
+    backbone.add_module("conv1x1", head.conv1x1)
+    whole = nn.ModuleDict({"backbone": backbone, "attention": head.attention})
+    if target := _sub(state, "backbone_target."):
+        teacher = irse_name(target, path)
+        whole["backbone_target"] = _bare(lambda: backbones.create(teacher))
     kernel = state.get("head.kernel")
     if kernel is not None:
         if kernel.dim() != 2 or kernel.shape[0] != 32 * 7 * 7:

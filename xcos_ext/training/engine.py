@@ -184,7 +184,7 @@ class _Run:
         if group.world > 1:
             places = [device.index] if device.type == "cuda" else None
             loss = torch.nn.parallel.DistributedDataParallel(loss, device_ids=places)
-        self.forward = loss
+        self.forward: Any = loss
 
     def _open_folder(self, out: Path, resume: bool) -> None:
         checkpoint = out / CHECKPOINT
@@ -302,10 +302,9 @@ class _Run:
             index, batch = next(batches)
             batch = tree_map_only(Tensor, lambda tensor: tensor.to(self.device, non_blocking=True), batch)
             torch.manual_seed(derived_seed(index.seed, index.step, index.part, 1 << 20))
-            last = micro == config.accumulate - 1
-            unshared = contextlib.nullcontext() if last or self.group.world == 1 else self.forward.no_sync()  # type: ignore[attr-defined]
+            shared = self.group.world == 1 or micro == config.accumulate - 1
             dtype = _DTYPES.get(config.amp)
-            with unshared:
+            with contextlib.nullcontext() if shared else self.forward.no_sync():
                 with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
                     loss, parts = self.forward(batch)
                 self.scaler.scale(loss / config.accumulate).backward()

@@ -117,6 +117,10 @@ class XCosAttention(nn.Module):
     Raises:
         ValueError: unknown normaliser, a temperature that is not a positive finite number, or min-shift with
             ``residual``.
+
+    >>> weights = XCosAttention().eval()(torch.randn(2, 32, 7, 7), torch.randn(2, 32, 7, 7))
+    >>> weights.shape, bool(weights.sum((1, 2)).allclose(torch.ones(2)))
+    (torch.Size([2, 7, 7]), True)
     """
 
     def __init__(

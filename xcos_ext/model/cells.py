@@ -64,6 +64,13 @@ def cell_matrices(recogniser: Recogniser) -> CellMatrices:
     Raises:
         ModelError: no output block, or one that is not affine over the map (an activation or a normalisation
             of the embedding inside it).
+
+    >>> from xcos_ext.backbones import SplitRecogniser
+    >>> output = nn.Sequential(nn.Flatten(), nn.Linear(147, 8))
+    >>> network = SplitRecogniser(nn.AvgPool2d(16), output, grid_shape=(3, 7, 7), embedding_size=8)
+    >>> matrices, constant = cell_matrices(network)
+    >>> bool((constant == output[1].bias).all()), matrices.shape
+    (True, torch.Size([8, 3, 7, 7]))
     """
     if recogniser.embedding_size is None:
         raise ModelError(f"{recogniser.architecture}: no output block, so there are no cells to take from it")
@@ -146,6 +153,9 @@ def spread_matrix(size: tuple[int, int], sigma: float) -> Tensor | None:
 
     Raises:
         ValueError: sigma is negative or not finite.
+
+    >>> spread_matrix((1, 3), 0.7)[:, 1].numpy().round(2).tolist()
+    [0.21, 0.58, 0.21]
     """
     if not (math.isfinite(sigma) and sigma >= 0):
         raise ValueError(f"spread: expected a finite number >= 0 (in cells), got {sigma}")

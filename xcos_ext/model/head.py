@@ -203,6 +203,12 @@ class XCosHead(Head):
 
     Raises:
         ValueError: an attention or projection for another number of channels, or an unknown name.
+
+    >>> head = XCosHead(512, 32).eval()
+    >>> a, b = head.features(torch.randn(2, 512, 7, 7)), head.features(torch.randn(2, 512, 7, 7))
+    >>> score, similarity, attention = head.score(a, b, return_maps=True)
+    >>> bool(score.allclose((attention * similarity).sum((1, 2)), atol=1e-5))
+    True
     """
 
     kind = "learned"
@@ -332,6 +338,11 @@ class ClosedFormHead(Head, Cells):
 
     Raises:
         ValueError: a tensor of another shape.
+
+    >>> head = ClosedFormHead(torch.eye(3), scale=torch.ones(3, 7, 7), constant=torch.zeros(3), grid_shape=(3, 7, 7))
+    >>> faces = torch.randn(2, 3, 7, 7)
+    >>> bool(head.embedding(head.features(faces)).allclose(faces.sum((2, 3)), atol=1e-5))
+    True
     """
 
     kind = "closed-form"

@@ -226,6 +226,13 @@ def save_model(model: XCosModel, path: StrPath, *, dtype: torch.dtype | None = N
         ModelError: a backbone that cannot be built again by name, or weights that ``dtype`` cannot hold.
         OutputError: the file cannot be written.
         TypeError: not a model, or not a floating-point dtype.
+
+    >>> import tempfile
+    >>> model = XCosModel(backbones.create("compact", output=False), XCosHead(256, 32, attention="norm"))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_model(model, f"{folder}/model.safetensors")
+    ...     load_model(f"{folder}/model.safetensors").fingerprint() == model.fingerprint()
+    True
     """
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating-point dtype or None, got {dtype}")
@@ -347,6 +354,10 @@ def load_recogniser(path: StrPath, *, device: str | torch.device = "cpu") -> Rec
 
     Raises:
         ModelError: the file cannot be used; the message names it and the reason.
+
+    >>> load_recogniser("missing.pt")
+    Traceback (most recent call last):
+    xcos_ext.io.errors.ModelError: missing.pt: no such file
     """
     contents, _ = read_weights(path)
     state = _state_dict(contents, path)
@@ -388,6 +399,10 @@ def load_model(
         ModelError: the file is missing, a directory, empty, damaged, unsafe, not a checkpoint, of another
             architecture (missing, unexpected and misshapen keys are named), or has NaN or infinite weights.
         ValueError: ``statistics`` or ``project`` for a file that is not a recogniser.
+
+    >>> model = load_model()
+    >>> model.name, model.features(torch.zeros(1, 3, 112, 112)).shape
+    ('xcos-compact', torch.Size([1, 32, 7, 7]))
     """
     path = weights_file(path)
     contents, metadata = read_weights(path)

@@ -46,6 +46,13 @@ def plug_statistics(
     Raises:
         ModelError: the output block is not affine.
         ValueError: no or too few faces, or pictures of another size.
+
+    >>> from xcos_ext.backbones import SplitRecogniser
+    >>> output = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(147, 8))
+    >>> network = SplitRecogniser(torch.nn.AvgPool2d(16), output, grid_shape=(3, 7, 7), embedding_size=8)
+    >>> statistics = plug_statistics(network, [torch.randn(20, 3, 112, 112)], project=4)
+    >>> statistics.faces, statistics.mean.shape, statistics.basis.shape
+    (20, torch.Size([8, 7, 7]), torch.Size([49, 4, 8]))
     """
     recogniser.eval()
     return compute_statistics(recogniser, cell_matrices(recogniser), faces, project=project, spread=spread, note=note)
@@ -94,6 +101,13 @@ def plug(
         ModelError: the output block is not affine, no statistics are known, or they do not fit.
         TypeError: not a recogniser.
         ValueError: bad ``project`` or ``spread``, or too few faces.
+
+    >>> from xcos_ext.backbones import SplitRecogniser
+    >>> output = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(147, 8))
+    >>> network = SplitRecogniser(torch.nn.AvgPool2d(16), output, grid_shape=(3, 7, 7), embedding_size=8)
+    >>> model = plug(network, [torch.randn(20, 3, 112, 112)])
+    >>> model.name, model.features(torch.randn(2, 3, 112, 112)).shape
+    ('custom+closed-form', torch.Size([2, 8, 7, 7]))
     """
     if not isinstance(recogniser, Recogniser):
         raise TypeError(

@@ -74,6 +74,9 @@ class CellProjection(Cells):
 
     Raises:
         ValueError: a size below 1, or more channels than ``dim``.
+
+    >>> CellProjection((512, 7, 7), 128, 32)(torch.randn(2, 512, 7, 7)).shape
+    torch.Size([2, 32, 7, 7])
     """
 
     def __init__(

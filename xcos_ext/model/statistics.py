@@ -59,6 +59,11 @@ class PlugStatistics:
         calibrations: form of the score -> its thresholds and false match rates.
         faces: number of pictures behind ``mean``.
         note: where the pictures came from, in words.
+
+    >>> statistics = PlugStatistics("0123456789abcdef", torch.zeros(128, 7, 7), calibrations={
+    ...     Form(centre=True, spread=0.7, project=None): Calibration(0.3, "by hand")})
+    >>> statistics.calibration(centre=True, spread=0.7, project=None).threshold
+    0.3
     """
 
     fingerprint: str
@@ -152,7 +157,11 @@ def _shipped() -> dict[str, Path]:
 
 
 def find_statistics(fingerprint: str) -> PlugStatistics | None:
-    """The statistics that come with the package for a recogniser's weights, or None."""
+    """The statistics that come with the package for a recogniser's weights, or None.
+
+    >>> find_statistics("0123456789abcdef") is None
+    True
+    """
     file = _shipped().get(fingerprint)
     return None if file is None else PlugStatistics.load(file)
 

@@ -167,7 +167,7 @@ def people_of_share(names: Sequence[str], share: float) -> set[str]:
     """About a share of the people, chosen by their names alone: who else is there does not matter.
 
     >>> sorted(people_of_share(["Ann", "Bob", "Cid", "Dan"], 0.5))
-    ['Ann']
+    ['Ann', 'Bob']
     """
 
     def position(name: str) -> float:

@@ -86,6 +86,17 @@ def train(
 
     Raises:
         XCosError: a setting, file or checkpoint that cannot be used, or a loss that is not finite.
+
+    >>> class Zeros:  # learns to say 0, whatever it is given
+    ...     module = nn.Linear(4, 1)
+    ...     def parameter_groups(self): return [{"params": list(self.module.parameters())}]
+    ...     def batch(self, index, size): return torch.randn(size, 4, generator=index.generator(own=True))
+    ...     def loss(self, batch): return self.module(batch).square().mean(), {}
+    ...     def describe(self): return {}
+    ...     def evaluate(self, module): return {"size": float(module.weight.abs().max())}
+    >>> result = train(Zeros(), TrainConfig(steps=60, batch=8, rate=0.1, workers=0), show=False)
+    >>> result.steps, result.metrics["size"] < 0.05
+    (60, True)
     """
     device = _device(config)
     folder = None if out is None else Path(out)
@@ -107,6 +118,9 @@ def warmup_cosine(step: int, steps: int, warmup: int = 0, final: float = 0.0) ->
         steps: of the whole training.
         warmup: steps of the rise; the first has factor 1 / ``warmup``.
         final: factor that the cosine ends at.
+
+    >>> [round(warmup_cosine(step, 12, 2), 3) for step in (0, 1, 2, 7, 11)]
+    [0.5, 1.0, 1.0, 0.5, 0.024]
     """
     if step < warmup:
         return (step + 1) / warmup

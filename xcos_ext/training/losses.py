@@ -54,6 +54,10 @@ def infonce(scores: Tensor, people: Tensor, temperature: float) -> Tensor:
         scores: [B, B].
         people: int64 [B]; at least one of them twice.
         temperature: divides the scores.
+
+    >>> scores = torch.tensor([[1.0, 0.9, 0.1], [0.9, 1.0, 0.1], [0.1, 0.1, 1.0]])
+    >>> round(float(infonce(scores, torch.tensor([0, 0, 1]), temperature=0.4)), 3)  # log(1 + e^-2)
+    0.127
     """
     genuine, _ = kinds(people)
     logs = (scores / temperature).masked_fill(_itself(scores), -torch.inf).log_softmax(1)
@@ -97,7 +101,11 @@ def make_loss(name: str, temperature: float = 0.05, margin: float | None = None)
 
 
 def cosine_loss(scores: Tensor, cosines: Tensor, kind: Literal["mse", "l1"] = "mse") -> Tensor:
-    """L_cos of xCos (arXiv 2003.05383): mean (score - c)^2, or |score - c|, c the teacher's cosine of the same pair."""
+    """L_cos of xCos (arXiv 2003.05383): mean (score - c)^2, or |score - c|, c the teacher's cosine of the same pair.
+
+    >>> round(float(cosine_loss(torch.tensor([0.5, 0.1]), torch.tensor([0.2, 0.1]), "l1")), 3)
+    0.15
+    """
     difference = scores - cosines
     return difference.square().mean() if kind == "mse" else difference.abs().mean()
 
@@ -113,6 +121,9 @@ def teacher_loss(
         people: int64 [B]: genuine and impostor pairs then count half each, rare as the former are; None: every pair
             counts alike.
         kind: as in :func:`cosine_loss`.
+
+    >>> float(teacher_loss(torch.full((3, 3), 0.5), torch.eye(3)))
+    0.25
     """
     cosines = embeddings @ embeddings.T
     if people is None:
@@ -129,6 +140,9 @@ def all_pairs(head: XCosHead, features: Tensor, detach: Detach = "none") -> Tens
         head: in evaluation mode, which fixes its batch norms' statistics and leaves its weights trainable.
         features: F.
         detach: what gradients of the scores do not reach.
+
+    >>> all_pairs(XCosHead(8, 4).eval(), torch.randn(5, 4, 7, 7)).shape
+    torch.Size([5, 5])
     """
     source = features if detach == "none" else features.detach()
     templates = head.templates(source, role="both")  # every face is a first face and a second one
@@ -162,6 +176,10 @@ def sample_classes(labels: Tensor, classes: int, share: float, generator: torch.
 
     Returns:
         Classes, int64, ascending.
+
+    >>> chosen = sample_classes(torch.tensor([7, 3, 3]), 100, 0.1, torch.Generator().manual_seed(0))
+    >>> len(chosen), {3, 7} <= set(chosen.tolist())
+    (10, True)
     """
     present = torch.zeros(classes, dtype=torch.bool)
     present[labels] = True

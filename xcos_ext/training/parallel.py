@@ -32,6 +32,9 @@ def prefetch(make: Callable[[Item], Made], items: Iterable[Item], workers: int) 
 
     Raises:
         Exception: whatever ``make`` raised, at its item's place.
+
+    >>> list(prefetch(lambda number: number * number, range(5), workers=2))
+    [0, 1, 4, 9, 16]
     """
     if workers == 0:
         yield from map(make, items)

@@ -45,6 +45,11 @@ class PairBatches:
 
     Raises:
         XCosError: fewer than two people, or nobody with two pictures.
+
+    >>> people = torch.tensor([0, 0, 1, 1, 2])
+    >>> first, second = PairBatches(people, torch.arange(5)).draw(torch.Generator().manual_seed(0), 4)
+    >>> (people[first] == people[second]).tolist()
+    [True, False, True, False]
     """
 
     def __init__(self, people: Tensor, indices: Tensor, hardest: Tensor | None = None, hard_share: float = 0.5) -> None:
@@ -100,6 +105,11 @@ class IdentityBatches:
 
     Raises:
         ConfigError: fewer than P people have K pictures, P or K is below 2, or too few others.
+
+    >>> people = torch.tensor([0, 0, 1, 1, 2])
+    >>> chosen = IdentityBatches(people, torch.arange(5), 2, 2, others=1).draw(torch.Generator().manual_seed(0))
+    >>> sorted(people[chosen].tolist())
+    [0, 0, 1, 1, 2]
     """
 
     def __init__(self, people: Tensor, indices: Tensor, count: int, pictures: int, others: int = 0) -> None:
@@ -144,6 +154,9 @@ def hardest_impostors(embeddings: Tensor, people: Tensor, indices: Tensor, k: in
 
     Returns:
         Picture indices, int64 [n, k], most similar first.
+
+    >>> hardest_impostors(torch.eye(3), torch.tensor([0, 0, 1]), torch.arange(3), 1).shape
+    torch.Size([3, 1])
     """
     own, whose = embeddings[indices], people[indices]
     k = min(k, len(indices) - int(torch.bincount(whose).max()))

@@ -55,6 +55,9 @@ def override(tables: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
 
     Raises:
         ConfigError: an assignment of another form.
+
+    >>> override({"train": {"steps": 1}}, ["train.steps=20", "loss.kind=l1"])
+    {'train': {'steps': 20}, 'loss': {'kind': 'l1'}}
     """
     result: dict[str, Any] = copy.deepcopy(dict(tables))
     for assignment in assignments:
@@ -80,6 +83,12 @@ def build(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
 
     Raises:
         ConfigError: an unknown key (with the nearest known one), a missing one, or a value of a wrong type or size.
+
+    >>> build(TrainConfig, {"steps": 10, "batch": 8, "rate": 0.1}).optimiser
+    'adamw'
+    >>> build(TrainConfig, {"steps": 10, "batch": 8, "rte": 0.1})
+    Traceback (most recent call last):
+    xcos_ext.training.settings.ConfigError: rte: no such setting; did you mean rate?
     """
     try:
         # As JSON, which has the types that TOML has: a list is a tuple, but 1.5, true and "1" are no whole numbers.
@@ -129,6 +138,9 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints; 0: none by steps.
         checkpoint_minutes: minutes between checkpoints; 0: none by time. One is written at the end in any case.
         tensorboard: also write events for TensorBoard.
+
+    >>> TrainConfig(steps=10, batch=64, accumulate=2).part_size(world=4)
+    8
     """
 
     steps: int = Field(ge=1)

@@ -26,6 +26,12 @@ def averaged_model(module: nn.Module, decay: float) -> AveragedModel:
 
     Parameters and floating buffers: ``average += (1 - d) (value - average)`` with d = min(decay, (1 + n) / (10 + n))
     after n updates, so that the first weights do not linger; integer buffers are copied.
+
+    >>> module = nn.Linear(1, 1, bias=False)
+    >>> average = averaged_model(module, 0.5)
+    >>> average.update_parameters(module)
+    >>> bool(average.module.weight == module.weight)
+    True
     """
 
     def update(averages: Any, values: Any, _: Any) -> None:

@@ -85,7 +85,7 @@ def cases() -> list[Case]:
             known,
             HeadExperiment(
                 DataConfig(""),
-                ModelConfig("", start="random", channels=32, attention="learned"),
+                ModelConfig("", start="random", channels=32, attention="learned", symmetric=False),
                 TrainConfig(steps=1, batch=64),
                 loss,
             ),

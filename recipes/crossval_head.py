@@ -33,8 +33,7 @@ from xcos_ext.model import XCosModel, load_model
 from xcos_ext.training import train
 from xcos_ext.training.tasks import load_experiment
 from xcos_ext.training.tasks.config import HeadExperiment
-from xcos_ext.training.tasks.head import HeadTask
-from xcos_ext.training.tasks.model import ModelTask
+from xcos_ext.training.tasks.head import HeadTask, make_task
 from xcos_ext.training.tasks.sources import Sources, held_out_people, load_sources
 
 FMRS = (1e-1, 1e-2, 1e-3)
@@ -60,11 +59,7 @@ class Parts:
         assert data.pairs is not None
         lfw = LFW(data.pictures, data.pairs, folds=[fold - 1 for fold in folds])
         held_out = held_out_people(dataclasses.replace(data, folds=folds), sources.pictures.names)
-        task: HeadTask
-        if experiment.task == "model":
-            task = ModelTask.from_experiment(sources, experiment, held_out, body=experiment.body)
-        else:
-            task = HeadTask.from_experiment(sources, experiment, held_out)
+        task = make_task(sources, experiment, held_out)
         trained = {sources.pictures.keys[int(picture)] for picture in task.trained}
         assert not trained & set(lfw.keys)
         return task, lfw

@@ -18,7 +18,7 @@ from recipes.bank import Answers, Bank, BankConfig, open_bank, teacher_answers
 from recipes.swaps import CellEvidence, SwapConfig, swapped
 from xcos_ext.backbones import CompactNet, LocalNet, Recogniser
 from xcos_ext.evaluation import calibrate, verification
-from xcos_ext.evaluation.datasets import Pair
+from xcos_ext.evaluation.datasets import Pair, read_pairs
 from xcos_ext.model import (
     XCosAttention,
     XCosHead,
@@ -33,7 +33,7 @@ from xcos_ext.model.projection import CellProjection
 from xcos_ext.ops import xcos_matrix, xcos_score
 from xcos_ext.ops.templates import Templates
 from xcos_ext.training.augment import AugmentConfig, augmented
-from xcos_ext.training.data import Pictures, normalised, pairs_of_file, read_pictures
+from xcos_ext.training.data import Pictures, normalised, read_pictures
 from xcos_ext.training.losses import all_pairs, teacher_loss
 from xcos_ext.training.sampling import IdentityBatches
 from xcos_ext.training.settings import NONE, SETTINGS, ConfigError, TrainConfig
@@ -183,7 +183,7 @@ def load_distillation(
 
     recogniser = load_recogniser(student.teacher).requires_grad_(False)
     pictures = read_pictures(data.pictures, recogniser.preprocessing.size, progress=tell("reading"))
-    pairs = [] if data.pairs is None else pairs_of_file(data.pairs)
+    pairs = [] if data.pairs is None else read_pairs(data.pairs)
     fold_of = {person: pair.fold + 1 for pair in pairs for person in (pair.person_a, pair.person_b)}
     groups = torch.tensor([fold_of.get(name, 0) for name in pictures.names])
     free = torch.nonzero((groups[pictures.people] == 0) if (groups == 0).any() else torch.ones(len(pictures))).flatten()

@@ -239,7 +239,7 @@ def trained(part: Part, experiment: HeadExperiment, sources: Sources, folder: Pa
     """A head trained without the people of the part, its closed form, and the recogniser's cosine."""
     pictures, maps = sources.pictures, sources.maps
     held_out = set(part.of(part.gallery)) | set(part.of(part.probes))
-    task = HeadTask.from_experiment(sources, experiment, held_out)
+    task = HeadTask(sources, experiment, held_out)
     assert not held_out & set(part.of(task.trained))
     start = task.model(task.module)
     result = train(task, experiment.train, folder, resume=True, show=False)

@@ -24,14 +24,14 @@ import torch
 from harness import RESULTS, Case, describe, machine, measure, write_json
 from torch import Tensor
 
-from recipes import train_all_pairs as example
+from recipes import pair_costs
 from xcos_ext import reference
 from xcos_ext.backbones import create
 from xcos_ext.model import XCosAttention, XCosHead
-from xcos_ext.training import BatchIndex
+from xcos_ext.training import BatchIndex, TrainConfig
 from xcos_ext.training.data import Maps, Pictures
 from xcos_ext.training.tasks import head as head_task
-from xcos_ext.training.tasks.config import LossConfig, ModelConfig
+from xcos_ext.training.tasks.config import DataConfig, HeadExperiment, LossConfig, ModelConfig
 from xcos_ext.training.tasks.head import HeadTask
 from xcos_ext.training.tasks.sources import Sources
 
@@ -80,13 +80,22 @@ def step(task: HeadTask, size: int, name: str, way: Callable[..., Tensor]) -> Ca
 
 def cases() -> list[Case]:
     known = sources()
-    model = ModelConfig("", start="random", channels=32, attention="learned")
-    every = HeadTask(known, model, LossConfig(cosine=10.0, contrast=1.0))
-    drawn = HeadTask(known, model, LossConfig(cosine=10.0, pairs="drawn"))
+    every, drawn = (
+        HeadTask(
+            known,
+            HeadExperiment(
+                DataConfig(""),
+                ModelConfig("", start="random", channels=32, attention="learned", symmetric=False),
+                TrainConfig(steps=1, batch=64),
+                loss,
+            ),
+        )
+        for loss in (LossConfig(cosine=10.0, contrast=1.0), LossConfig(cosine=10.0, pairs="drawn"))
+    )
     ways = {
         "xcos_ext": head_task.all_pairs,
-        "eager, embedded once": lambda head, features, detach="none": example.embedded_once(head, features),
-        "eager, every pair": lambda head, features, detach="none": example.every_pair(head, features),
+        "eager, embedded once": lambda head, features, detach="none": pair_costs.embedded_once(head, features),
+        "eager, every pair": lambda head, features, detach="none": pair_costs.every_pair(head, features),
     }
     made = []
     for size in (64, 128):
@@ -115,7 +124,7 @@ def cases() -> list[Case]:
 def memory(faces: int) -> dict[str, Any]:
     """Peak resident memory above what was there before a step, in bytes, and seconds of one step."""
     torch.manual_seed(0)
-    costs = example.compare(
+    costs = pair_costs.compare(
         XCosHead(attention=XCosAttention(symmetric=False)),
         torch.randn(faces, 512, 7, 7).half(),
         "infonce",

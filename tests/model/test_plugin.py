@@ -243,12 +243,13 @@ def test_other_refusals() -> None:
         plug(net, centre=False)
 
 
-def test_faces_may_come_in_any_form() -> None:
+def test_faces_may_come_in_any_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xcos_ext.model.statistics._BATCH", 4)
     net = network("convolutional")
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 256, (11, 112, 112, 3), dtype=np.uint8)
     means = [
-        plug(net, faces, batch_size=4).head.mean
+        plug(net, faces).head.mean
         for faces in (
             list(pictures),
             [pictures],

@@ -78,7 +78,7 @@ def test_every_fold_is_scored_by_a_head_that_never_saw_it(
 
     def watched(made: example.HeadTask, *arguments: Any, **named: Any) -> None:
         original(made, *arguments, **named)
-        seen.append((set(arguments[3]), len(made.trained)))
+        seen.append((set(arguments[2]), len(made.trained)))
 
     monkeypatch.setattr(example.HeadTask, "__init__", watched)
     out = tmp_path / "result.json"

@@ -60,7 +60,7 @@ class Toy:
 
 def settings(*assignments: str, **changes: Any) -> TrainConfig:
     tables = override({"train": SETTINGS | changes}, [f"train.{a}" for a in assignments])
-    return build(TrainConfig, tables["train"], "train")
+    return build(TrainConfig, tables["train"])
 
 
 def state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

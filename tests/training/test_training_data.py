@@ -20,7 +20,6 @@ from xcos_ext.training.data import (
     cached_maps,
     normalised,
     people_of_folds,
-    people_of_list,
     people_of_share,
     read_pictures,
 )
@@ -108,9 +107,9 @@ class TestSplits:
         chosen = people_of_share(names, 0.3)
         assert 500 < len(chosen) < 700
         assert people_of_share(names[::-1][:1000], 0.3) == chosen & set(names[1000:])
-        assert people_of_share(names, 0.0) == set() and people_of_share(names, 0.3, seed=1) != chosen
+        assert people_of_share(names, 0.0) == set()
 
-    def test_folds_and_lists(self, tmp_path: Path) -> None:
+    def test_folds(self, tmp_path: Path) -> None:
         pairs = tmp_path / "pairs.txt"
         pairs.write_text("2\t1\nA\t1\t2\nB\t1\tC\t1\nD\t1\t2\nE\t1\tF\t1\n")
         assert people_of_folds(pairs, [1]) == {"A", "B", "C"}
@@ -119,10 +118,6 @@ class TestSplits:
             people_of_folds(pairs, [3])
         with pytest.raises(XCosError, match=r"data.pairs: .*x.txt: no such file"):
             people_of_folds(tmp_path / "x.txt", [1])
-        (tmp_path / "list.txt").write_text("A\n\n B \n")
-        assert people_of_list(tmp_path / "list.txt") == {"A", "B"}
-        with pytest.raises(XCosError, match=r"x.txt: cannot be read as a list of people"):
-            people_of_list(tmp_path / "x.txt")
 
 
 PEOPLE = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3, 3, 3, 4, 5])
@@ -136,26 +131,24 @@ class TestPairs:
     @pytest.mark.parametrize("count", [1, 2, 7, 200])
     def test_half_are_genuine(self, count: int) -> None:
         indices = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 10])
-        drawn = PairBatches(PEOPLE, indices).draw(generator(), count)
-        assert len(drawn.first) == len(drawn.second) == count
-        assert int(drawn.genuine.sum()) == (count + 1) // 2
-        assert torch.equal(PEOPLE[drawn.first] == PEOPLE[drawn.second], drawn.genuine)
-        assert (drawn.first != drawn.second).all()
-        assert set(drawn.first.tolist()) | set(drawn.second.tolist()) <= set(indices.tolist())
+        first, second = PairBatches(PEOPLE, indices).draw(generator(), count)
+        assert len(first) == len(second) == count
+        assert torch.equal(PEOPLE[first] == PEOPLE[second], torch.arange(count) % 2 == 0)
+        assert (first != second).all()
+        assert set(first.tolist()) | set(second.tolist()) <= set(indices.tolist())
 
     def test_all_people_and_all_pictures_come(self) -> None:
-        drawn = PairBatches(PEOPLE, torch.arange(12)).draw(generator(), 2000)
-        impostors = drawn.first[~drawn.genuine]
+        first, second = PairBatches(PEOPLE, torch.arange(12)).draw(generator(), 2000)
+        impostors = first[1::2]
         assert set(impostors.tolist()) == set(range(12))
         share = torch.bincount(PEOPLE[impostors], minlength=6) / len(impostors)
         assert (share > 0.1).all()  # people alike, however many pictures they have
-        genuine = {(a, b) for a, b in zip(drawn.first.tolist(), drawn.second.tolist(), strict=True)}
-        assert {(4, 5), (5, 4), (0, 2), (9, 6)} <= genuine
+        assert {(4, 5), (5, 4), (0, 2), (9, 6)} <= set(zip(first.tolist(), second.tolist(), strict=True))
 
     def test_the_same_generator_gives_the_same_pairs(self) -> None:
         batches = PairBatches(PEOPLE, torch.arange(12))
         one, other = batches.draw(generator(3), 20), batches.draw(generator(3), 20)
-        assert torch.equal(one.first, other.first) and torch.equal(one.second, other.second)
+        assert torch.equal(torch.stack(one), torch.stack(other))
 
     def test_hard_impostors(self) -> None:
         torch.manual_seed(0)
@@ -165,11 +158,10 @@ class TestPairs:
         for row, own in zip(hardest.tolist(), indices.tolist(), strict=True):
             others = [i for i in indices.tolist() if PEOPLE[i] != PEOPLE[own]]
             assert row == sorted(others, key=lambda i: -float(embeddings[own] @ embeddings[i]))[:2]
-        drawn = PairBatches(PEOPLE, indices, hardest, 1.0).draw(generator(), 200)
+        first, second = PairBatches(PEOPLE, indices, hardest, 1.0).draw(generator(), 200)
         known = {(a, b) for a, row in zip(indices.tolist(), hardest.tolist(), strict=True) for b in row}
-        first, second = drawn.first[~drawn.genuine].tolist(), drawn.second[~drawn.genuine].tolist()
-        assert set(zip(first, second, strict=True)) == known
-        assert torch.equal(PEOPLE[drawn.first] == PEOPLE[drawn.second], drawn.genuine)
+        assert set(zip(first[1::2].tolist(), second[1::2].tolist(), strict=True)) == known
+        assert torch.equal(PEOPLE[first] == PEOPLE[second], torch.arange(200) % 2 == 0)
 
     def test_too_few(self) -> None:
         with pytest.raises(XCosError, match="at least two people, one of them with two pictures, got 2 people, 0"):
@@ -211,9 +203,8 @@ class TestCache:
     ) -> None:
         pictures = generated()
         done: list[int] = []
-        maps = cached_maps(
-            recogniser, pictures, tmp_path / "c", flipped=True, batch_size=4, progress=lambda n, _: done.append(n)
-        )
+        monkeypatch.setattr("xcos_ext.training.data._BATCH", 4)
+        maps = cached_maps(recogniser, pictures, tmp_path / "c", flipped=True, progress=lambda n, _: done.append(n))
         assert done[-1] == 20 and maps.grids.shape == (2, 10, 512, 7, 7) and maps.grids.dtype == torch.float16
         assert maps.embeddings is not None and maps.embeddings.shape == (2, 10, 128)
 
@@ -226,6 +217,7 @@ class TestCache:
             torch.testing.assert_close(maps.grids[view].float(), grid, rtol=2e-3, atol=2e-3)
             torch.testing.assert_close(maps.embeddings[view], embeddings, rtol=1e-4, atol=1e-5)
         monkeypatch.setattr(recogniser, "grid", None)
+        monkeypatch.setattr("xcos_ext.training.data.FileLock", None)  # which a folder that is read-only refuses
         again = cached_maps(recogniser, pictures, tmp_path / "c", flipped=True)
         assert torch.equal(again.grids, maps.grids)
 
@@ -298,10 +290,5 @@ def test_augmented_flips_and_greys(alteration: dict[str, float], changed: object
     torch.testing.assert_close(made.float(), changed(images).float(), atol=1.0, rtol=0)  # type: ignore[operator]
 
 
-def test_augmented_takes_small_and_empty_batches_and_names_bad_ones() -> None:
+def test_augmented_takes_small_pictures() -> None:
     assert augmented(smooth_faces(2, 16), AugmentConfig(blur=1.0, patch=1.0), generator()).shape == (2, 3, 16, 16)
-    assert augmented(smooth_faces(1)[:0], AugmentConfig(), generator()).shape == (0, 3, 112, 112)
-    with pytest.raises(TypeError, match=r"images: expected uint8, got torch\.float32"):
-        augmented(smooth_faces(1).float(), AugmentConfig(), generator())
-    with pytest.raises(ValueError, match=r"images: expected \[N, 3, H, W\], got \[3, 112, 112\]"):
-        augmented(smooth_faces(1)[0], AugmentConfig(), generator())

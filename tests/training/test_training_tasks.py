@@ -21,9 +21,8 @@ from xcos_ext.training import BatchIndex, TrainConfig, train
 from xcos_ext.training.data import Maps, Pictures, normalised
 from xcos_ext.training.settings import ConfigError
 from xcos_ext.training.tasks import create_task, load_experiment
-from xcos_ext.training.tasks.config import BodyConfig, DataConfig, LossConfig, ModelConfig
-from xcos_ext.training.tasks.head import HeadTask
-from xcos_ext.training.tasks.model import ModelTask
+from xcos_ext.training.tasks.config import BodyConfig, DataConfig, HeadExperiment, LossConfig, ModelConfig
+from xcos_ext.training.tasks.head import HeadTask, ModelTask
 from xcos_ext.training.tasks.sources import Sources, held_out_people
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,17 +30,27 @@ MODEL = ModelConfig("net.pt", channels=None, hidden=4)
 HELD_OUT = {f"P{i:02d}" for i in range(8)}
 
 
+def experiment(loss: dict[str, Any] | None = None, batch: int = 24, **model: Any) -> HeadExperiment:
+    return HeadExperiment(
+        DataConfig("x"),
+        dataclasses.replace(MODEL, **model),
+        TrainConfig(steps=30, batch=batch, rate=0.03, workers=0, log_every=5),
+        LossConfig(**(loss or {})),
+        BodyConfig(rate_scale=0.1),
+    )
+
+
 def task(loss: dict[str, Any] | None = None, **model: Any) -> HeadTask:
-    return HeadTask(SOURCES, dataclasses.replace(MODEL, **model), LossConfig(**(loss or {})), HELD_OUT)
+    return HeadTask(SOURCES, experiment(loss, **model), HELD_OUT)
 
 
-def run(made: Any, **settings: Any) -> Any:
-    return train(made, TrainConfig(**{"steps": 30, "batch": 24, "rate": 0.03, "workers": 0} | settings), show=False)
+def run(made: HeadTask, **settings: Any) -> Any:
+    return train(made, dataclasses.replace(made.experiment.train, **settings), show=False)
 
 
 def losses(made: HeadTask, **settings: Any) -> list[float]:
     seen: list[float] = []
-    config = TrainConfig(**{"steps": 30, "batch": 24, "rate": 0.03, "workers": 0, "log_every": 5} | settings)
+    config = dataclasses.replace(made.experiment.train, **settings)
     train(made, config, show=False, on_step=lambda step, values: seen.append(values["loss"]))
     return seen
 
@@ -99,7 +108,7 @@ class TestHead:
         for pairs in ("drawn", "all"):
             made = task({"cosine": 1.0, "pairs": pairs})
             for step in range(20):
-                drawn = made.draw(BatchIndex(0, step), 12).pictures
+                drawn, _ = made.draw(BatchIndex(0, step), 12)
                 assert not held & set(drawn.tolist())
         assert set(made.held_out.tolist()) == held
 
@@ -121,8 +130,8 @@ class TestHead:
 
     def test_drawn_pairs_do_not_depend_on_the_split(self) -> None:
         made = task({"pairs": "drawn"})
-        whole = made.draw(BatchIndex(0, 3), 24).pictures.view(2, 12)
-        parts = [made.draw(BatchIndex(0, 3, part, 3), 8).pictures.view(2, 4) for part in range(3)]
+        whole = made.draw(BatchIndex(0, 3), 24)[0].view(2, 12)
+        parts = [made.draw(BatchIndex(0, 3, part, 3), 8)[0].view(2, 4) for part in range(3)]
         assert torch.equal(torch.cat(parts, 1), whole)
 
     def test_a_part_of_the_classes(self) -> None:
@@ -155,12 +164,12 @@ class TestHead:
 
     def test_too_few_people_are_known_at_once(self) -> None:
         with pytest.raises(XCosError, match="expected at least 32 people with 2 pictures or more to train on, got 16"):
-            HeadTask(SOURCES, MODEL, LossConfig(), HELD_OUT, batch=64)
+            HeadTask(SOURCES, experiment(batch=64), HELD_OUT)
 
     def test_no_embeddings(self) -> None:
         without = dataclasses.replace(SOURCES, maps=Maps(SOURCES.maps.grids, None))
         with pytest.raises(ConfigError, match=r"loss.cosine: expected a recogniser with an output block"):
-            HeadTask(without, MODEL, LossConfig(), HELD_OUT)
+            HeadTask(without, experiment(), HELD_OUT)
 
     def test_held_out_people_by_every_rule(self, tmp_path: Path) -> None:
         (tmp_path / "list.txt").write_text("P01\nnobody\n")
@@ -171,13 +180,13 @@ class TestHead:
         assert held_out_people(dataclasses.replace(data, held_out_share=0.5), names) > {"P01", "P02"}
         with pytest.raises(ConfigError, match=r"data.pairs: expected the pairs file that data.folds belong to"):
             held_out_people(DataConfig("x", folds=(1,)), names)
+        with pytest.raises(XCosError, match=r"x.txt: cannot be read as a list of people"):
+            held_out_people(DataConfig("x", held_out_list=str(tmp_path / "x.txt")), names)
 
 
 class TestModel:
     def model(self, **loss: Any) -> ModelTask:
-        return ModelTask(
-            SOURCES, MODEL, LossConfig(**{"cosine": 10.0} | loss), HELD_OUT, body=BodyConfig(rate_scale=0.1)
-        )
+        return ModelTask(SOURCES, experiment({"cosine": 10.0} | loss), HELD_OUT)
 
     def test_the_body_learns_and_the_teacher_does_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
         made = self.model(identity=0.1, margin_scale=8.0)
@@ -200,7 +209,7 @@ class TestModel:
     def test_the_output_block_stays(self) -> None:
         made = self.model()
         made.module.body.output_prefixes = ("output.",)  # a SplitRecogniser does not say which keys are its block's
-        again = ModelTask(SOURCES, MODEL, made.config, HELD_OUT, body=made.body_config)
+        again = ModelTask(SOURCES, made.experiment, HELD_OUT)
         assert all(p.requires_grad for p in again.module.body.body.parameters())
 
     def test_the_target_is_the_teachers_word_on_the_pictures_as_they_are(self) -> None:
@@ -399,10 +408,9 @@ def test_real_faces_from_the_closed_form(shared_data: Path, tmp_path: Path) -> N
         fingerprint="few",
     )
     real = Sources(recogniser, some, cached_maps(recogniser, some, tmp_path))
-    names = {some.names[i] for i in some.people.unique().tolist()}
-    held_out = people_of_share(sorted(names), 0.3, seed=1)
-    made = HeadTask(real, dataclasses.replace(MODEL, channels=None), LossConfig(cosine=100.0), held_out)
+    held_out = {some.names[i] for i in some.people.unique().tolist()[::3]}
+    made = HeadTask(real, experiment({"cosine": 100.0}, batch=16), held_out)
     before = made.evaluate(made.module)
-    run(made, steps=30, batch=16, rate=0.001)
+    run(made, rate=0.001)
     after = made.evaluate(made.module)
     assert after["correlation"] > before["correlation"]

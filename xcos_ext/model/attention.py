@@ -117,6 +117,10 @@ class XCosAttention(nn.Module):
     Raises:
         ValueError: unknown normaliser, a temperature that is not a positive finite number, or min-shift with
             ``residual``.
+
+    >>> weights = XCosAttention().eval()(torch.randn(2, 32, 7, 7), torch.randn(2, 32, 7, 7))
+    >>> weights.shape, bool(weights.sum((1, 2)).allclose(torch.ones(2)))
+    (torch.Size([2, 7, 7]), True)
     """
 
     def __init__(
@@ -205,25 +209,26 @@ class XCosAttention(nn.Module):
             )
         return self.embedding_net(features)
 
-    def _logits(self, embedded_a: Tensor, embedded_b: Tensor, norm_logits: Tensor | None) -> Tensor:
-        logits = self.attention(torch.cat((embedded_a, embedded_b), 1)).squeeze(1)
-        # Weights stay in fp32 under autocast; fp64 stays fp64.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits if norm_logits is None else logits + norm_logits
-
     def _norm_logits(self, norms_a: Tensor, norms_b: Tensor | None = None) -> Tensor:
         """T (log |F(A)| + log |F(B)|), or one face's share, from the cells' norms."""
         logs = norms_a.clamp_min(EPS).log()
         return self.temperature * (logs if norms_b is None else logs + norms_b.clamp_min(EPS).log())
 
-    def _residual(self, features_a: Tensor, features_b: Tensor) -> Tensor | None:
-        """What the network's own logits are added to [N, H, W]; None where they stand alone."""
-        if not self.residual:
-            return None
-        wide = torch.promote_types(features_a.dtype, torch.float32)
-        with torch.autocast(features_a.device.type, enabled=False):
-            norms = [cell_norms(features.to(wide), 1) for features in (features_a, features_b)]
-            return self._norm_logits(*norms)
+    def _orders(self, features_a: Tensor, features_b: Tensor, both: bool) -> list[Tensor]:
+        """The raw maps [N, H, W] of the pairs (A, B) and, where ``both``, (B, A)."""
+        embedded = [self.embed(features_a), self.embed(features_b)]
+        found = []
+        for pair in (embedded, embedded[::-1]) if both else (embedded,):
+            logits = self.attention(torch.cat(pair, 1)).squeeze(1)
+            # Weights stay in fp32 under autocast; fp64 stays fp64.
+            found.append(logits.to(torch.promote_types(logits.dtype, torch.float32)))
+        if self.residual:
+            wide = torch.promote_types(features_a.dtype, torch.float32)
+            with torch.autocast(features_a.device.type, enabled=False):
+                norms = [cell_norms(features.to(wide), 1) for features in (features_a, features_b)]
+                share = self._norm_logits(*norms)
+            found = [logits + share for logits in found]
+        return found
 
     def _weights(self, logits: Tensor) -> Tensor:
         if self.normalize == "min-shift":
@@ -240,7 +245,7 @@ class XCosAttention(nn.Module):
         Returns:
             [N, H, W], fp32 (fp64 for fp64 features).
         """
-        return self._logits(self.embed(features_a), self.embed(features_b), self._residual(features_a, features_b))
+        return self._orders(features_a, features_b, both=False)[0]
 
     def forward(self, features_a: Tensor, features_b: Tensor) -> Tensor:
         """Cell weights W.
@@ -252,12 +257,8 @@ class XCosAttention(nn.Module):
         Returns:
             [N, H, W], fp32 (fp64 for fp64 features), non-negative, summing to 1 over the cells.
         """
-        embedded_a, embedded_b = self.embed(features_a), self.embed(features_b)
-        norm_logits = self._residual(features_a, features_b)
-        weights = self._weights(self._logits(embedded_a, embedded_b, norm_logits))
-        if self.symmetric:
-            weights = (weights + self._weights(self._logits(embedded_b, embedded_a, norm_logits))) / 2
-        return weights
+        weights = [self._weights(logits) for logits in self._orders(features_a, features_b, self.symmetric)]
+        return (weights[0] + weights[1]) / 2 if self.symmetric else weights[0]
 
     def templates(self, features: Tensor, role: Role = "probe", dtype: torch.dtype | None = None) -> Templates:
         """What all-pairs scoring needs of each face: unit features and this network's share of that face.

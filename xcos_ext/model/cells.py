@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -37,6 +39,17 @@ class _OutputBlock(nn.Module):
         return self.recogniser.embed(grid)
 
 
+@contextlib.contextmanager
+def kept_modes(module: nn.Module) -> Iterator[None]:
+    """Puts training and evaluation mode of a module and all its parts back, whatever happens inside."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
 # Gradients are needed here even when a caller loads models under inference_mode().
 @torch.inference_mode(False)
 def cell_matrices(recogniser: Recogniser) -> CellMatrices:
@@ -51,6 +64,13 @@ def cell_matrices(recogniser: Recogniser) -> CellMatrices:
     Raises:
         ModelError: no output block, or one that is not affine over the map (an activation or a normalisation
             of the embedding inside it).
+
+    >>> from xcos_ext.backbones import SplitRecogniser
+    >>> output = nn.Sequential(nn.Flatten(), nn.Linear(147, 8))
+    >>> network = SplitRecogniser(nn.AvgPool2d(16), output, grid_shape=(3, 7, 7), embedding_size=8)
+    >>> matrices, constant = cell_matrices(network)
+    >>> bool((constant == output[1].bias).all()), matrices.shape
+    (True, torch.Size([8, 3, 7, 7]))
     """
     if recogniser.embedding_size is None:
         raise ModelError(f"{recogniser.architecture}: no output block, so there are no cells to take from it")
@@ -65,13 +85,12 @@ def cell_matrices(recogniser: Recogniser) -> CellMatrices:
     def embed(grid: Tensor) -> Tensor:
         return functional_call(block, state, (grid,))
 
-    modes = {name: module.training for name, module in recogniser.named_modules()}
-    recogniser.eval()
-    try:
-        shape = recogniser.grid_shape
-        generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(4, *shape, dtype=torch.float64, generator=generator)
-        probe[2:] *= 30  # so that saturation and clipping show
+    shape = recogniser.grid_shape
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(4, *shape, dtype=torch.float64, generator=generator)
+    probe[2:] *= 30  # so that saturation and clipping show
+    with kept_modes(recogniser):
+        recogniser.eval()
         with torch.no_grad():
             constant = embed(torch.zeros(1, *shape, dtype=torch.float64))
             expected = embed(probe)
@@ -80,19 +99,14 @@ def cell_matrices(recogniser: Recogniser) -> CellMatrices:
                 f"{recogniser.architecture}: the output block must give [N, D], got {list(constant.shape)} for one map"
             )
         constant = constant[0]
-        dim = constant.shape[0]
         rows = []
         with torch.enable_grad():
-            for first in range(0, dim, _ROWS_AT_ONCE):
-                count = min(_ROWS_AT_ONCE, dim - first)
-                grid = torch.zeros(count, *shape, dtype=torch.float64, requires_grad=True)
-                # Item i asks for output channel first + i only, so its gradient is that row of M.
-                picked = embed(grid)[torch.arange(count), torch.arange(first, first + count)].sum()
+            for channels in torch.arange(len(constant)).split(_ROWS_AT_ONCE):
+                grid = torch.zeros(len(channels), *shape, dtype=torch.float64, requires_grad=True)
+                # Item i asks for its own output channel only, so its gradient is that row of M.
+                picked = embed(grid).gather(1, channels[:, None]).sum()
                 rows.append(torch.autograd.grad(picked, grid)[0])
         matrices = torch.cat(rows)
-    finally:
-        for name, module in recogniser.named_modules():
-            module.training = modes[name]
     if not (torch.isfinite(matrices).all() and torch.isfinite(constant).all()):
         raise ModelError(f"{recogniser.architecture}: the output block's weights are not finite")
     got = torch.einsum("dchw,nchw->nd", matrices, probe) + constant
@@ -139,6 +153,9 @@ def spread_matrix(size: tuple[int, int], sigma: float) -> Tensor | None:
 
     Raises:
         ValueError: sigma is negative or not finite.
+
+    >>> spread_matrix((1, 3), 0.7)[:, 1].numpy().round(2).tolist()
+    [0.21, 0.58, 0.21]
     """
     if not (math.isfinite(sigma) and sigma >= 0):
         raise ValueError(f"spread: expected a finite number >= 0 (in cells), got {sigma}")

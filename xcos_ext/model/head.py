@@ -16,7 +16,7 @@ from xcos_ext.ops.templates import FixedAttention, Role, Templates, check_featur
 from xcos_ext.ops.xcos_head import HEAD_MOST_CELLS, HeadParameters, xcos_head
 
 from .attention import XCosAttention, is_plain
-from .projection import CellProjection, check_grid, project_cells
+from .projection import CellProjection, Cells
 
 __all__ = ["ClosedFormHead", "Head", "XCosHead"]
 
@@ -29,6 +29,8 @@ class Head(nn.Module):
 
     kind: ClassVar[str]
     channels: int
+    attention: XCosAttention | None
+    fixed_attention: FixedAttention | None
     radius: int = 0
     match: Match = "best"
     match_temperature: float = MATCH_TEMPERATURE
@@ -55,29 +57,11 @@ class Head(nn.Module):
             raise ValueError(f"temperature: expected a finite number above 0, got {temperature!r}")
         self.radius, self.match, self.match_temperature = radius, match, float(temperature)
 
-    def matching_config(self) -> dict[str, Any]:
-        """The settings for :meth:`set_matching` under ``"matching"``; nothing where cells are compared in place."""
+    def config(self) -> dict[str, Any]:
+        """What is needed to build the same head again beside its tensors, as plain values."""
         if self.radius == 0:
             return {}
-        settings = {"radius": self.radius, "match": self.match, "temperature": self.match_temperature}
-        return {"matching": settings}
-
-    def _score(
-        self,
-        a: Tensor,
-        b: Tensor,
-        attention: Tensor | Literal["norm"] | None,
-        return_maps: bool,
-        temperature: float | None = None,
-    ) -> Tensor | XCosScore:
-        """The fused operator; with a temperature, ``attention`` holds logits."""
-        options: dict[str, Any] = {"return_maps": True} if return_maps else {}
-        if temperature is not None:
-            options |= {"logits": True, "temperature": temperature}
-        if self.radius:
-            options |= {"radius": self.radius, "match": self.match, "match_temperature": self.match_temperature}
-        result: Tensor | XCosScore = xcos_score(a, b, attention, **options)
-        return result
+        return {"matching": {"radius": self.radius, "match": self.match, "temperature": self.match_temperature}}
 
     def features(self, grid: Tensor) -> Tensor:
         """The backbone's map [N, in_channels, H, W] -> grid feature F [N, channels, H, W]."""
@@ -106,10 +90,24 @@ class Head(nn.Module):
         Returns:
             Scores [N], or ``XCosScore(score [N], similarity [N, H, W], attention [N, H, W])``.
         """
-        return self._scored(features_a, features_b, return_maps)
-
-    def _scored(self, a: Tensor, b: Tensor, return_maps: bool) -> Tensor | XCosScore:
-        raise NotImplementedError
+        attention, a, b = self.attention, features_a, features_b
+        options: dict[str, Any] = {"return_maps": True} if return_maps else {}
+        weights: Tensor | Literal["norm"] | None
+        if attention is None:
+            weights = "norm" if self.fixed_attention == "norm" else None
+        elif (parameters := self._fused(attention, a, b)) is not None:
+            return xcos_head(
+                a, b, parameters, temperature=attention.temperature, symmetric=attention.symmetric, **options
+            )
+        elif attention.fusable:
+            weights = attention.logits(a, b)
+            options |= {"logits": True, "temperature": attention.temperature}
+        else:
+            weights = attention(a, b)
+        if self.radius:
+            options |= {"radius": self.radius, "match": self.match, "match_temperature": self.match_temperature}
+        result: Tensor | XCosScore = xcos_score(a, b, weights, **options)
+        return result
 
     def templates(self, features: Tensor, role: Role = "probe", dtype: torch.dtype | None = None) -> Templates:
         """Templates of faces, for scoring all pairs of them; see :meth:`XCosAttention.templates`.
@@ -135,18 +133,48 @@ class Head(nn.Module):
                 "scoring does not match cells with their neighbourhoods; score pairs with head.score, or call "
                 "head.set_matching(0) first"
             )
-        return self._templates(features, role, dtype)
+        if any(isinstance(module, nn.BatchNorm2d) and module.training for module in self.modules()):
+            raise RuntimeError(
+                "templates: expected a head in evaluation mode, got training mode: templates fold the statistics of "
+                "batch norm, which change with every batch there; call .eval() on the head first, which fixes the "
+                "statistics and leaves all parameters trainable"
+            )
+        if self.attention is None:
+            assert self.fixed_attention is not None
+            check_features(features, self.channels, "templates")
+            check_role(role, "templates")
+            return Templates.from_features(features, dtype, self.fixed_attention)
+        return self.attention.templates(features, role, dtype)
 
-    def _templates(self, features: Tensor, role: Role, dtype: torch.dtype | None) -> Templates:
-        raise NotImplementedError
+    def _fused(self, attention: XCosAttention, a: Tensor, b: Tensor) -> HeadParameters | None:
+        """The attention's tensors where the operator xcos_head can do all of :meth:`score`; else None.
 
-    def _fixed_templates(
-        self, features: Tensor, role: Role, dtype: torch.dtype | None, attention: FixedAttention
-    ) -> Templates:
-        """Templates without learned attention: they serve both sides, whatever the role."""
-        check_features(features, self.channels, "templates")
-        check_role(role, "templates")
-        return Templates.from_features(features, dtype, attention)
+        That is inference: no gradient, batch norms in evaluation mode. A graph to be exported, by torch.export or by
+        tracing, gets standard operators, and so do function transforms; what is wrong with the features is left to the
+        composition to say.
+        """
+        if (
+            torch.is_grad_enabled()
+            or self.training
+            or self.radius
+            or a.dim() != 4
+            or _exporting()
+            or torch.jit.is_tracing()
+            or torch._C._are_functorch_transforms_active()
+        ):
+            return None
+        shape, dtype = a.shape, a.dtype
+        if (
+            shape[1] != self.channels
+            or shape != b.shape
+            or shape[2] * shape[3] > HEAD_MOST_CELLS
+            or dtype == torch.float64
+            or dtype != b.dtype
+            or a.device != b.device
+            or not is_plain(attention, XCosAttention)
+        ):
+            return None
+        return attention.head_parameters()
 
     def forward(self, grid_a: Tensor, grid_b: Tensor) -> XCosScore:
         """Two maps [N, in_channels, H, W] -> score, similarity and attention."""
@@ -175,6 +203,12 @@ class XCosHead(Head):
 
     Raises:
         ValueError: an attention or projection for another number of channels, or an unknown name.
+
+    >>> head = XCosHead(512, 32).eval()
+    >>> a, b = head.features(torch.randn(2, 512, 7, 7)), head.features(torch.randn(2, 512, 7, 7))
+    >>> score, similarity, attention = head.score(a, b, return_maps=True)
+    >>> bool(score.allclose((attention * similarity).sum((1, 2)), atol=1e-5))
+    True
     """
 
     kind = "learned"
@@ -238,7 +272,7 @@ class XCosHead(Head):
             attention = XCosAttention(head.channels, residual=True)
         if isinstance(attention, XCosAttention) and not attention.residual:
             raise ValueError("attention: expected 'norm' or an XCosAttention with residual=True, got one without")
-        projection = CellProjection.from_tensors(head.tensors(), head.grid_shape)
+        projection = CellProjection.from_tensors(dict(head.named_buffers()), head.grid_shape)
         return cls(head.grid_shape[0], head.channels, attention=attention, projection=projection)
 
     @property
@@ -247,14 +281,14 @@ class XCosHead(Head):
         return self.cells if self.cells is not None else "shared" if hasattr(self, "conv1x1") else "none"
 
     def config(self) -> dict[str, Any]:
-        """What is needed to build the same head again, as plain values."""
+        """What is needed to build the same head again beside its tensors, as plain values."""
         projection = self.projection
         return {
             "in_channels": self.in_channels,
             "channels": self.channels,
             "attention": self.fixed_attention if self.attention is None else self.attention.config(),
             "projection": projection if isinstance(projection, str) else projection.config(),
-            **self.matching_config(),
+            **super().config(),
         }
 
     @classmethod
@@ -282,71 +316,8 @@ class XCosHead(Head):
         """F flattened to [N, channels * H * W], at unit length: what a margin head sees in training."""
         return F.normalize(features.flatten(1), dim=1)
 
-    def _fused(self, attention: XCosAttention, a: Tensor, b: Tensor) -> HeadParameters | None:
-        """The attention's tensors where the operator xcos_head can do all of :meth:`score`; else None.
 
-        That is inference: no gradient, batch norms in evaluation mode. A graph to be exported, by torch.export or by
-        tracing, gets standard operators, and so do function transforms; what is wrong with the features is left to the
-        composition to say.
-        """
-        if (
-            torch.is_grad_enabled()
-            or self.training
-            or self.radius
-            or a.dim() != 4
-            or _exporting()
-            or torch.jit.is_tracing()
-            or torch._C._are_functorch_transforms_active()
-        ):
-            return None
-        shape, dtype = a.shape, a.dtype
-        if (
-            shape[1] != self.channels
-            or shape != b.shape
-            or shape[2] * shape[3] > HEAD_MOST_CELLS
-            or dtype == torch.float64
-            or dtype != b.dtype
-            or a.device != b.device
-            or not is_plain(attention, XCosAttention)
-        ):
-            return None
-        return attention.head_parameters()
-
-    def _scored(self, a: Tensor, b: Tensor, return_maps: bool) -> Tensor | XCosScore:
-        attention = self.attention
-        if attention is None:
-            fixed: Literal["norm"] | None = "norm" if self.fixed_attention == "norm" else None
-            return self._score(a, b, fixed, return_maps)
-        parameters = self._fused(attention, a, b)
-        if parameters is not None:
-            return xcos_head(
-                a,
-                b,
-                parameters,
-                temperature=attention.temperature,
-                symmetric=attention.symmetric,
-                return_maps=return_maps,
-            )
-        if attention.fusable:
-            logits = attention.logits(a, b)
-            return self._score(a, b, logits, return_maps, attention.temperature)
-        return self._score(a, b, attention(a, b), return_maps)
-
-    def _templates(self, features: Tensor, role: Role, dtype: torch.dtype | None) -> Templates:
-        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
-        if self.training or any(norm.training for norm in norms):
-            raise RuntimeError(
-                "templates: expected a head in evaluation mode, got training mode: templates fold the statistics of "
-                "batch norm, which change with every batch there; call .eval() on the head first, which fixes the "
-                "statistics and leaves all parameters trainable"
-            )
-        if self.attention is None:
-            assert self.fixed_attention is not None
-            return self._fixed_templates(features, role, dtype, self.fixed_attention)
-        return self.attention.templates(features, role, dtype)
-
-
-class ClosedFormHead(Head):
+class ClosedFormHead(Head, Cells):
     """Cells of a linear output block: F_ij = sum_kl G_ij,kl M_kl x_kl - mean_ij, scored with norm attention.
 
     Where a recogniser's output block is affine, its embedding is a sum over cells, emb = sum_kl M_kl x_kl +
@@ -367,15 +338,14 @@ class ClosedFormHead(Head):
 
     Raises:
         ValueError: a tensor of another shape.
+
+    >>> head = ClosedFormHead(torch.eye(3), scale=torch.ones(3, 7, 7), constant=torch.zeros(3), grid_shape=(3, 7, 7))
+    >>> faces = torch.randn(2, 3, 7, 7)
+    >>> bool(head.embedding(head.features(faces)).allclose(faces.sum((2, 3)), atol=1e-5))
+    True
     """
 
     kind = "closed-form"
-
-    weight: Tensor
-    scale: Tensor | None
-    spread: Tensor | None
-    mean: Tensor | None
-    basis: Tensor | None
     constant: Tensor
 
     def __init__(
@@ -406,27 +376,18 @@ class ClosedFormHead(Head):
         ):
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)} (ClosedFormHead)")
+            self.register_buffer(name, tensor)
         self.grid_shape = (channels, height, width)
         self.channels = axes
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-        self.register_buffer("spread", spread)
-        self.register_buffer("mean", mean)
-        self.register_buffer("basis", basis)
-        self.register_buffer("constant", constant)
+        self.attention, self.fixed_attention = None, "norm"
 
     def config(self) -> dict[str, Any]:
         """What is needed to build the same head again beside its tensors, as plain values."""
-        return {"grid_shape": list(self.grid_shape), **self.matching_config()}
-
-    def tensors(self) -> dict[str, Tensor | None]:
-        """The constructor's tensors by name."""
-        return {name: getattr(self, name) for name in ("weight", "scale", "spread", "mean", "basis", "constant")}
+        return {"grid_shape": list(self.grid_shape), **super().config()}
 
     def features(self, grid: Tensor) -> Tensor:
         """The backbone's map [N, C, H, W] -> cell features F [N, D or K, H, W]."""
-        check_grid(grid, self.grid_shape, "ClosedFormHead")
-        return project_cells(grid, self.weight, self.scale, self.spread, self.mean, self.basis)
+        return self.project(grid)
 
     def embedding(self, features: Tensor) -> Tensor:
         """The recogniser's own embedding [N, D] from cell features F [N, D, H, W]: their sum plus constants.
@@ -438,12 +399,6 @@ class ClosedFormHead(Head):
             raise ValueError("features: these cells were projected, so their sum is not the embedding")
         total = features.sum((2, 3)) + self.constant
         return total if self.mean is None else total + self.mean.sum((1, 2))
-
-    def _scored(self, a: Tensor, b: Tensor, return_maps: bool) -> Tensor | XCosScore:
-        return self._score(a, b, "norm", return_maps)
-
-    def _templates(self, features: Tensor, role: Role, dtype: torch.dtype | None) -> Templates:
-        return self._fixed_templates(features, role, dtype, "norm")
 
     def extra_repr(self) -> str:
         return (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -37,6 +36,8 @@ _VERSION = "1"
 _NESTED = ("state_dict", "model_state_dict", "state_dict_backbone", "model", "net", "weights")
 
 State = dict[str, Tensor]
+_Module = TypeVar("_Module", bound=nn.Module)
+_Read = TypeVar("_Read")
 
 
 # --- reading a state dict
@@ -91,7 +92,7 @@ class _Uninitialised(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _bare(build: Callable[[], nn.Module]) -> nn.Module:
+def _bare(build: Callable[[], _Module]) -> _Module:
     """Build without initialising parameters; the weights are assigned afterwards.
 
     On the CPU rather than on "meta": untouched memory costs nothing, and a single operation on meta tensors imports
@@ -114,11 +115,7 @@ def _check_keys(module: nn.Module, state: Mapping[str, Tensor], path: StrPath, w
     ]
     problems = [
         f"{len(found)} {label}: {few(found)}"
-        for label, found in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", shapes),
-        )
+        for label, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
         if found
     ]
     if problems:
@@ -167,7 +164,6 @@ def _as_recogniser(state: State, path: StrPath) -> Recogniser:
             f"{KNOWN_RECOGNISERS}"
         )
     recogniser = _bare(lambda: backbones.create(name, **recogniser_options(name, state)))
-    assert isinstance(recogniser, Recogniser)
     _load_strict(recogniser, state, path, name)
     return recogniser.eval()
 
@@ -187,18 +183,15 @@ def _from_official(state: State, path: StrPath) -> XCosModel:
     name = irse_name(backbone_state, path)
 
     # One module with every key that the layout may have, so that one check names all that does not fit.
-    whole = _bare(nn.Module)
-    has = {
-        group: any(key.startswith(group) for key in state) for group in ("backbone.output_layer.", "backbone_target.")
-    }
-    whole.backbone = _bare(lambda: backbones.create(name, output=has["backbone.output_layer."]))
+    output = any(key.startswith("backbone.output_layer.") for key in state)
+    backbone = _bare(lambda: backbones.create(name, output=output))
     head = _bare(lambda: XCosHead(attention=XCosAttention(symmetric=False)))
-    assert isinstance(head, XCosHead) and isinstance(head.attention, XCosAttention)
-    whole.backbone.add_module("conv1x1", head.conv1x1)
-    whole.attention = head.attention
-    if has["backbone_target."]:
-        teacher = irse_name(_sub(state, "backbone_target."), path)
-        whole.backbone_target = _bare(lambda: backbones.create(teacher))
+    assert head.attention is not None
+    backbone.add_module("conv1x1", head.conv1x1)
+    whole = nn.ModuleDict({"backbone": backbone, "attention": head.attention})
+    if target := _sub(state, "backbone_target."):
+        teacher = irse_name(target, path)
+        whole["backbone_target"] = _bare(lambda: backbones.create(teacher))
     kernel = state.get("head.kernel")
     if kernel is not None:
         if kernel.dim() != 2 or kernel.shape[0] != 32 * 7 * 7:
@@ -208,7 +201,6 @@ def _from_official(state: State, path: StrPath) -> XCosModel:
 
     # The output block in there was not trained with this head and the teacher is not needed: neither is kept.
     body = _bare(lambda: backbones.create(name, output=False))
-    assert isinstance(body, Recogniser)
     wanted = body.state_dict()
     _load_strict(body, {key: value for key, value in backbone_state.items() if key in wanted}, path, name)
     head_state = {f"conv1x1.{key}": value for key, value in _sub(state, "backbone.conv1x1.").items()}
@@ -234,6 +226,13 @@ def save_model(model: XCosModel, path: StrPath, *, dtype: torch.dtype | None = N
         ModelError: a backbone that cannot be built again by name, or weights that ``dtype`` cannot hold.
         OutputError: the file cannot be written.
         TypeError: not a model, or not a floating-point dtype.
+
+    >>> import tempfile
+    >>> model = XCosModel(backbones.create("compact", output=False), XCosHead(256, 32, attention="norm"))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_model(model, f"{folder}/model.safetensors")
+    ...     load_model(f"{folder}/model.safetensors").fingerprint() == model.fingerprint()
+    True
     """
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating-point dtype or None, got {dtype}")
@@ -272,7 +271,9 @@ def save_model(model: XCosModel, path: StrPath, *, dtype: torch.dtype | None = N
     write_safetensors(path, state, metadata)
 
 
-def _own_head(kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor], path: StrPath) -> nn.Module:
+def _own_head(
+    kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor], path: StrPath
+) -> XCosHead | ClosedFormHead:
     if kind == XCosHead.kind:
         return _bare(lambda: XCosHead.from_config(config))
     if kind == ClosedFormHead.kind:
@@ -281,21 +282,16 @@ def _own_head(kind: str, config: Mapping[str, Any], state: Mapping[str, Tensor],
         if missing:
             raise ModelError(f"{path}: missing: {', '.join(f'head.{name}' for name in sorted(missing))}")
         channels, height, width = config["grid_shape"]
+        names = ("scale", "spread", "mean", "basis")
         head = ClosedFormHead(
             parts["weight"],
-            scale=parts.get("scale"),
-            spread=parts.get("spread"),
-            mean=parts.get("mean"),
-            basis=parts.get("basis"),
             constant=parts["constant"],
             grid_shape=(channels, height, width),
+            **{name: parts.get(name) for name in names},
         )
         head.set_matching(**config.get("matching", {"radius": 0}))
         return head
     raise ModelError(f"{path}: kind of head: expected 'learned' or 'closed-form', got {kind!r}")
-
-
-_Read = TypeVar("_Read")
 
 
 def _calibrated(
@@ -326,26 +322,19 @@ def _from_own(state: State, metadata: Mapping[str, str], path: StrPath) -> XCosM
             options["embedding_size"] = int(embedding_size)
         backbone = _bare(lambda: backbones.create(name, **options))
         head = _own_head(metadata["kind"], json.loads(metadata["head"]), state, path)
-        preprocessing = Preprocessing(**json.loads(metadata["preprocessing"]))
-        threshold = json.loads(metadata["threshold"])
-        fmr = _calibrated("fmr_thresholds", metadata, checked_thresholds, path) or {}
-        curve = _calibrated("fmr_curve", metadata, FMRCurve.from_dict, path)
-        if threshold is not None and not math.isfinite(threshold):
-            raise ValueError("threshold is not finite")
+        model = XCosModel(
+            backbone,
+            head,
+            preprocessing=Preprocessing(**json.loads(metadata["preprocessing"])),
+            threshold=json.loads(metadata["threshold"]),
+            name=metadata.get("name", name),
+            fmr_thresholds=_calibrated("fmr_thresholds", metadata, checked_thresholds, path),
+            fmr_curve=_calibrated("fmr_curve", metadata, FMRCurve.from_dict, path),
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{path}: damaged metadata ({type(error).__name__}: {error})") from error
-    assert isinstance(head, (XCosHead, ClosedFormHead))
-    model = XCosModel(
-        backbone,
-        head,
-        preprocessing=preprocessing,
-        threshold=threshold,
-        name=metadata.get("name", name),
-        fmr_thresholds=fmr,
-        fmr_curve=curve,
-    )
     _load_strict(model, state, path, f"a {metadata['kind']} model over {name}")
     return model.eval()
 
@@ -365,6 +354,10 @@ def load_recogniser(path: StrPath, *, device: str | torch.device = "cpu") -> Rec
 
     Raises:
         ModelError: the file cannot be used; the message names it and the reason.
+
+    >>> load_recogniser("missing.pt")
+    Traceback (most recent call last):
+    xcos_ext.io.errors.ModelError: missing.pt: no such file
     """
     contents, _ = read_weights(path)
     state = _state_dict(contents, path)
@@ -406,6 +399,10 @@ def load_model(
         ModelError: the file is missing, a directory, empty, damaged, unsafe, not a checkpoint, of another
             architecture (missing, unexpected and misshapen keys are named), or has NaN or infinite weights.
         ValueError: ``statistics`` or ``project`` for a file that is not a recogniser.
+
+    >>> model = load_model()
+    >>> model.name, model.features(torch.zeros(1, 3, 112, 112)).shape
+    ('xcos-compact', torch.Size([1, 32, 7, 7]))
     """
     path = weights_file(path)
     contents, metadata = read_weights(path)

@@ -113,6 +113,10 @@ class ArcFaceHead(_MarginHead):
         margin: m in radians, 0 <= m < pi.
 
     The class directions are the columns of ``kernel`` [features, classes], as in the public weights.
+
+    >>> head = ArcFaceHead(8, 5)
+    >>> head(torch.randn(3, 8), torch.tensor([0, 4, 2])).shape
+    torch.Size([3, 5])
     """
 
     def __init__(self, features: int, classes: int, *, scale: float = 64.0, margin: float = 0.5) -> None:
@@ -138,6 +142,11 @@ class CosFaceHead(_MarginHead):
         margin: m >= 0, in units of the cosine.
 
     The class directions are the columns of ``kernel`` [features, classes], as in the public weights.
+
+    >>> head = CosFaceHead(2, 2, scale=10.0, margin=0.2)
+    >>> head.kernel.data = torch.eye(2)
+    >>> head(torch.tensor([[1.0, 0.0]]), torch.tensor([0])).tolist()
+    [[8.0, 0.0]]
     """
 
     def __init__(self, features: int, classes: int, *, scale: float = 30.0, margin: float = 0.35) -> None:

@@ -56,6 +56,11 @@ class XCosModel(nn.Module):
 
     Raises:
         ValueError: a threshold that is not finite.
+
+    >>> model = XCosModel(nn.Conv2d(3, 64, 16, 16), XCosHead(64, 32)).eval()
+    >>> score, similarity, attention = model(torch.randn(2, 3, 112, 112), torch.randn(2, 3, 112, 112))
+    >>> score.shape, attention.shape
+    (torch.Size([2]), torch.Size([2, 7, 7]))
     """
 
     def __init__(

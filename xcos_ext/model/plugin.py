@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
-from torch import Tensor
 
 from xcos_ext.backbones.recogniser import Recogniser
 from xcos_ext.io.errors import ModelError
@@ -13,7 +14,7 @@ from xcos_ext.io.weights import StrPath
 from .cells import CellMatrices, cell_matrices, separate, spread_matrix
 from .head import ClosedFormHead
 from .model import XCosModel, checked_threshold
-from .statistics import Faces, PlugStatistics, compute_statistics, find_statistics, load_or_pass
+from .statistics import Faces, PlugStatistics, compute_statistics, find_statistics
 
 __all__ = ["DEFAULT_SPREAD", "plug", "plug_statistics"]
 
@@ -27,7 +28,6 @@ def plug_statistics(
     *,
     project: int | None = None,
     spread: float = DEFAULT_SPREAD,
-    batch_size: int = 32,
     note: str = "",
 ) -> PlugStatistics:
     """Compute the statistics that :func:`plug` centres (and projects) with, to keep them in a file.
@@ -38,7 +38,6 @@ def plug_statistics(
             or normalised float tensors [N, 3, 112, 112]; or the network's own maps of them [N, *grid_shape].
         project: also compute this many principal axes per cell.
         spread: the sharing between cells that the axes are for (the mean serves every spread).
-        batch_size: pictures per forward pass.
         note: where the pictures came from; kept in the file.
 
     Returns:
@@ -47,18 +46,16 @@ def plug_statistics(
     Raises:
         ModelError: the output block is not affine.
         ValueError: no or too few faces, or pictures of another size.
+
+    >>> from xcos_ext.backbones import SplitRecogniser
+    >>> output = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(147, 8))
+    >>> network = SplitRecogniser(torch.nn.AvgPool2d(16), output, grid_shape=(3, 7, 7), embedding_size=8)
+    >>> statistics = plug_statistics(network, [torch.randn(20, 3, 112, 112)], project=4)
+    >>> statistics.faces, statistics.mean.shape, statistics.basis.shape
+    (20, torch.Size([8, 7, 7]), torch.Size([49, 4, 8]))
     """
     recogniser.eval()
-    return compute_statistics(
-        recogniser,
-        cell_matrices(recogniser),
-        faces,
-        fingerprint=fingerprint_weights(recogniser),
-        project=project,
-        spread=spread,
-        batch_size=batch_size,
-        note=note,
-    )
+    return compute_statistics(recogniser, cell_matrices(recogniser), faces, project=project, spread=spread, note=note)
 
 
 def plug(
@@ -70,7 +67,6 @@ def plug(
     centre: bool = True,
     spread: float = DEFAULT_SPREAD,
     threshold: float | None = None,
-    batch_size: int = 32,
     name: str | None = None,
 ) -> XCosModel:
     """Turn a recogniser into an explainable model without training.
@@ -96,7 +92,6 @@ def plug(
             plain cosine; the default gains accuracy and localisation over 0 (figures in docs/models.md).
         threshold: the decision threshold; by default the one of the statistics, if they have one for this
             form.
-        batch_size: pictures per forward pass over ``faces``.
         name: the model's name; by default made from the architecture.
 
     Returns:
@@ -106,6 +101,13 @@ def plug(
         ModelError: the output block is not affine, no statistics are known, or they do not fit.
         TypeError: not a recogniser.
         ValueError: bad ``project`` or ``spread``, or too few faces.
+
+    >>> from xcos_ext.backbones import SplitRecogniser
+    >>> output = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(147, 8))
+    >>> network = SplitRecogniser(torch.nn.AvgPool2d(16), output, grid_shape=(3, 7, 7), embedding_size=8)
+    >>> model = plug(network, [torch.randn(20, 3, 112, 112)])
+    >>> model.name, model.features(torch.randn(2, 3, 112, 112)).shape
+    ('custom+closed-form', torch.Size([2, 8, 7, 7]))
     """
     if not isinstance(recogniser, Recogniser):
         raise TypeError(
@@ -120,15 +122,24 @@ def plug(
     recogniser.eval()
     cells = cell_matrices(recogniser)
     known: PlugStatistics | None = None
-    if faces is not None or statistics is not None or centre or project is not None:
-        known = _statistics(recogniser, cells, faces, statistics, project, spread, batch_size)
+    if faces is not None:
+        known = compute_statistics(recogniser, cells, faces, project=project, spread=spread)
+    elif statistics is not None or centre or project is not None:
+        known = _known_statistics(recogniser, cells, statistics, project, spread)
+    # A depthwise output block needs one [D, C] matrix instead of one per cell.
+    weight, scale = separate(cells.matrices) or (cells.matrices.flatten(2).permute(2, 0, 1), None)
+    mean = known.mean.double() if known is not None and centre else None
+    if mean is not None and sharing is not None:
+        mean = (mean.flatten(1) @ sharing.T).view_as(mean)
+    basis = known.basis[:, :project] if known is not None and known.basis is not None and project is not None else None
     parameter = next(iter(recogniser.parameters()))
-    head = _head(
-        cells,
-        torch.float64 if parameter.dtype == torch.float64 else torch.float32,
-        sharing,
-        known.mean.double() if known is not None and centre else None,
-        known.basis[:, :project] if known is not None and known.basis is not None and project is not None else None,
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    tensors = {"scale": scale, "spread": sharing, "mean": mean, "basis": basis}
+    head = ClosedFormHead(
+        weight.to(dtype).contiguous(),
+        constant=cells.constant.to(dtype),
+        grid_shape=recogniser.grid_shape,
+        **{name: None if tensor is None else tensor.to(dtype).contiguous() for name, tensor in tensors.items()},
     )
     calibration = None if known is None else known.calibration(centre=centre, spread=spread, project=project)
     model = XCosModel(
@@ -143,40 +154,31 @@ def plug(
     return model.eval()
 
 
-def _statistics(
+def _known_statistics(
     recogniser: Recogniser,
     cells: CellMatrices,
-    faces: Faces | None,
     statistics: PlugStatistics | StrPath | None,
     project: int | None,
     spread: float,
-    batch_size: int,
 ) -> PlugStatistics:
+    """Those given, or those shipped for these weights, if they fit."""
     fingerprint = fingerprint_weights(recogniser)
-    if faces is not None:
-        return compute_statistics(
-            recogniser,
-            cells,
-            faces,
-            fingerprint=fingerprint,
-            project=project,
-            spread=spread,
-            batch_size=batch_size,
-        )
-    if statistics is not None:
-        known, origin = load_or_pass(statistics)
-        if known.fingerprint != fingerprint:
-            raise ModelError(
-                f"{origin}: these statistics belong to weights {known.fingerprint}, the recogniser's are {fingerprint}"
-            )
-    else:
-        found = find_statistics(fingerprint)
+    if statistics is None:
+        found, origin = find_statistics(fingerprint), "the shipped statistics"
         if found is None:
             raise ModelError(
                 f"{recogniser.architecture}: no statistics are known for these weights ({fingerprint}); pass "
                 "faces= (some hundred aligned pictures) or statistics=, or centre=False"
             )
-        known, origin = found, "the shipped statistics"
+        known = found
+    elif isinstance(statistics, PlugStatistics):
+        known, origin = statistics, "statistics"
+    else:
+        known, origin = PlugStatistics.load(statistics), os.fspath(statistics)
+    if known.fingerprint != fingerprint:
+        raise ModelError(
+            f"{origin}: these statistics belong to weights {known.fingerprint}, the recogniser's are {fingerprint}"
+        )
     expected = (cells.matrices.shape[0], *cells.matrices.shape[2:])
     if tuple(known.mean.shape) != expected:
         raise ModelError(f"{origin}: mean: expected {list(expected)}, got {list(known.mean.shape)}")
@@ -193,32 +195,3 @@ def _statistics(
                 "faces= or that spread"
             )
     return known
-
-
-def _head(
-    cells: CellMatrices,
-    dtype: torch.dtype,
-    sharing: Tensor | None,
-    mean: Tensor | None,
-    basis: Tensor | None,
-) -> ClosedFormHead:
-    matrices = cells.matrices
-    _, channels, height, width = matrices.shape
-    # A depthwise output block needs one [D, C] matrix instead of one per cell.
-    separated = separate(matrices)
-    weight, scale = separated if separated is not None else (matrices.flatten(2).permute(2, 0, 1), None)
-    if mean is not None and sharing is not None:
-        mean = (mean.flatten(1) @ sharing.T).view_as(mean)
-
-    def final(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(dtype).contiguous()
-
-    return ClosedFormHead(
-        weight.to(dtype).contiguous(),
-        scale=final(scale),
-        spread=final(sharing),
-        mean=final(mean),
-        basis=final(basis),
-        constant=cells.constant.to(dtype),
-        grid_shape=(channels, height, width),
-    )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["CellProjection", "check_grid", "project_cells"]
+__all__ = ["CellProjection", "Cells"]
 
 
 def _per_cell(matrices: Tensor, cells: Tensor) -> Tensor:
@@ -20,40 +20,45 @@ def _per_cell(matrices: Tensor, cells: Tensor) -> Tensor:
     return product.permute(1, 2, 0).contiguous().unflatten(2, tuple(cells.shape[2:]))
 
 
-def project_cells(
-    grid: Tensor, weight: Tensor, scale: Tensor | None, spread: Tensor | None, mean: Tensor | None, basis: Tensor | None
-) -> Tensor:
-    """F_ij = B_ij (sum_kl G_ij,kl M_kl x_kl - mean_ij).
+class Cells(nn.Module):
+    """What fixed and trained cells share: F_ij = B_ij (sum_kl G_ij,kl M_kl x_kl - mean_ij).
 
-    Args:
-        grid: x [N, C, H, W].
+    Attributes:
+        grid_shape: (C, H, W) of the map; P = H * W cells.
         weight: M, one matrix for all cells [D, C] with the cell's own part in ``scale``, or [P, D, C].
         scale: [C, H, W] multiplied with the map first; given with the [D, C] form only.
         spread: G [P, P] (to, from), or None.
         mean: [D, H, W], or None.
         basis: B [P, K, D], or None.
-
-    Returns:
-        [N, D or K, H, W], in the weight's dtype: a half-precision backbone does not make the cells half.
     """
-    size = grid.shape[2:]
-    grid = grid.to(weight.dtype)
-    cells = _per_cell(weight, grid) if scale is None else F.conv2d(grid * scale, weight[:, :, None, None])
-    if spread is not None:
-        cells = (cells.flatten(2) @ spread.T).unflatten(2, tuple(size))
-    if mean is not None:
-        cells = cells - mean
-    return cells if basis is None else _per_cell(basis, cells)
+
+    grid_shape: tuple[int, int, int]
+    weight: Tensor
+    scale: Tensor | None
+    spread: Tensor | None
+    mean: Tensor | None
+    basis: Tensor | None
+
+    def project(self, grid: Tensor) -> Tensor:
+        """x [N, C, H, W] -> F [N, D or K, H, W], in the weight's dtype: a half-precision backbone does not make the
+        cells half.
+
+        Raises:
+            ValueError: a map of another shape.
+        """
+        if grid.dim() != 4 or tuple(grid.shape[1:]) != self.grid_shape:
+            expected = ", ".join(map(str, self.grid_shape))
+            raise ValueError(f"grid: expected [N, {expected}], got {list(grid.shape)} ({type(self).__name__})")
+        weight, grid = self.weight, grid.to(self.weight.dtype)
+        cells = _per_cell(weight, grid) if self.scale is None else F.conv2d(grid * self.scale, weight[:, :, None, None])
+        if self.spread is not None:
+            cells = (cells.flatten(2) @ self.spread.T).unflatten(2, self.grid_shape[1:])
+        if self.mean is not None:
+            cells = cells - self.mean
+        return cells if self.basis is None else _per_cell(self.basis, cells)
 
 
-def check_grid(grid: Tensor, grid_shape: tuple[int, int, int], where: str) -> None:
-    """Raises ValueError for a map of another shape."""
-    if grid.dim() != 4 or tuple(grid.shape[1:]) != grid_shape:
-        expected = ", ".join(map(str, grid_shape))
-        raise ValueError(f"grid: expected [N, {expected}], got {list(grid.shape)} ({where})")
-
-
-class CellProjection(nn.Module):
+class CellProjection(Cells):
     """Cells with a matrix for each: F_ij = B_ij (sum_kl G_ij,kl M_kl x_kl - mean_ij), all of it trainable.
 
     The formula is that of :class:`ClosedFormHead`, whose values it can start from (:meth:`from_tensors`). On its own
@@ -69,6 +74,9 @@ class CellProjection(nn.Module):
 
     Raises:
         ValueError: a size below 1, or more channels than ``dim``.
+
+    >>> CellProjection((512, 7, 7), 128, 32)(torch.randn(2, 512, 7, 7)).shape
+    torch.Size([2, 32, 7, 7])
     """
 
     def __init__(
@@ -99,23 +107,19 @@ class CellProjection(nn.Module):
         self.basis = None if basis is None else nn.Parameter(basis.expand(cells, -1, -1).clone())
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor | None], grid_shape: tuple[int, int, int]) -> CellProjection:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], grid_shape: tuple[int, int, int]) -> CellProjection:
         """A projection with given ``weight``, ``scale``, ``spread``, ``mean``, ``basis`` (all but the first may lack);
-        shapes as in :func:`project_cells`."""
+        shapes as in :class:`Cells`. Other names are passed over."""
         weight, basis = tensors["weight"], tensors.get("basis")
-        assert weight is not None
         made = cls(
             grid_shape,
             weight.shape[-2],
             None if basis is None else basis.shape[1],
-            separable=tensors.get("scale") is not None,
-            spread=tensors.get("spread") is not None,
+            separable="scale" in tensors,
+            spread="spread" in tensors,
         ).to(weight.device, weight.dtype)
-        with torch.no_grad():
-            for name, parameter in made.named_parameters():
-                value = tensors.get(name)
-                if value is not None:
-                    parameter.copy_(value)
+        own = made.state_dict()
+        made.load_state_dict(own | {name: value for name, value in tensors.items() if name in own})
         return made
 
     def config(self) -> dict[str, Any]:
@@ -134,10 +138,9 @@ class CellProjection(nn.Module):
         Raises:
             ValueError: a map of another shape.
         """
-        check_grid(grid, self.grid_shape, "CellProjection")
         # In full precision under autocast: these are the cells that the score is made of.
         with torch.autocast(grid.device.type, enabled=False):
-            return project_cells(grid, self.weight, self.scale, self.spread, self.mean, self.basis)
+            return self.project(grid)
 
     def extra_repr(self) -> str:
         return f"{self.grid_shape[0]} -> {self.channels}, {'x'.join(map(str, self.grid_shape[1:]))} cells"

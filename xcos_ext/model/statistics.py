@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,6 +17,7 @@ from torch import Tensor
 from xcos_ext.backbones.recogniser import Recogniser
 from xcos_ext.card.calibration import Calibration
 from xcos_ext.io.errors import ModelError
+from xcos_ext.io.fingerprint import fingerprint_weights
 from xcos_ext.io.shipped import DATA
 from xcos_ext.io.weights import StrPath, read_safetensors, write_safetensors
 
@@ -27,6 +27,7 @@ __all__ = ["Form", "PlugStatistics", "compute_statistics", "find_statistics"]
 
 _FORMAT = "xcos_ext.plug_statistics"
 _VERSION = "1"
+_BATCH = 32  # pictures of a forward pass
 
 Faces = Iterable[Any]
 
@@ -58,6 +59,11 @@ class PlugStatistics:
         calibrations: form of the score -> its thresholds and false match rates.
         faces: number of pictures behind ``mean``.
         note: where the pictures came from, in words.
+
+    >>> statistics = PlugStatistics("0123456789abcdef", torch.zeros(128, 7, 7), calibrations={
+    ...     Form(centre=True, spread=0.7, project=None): Calibration(0.3, "by hand")})
+    >>> statistics.calibration(centre=True, spread=0.7, project=None).threshold
+    0.3
     """
 
     fingerprint: str
@@ -108,32 +114,29 @@ class PlugStatistics:
         if "mean" not in tensors or unexpected:
             raise ModelError(f"{path}: expected the tensors mean and, optionally, basis, got {sorted(tensors)}")
         mean, basis = tensors["mean"].float(), tensors.get("basis")
-        basis = None if basis is None else basis.float()
         if mean.dim() != 3 or not torch.isfinite(mean).all():
             raise ModelError(f"{path}: mean: expected finite [D, H, W], got {list(mean.shape)}")
         if basis is not None:
-            dim, height, width = mean.shape
-            if basis.dim() != 3 or basis.shape[0] != height * width or basis.shape[2] != dim:
+            basis, (dim, height, width) = basis.float(), mean.shape
+            if basis.dim() != 3 or (basis.shape[0], basis.shape[2]) != (height * width, dim):
                 raise ModelError(f"{path}: basis: expected [{height * width}, K, {dim}], got {list(basis.shape)}")
             if not torch.isfinite(basis).all():
                 raise ModelError(f"{path}: basis: values are not finite")
         try:
-            calibrations = {
-                _form(entry): Calibration.from_dict(entry) for entry in json.loads(metadata.get("calibrations", "[]"))
-            }
-            basis_spread = float(metadata.get("basis_spread", "0"))
-            faces = int(metadata.get("faces", "0"))
+            return cls(
+                metadata.get("fingerprint", ""),
+                mean,
+                basis,
+                basis_spread=float(metadata.get("basis_spread", "0")),
+                calibrations={
+                    _form(entry): Calibration.from_dict(entry)
+                    for entry in json.loads(metadata.get("calibrations", "[]"))
+                },
+                faces=int(metadata.get("faces", "0")),
+                note=metadata.get("note", ""),
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{path}: damaged metadata ({error})") from error
-        return cls(
-            fingerprint=metadata.get("fingerprint", ""),
-            mean=mean,
-            basis=basis,
-            basis_spread=basis_spread,
-            calibrations=calibrations,
-            faces=faces,
-            note=metadata.get("note", ""),
-        )
 
 
 def _form(entry: Mapping[str, Any]) -> Form:
@@ -154,26 +157,36 @@ def _shipped() -> dict[str, Path]:
 
 
 def find_statistics(fingerprint: str) -> PlugStatistics | None:
-    """The statistics that come with the package for a recogniser's weights, or None."""
+    """The statistics that come with the package for a recogniser's weights, or None.
+
+    >>> find_statistics("0123456789abcdef") is None
+    True
+    """
     file = _shipped().get(fingerprint)
     return None if file is None else PlugStatistics.load(file)
 
 
-def iterate_batches(recogniser: Recogniser, faces: Faces, batch_size: int) -> Iterator[Tensor]:
-    """Batches of normalised images from pictures, batches of pictures, or batches already normalised; or of maps.
+def _grids(recogniser: Recogniser, faces: Faces) -> Iterator[Tensor]:
+    """The network's maps, fp32 on the CPU: of pictures in any form, or as they were given.
 
     Args:
-        recogniser: gives the preprocessing.
-        faces: items are uint8 RGB [H, W, 3], uint8 RGB [N, H, W, 3], or float tensors [N, 3, H, W]
-            (normalised) or the recogniser's maps [N, *grid_shape], both passed on.
-        batch_size: single pictures are gathered into batches of this size.
+        recogniser: the network.
+        faces: items are uint8 RGB [H, W, 3], gathered into batches; uint8 RGB [N, H, W, 3]; or float tensors
+            [N, 3, H, W] (normalised) or [N, *grid_shape].
 
     Raises:
         TypeError: an item of another kind.
         ValueError: an item of another shape.
     """
     height, width = recogniser.preprocessing.size
+    parameter = next(iter(recogniser.parameters()))
     waiting: list[np.ndarray] = []
+
+    def maps(batch: Tensor) -> Tensor:
+        given = tuple(batch.shape[1:]) == recogniser.grid_shape
+        grid = batch if given else recogniser.grid(batch.to(parameter.device, parameter.dtype))
+        return grid.to("cpu", torch.float32)
+
     for item in faces:
         if isinstance(item, Tensor):
             shapes = ((3, height, width), recogniser.grid_shape)
@@ -182,55 +195,24 @@ def iterate_batches(recogniser: Recogniser, faces: Faces, batch_size: int) -> It
                     f"faces: expected floating-point batches [N, 3, {height}, {width}], got {item.dtype} "
                     f"{list(item.shape)}"
                 )
-            yield item
+            yield maps(item)
         elif isinstance(item, np.ndarray):
             waiting.extend(item if item.ndim == 4 else [item])
-            while len(waiting) >= batch_size:
-                yield recogniser.preprocessing(waiting[:batch_size])
-                del waiting[:batch_size]
+            while len(waiting) >= _BATCH:
+                yield maps(recogniser.preprocessing(waiting[:_BATCH]))
+                del waiting[:_BATCH]
         else:
             raise TypeError(f"faces: expected NumPy arrays or tensors, got {type(item).__name__}")
     if waiting:
-        yield recogniser.preprocessing(waiting)
-
-
-def _grids(recogniser: Recogniser, faces: Faces, batch_size: int) -> Iterator[Tensor]:
-    """Maps fp32 on the CPU, of pictures or as they were given."""
-    parameter = next(iter(recogniser.parameters()))
-    for batch in iterate_batches(recogniser, faces, batch_size):
-        given = tuple(batch.shape[1:]) == recogniser.grid_shape
-        grid = batch if given else recogniser.grid(batch.to(parameter.device, parameter.dtype))
-        yield grid.to("cpu", torch.float32)
+        yield maps(recogniser.preprocessing(waiting))
 
 
 @torch.no_grad()
 def compute_statistics(
-    recogniser: Recogniser,
-    cells: CellMatrices,
-    faces: Faces,
-    *,
-    fingerprint: str,
-    project: int | None = None,
-    spread: float = 0.0,
-    batch_size: int = 32,
-    note: str = "",
+    recogniser: Recogniser, cells: CellMatrices, faces: Faces, *, project: int | None, spread: float, note: str = ""
 ) -> PlugStatistics:
-    """Mean and, on request, principal axes of every cell's feature over a set of faces.
-
-    Args:
-        recogniser: the network, in evaluation mode.
-        cells: its :func:`~xcos_ext.model.cells.cell_matrices`.
-        faces: aligned pictures, as in :func:`iterate_batches`, or batches of the network's maps of such pictures
-            [N, *grid_shape], floating-point; a few hundred different people are enough.
-        fingerprint: the recogniser's fingerprint.
-        project: number of principal axes K per cell, or None.
-        spread: sharing between cells that the axes are computed for; the mean is kept without it.
-        batch_size: pictures per forward pass.
-        note: where the pictures came from.
-
-    Raises:
-        ValueError: no faces, or too few for ``project`` axes.
-    """
+    """What :func:`~xcos_ext.model.plug_statistics` computes, with the :func:`~xcos_ext.model.cells.cell_matrices` of
+    the recogniser, which is in evaluation mode."""
     matrices = cells.matrices.float()
     dim, _, height, width = matrices.shape
     per_cell = matrices.flatten(2).permute(2, 0, 1).contiguous()  # [P, D, C]
@@ -242,7 +224,7 @@ def compute_statistics(
     shift: Tensor | None = None
     offset = torch.zeros(height * width, dim, dtype=torch.float64)
     second = torch.zeros(height * width, dim, dim, dtype=torch.float64) if project else None
-    for grid in _grids(recogniser, faces, batch_size):
+    for grid in _grids(recogniser, faces):
         e = torch.bmm(grid.flatten(2).permute(2, 0, 1), per_cell.transpose(1, 2))  # [P, N, D]
         total += e.double().sum(1)
         if second is not None:
@@ -270,19 +252,10 @@ def compute_statistics(
         largest = basis.gather(2, basis.abs().argmax(2, keepdim=True))
         basis = (basis * largest.sign()).float().contiguous()
     return PlugStatistics(
-        fingerprint=fingerprint,
+        fingerprint=fingerprint_weights(recogniser),
         mean=mean.T.reshape(dim, height, width).float().contiguous(),
         basis=basis,
         basis_spread=spread if basis is not None else 0.0,
         faces=count,
         note=note,
     )
-
-
-def load_or_pass(statistics: PlugStatistics | StrPath) -> tuple[PlugStatistics, str]:
-    """Statistics from an object or a file, with a name for error messages."""
-    if isinstance(statistics, PlugStatistics):
-        return statistics, "statistics"
-    if isinstance(statistics, (str, os.PathLike)):
-        return PlugStatistics.load(statistics), os.fspath(statistics)
-    raise TypeError(f"statistics: expected a path or PlugStatistics, got {type(statistics).__name__}")

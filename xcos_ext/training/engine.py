@@ -6,17 +6,19 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from xcos_ext.io.atomic import OutputError
 from xcos_ext.io.errors import XCosError
+from xcos_ext.model.cells import kept_modes
 
-from .logs import CSVLog, Means, Progress, tensorboard_writer
+from .logs import Log, Means, Progress, tensorboard_writer
 from .optimiser import create_optimiser
 from .parallel import Processes, mean_over_processes, prefetch, processes
 from .settings import ConfigError, TrainConfig
@@ -48,10 +50,10 @@ class TrainResult:
     steps: int
     resumed: int
     loss: float
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    step_seconds: float = 0.0
-    files: list[Path] = field(default_factory=list)
+    metrics: Mapping[str, float]
+    seconds: float
+    step_seconds: float
+    files: list[Path]
 
 
 def train(
@@ -84,6 +86,17 @@ def train(
 
     Raises:
         XCosError: a setting, file or checkpoint that cannot be used, or a loss that is not finite.
+
+    >>> class Zeros:  # learns to say 0, whatever it is given
+    ...     module = nn.Linear(4, 1)
+    ...     def parameter_groups(self): return [{"params": list(self.module.parameters())}]
+    ...     def batch(self, index, size): return torch.randn(size, 4, generator=index.generator(own=True))
+    ...     def loss(self, batch): return self.module(batch).square().mean(), {}
+    ...     def describe(self): return {}
+    ...     def evaluate(self, module): return {"size": float(module.weight.abs().max())}
+    >>> result = train(Zeros(), TrainConfig(steps=60, batch=8, rate=0.1, workers=0), show=False)
+    >>> result.steps, result.metrics["size"] < 0.05
+    (60, True)
     """
     device = _device(config)
     folder = None if out is None else Path(out)
@@ -105,6 +118,9 @@ def warmup_cosine(step: int, steps: int, warmup: int = 0, final: float = 0.0) ->
         steps: of the whole training.
         warmup: steps of the rise; the first has factor 1 / ``warmup``.
         final: factor that the cosine ends at.
+
+    >>> [round(warmup_cosine(step, 12, 2), 3) for step in (0, 1, 2, 7, 11)]
+    [0.5, 1.0, 1.0, 0.5, 0.024]
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -132,19 +148,6 @@ class _Loss(nn.Module):
 
     def forward(self, batch: Any) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         return self._loss(batch)
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    """Every tensor of nested tuples, lists and dicts on a device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {key: _to(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_to(value, device) for value in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_to(value, device) for value in batch)
-    return batch
 
 
 def _finite(loss: float, step: int) -> float:
@@ -188,19 +191,14 @@ class _Run:
         self.progress = Progress(config.steps, self.step, show)
         self.log = self.evaluations = self.events = None
         if out is not None and group.first:
-            self.log, self.evaluations = CSVLog(out / LOG, self.step), CSVLog(out / EVALUATIONS, self.step)
-            if config.tensorboard:
-                self.events = tensorboard_writer(out, self.step)
-        self.forward: Callable[[Any], tuple[Tensor, Mapping[str, float | Tensor]]] = self._wrapped()
-
-    # --- setting up
-
-    def _wrapped(self) -> Callable[[Any], tuple[Tensor, Mapping[str, float | Tensor]]]:
-        loss = _Loss(self.task)
-        if self.group.world == 1:
-            return loss
-        places = [self.device.index] if self.device.type == "cuda" else None
-        return torch.nn.parallel.DistributedDataParallel(loss, device_ids=places)
+            self.events = tensorboard_writer(out, self.step) if config.tensorboard else None
+            self.log = Log(out / LOG, self.step, "train", self.events)
+            self.evaluations = Log(out / EVALUATIONS, self.step, "evaluation", self.events)
+        loss: nn.Module = _Loss(task)
+        if group.world > 1:
+            places = [device.index] if device.type == "cuda" else None
+            loss = torch.nn.parallel.DistributedDataParallel(loss, device_ids=places)
+        self.forward: Any = loss
 
     def _open_folder(self, out: Path, resume: bool) -> None:
         checkpoint = out / CHECKPOINT
@@ -218,13 +216,12 @@ class _Run:
     # --- state
 
     def _load(self, path: Path) -> None:
-        checkpoint = Checkpoint.load(path)
-        checkpoint.check(path, self.module, self.must_match)
-        self.module.load_state_dict(checkpoint.module)
-        load_optimiser(self.module, self.optimiser, checkpoint.optimiser)
-        values = checkpoint.values
+        checkpoint = Checkpoint.load(path, self.module, self.must_match)
+        tensors, values = checkpoint.tensors, checkpoint.values
+        self.module.load_state_dict(tensors["module"])
+        load_optimiser(self.module, self.optimiser, tensors["optimiser"])
         if self.ema is not None:
-            self.ema.module.load_state_dict(checkpoint.ema)
+            self.ema.module.load_state_dict(tensors["ema"])
             self.ema.n_averaged.fill_(int(values["ema_updates"]))
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(values["scaler"])
@@ -236,21 +233,19 @@ class _Run:
         """Write a checkpoint; only at the end is it an error if that fails, for the last one is still there."""
         if self.out is None or not self.group.first:
             return
-        checkpoint = Checkpoint(
-            self.step,
-            self.must_match,
-            {
-                "ema_updates": 0 if self.ema is None else int(self.ema.n_averaged),
-                "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
-                "means": self.means.plain(),
-                "loss": self.loss if math.isfinite(self.loss) else None,
-            },
-            dict(self.module.state_dict()),
-            {} if self.ema is None else dict(self.ema.module.state_dict()),
-            optimiser_tensors(self.module, self.optimiser),
-        )
+        values = {
+            "ema_updates": 0 if self.ema is None else int(self.ema.n_averaged),
+            "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
+            "means": self.means.plain(),
+            "loss": self.loss if math.isfinite(self.loss) else None,
+        }
+        tensors = {
+            "module": self.module.state_dict(),
+            "ema": {} if self.ema is None else self.ema.module.state_dict(),
+            "optimiser": optimiser_tensors(self.module, self.optimiser),
+        }
         try:
-            checkpoint.save(self.out / CHECKPOINT)
+            Checkpoint(self.step, self.must_match, values, tensors).save(self.out / CHECKPOINT)
         except OutputError as error:
             if final:
                 raise
@@ -319,13 +314,13 @@ class _Run:
         total: Tensor | float = 0.0
         for micro in range(config.accumulate):
             index, batch = next(batches)
+            batch = tree_map_only(Tensor, lambda tensor: tensor.to(self.device, non_blocking=True), batch)
             torch.manual_seed(derived_seed(index.seed, index.step, index.part, 1 << 20))
-            last = micro == config.accumulate - 1
-            unshared = contextlib.nullcontext() if last or self.group.world == 1 else self.forward.no_sync()  # type: ignore[attr-defined]
+            shared = self.group.world == 1 or micro == config.accumulate - 1
             dtype = _DTYPES.get(config.amp)
-            with unshared:
+            with contextlib.nullcontext() if shared else self.forward.no_sync():
                 with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-                    loss, parts = self.forward(_to(batch, self.device))
+                    loss, parts = self.forward(batch)
                 self.scaler.scale(loss / config.accumulate).backward()
             total = total + loss.detach() / config.accumulate
             self.means.add({name: value / config.accumulate for name, value in parts.items()})
@@ -352,10 +347,7 @@ class _Run:
             _finite(values["loss"], self.step)
         row = {"loss": values.pop("loss"), "rate": self.config.rate * self.rate, **values}
         if self.log is not None:
-            self.log.write({"step": self.step, **row, "seconds": round(time.monotonic() - self.started, 3)})
-        if self.events is not None:
-            for name, value in row.items():
-                self.events.add_scalar(f"train/{name}", value, self.step)
+            self.log.write(self.step, row | {"seconds": round(time.monotonic() - self.started, 3)})
         if self.on_step is not None:
             self.on_step(self.step, row)
         return row
@@ -366,13 +358,8 @@ class _Run:
     def _judged(self) -> Iterator[nn.Module]:
         """The module with the weights to judge, its modes restored behind."""
         judged = self.module if self.ema is None else self.ema.module
-        modes = {name: module.training for name, module in judged.named_modules()}
-        try:
-            with torch.no_grad():
-                yield judged
-        finally:
-            for name, module in judged.named_modules():
-                module.training = modes[name]
+        with torch.no_grad(), kept_modes(judged):
+            yield judged
 
     def _evaluate(self) -> None:
         if not self.group.first:
@@ -382,10 +369,7 @@ class _Run:
         if not self.metrics:
             return
         if self.evaluations is not None:
-            self.evaluations.write({"step": self.step, **self.metrics})
-        if self.events is not None:
-            for name, value in self.metrics.items():
-                self.events.add_scalar(f"evaluation/{name}", value, self.step)
+            self.evaluations.write(self.step, self.metrics)
         shown = "  ".join(f"{name} {value:.5g}" for name, value in self.metrics.items())
         self.progress.say(f"step {self.step}: {shown}")
 

@@ -19,45 +19,51 @@ from xcos_ext.io.errors import XCosError
 
 from .parallel import mean_over_processes
 
-__all__ = ["CSVLog", "Means", "Progress", "tensorboard_writer"]
+__all__ = ["Log", "Means", "Progress", "tensorboard_writer"]
 
 _SECONDS_BETWEEN_LINES = 30.0
 
 
-class CSVLog:
-    """Rows of numbers by step. Columns are those of the first row; a row is on disk once it is written.
+class Log:
+    """Rows of numbers by step in a CSV file, and as TensorBoard's events where asked. Columns are those of the first
+    row; a row is on disk once it is written.
 
     Args:
         path: the file.
         step: keep rows up to this step, which a resumed training has done; later ones belong to a run that was killed.
+        tag: of the events.
+        events: where to; None: nowhere.
     """
 
-    def __init__(self, path: Path, step: int = 0) -> None:
-        self.path = path
+    def __init__(self, path: Path, step: int, tag: str, events: Any = None) -> None:
+        self.path, self.tag, self.events = path, tag, events
         self._columns: list[str] = []
-        kept: list[dict[str, str]] = []
+        text = io.StringIO()
         if step > 0 and path.is_file():
             with path.open(newline="", encoding="utf-8") as stream:
                 reader = csv.DictReader(stream)
-                rows = list(reader)
                 self._columns = list(reader.fieldnames or [])
-            # A killed run may have left half a row at the end.
-            kept = [row for row in rows if None not in row.values() and 0 < int(row["step"] or 0) <= step]
-        text = io.StringIO()
-        if self._columns:
-            writer = csv.DictWriter(text, self._columns)
-            writer.writeheader()
-            writer.writerows(kept)
+                # A killed run may have left half a row at the end.
+                kept = [row for row in reader if None not in row.values() and 0 < int(row["step"] or 0) <= step]
+            if self._columns:
+                writer = csv.DictWriter(text, self._columns)
+                writer.writeheader()
+                writer.writerows(kept)
         write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
-    def write(self, row: Mapping[str, float]) -> None:
-        """Append a row; names that the first row did not have are left out."""
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        """Append a row; names that the first row did not have are left out of the file."""
         with self.path.open("a", newline="", encoding="utf-8") as stream:
-            if not self._columns:
-                self._columns = list(row)
-                csv.DictWriter(stream, self._columns).writeheader()
+            new = not self._columns
+            self._columns = self._columns or ["step", *row]
             writer = csv.DictWriter(stream, self._columns, extrasaction="ignore")
-            writer.writerow({name: repr(value) if isinstance(value, float) else value for name, value in row.items()})
+            if new:
+                writer.writeheader()
+            values = {name: repr(value) if isinstance(value, float) else value for name, value in row.items()}
+            writer.writerow({"step": step, **values})
+        if self.events is not None:
+            for name, value in row.items():
+                self.events.add_scalar(f"{self.tag}/{name}", value, step)
 
 
 class Means:
@@ -114,23 +120,22 @@ class Progress:
         show: False says nothing.
     """
 
-    def __init__(self, steps: int, done: int = 0, show: bool = True) -> None:
-        self._steps, self._first, self._done = steps, done, done
+    def __init__(self, steps: int, done: int, show: bool) -> None:
+        self._steps, self._first = steps, done
         self._start = self._spoke = time.monotonic()
-        self._show = show
+        self._show = show and sys.stderr is not None
         self._bar: Any = None
-        if show and sys.stderr is not None and sys.stderr.isatty():
+        if self._show and sys.stderr.isatty():
+            from rich import progress
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
 
-            self._bar = Bar(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[shown]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
+            self._bar = progress.Progress(
+                progress.TextColumn("training"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[shown]}"),
+                progress.TimeElapsedColumn(),
+                progress.TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
             self._task = self._bar.add_task("training", total=steps, completed=done, shown="")
@@ -138,23 +143,20 @@ class Progress:
 
     def update(self, step: int, values: Mapping[str, float] | None = None) -> None:
         """A step is done; ``values`` are shown where there are new ones."""
-        self._done = step
-        shown = "" if values is None else "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        shown = {} if values is None else {"shown": "  ".join(f"{name} {v:.4g}" for name, v in values.items())}
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, **({"shown": shown} if values is not None else {}))
-        elif values is not None and time.monotonic() - self._spoke > _SECONDS_BETWEEN_LINES:
+            self._bar.update(self._task, completed=step, **shown)
+        elif shown and time.monotonic() - self._spoke > _SECONDS_BETWEEN_LINES:
             spent = time.monotonic() - self._start
             left = spent / max(1, step - self._first) * (self._steps - step)
-            self.say(f"step {step} of {self._steps}  {shown}  {spent:.0f} s, about {left:.0f} s left")
+            self.say(f"step {step} of {self._steps}  {shown['shown']}  {spent:.0f} s, about {left:.0f} s left")
 
     def say(self, text: str) -> None:
         """One line, above the bar where there is one."""
         self._spoke = time.monotonic()
-        if not self._show:
-            return
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
-        elif sys.stderr is not None:
+        elif self._show:
             with contextlib.suppress(OSError, ValueError):
                 print(text, file=sys.stderr, flush=True)
 

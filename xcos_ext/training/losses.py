@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from functools import partial
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from xcos_ext.model import XCosAttention, XCosHead
+from xcos_ext.model import XCosHead
 from xcos_ext.ops import xcos_matrix, xcos_score
 from xcos_ext.ops.templates import unit_cells
 
@@ -53,6 +54,10 @@ def infonce(scores: Tensor, people: Tensor, temperature: float) -> Tensor:
         scores: [B, B].
         people: int64 [B]; at least one of them twice.
         temperature: divides the scores.
+
+    >>> scores = torch.tensor([[1.0, 0.9, 0.1], [0.9, 1.0, 0.1], [0.1, 0.1, 1.0]])
+    >>> round(float(infonce(scores, torch.tensor([0, 0, 1]), temperature=0.4)), 3)  # log(1 + e^-2)
+    0.127
     """
     genuine, _ = kinds(people)
     logs = (scores / temperature).masked_fill(_itself(scores), -torch.inf).log_softmax(1)
@@ -85,20 +90,22 @@ def triplet(scores: Tensor, people: Tensor, margin: float) -> Tensor:
 def make_loss(name: str, temperature: float = 0.05, margin: float | None = None) -> Loss:
     """A loss of scores [B, B] and people [B] with its constants; margin None: 0.3 for contrastive, 0.2 for triplet.
 
-    Raises:
-        ValueError: an unknown name.
+    >>> scores = torch.tensor([[1.0, 0.8, 0.1], [0.8, 1.0, 0.3], [0.1, 0.3, 1.0]])
+    >>> round(float(make_loss("triplet", margin=0.6)(scores, torch.tensor([0, 0, 1]))), 4)
+    0.05
     """
     if name == "infonce":
-        return lambda scores, people: infonce(scores, people, temperature)
-    if name == "contrastive":
-        return lambda scores, people: contrastive(scores, people, 0.3 if margin is None else margin)
-    if name == "triplet":
-        return lambda scores, people: triplet(scores, people, 0.2 if margin is None else margin)
-    raise ValueError(f"loss: expected 'infonce', 'contrastive' or 'triplet', got {name!r}")
+        return partial(infonce, temperature=temperature)
+    loss, usual = {"contrastive": (contrastive, 0.3), "triplet": (triplet, 0.2)}[name]
+    return partial(loss, margin=usual if margin is None else margin)
 
 
 def cosine_loss(scores: Tensor, cosines: Tensor, kind: Literal["mse", "l1"] = "mse") -> Tensor:
-    """L_cos of xCos (arXiv 2003.05383): mean (score - c)^2, or |score - c|, c the teacher's cosine of the same pair."""
+    """L_cos of xCos (arXiv 2003.05383): mean (score - c)^2, or |score - c|, c the teacher's cosine of the same pair.
+
+    >>> round(float(cosine_loss(torch.tensor([0.5, 0.1]), torch.tensor([0.2, 0.1]), "l1")), 3)
+    0.15
+    """
     difference = scores - cosines
     return difference.square().mean() if kind == "mse" else difference.abs().mean()
 
@@ -114,6 +121,9 @@ def teacher_loss(
         people: int64 [B]: genuine and impostor pairs then count half each, rare as the former are; None: every pair
             counts alike.
         kind: as in :func:`cosine_loss`.
+
+    >>> float(teacher_loss(torch.full((3, 3), 0.5), torch.eye(3)))
+    0.25
     """
     cosines = embeddings @ embeddings.T
     if people is None:
@@ -130,6 +140,9 @@ def all_pairs(head: XCosHead, features: Tensor, detach: Detach = "none") -> Tens
         head: in evaluation mode, which fixes its batch norms' statistics and leaves its weights trainable.
         features: F.
         detach: what gradients of the scores do not reach.
+
+    >>> all_pairs(XCosHead(8, 4).eval(), torch.randn(5, 4, 7, 7)).shape
+    torch.Size([5, 5])
     """
     source = features if detach == "none" else features.detach()
     templates = head.templates(source, role="both")  # every face is a first face and a second one
@@ -143,18 +156,11 @@ def pair_scores(head: XCosHead, a: Tensor, b: Tensor, detach: Detach = "none") -
     """Scores [N] of pairs of grid features [N, C, H, W]; ``detach`` as in :func:`all_pairs`."""
     if detach == "features":
         a, b = a.detach(), b.detach()
-    if detach != "attention":
+    if detach != "attention" or head.fixed_attention == "uniform":
         return head.score(a, b)
-    attention = head.attention
-    if isinstance(attention, XCosAttention):
-        weights = attention(a.detach(), b.detach())
-    elif head.fixed_attention == "norm":
-        weights = xcos_score(a.detach(), b.detach(), "norm", return_maps=True).attention
-    else:
-        return head.score(a, b)
-    scores = xcos_score(a, b, weights)
-    assert isinstance(scores, Tensor)
-    return scores
+    held = a.detach(), b.detach()
+    weights = xcos_score(*held, "norm", return_maps=True)[2] if head.attention is None else head.attention(*held)
+    return cast(Tensor, xcos_score(a, b, weights))
 
 
 def sample_classes(labels: Tensor, classes: int, share: float, generator: torch.Generator) -> Tensor:
@@ -170,6 +176,10 @@ def sample_classes(labels: Tensor, classes: int, share: float, generator: torch.
 
     Returns:
         Classes, int64, ascending.
+
+    >>> chosen = sample_classes(torch.tensor([7, 3, 3]), 100, 0.1, torch.Generator().manual_seed(0))
+    >>> len(chosen), {3, 7} <= set(chosen.tolist())
+    (10, True)
     """
     present = torch.zeros(classes, dtype=torch.bool)
     present[labels] = True

@@ -51,6 +51,9 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
     Returns:
         The same shape and dtype, singular values about 0.7 to 1.2.
+
+    >>> orthogonalised(torch.diag(torch.tensor([3.0, 3.0]))).diagonal().sub(1).abs().max() < 0.3
+    tensor(True)
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
@@ -82,6 +85,13 @@ class MuonAdamW(torch.optim.AdamW):
 
     Raises:
         ValueError: a vector in a group with ``muon=True``.
+
+    >>> weight = nn.Parameter(torch.eye(2))
+    >>> optimiser = MuonAdamW([{"params": [weight], "muon": True}], lr=0.1)
+    >>> weight.square().sum().backward()
+    >>> optimiser.step()
+    >>> bool((weight.diagonal() < 1).all())
+    True
     """
 
     def __init__(

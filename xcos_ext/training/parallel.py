@@ -32,6 +32,9 @@ def prefetch(make: Callable[[Item], Made], items: Iterable[Item], workers: int) 
 
     Raises:
         Exception: whatever ``make`` raised, at its item's place.
+
+    >>> list(prefetch(lambda number: number * number, range(5), workers=2))
+    [0, 1, 4, 9, 16]
     """
     if workers == 0:
         yield from map(make, items)
@@ -66,19 +69,19 @@ class Processes(NamedTuple):
 @contextlib.contextmanager
 def processes(device: torch.device) -> Iterator[Processes]:
     """Joins the group that ``torchrun`` describes in the environment (NCCL for CUDA, gloo else); alone without it."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if dist.is_available() and dist.is_initialized():
-        yield Processes(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
-    elif world == 1:
+    joined = dist.is_available() and dist.is_initialized()
+    if not joined and os.environ.get("WORLD_SIZE", "1") == "1":
         yield Processes()
-    else:
+        return
+    if not joined:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        try:
-            yield Processes(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
-            # Nobody hangs up while another still reads what was last said; with the work done, who is gone may be.
-            with contextlib.suppress(RuntimeError):
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+        if not joined:  # nobody hangs up while another still reads what was last said
+            with contextlib.suppress(RuntimeError):  # with the work done, who is gone may be
                 dist.barrier()
-        finally:
+    finally:
+        if not joined:
             dist.destroy_process_group()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from xcos_ext.io.errors import XCosError
 
 from .settings import ConfigError
 
-__all__ = ["IdentityBatches", "PairBatches", "Pairs", "hardest_impostors"]
+__all__ = ["IdentityBatches", "PairBatches", "hardest_impostors"]
 
 
 def _members(people: Tensor, indices: Tensor) -> list[Tensor]:
@@ -27,12 +25,9 @@ def _integers(count: int, below: Tensor | int, generator: torch.Generator) -> Te
     return (uniform * bound).long().clamp_max(bound - 1)
 
 
-class Pairs(NamedTuple):
-    """Attributes: pictures of both sides int64 [n], and whether both are of one person, bool [n]."""
-
-    first: Tensor
-    second: Tensor
-    genuine: Tensor
+def _picked(members: list[Tensor], places: Tensor) -> Tensor:
+    """One picture of each."""
+    return torch.stack([own[place] for own, place in zip(members, places, strict=True)])
 
 
 class PairBatches:
@@ -50,6 +45,11 @@ class PairBatches:
 
     Raises:
         XCosError: fewer than two people, or nobody with two pictures.
+
+    >>> people = torch.tensor([0, 0, 1, 1, 2])
+    >>> first, second = PairBatches(people, torch.arange(5)).draw(torch.Generator().manual_seed(0), 4)
+    >>> (people[first] == people[second]).tolist()
+    [True, False, True, False]
     """
 
     def __init__(self, people: Tensor, indices: Tensor, hardest: Tensor | None = None, hard_share: float = 0.5) -> None:
@@ -62,22 +62,18 @@ class PairBatches:
             )
         self.indices, self.hardest, self.hard_share = indices, hardest, hard_share
 
-    def draw(self, generator: torch.Generator, count: int) -> Pairs:
-        """``count`` pairs: genuine and impostor in turns."""
-        genuine = (count + 1) // 2
-        first = torch.empty(count, dtype=torch.int64)
-        second = torch.empty(count, dtype=torch.int64)
-        chosen = _integers(genuine, len(self.several), generator)
+    def draw(self, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
+        """Pictures of both sides, int64 [count] each, of genuine and impostor pairs in turns."""
+        first, second = torch.empty(2, count, dtype=torch.int64)
+        chosen = _integers((count + 1) // 2, len(self.several), generator)
         own = [self.several[int(i)] for i in chosen]
         sizes = torch.tensor([len(pictures) for pictures in own])
-        a = _integers(genuine, sizes, generator)
-        b = (a + 1 + _integers(genuine, sizes - 1, generator)) % sizes
-        first[0::2] = torch.stack([pictures[i] for pictures, i in zip(own, a, strict=True)])
-        second[0::2] = torch.stack([pictures[i] for pictures, i in zip(own, b, strict=True)])
-        impostors = count - genuine
-        if impostors:
-            first[1::2], second[1::2] = self._impostors(generator, impostors)
-        return Pairs(first, second, torch.arange(count) % 2 == 0)
+        a = _integers(len(own), sizes, generator)
+        b = (a + 1 + _integers(len(own), sizes - 1, generator)) % sizes
+        first[0::2], second[0::2] = _picked(own, a), _picked(own, b)
+        if count > 1:
+            first[1::2], second[1::2] = self._impostors(generator, count // 2)
+        return first, second
 
     def _impostors(self, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
         people = len(self.members)
@@ -87,7 +83,7 @@ class PairBatches:
         for side in (a, b):
             own = [self.members[int(i)] for i in side]
             picks = _integers(count, torch.tensor([len(pictures) for pictures in own]), generator)
-            sides.append(torch.stack([pictures[i] for pictures, i in zip(own, picks, strict=True)]))
+            sides.append(_picked(own, picks))
         if self.hardest is not None:
             hard = torch.rand(count, generator=generator) < self.hard_share
             row = _integers(count, len(self.indices), generator)
@@ -109,6 +105,11 @@ class IdentityBatches:
 
     Raises:
         ConfigError: fewer than P people have K pictures, P or K is below 2, or too few others.
+
+    >>> people = torch.tensor([0, 0, 1, 1, 2])
+    >>> chosen = IdentityBatches(people, torch.arange(5), 2, 2, others=1).draw(torch.Generator().manual_seed(0))
+    >>> sorted(people[chosen].tolist())
+    [0, 0, 1, 1, 2]
     """
 
     def __init__(self, people: Tensor, indices: Tensor, count: int, pictures: int, others: int = 0) -> None:
@@ -153,6 +154,9 @@ def hardest_impostors(embeddings: Tensor, people: Tensor, indices: Tensor, k: in
 
     Returns:
         Picture indices, int64 [n, k], most similar first.
+
+    >>> hardest_impostors(torch.eye(3), torch.tensor([0, 0, 1]), torch.arange(3), 1).shape
+    torch.Size([3, 1])
     """
     own, whose = embeddings[indices], people[indices]
     k = min(k, len(indices) - int(torch.bincount(whose).max()))

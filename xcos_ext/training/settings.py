@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -54,8 +55,11 @@ def override(tables: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
 
     Raises:
         ConfigError: an assignment of another form.
+
+    >>> override({"train": {"steps": 1}}, ["train.steps=20", "loss.kind=l1"])
+    {'train': {'steps': 20}, 'loss': {'kind': 'l1'}}
     """
-    result: dict[str, Any] = {name: dict(t) if isinstance(t, Mapping) else t for name, t in tables.items()}
+    result: dict[str, Any] = copy.deepcopy(dict(tables))
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         keys = [key.strip() for key in name.split(".")]
@@ -67,42 +71,41 @@ def override(tables: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
             value = text.strip()
         table = result
         for key in keys[:-1]:
-            inner = table.setdefault(key, {})
-            if not isinstance(inner, dict):
+            table = table.setdefault(key, {})
+            if not isinstance(table, dict):
                 raise ConfigError(f"--set {assignment}: {key} is a value, not a table")
-            table = inner
         table[keys[-1]] = value
     return result
 
 
-def build(kind: type[Settings], values: Mapping[str, Any], where: str = "") -> Settings:
-    """A settings object from a table; nested dataclasses are tables in it.
-
-    Args:
-        kind: a pydantic dataclass with :data:`SETTINGS`.
-        values: the table.
-        where: the table's name, for messages.
+def build(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """A settings object from a table; nested dataclasses, of pydantic with :data:`SETTINGS`, are tables in it.
 
     Raises:
         ConfigError: an unknown key (with the nearest known one), a missing one, or a value of a wrong type or size.
+
+    >>> build(TrainConfig, {"steps": 10, "batch": 8, "rate": 0.1}).optimiser
+    'adamw'
+    >>> build(TrainConfig, {"steps": 10, "batch": 8, "rte": 0.1})
+    Traceback (most recent call last):
+    xcos_ext.training.settings.ConfigError: rte: no such setting; did you mean rate?
     """
     try:
         # As JSON, which has the types that TOML has: a list is a tuple, but 1.5, true and "1" are no whole numbers.
         return TypeAdapter(kind).validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
-        found = error.errors()[0]
-        keys = [part for part in found["loc"] if isinstance(part, str)]
-        raise ConfigError(_mistake(kind, [where, *keys] if where else keys, keys, found)) from error
+        raise ConfigError(_mistake(kind, error.errors()[0])) from error
 
 
-def _mistake(kind: Any, shown: Sequence[str], keys: Sequence[str], found: Any) -> str:
+def _mistake(kind: Any, found: Any) -> str:
     """One of pydantic's errors in a line that starts with the setting's key."""
-    key = ".".join(shown)
+    keys = [part for part in found["loc"] if isinstance(part, str)]
+    key = ".".join(keys)
     if found["type"] == "unexpected_keyword_argument":
         for name in keys[:-1]:
             kind = kind.__pydantic_fields__[name].annotation
         near = difflib.get_close_matches(keys[-1], kind.__pydantic_fields__, 1, 0.0)
-        return f"{key}: no such setting; did you mean {'.'.join([*shown[:-1], near[0]])}?"
+        return f"{key}: no such setting; did you mean {'.'.join([*keys[:-1], near[0]])}?"
     if found["type"] == "missing":
         return f"{key}: expected a value, got nothing"
     return f"{key}: {found['msg'].replace('Input should be', 'expected')}, got {found['input']!r}"
@@ -135,6 +138,9 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints; 0: none by steps.
         checkpoint_minutes: minutes between checkpoints; 0: none by time. One is written at the end in any case.
         tensorboard: also write events for TensorBoard.
+
+    >>> TrainConfig(steps=10, batch=64, accumulate=2).part_size(world=4)
+    8
     """
 
     steps: int = Field(ge=1)
@@ -160,8 +166,8 @@ class TrainConfig:
     tensorboard: bool = False
 
     #: Settings that may differ when a training is resumed: they do not change what is computed.
-    FREE: ClassVar[tuple[str, ...]] = (
-        *("device", "workers", "log_every", "evaluate_every", "checkpoint_every", "checkpoint_minutes", "tensorboard"),
+    FREE: ClassVar = frozenset(
+        ("device", "workers", "log_every", "evaluate_every", "checkpoint_every", "checkpoint_minutes", "tensorboard")
     )
 
     def fixed(self) -> dict[str, object]:

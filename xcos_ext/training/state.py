@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,12 @@ def averaged_model(module: nn.Module, decay: float) -> AveragedModel:
 
     Parameters and floating buffers: ``average += (1 - d) (value - average)`` with d = min(decay, (1 + n) / (10 + n))
     after n updates, so that the first weights do not linger (the first update copies); integer buffers are copied.
+
+    >>> module = nn.Linear(1, 1, bias=False)
+    >>> average = averaged_model(module, 0.5)
+    >>> average.update_parameters(module)
+    >>> bool(average.module.weight == module.weight)
+    True
     """
 
     def update(averages: Any, values: Any, _: Any) -> None:
@@ -40,23 +45,20 @@ def averaged_model(module: nn.Module, decay: float) -> AveragedModel:
     return made
 
 
-@dataclass
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """Everything that a training goes on with, without pickle.
 
     Attributes:
         step: optimiser steps done.
         must_match: plain values that a training must share with the checkpoint that it resumes.
         values: plain values to carry on with.
-        module, ema, optimiser: tensors by name.
+        tensors: by group (``"module"``, ``"ema"``, ``"optimiser"``) and name.
     """
 
     step: int
     must_match: Mapping[str, Any]
-    values: dict[str, Any] = field(default_factory=dict)
-    module: dict[str, Tensor] = field(default_factory=dict)
-    ema: dict[str, Tensor] = field(default_factory=dict)
-    optimiser: dict[str, Tensor] = field(default_factory=dict)
+    values: Mapping[str, Any]
+    tensors: Mapping[str, Mapping[str, Tensor]]
 
     def save(self, path: Path) -> None:
         """Write to disk, flushed, in place of what was there.
@@ -64,11 +66,7 @@ class Checkpoint:
         Raises:
             OutputError: it cannot be written; an earlier file is untouched.
         """
-        tensors = {
-            f"{group}/{name}": tensor
-            for group in ("module", "ema", "optimiser")
-            for name, tensor in getattr(self, group).items()
-        }
+        tensors = {f"{group}/{name}": tensor for group, own in self.tensors.items() for name, tensor in own.items()}
         metadata = {
             "xcos_format": _FORMAT,
             "version": _VERSION,
@@ -79,87 +77,69 @@ class Checkpoint:
         write_safetensors(path, tensors, metadata)
 
     @classmethod
-    def load(cls, path: Path) -> Checkpoint:
+    def load(cls, path: Path, module: nn.Module, must_match: Mapping[str, Any]) -> Checkpoint:
         """Read a file of :meth:`save`.
 
         Raises:
-            ModelError: missing, damaged, or no checkpoint of this version.
+            ModelError: missing, damaged, no checkpoint of this version, or of another training; names every setting,
+                or the first few tensors, that differ.
         """
-        tensors, metadata = read_safetensors(path)
+        stored, metadata = read_safetensors(path)
         if metadata.get("xcos_format") != _FORMAT:
             raise ModelError(f"{path}: not a training checkpoint (format {metadata.get('xcos_format')!r})")
         if metadata.get("version") != _VERSION:
             raise ModelError(f"{path}: checkpoint format {metadata.get('version')!r}; this version reads {_VERSION!r}")
+        tensors: dict[str, dict[str, Tensor]] = {"module": {}, "ema": {}, "optimiser": {}}
         try:
-            result = cls(int(metadata["step"]), json.loads(metadata["must_match"]), json.loads(metadata["values"]))
-            for name, tensor in tensors.items():
-                group, _, rest = name.partition("/")
-                {"module": result.module, "ema": result.ema, "optimiser": result.optimiser}[group][rest] = tensor
-        except (KeyError, ValueError, TypeError) as error:
+            result = cls(
+                int(metadata["step"]), json.loads(metadata["must_match"]), json.loads(metadata["values"]), tensors
+            )
+            for key, tensor in stored.items():
+                group, _, name = key.partition("/")
+                tensors[group][name] = tensor
+        except (KeyError, ValueError) as error:
             raise ModelError(f"{path}: damaged checkpoint ({type(error).__name__}: {error})") from error
+        differences = {
+            "a training with other settings": (_flat(result.must_match), _flat(json.loads(json.dumps(must_match)))),
+            "another architecture": (_shapes(tensors["module"]), _shapes(module.state_dict())),
+        }
+        for what, (then, now) in differences.items():
+            different = [
+                f"{key} (checkpoint {then.get(key, 'nothing')}, now {now.get(key, 'nothing')})"
+                for key in sorted(then.keys() | now.keys())
+                if then.get(key) != now.get(key)
+            ]
+            if different:
+                raise ModelError(f"{path}: belongs to {what}: {few(different, 5)}")
         return result
 
-    def check(self, path: Path, module: nn.Module, must_match: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint of another training.
 
-        Raises:
-            ModelError: names every setting, or the first few tensors, that differ.
-        """
-        expected, got = _flat(json.loads(json.dumps(must_match))), _flat(self.must_match)
-        different = [
-            f"{key} (checkpoint {got.get(key, 'nothing')!r}, now {expected.get(key, 'nothing')!r})"
-            for key in sorted(expected.keys() | got.keys())
-            if expected.get(key) != got.get(key)
-        ]
-        if different:
-            raise ModelError(f"{path}: belongs to a training with other settings: {few(different, 5)}")
-        state = module.state_dict()
-        different = [
-            f"{name} (checkpoint {_shape(self.module.get(name))}, now {_shape(state.get(name))})"
-            for name in sorted(state.keys() | self.module.keys())
-            if _shape(self.module.get(name)) != _shape(state.get(name))
-        ]
-        if different:
-            raise ModelError(f"{path}: belongs to another architecture: {few(different, 5)}")
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in tensors.items()}
 
 
-def _shape(tensor: Tensor | None) -> str:
-    return "nothing" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested tables as ``table.key`` -> the value in words."""
+    result: dict[str, str] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
-            result |= _flat(value, f"{prefix}{key}.")
-        else:
-            result[f"{prefix}{key}"] = value
+        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": repr(value)}
     return result
-
-
-def _parameter_names(module: nn.Module, optimiser: torch.optim.Optimizer) -> list[str]:
-    """Names of the optimiser's parameters in its own order."""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    return [names[id(parameter)] for group in optimiser.param_groups for parameter in group["params"]]
 
 
 def optimiser_tensors(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """An optimiser's state as ``<parameter>/<entry>``; every entry is a tensor."""
-    state = optimiser.state_dict()["state"]
-    names = _parameter_names(module, optimiser)
     return {
-        f"{names[index]}/{entry}": torch.as_tensor(value)
-        for index, entries in state.items()
-        for entry, value in entries.items()
+        f"{name}/{entry}": torch.as_tensor(value)
+        for name, parameter in module.named_parameters()
+        for entry, value in optimiser.state.get(parameter, {}).items()
         if value is not None
     }
 
 
 def load_optimiser(module: nn.Module, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Give an optimiser the state of :func:`optimiser_tensors`."""
-    numbers = {name: index for index, name in enumerate(_parameter_names(module, optimiser))}
-    state: dict[int, dict[str, Tensor]] = {}
+    parameters = dict(module.named_parameters())
     for key, tensor in tensors.items():
         name, _, entry = key.rpartition("/")
-        state.setdefault(numbers[name], {})[entry] = tensor
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+        # Steps are counted on the CPU, as torch's optimisers do.
+        optimiser.state[parameters[name]][entry] = tensor if entry == "step" else tensor.to(parameters[name])

@@ -30,6 +30,10 @@ class BatchIndex(NamedTuple):
         step: optimiser step, from 0.
         part: this part, from 0 to ``parts`` - 1.
         parts: parts of the step's batch.
+
+    >>> whole = torch.arange(6)
+    >>> [BatchIndex(seed=0, step=9, part=part, parts=2).slice_of(whole).tolist() for part in range(2)]
+    [[0, 1, 2], [3, 4, 5]]
     """
 
     seed: int
@@ -110,7 +114,11 @@ class Task(Protocol):
 
 def weight_decay_groups(module: nn.Module, *, rate_scale: float = 1.0) -> list[dict[str, Any]]:
     """A module's trainable parameters in two groups: matrices and kernels decay, vectors (biases, norms, slopes) do
-    not."""
+    not.
+
+    >>> [len(group["params"]) for group in weight_decay_groups(nn.Sequential(nn.Linear(4, 2), nn.PReLU()))]
+    [1, 2]
+    """
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "rate_scale": rate_scale},

@@ -18,7 +18,7 @@ __all__ = ["TASKS", "create_task", "load_experiment"]
 
 #: Built-in task -> its module. A module of a task has ``Experiment``, a pydantic dataclass with fields ``task: str``
 #: and ``train: TrainConfig``, and ``create(experiment, progress)``, which makes the task of it.
-TASKS = {"head": f"{__name__}.head", "model": f"{__name__}.model"}
+TASKS = {"head": f"{__name__}.head", "model": f"{__name__}.head"}
 
 
 def load_experiment(path: str | Path, assignments: Sequence[str] = ()) -> Any:
@@ -34,6 +34,13 @@ def load_experiment(path: str | Path, assignments: Sequence[str] = ()) -> Any:
 
     Raises:
         ConfigError: a file, task, key or value that cannot be used.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+    ...     _ = file.write("task = 'head'"), file.flush()
+    ...     settings = ["data.pictures=faces", "model.recogniser=net.pt", "train.steps=20", "train.batch=8"]
+    ...     load_experiment(file.name, settings).train.steps
+    20
     """
     tables = override(read_toml(path), assignments)
     try:

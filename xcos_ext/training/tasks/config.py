@@ -44,10 +44,8 @@ class ModelConfig:
         start: ``"closed-form"``: a matrix for each cell and norm attention, as ``xcos_ext.model.plug`` makes them;
             ``"random"``: the published 1x1 block with random weights.
         channels: of the grid feature; with the closed form, principal axes per cell, or none to keep the embedding's
-            length.
+            length; mean and axes come from one picture each of the people trained on.
         spread: of the closed form, in cells.
-        statistics: file of the closed form's mean and axes; none: computed from one picture each of the people
-            trained on.
         attention: ``"residual"`` corrects norm attention, ``"learned"`` is the published network; ``"norm"`` and
             ``"uniform"`` have nothing to learn.
         hidden: channels inside the attention network.
@@ -59,7 +57,6 @@ class ModelConfig:
     start: Literal["closed-form", "random"] = "closed-form"
     channels: Annotated[int | None, Field(ge=1), NONE] = 32
     spread: float = Field(default=0.7, ge=0)
-    statistics: Annotated[str | None, NONE] = None
     attention: Literal["residual", "learned", "norm", "uniform"] = "residual"
     hidden: int = Field(default=16, ge=1)
     symmetric: bool = True

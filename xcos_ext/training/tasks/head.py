@@ -1,12 +1,12 @@
-"""Training a head on the maps of a frozen recogniser, computed once."""
+"""Training a head on the maps of a frozen recogniser, computed once; or together with the body below it."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,20 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xcos_ext.backbones import Recogniser
-from xcos_ext.evaluation import auc, calibrate, eer, operating_point
+from xcos_ext.devices import module_device
+from xcos_ext.evaluation import calibrate, verification
 from xcos_ext.io.errors import XCosError
 from xcos_ext.io.fingerprint import fingerprint_weights
 from xcos_ext.model import ArcFaceHead, CosFaceHead, XCosHead, XCosModel, save_model
 from xcos_ext.ops import xcos_matrix
 
+from ..augment import augmented
+from ..data import normalised
 from ..losses import all_pairs, cosine_loss, make_loss, pair_scores, sample_classes, teacher_loss
 from ..sampling import IdentityBatches, PairBatches, hardest_impostors
 from ..settings import ConfigError
 from ..task import BatchIndex, weight_decay_groups
-from .config import HeadExperiment, LossConfig, ModelConfig
+from .config import HeadExperiment
 from .sources import Sources, build_head, held_out_people, load_sources
 
-__all__ = ["Experiment", "HeadTask", "create"]
+__all__ = ["Experiment", "HeadTask", "ModelTask", "create", "make_task"]
 
 _FMRS = (1e-2, 1e-3)
 _DECISION_FMR = 5e-3  # of the exported model's threshold, as in xcos_ext.evaluation.calibrate
@@ -35,15 +38,8 @@ _EXPECTED_MATCHES = 30  # impostor pairs times rate, for a threshold at that rat
 _EVALUATED = 3000  # pictures in an evaluation at most
 _HARDEST = 20  # impostors kept for each picture
 
-#: The settings of this task's experiments.
+#: The settings of this module's experiments.
 Experiment = HeadExperiment
-
-
-class Drawn(NamedTuple):
-    """Attributes: pictures int64 [n], and the generator for whatever else is drawn for them."""
-
-    pictures: Tensor
-    generator: torch.Generator
 
 
 class Trained(nn.Module):
@@ -64,31 +60,20 @@ class HeadTask:
 
     Args:
         sources: recogniser, pictures, maps.
-        model: the head.
-        loss: what to minimise.
+        experiment: settings; its ``data`` has been read.
         held_out: people to evaluate on and never to look at.
-        batch: faces of one micro-step, for early errors; None: not checked.
-        seed: of random weights.
-        name: of the exported model.
 
     Raises:
         XCosError: settings that do not fit each other or the data.
     """
 
-    def __init__(
-        self,
-        sources: Sources,
-        model: ModelConfig,
-        loss: LossConfig,
-        held_out: set[str] = frozenset(),  # type: ignore[assignment]
-        *,
-        batch: int | None = None,
-        seed: int = 0,
-        name: str = "xcos-head",
-    ) -> None:
-        self.sources, self.model_config, self.config, self.name = sources, model, loss, name
-        pictures, maps = sources.pictures, sources.maps
-        if loss.cosine > 0 and maps.embeddings is None:
+    _at_once = 256  # pictures of a forward pass outside training
+
+    def __init__(self, sources: Sources, experiment: HeadExperiment, held_out: Collection[str] = ()) -> None:
+        self.sources, self.experiment, self.config = sources, experiment, experiment.loss
+        loss, seed = experiment.loss, experiment.train.seed
+        pictures, embeddings = sources.pictures, sources.maps.embeddings
+        if loss.cosine > 0 and embeddings is None:
             raise ConfigError("loss.cosine: expected a recogniser with an output block, whose cosines are the target")
         if not (loss.cosine or loss.contrast or loss.identity):
             raise ConfigError("loss: expected a weight above 0 among cosine, contrast and identity, got none")
@@ -96,57 +81,28 @@ class HeadTask:
             raise ConfigError("loss.contrast: expected loss.pairs = 'all', whose batches it is over, got 'drawn'")
         self.held_out = pictures.of_people(held_out)
         self.trained = pictures.of_people(set(pictures.names) - set(held_out))
-        head = build_head(model, sources, self.trained, seed)
+        head = build_head(experiment.model, sources, self.trained, seed)
         self.start = {n: p.detach().clone() for n, p in head.named_parameters() if n.startswith("cells.")}
-        self.labels = self._labels()
-        self.module = Trained(head, self._margin(head, seed))
+        # Class of each picture; -1 for those not trained on.
+        self.labels = torch.full((len(pictures),), -1, dtype=torch.int64)
+        self.labels[self.trained] = pictures.people[self.trained].unique(return_inverse=True)[1]
+        self.classes = int(self.labels.max()) + 1
+        self.module = Trained(head, self._margin(head, seed) if loss.identity else None)
         self.contrast = make_loss(loss.contrast_kind, loss.contrast_temperature, loss.contrast_margin)
         self._pairs: PairBatches | None = None
         self._batches: dict[int, IdentityBatches] = {}
         if loss.pairs == "drawn":
             hardest = None
             if loss.hard > 0:
-                if maps.embeddings is None:
+                if embeddings is None:
                     raise ConfigError("loss.hard: expected a recogniser with an output block to find hard pairs with")
-                hardest = hardest_impostors(maps.embeddings[0], pictures.people, self.trained, _HARDEST)
+                hardest = hardest_impostors(embeddings[0], pictures.people, self.trained, _HARDEST)
             self._pairs = PairBatches(pictures.people, self.trained, hardest, loss.hard)
-        elif batch is not None:
-            self._identities(batch)
+        else:
+            self._identities(experiment.train.part_size(1))  # too few people are found before anything is trained
 
-    @classmethod
-    def from_experiment(
-        cls, sources: Sources, experiment: HeadExperiment, held_out: set[str], **options: Any
-    ) -> HeadTask:
-        """The task of an experiment's file on pictures that are there already.
-
-        Args:
-            sources: of the experiment.
-            experiment: settings.
-            held_out: people who are not trained on.
-            options: further ones of the class.
-        """
-        train = experiment.train
-        return cls(
-            *(sources, experiment.model, experiment.loss, held_out),
-            batch=train.part_size(1),
-            seed=train.seed,
-            name=experiment.name,
-            **options,
-        )
-
-    # --- set up
-
-    def _labels(self) -> Tensor:
-        """Class of each picture, int64 [N]; -1 for those not trained on."""
-        people = self.sources.pictures.people
-        labels = torch.full((len(people),), -1, dtype=torch.int64)
-        labels[self.trained] = people[self.trained].unique(return_inverse=True)[1]
-        return labels
-
-    def _margin(self, head: XCosHead, seed: int) -> nn.Module | None:
+    def _margin(self, head: XCosHead, seed: int) -> nn.Module:
         config = self.config
-        if config.identity == 0:
-            return None
         made = ArcFaceHead if config.margin_head == "arcface" else CosFaceHead
         given = {"scale": config.margin_scale, "margin": config.margin}
         _, height, width = self.sources.recogniser.grid_shape
@@ -154,22 +110,18 @@ class HeadTask:
             torch.manual_seed(seed + 1)
             return made(
                 head.channels * height * width,
-                int(self.labels.max()) + 1,
+                self.classes,
                 **{name: value for name, value in given.items() if value is not None},
             )
 
     def _identities(self, size: int) -> IdentityBatches:
         """Batches of ``size`` faces."""
         if size not in self._batches:
-            self._batches[size] = self._new_identities(size)
+            each, others = self.config.pictures_each, round(self.config.others * size)
+            others += (size - others) % each
+            people = self.sources.pictures.people
+            self._batches[size] = IdentityBatches(people, self.trained, (size - others) // each, each, others)
         return self._batches[size]
-
-    def _new_identities(self, size: int) -> IdentityBatches:
-        others = round(self.config.others * size)
-        each = self.config.pictures_each
-        others += (size - others) % each
-        people = self.sources.pictures.people
-        return IdentityBatches(people, self.trained, (size - others) // each, each, others)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Tensors of the projection learn at a rate relative to their size; attention and margin head as usual."""
@@ -185,21 +137,19 @@ class HeadTask:
 
     # --- steps
 
-    def draw(self, index: BatchIndex, size: int) -> Drawn:
-        """Which pictures one part consists of."""
+    def draw(self, index: BatchIndex, size: int) -> tuple[Tensor, torch.Generator]:
+        """Which pictures one part consists of, int64 [n], and the generator for whatever else is drawn for them."""
         if self._pairs is not None:
-            pairs = self._pairs.draw(index.generator(), size // 2 * index.parts)
-            chosen = torch.cat((index.slice_of(pairs.first), index.slice_of(pairs.second)))
-            return Drawn(chosen, index.generator(1, own=True))
+            sides = self._pairs.draw(index.generator(), size // 2 * index.parts)
+            return torch.cat([index.slice_of(side) for side in sides]), index.generator(1, own=True)
         generator = index.generator(own=True)
-        return Drawn(self._identities(size).draw(generator), generator)
+        return self._identities(size).draw(generator), generator
 
     def labelled(self, chosen: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Whose the pictures are, and what L_id needs."""
         made = {"people": self.sources.pictures.people[chosen], "labels": self.labels[chosen]}
         if self.config.identity and self.config.class_share < 1:
-            classes = int(self.labels.max()) + 1
-            made["classes"] = sample_classes(made["labels"], classes, self.config.class_share, generator)
+            made["classes"] = sample_classes(made["labels"], self.classes, self.config.class_share, generator)
         return made
 
     def batch(self, index: BatchIndex, size: int) -> dict[str, Tensor]:
@@ -237,9 +187,8 @@ class HeadTask:
         elif config.pairs == "all" and (config.cosine > 0 or config.contrast > 0):
             scores = all_pairs(head, features, config.detach)
             if config.cosine > 0:
-                kinds_of = people if config.balanced else None
-                distance = teacher_loss(scores, batch["embeddings"], kinds_of, config.distance)
-                losses["cosine"] = config.cosine, distance
+                known = people if config.balanced else None
+                losses["cosine"] = config.cosine, teacher_loss(scores, batch["embeddings"], known, config.distance)
             if config.contrast > 0:
                 losses["contrast"] = config.contrast, self.contrast(scores, people)
         if margin is not None:
@@ -250,25 +199,21 @@ class HeadTask:
         if not any(loss.requires_grad for _, loss in losses.values()):
             raise XCosError("loss: nothing that is trained takes part in it")
         if config.anchor > 0 and self.start:
-            losses["moved"] = config.anchor, self._moved()
+            moved = []  # the projection's squared relative distance to its start
+            for name, parameter in head.named_parameters():
+                if name in self.start:
+                    start = self.start[name] = self.start[name].to(parameter)
+                    moved.append((parameter - start).square().sum() / start.square().sum().clamp_min(1e-12))
+            losses["moved"] = config.anchor, torch.stack(moved).sum()
         total = torch.stack([weight * loss for weight, loss in losses.values()]).sum()
         return total, {name: loss.detach() for name, (_, loss) in losses.items()}
-
-    def _moved(self) -> Tensor:
-        """The projection's squared relative distance to its start."""
-        moved = []
-        for name, parameter in self.module.head.named_parameters():
-            if name in self.start:
-                start = self.start[name] = self.start[name].to(parameter)
-                moved.append((parameter - start).square().sum() / start.square().sum().clamp_min(1e-12))
-        return torch.stack(moved).sum()
 
     def describe(self) -> Mapping[str, Any]:
         """Settings, data and weights that a resumed training must share."""
         return {
-            "task": "head",
+            "task": self.experiment.task,
             # Wherever the weights lie, they must be the same.
-            "model": dataclasses.asdict(self.model_config)
+            "model": dataclasses.asdict(self.experiment.model)
             | {"recogniser": fingerprint_weights(self.sources.recogniser)},
             "loss": dataclasses.asdict(self.config),
             "pictures": self.sources.pictures.fingerprint,
@@ -286,13 +231,16 @@ class HeadTask:
         ]
         return [f"{sizes[0]} to train on, {sizes[1]} held out", *self.sources.pictures.report()]
 
+    def _grid(self, trained: Trained, chosen: Tensor, device: torch.device) -> Tensor:
+        """Maps of pictures."""
+        return self.sources.maps.grids[0][chosen].to(device).float()
+
     @torch.no_grad()
     def features(self, module: nn.Module, chosen: Tensor) -> Tensor:
         """Grid features of pictures, on the CPU."""
-        head = cast(Trained, module).head
-        device = next(head.parameters()).device
-        grids = self.sources.maps.grids[0]
-        return torch.cat([head.features(grids[part].to(device).float()).cpu() for part in chosen.split(256)])
+        trained, device = cast(Trained, module), module_device(module)
+        parts = chosen.split(self._at_once)
+        return torch.cat([trained.head.features(self._grid(trained, part, device)).cpu() for part in parts])
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> Mapping[str, float]:
@@ -300,26 +248,27 @@ class HeadTask:
         most 3,000 pictures); empty where these are not of both kinds."""
         if len(self.held_out) < 2:
             return {}
-        head, chosen = cast(Trained, module).head, _thinned(self.held_out)
+        chosen = _thinned(self.held_out)
         people = self.sources.pictures.people[chosen]
-        templates = head.templates(self.features(module, chosen).to(next(head.parameters()).device), "both")
-        scores, genuine = _upper(xcos_matrix(templates, templates).cpu(), people)
+        rows, columns = torch.triu_indices(len(chosen), len(chosen), 1)
+        genuine = (people[rows] == people[columns]).numpy()
         if genuine.all() or not genuine.any():
             return {}
-        metrics = {"auc": auc(scores, genuine), "eer": eer(scores, genuine).rate}
-        for rate in _FMRS:
-            metrics[f"tar_at_{rate:g}"] = operating_point(scores, genuine, rate).tar
-        embeddings = self.sources.maps.embeddings
-        if embeddings is not None:
-            own = embeddings[0][chosen]
-            cosines, _ = _upper(own @ own.T, people)
-            metrics["correlation"] = float(np.corrcoef(scores, cosines)[0, 1])
+        features = self.features(module, chosen).to(module_device(module))
+        templates = cast(Trained, module).head.templates(features, "both")
+        scores = xcos_matrix(templates, templates).cpu()[rows, columns].double().numpy()
+        report = verification(scores, genuine, fmrs=_FMRS)
+        metrics = {"auc": report.auc, "eer": report.eer}
+        metrics |= {f"tar_at_{point.requested:g}": point.tar for point in report.operating_points}
+        if self.sources.maps.embeddings is not None:
+            own = self.sources.maps.embeddings[0][chosen]
+            metrics["correlation"] = float(np.corrcoef(scores, (own @ own.T)[rows, columns].double())[0, 1])
         return metrics
 
     def model(self, module: nn.Module) -> XCosModel:
         """Recogniser and head, not calibrated."""
         trained = copy.deepcopy(cast(Trained, module)).cpu()
-        return XCosModel(trained.body or self.sources.recogniser, trained.head, name=self.name).eval()
+        return XCosModel(trained.body or self.sources.recogniser, trained.head, name=self.experiment.name).eval()
 
     @torch.no_grad()
     def export(self, module: nn.Module, folder: Path) -> list[Path]:
@@ -338,15 +287,71 @@ class HeadTask:
         return [path]
 
 
+class ModelTask(HeadTask):
+    """Trains a head and the recogniser's body, at a small rate, on altered pictures.
+
+    The teacher is the recogniser as it was. It is never run while training: its embeddings of the unaltered pictures
+    were computed once, in evaluation mode, with the maps. Batch norms of the body keep the statistics that they have,
+    those of the head the ones measured at the start; all weights are trained. The body's output block takes no part and
+    stays as it is.
+
+    Arguments are those of :class:`HeadTask`.
+    """
+
+    _at_once = 64
+
+    def __init__(self, sources: Sources, experiment: HeadExperiment, held_out: Collection[str] = ()) -> None:
+        super().__init__(sources, experiment, held_out)
+        trained = copy.deepcopy(sources.recogniser).eval().requires_grad_(True)
+        for name, parameter in trained.named_parameters():
+            if name.startswith(trained.output_prefixes):
+                parameter.requires_grad_(False)
+        trained.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.module = Trained(self.module.head, self.module.margin, trained)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The head's groups, and the body's at its own rate."""
+        body = cast(Recogniser, self.module.body)
+        return [*super().parameter_groups(), *weight_decay_groups(body, rate_scale=self.experiment.body.rate_scale)]
+
+    def batch(self, index: BatchIndex, size: int) -> dict[str, Tensor]:
+        """Altered pictures of one part, and the teacher's embeddings of them as they are."""
+        chosen, generator = self.draw(index, size)
+        images = self.sources.pictures.images[chosen]
+        made = {
+            "images": augmented(images, self.experiment.body.augment, index.generator(2, own=True)),
+            **self.labelled(chosen, generator),
+        }
+        if self.sources.maps.embeddings is not None:
+            made["embeddings"] = self.sources.maps.embeddings[0, chosen]
+        return made
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Mapping[str, float | Tensor]]:
+        """The head's losses; in lower precision, where it is asked for, only the body computes."""
+        body, head = cast(Recogniser, self.module.body), self.module.head
+        if body.training or head.training:
+            raise XCosError("model: expected body and head in evaluation mode, which fixes batch norms' statistics")
+        grid = body.grid(normalised(body, batch["images"]).contiguous(memory_format=torch.channels_last))
+        with torch.autocast(grid.device.type, enabled=False):
+            return self.combined(head.features(grid.float().contiguous()), batch)
+
+    def describe(self) -> Mapping[str, Any]:
+        """The head's settings, and the body's."""
+        return {**super().describe(), "body": dataclasses.asdict(self.experiment.body)}
+
+    def _grid(self, trained: Trained, chosen: Tensor, device: torch.device) -> Tensor:
+        body = cast(Recogniser, trained.body)
+        return body.grid(normalised(body, self.sources.pictures.images[chosen].to(device)))
+
+
 def _thinned(chosen: Tensor) -> Tensor:
     """At most so many pictures as an evaluation takes, evenly spread."""
     return chosen[:: max(1, -(-len(chosen) // _EVALUATED))]
 
 
-def _upper(scores: Tensor, people: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Scores above the diagonal and whether they are of genuine pairs."""
-    rows, columns = torch.triu_indices(len(people), len(people), 1)
-    return scores[rows, columns].double().numpy(), (people[rows] == people[columns]).numpy()
+def make_task(sources: Sources, experiment: HeadExperiment, held_out: Collection[str]) -> HeadTask:
+    """The task of an experiment on pictures that are there already; arguments are those of :class:`HeadTask`."""
+    return (ModelTask if experiment.task == "model" else HeadTask)(sources, experiment, held_out)
 
 
 def create(experiment: HeadExperiment, progress: Callable[[str, int, int], None] | None = None) -> HeadTask:
@@ -357,4 +362,4 @@ def create(experiment: HeadExperiment, progress: Callable[[str, int, int], None]
         progress: called with what is done, items done and items in all.
     """
     sources = load_sources(experiment.data, experiment.model, flipped=experiment.loss.flipped, progress=progress)
-    return HeadTask.from_experiment(sources, experiment, held_out_people(experiment.data, sources.pictures.names))
+    return make_task(sources, experiment, held_out_people(experiment.data, sources.pictures.names))

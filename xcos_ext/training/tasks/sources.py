@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from xcos_ext.backbones import Recogniser
-from xcos_ext.model import ClosedFormHead, XCosAttention, XCosHead, load_recogniser, plug, plug_statistics
+from xcos_ext.io.errors import XCosError
+from xcos_ext.model import CellProjection, ClosedFormHead, XCosAttention, XCosHead, load_recogniser, plug
 
-from ..data import Maps, Pictures, cached_maps, people_of_folds, people_of_list, people_of_share, read_pictures
+from ..data import Maps, Pictures, cached_maps, people_of_folds, people_of_share, read_pictures
 from ..settings import ConfigError
 from .config import DataConfig, ModelConfig
 
@@ -38,7 +39,6 @@ def load_sources(
     *,
     flipped: bool = False,
     chosen: Callable[[str], bool] | None = None,
-    device: str | torch.device = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Sources:
     """Read recogniser and pictures, and compute or read the maps.
@@ -48,7 +48,6 @@ def load_sources(
         model: which recogniser.
         flipped: with the mirrored pictures' maps.
         chosen: which people to read; None: all.
-        device: where maps are computed.
         progress: called with what is done, items done and items in all.
     """
     recogniser = load_recogniser(model.recogniser).requires_grad_(False)
@@ -56,11 +55,8 @@ def load_sources(
     def tell(what: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, total: progress(what, done, total)
 
-    size = recogniser.preprocessing.size
-    pictures = read_pictures(data.pictures, size, chosen=chosen, progress=tell("reading"))
-    folder = Path(data.cache)
-    maps = cached_maps(recogniser, pictures, folder, flipped=flipped, device=device, progress=tell("computing maps"))
-    recogniser.to("cpu")
+    pictures = read_pictures(data.pictures, recogniser.preprocessing.size, chosen=chosen, progress=tell("reading"))
+    maps = cached_maps(recogniser, pictures, Path(data.cache), flipped=flipped, progress=tell("computing maps"))
     return Sources(recogniser, pictures, maps)
 
 
@@ -75,7 +71,11 @@ def held_out_people(data: DataConfig, names: tuple[str, ...]) -> set[str]:
         raise ConfigError("data.pairs: expected the pairs file that data.folds belong to, got nothing")
     found = people_of_share(names, data.held_out_share)
     if data.held_out_list is not None:
-        found |= people_of_list(data.held_out_list)
+        try:
+            lines = Path(data.held_out_list).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise XCosError(f"{data.held_out_list}: cannot be read as a list of people ({error})") from error
+        found |= {line.strip() for line in lines}
     if data.pairs is not None and data.folds:
         found |= people_of_folds(data.pairs, data.folds)
     return found & set(names)
@@ -96,14 +96,10 @@ def build_head(config: ModelConfig, sources: Sources, trained: Tensor, seed: int
         closed: ClosedFormHead | None = None
         channels = config.channels
         if config.start == "closed-form":
-            statistics: Any = config.statistics
-            if statistics is None:
-                first = np.unique(pictures.people[trained].numpy(), return_index=True)[1][:_STATISTICS_PEOPLE]
-                grids = maps.grids[0][trained[torch.from_numpy(first)]]
+            first = np.unique(pictures.people[trained].numpy(), return_index=True)[1][:_STATISTICS_PEOPLE]
+            grids = maps.grids[0][trained[torch.from_numpy(first)]]
             try:
-                if statistics is None:
-                    statistics = plug_statistics(recogniser, grids.split(64), project=channels, spread=config.spread)
-                plugged = plug(recogniser, statistics=statistics, project=channels, spread=config.spread)
+                plugged = plug(recogniser, grids.split(64), project=channels, spread=config.spread)
             except ValueError as error:
                 raise ConfigError(f"model: no closed form to start from: {error}") from error
             closed = cast(ClosedFormHead, plugged.head)
@@ -119,15 +115,12 @@ def build_head(config: ModelConfig, sources: Sources, trained: Tensor, seed: int
                 symmetric=config.symmetric,
                 residual=attention == "residual",
             )
-        if closed is None:
-            head = XCosHead(recogniser.grid_shape[0], channels, attention=attention)
-        elif isinstance(attention, str) or attention.residual:
-            if attention == "uniform":
-                raise ConfigError("model.attention: expected 'residual', 'learned' or 'norm' with the closed form")
-            head = XCosHead.from_closed_form(closed, attention)
-        else:
-            start = XCosHead.from_closed_form(closed, "norm")
-            head = XCosHead(start.in_channels, channels, attention=attention, projection=start.projection)
+        elif attention == "uniform" and closed is not None:
+            raise ConfigError("model.attention: expected 'residual', 'learned' or 'norm' with the closed form")
+        projection: Any = "shared"
+        if closed is not None:
+            projection = CellProjection.from_tensors(dict(closed.named_buffers()), closed.grid_shape)
+        head = XCosHead(recogniser.grid_shape[0], channels, attention=attention, projection=projection)
         fix_statistics(head, maps.grids[0][trained[:: max(1, len(trained) // 1024)]], seed)
     return head
 

@@ -351,7 +351,7 @@ def test_a_sidecar_that_is_something_else_is_refused(plan: Path, text: bytes) ->
 
 def test_files_that_have_no_end_are_not_read(plan: Path, tmp_path: Path) -> None:
     sidecar(plan).write_bytes(b"1" * (1 << 24) + b"1")
-    with pytest.raises(EngineError, match=r"no sidecar sum.plan.json \(more than 16 MiB\)"):
+    with pytest.raises(EngineError, match=r"no sidecar sum.plan.json \(more than 16777216 bytes\)"):
         TrtRunner(plan)
     sidecar(plan).unlink()
     os.mkfifo(sidecar(plan))

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 from collections import deque
@@ -237,15 +238,13 @@ def sidecar(plan: StrPath) -> Path:
     return Path(f"{os.fspath(plan)}.json")
 
 
-def _read(path: Path, limit: int | None = None) -> bytes:
-    """A regular file's content; OSError for what is none, would never end, or is larger than the limit."""
+def _read(path: Path, limit: float = math.inf) -> bytes:
+    """A regular file's content; OSError for what is none, would never end, or has more bytes than the limit."""
     if path.exists() and not path.is_file():
         raise OSError("not a file")
-    with path.open("rb") as file:
-        data = file.read(None if limit is None else limit + 1)
-    if limit is not None and len(data) > limit:
-        raise OSError(f"more than {limit >> 20} MiB")
-    return data
+    if path.stat().st_size > limit:
+        raise OSError(f"more than {limit} bytes")
+    return path.read_bytes()
 
 
 def read_card(plan: StrPath) -> PlanCard:

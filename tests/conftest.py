@@ -21,7 +21,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
-        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+        if not isinstance(item, pytest.Function):
+            continue
+        if "browser" in item.fixturenames:
+            item.add_marker(pytest.mark.browser)
+        if hasattr(item, "callspec"):
             known = seen.setdefault(item.nodeid.partition("[")[0], set())
             values = {(name, id(value)) for name, value in item.callspec.params.items()}
             if values <= known:

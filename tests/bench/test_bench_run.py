@@ -502,6 +502,7 @@ def test_a_graph_is_no_model_to_start_from(tmp_path):
     assert found.exit_code == 2 and "expected a model in torch" in found.stderr
 
 
+@pytest.mark.process
 def test_help_does_not_import_torch():
     import subprocess
 

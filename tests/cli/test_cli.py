@@ -430,6 +430,7 @@ def process(*arguments: str, **how: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.process
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     process("--help")  # compiles what is not compiled
     start = time.perf_counter()
@@ -456,6 +457,7 @@ def test_version_and_no_arguments() -> None:
         assert run(command, "--help").exit_code == 0
 
 
+@pytest.mark.process
 def test_statuses_of_the_process(photos: dict[str, str], model: Path) -> None:
     same = process("verify", photos["crop1"], photos["crop1"], "--aligned", "--model", str(model), "--json")
     assert (same.returncode, same.stderr) == (0, "")
@@ -469,6 +471,7 @@ def test_statuses_of_the_process(photos: dict[str, str], model: Path) -> None:
     assert missing.stderr == "xcos: none.jpg: no such file\n"
 
 
+@pytest.mark.process
 def test_names_that_are_not_utf8(photos: dict[str, str], model: Path, tmp_path: Path) -> None:
     raw = os.fsencode(tmp_path) + b"/\xff\xfe.png"
     Path(os.fsdecode(raw)).write_bytes(Path(photos["crop1"]).read_bytes())
@@ -479,6 +482,7 @@ def test_names_that_are_not_utf8(photos: dict[str, str], model: Path, tmp_path: 
         assert strict(result.stdout)["a"]["picture"].endswith("\\xff\\xfe.png")
 
 
+@pytest.mark.process
 def test_closed_full_and_broken_stdout(photos: dict[str, str], model: Path, tmp_path: Path) -> None:
     command = f"{sys.executable} -m xcos_ext"
     verify = f"verify {photos['crop1']} {photos['crop1']} --aligned --model {model} --out {tmp_path}/o.png"
@@ -499,6 +503,7 @@ def test_closed_full_and_broken_stdout(photos: dict[str, str], model: Path, tmp_
         assert full.stderr == "xcos: No space left on device\n"
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform == "win32", reason="signals differ there")
 def test_ctrl_c() -> None:
     child = subprocess.Popen(
@@ -523,6 +528,7 @@ def test_ctrl_c() -> None:
     assert (child.returncode, out, err) == (130, "", "")
 
 
+@pytest.mark.process
 def test_missing_packages_are_named() -> None:
     def without(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         code = (

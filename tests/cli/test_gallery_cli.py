@@ -142,6 +142,7 @@ def test_quick_search_of_a_stranger_rate(crops: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.process
 def test_interrupted_enrolment_goes_on(crops: Path, tmp_path: Path) -> None:
     gallery = tmp_path / "g"
     command = [sys.executable, "-c", MAIN, "enroll", str(gallery), str(crops), "--aligned", "--batch", "4"]
@@ -159,6 +160,7 @@ def test_interrupted_enrolment_goes_on(crops: Path, tmp_path: Path) -> None:
     assert again["already_in"] == there and again["enrolled"] == 40 - there and again["faces"] == 40
 
 
+@pytest.mark.process
 def test_progress_has_a_rate_and_time_left(crops: Path, tmp_path: Path) -> None:
     """On a terminal, stderr shows the bar; stdout stays clean."""
     pty = pytest.importorskip("pty")

@@ -464,6 +464,7 @@ def test_a_gpu_tries_graphs_and_says_what_it_has() -> None:
 # --- the real things
 
 
+@pytest.mark.process
 def test_nothing_is_compiled_or_imported_before_it_is_asked_for() -> None:
     code = "import sys, xcos_ext.model; print('torch._inductor.compile_fx' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -97,6 +97,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("command", ["verify", "explain"])
 def test_the_command_line_needs_no_torch_for_a_graph(command, folder):
     arguments = [command, "--aligned", "--json", "--model", str(folder / "pair.onnx")]

@@ -236,6 +236,7 @@ def test_other_suffixes_for_other_files(tmp_path: Path) -> None:
     assert check_output(tmp_path / "m.safetensors", (".safetensors",)) == str((tmp_path / "m.safetensors").resolve())
 
 
+@pytest.mark.process
 def test_nothing_global_is_touched() -> None:
     """No pyplot, no setting changed; and importing the package imports no matplotlib."""
     code = """

@@ -266,6 +266,7 @@ def test_a_detector_without_landmarks() -> None:
         extract_face(background(50, 60), Boxes(), name="x")
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files through /proc")
 def test_import_is_light() -> None:
     """Neither OpenCV nor Pillow nor torch is imported until a face is read."""

@@ -32,7 +32,7 @@ from xcos_ext.ops.templates import Templates
 
 lance = pytest.importorskip("lance", reason="needs the extra gallery (pylance)")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("one_thread")]
 
 # For processes of their own, which take names of this module.
 PATHS = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "support")]

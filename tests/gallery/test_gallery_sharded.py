@@ -32,7 +32,7 @@ from xcos_ext.gallery.stream import even_parts, stream
 from xcos_ext.gallery.tiles import TileCache
 from xcos_ext.io.errors import GalleryError, LostRankError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.process, pytest.mark.usefixtures("one_thread")]
 
 TILE = 128  # rows of a tile: small galleries have some
 TIMEOUT = 4.0

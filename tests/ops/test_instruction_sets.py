@@ -10,6 +10,8 @@ import pytest
 
 import xcos_ext
 
+pytestmark = pytest.mark.process
+
 
 def _run(isa: str, *command: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "XCOS_CPU_ISA": isa}

@@ -26,6 +26,7 @@ from xcos_ext.ops.templates import parameters as parameters_module
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.process
 def test_knows_no_networks() -> None:
     code = (
         "import sys, xcos_ext.ops.templates; print({m.split('.')[1] for m in sys.modules if m.startswith('xcos_ext.')})"

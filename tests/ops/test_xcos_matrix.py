@@ -408,6 +408,7 @@ class TestGradients:
         for one, other in zip(*grads, strict=True):
             assert_gradient_close(one, other, one.dtype)
 
+    @pytest.mark.process
     def test_memory_does_not_grow_with_the_pairs(self) -> None:
         """512 x 512 pairs forward and backward; what is between u, v and the score would be 0.8 GB."""
         script = """

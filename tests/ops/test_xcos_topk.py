@@ -311,6 +311,7 @@ class TestParts:
                 assert torch.equal(values, results[0].values) and torch.equal(indices, results[0].indices)
             torch.testing.assert_close(values, results[0].values, rtol=0, atol=1e-6)
 
+    @pytest.mark.process
     def test_memory_does_not_grow_with_the_pairs(self) -> None:
         """64 x 100,000 scores alone would be 25 MB, their logits 1.2 GB; the gallery is one face seen many times."""
         script = """

@@ -13,10 +13,13 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.skipif(
-    not (REPOSITORY / "CMakeLists.txt").is_file() or shutil.which("cmake") is None or shutil.which("ninja") is None,
-    reason="needs the source folder, cmake and ninja",
-)
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(
+        not (REPOSITORY / "CMakeLists.txt").is_file() or shutil.which("cmake") is None or shutil.which("ninja") is None,
+        reason="needs the source folder, cmake and ninja",
+    ),
+]
 
 
 def configure(tmp_path: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:

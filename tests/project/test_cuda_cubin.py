@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import cubin_gate
 
+pytestmark = pytest.mark.process
+
 OLDEST_AND_TUNED = (75, 90)
 
 

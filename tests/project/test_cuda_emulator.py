@@ -14,6 +14,8 @@ import pytest
 from cached_build import Unavailable
 from cuda_emulator.build import EMULATOR, build_driver
 
+pytestmark = pytest.mark.process
+
 GROUPS = [
     "conversions",
     "head",

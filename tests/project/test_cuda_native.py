@@ -16,6 +16,8 @@ from cuda_native import run as wrapper
 from cuda_native.build import build_native
 from test_cuda_emulator import GROUPS
 
+pytestmark = pytest.mark.process
+
 NATIVE_ONLY = ["capture", "matrix_many", "threads", "very_many"]
 
 

@@ -19,11 +19,13 @@ def test_every_public_name_resolves():
         xcos_ext.nothing  # noqa: B018
 
 
+@pytest.mark.process
 def test_importing_the_package_does_not_import_torch():
     code = "import sys, xcos_ext; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.process
 def test_importing_the_operators_registers_them():
     code = "import xcos_ext.ops, torch; torch.ops.xcos_ext.xcos_score; torch.ops.xcos_ext.grid_cosine"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -26,6 +26,7 @@ def test_links_lead_somewhere():
                 assert (page.parent / target).exists(), f"{name}: {target} does not exist"
 
 
+@pytest.mark.examples
 @pytest.mark.real_data
 def test_the_screen_of_code_runs(shared_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -58,6 +59,7 @@ def test_the_screen_of_code_runs(shared_data, tmp_path, monkeypatch):
     assert all(len(hits) == 10 and {hit.person for hit in hits} == {"Ben"} for hits in names["found"])
 
 
+@pytest.mark.examples
 def test_the_code_of_the_page_on_all_pairs_runs():
     _, block = re.findall(r"```python\n(.*?)```", OPERATORS.read_text(), re.DOTALL)
     names: dict[str, object] = {}
@@ -65,6 +67,7 @@ def test_the_code_of_the_page_on_all_pairs_runs():
     assert names["maps"].contribution.shape == (4, 7, 7)  # type: ignore[attr-defined]
 
 
+@pytest.mark.process
 def test_tables_are_those_of_the_results_files():
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "render.py"), "--check"]
     result = subprocess.run(command, capture_output=True, text=True)

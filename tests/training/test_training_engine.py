@@ -59,6 +59,7 @@ def assert_equal(first: Path, second: Path) -> None:
 
 
 class TestResuming:
+    @pytest.mark.process
     @pytest.mark.parametrize("optimiser", ["adamw", "sgd"])
     def test_killed_and_resumed_is_never_killed(self, tmp_path: Path, optimiser: str) -> None:
         options = (f"optimiser={optimiser}", "accumulate=2", "checkpoint_every=7", "log_every=4")
@@ -74,6 +75,7 @@ class TestResuming:
         models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed")]
         assert models[0] == models[1]
 
+    @pytest.mark.process
     def test_a_run_killed_before_its_first_checkpoint_starts_again(self, tmp_path: Path) -> None:
         assert run(tmp_path, TOY_KILL_AT="3") is None
         assert not (tmp_path / "checkpoint.safetensors").exists()
@@ -117,6 +119,7 @@ class TestResuming:
 
 
 class TestFullDisk:
+    @pytest.mark.process
     def test_the_checkpoint_before_survives(self, tmp_path: Path) -> None:
         run(tmp_path, "steps=10", "checkpoint_every=5")
         before = (tmp_path / "checkpoint.safetensors").read_bytes()
@@ -164,6 +167,7 @@ class TestTheSameWhateverTheSplit:
         for a, b in zip(self.final(), self.final(accumulate=4), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.process
     def test_two_processes_are_one(self, tmp_path: Path) -> None:
         environment = {"TOY_DROPOUT": "0", "TOY_NORM": "0"}
         two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -179,6 +183,7 @@ class TestTheSameWhateverTheSplit:
         with pytest.raises(AssertionError, match=r"train.batch: expected a multiple of 2 \(2 processes x 1 micro"):
             run(tmp_path / "odd", "batch=15", launcher=two)
 
+    @pytest.mark.process
     def test_two_processes_resume_to_the_bit(self, tmp_path: Path) -> None:
         two = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
         options = ("checkpoint_every=7", "steps=20")

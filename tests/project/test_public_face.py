@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import enum
+import importlib
 import subprocess
 import sys
 from importlib import metadata, resources
@@ -65,3 +68,65 @@ def test_operators_have_documented_contracts():
         text = getattr(xcos_ext, name).__doc__
         for section in ("Args:", "Returns:", "Raises:", "[N, C, H, W]", "float64"):
             assert section in text
+
+
+ROOMS = [
+    "backbones",
+    "bench",
+    "card",
+    "deploy",
+    "devices",
+    "evaluation",
+    "evaluation.datasets",
+    "evaluation.faithfulness",
+    "explain",
+    "explain.explainers",
+    "explain.reconstruction",
+    "faces",
+    "gallery",
+    "model",
+    "ops",
+    "training",
+]
+#: What takes seconds, files of others or a GPU to show; the faithfulness package's own docstring shows its protocols.
+WITHOUT_EXAMPLE = set(
+    [
+        "LayerRecogniser",
+        "OnnxRecogniser",
+        "OnnxModel",
+        "CompiledModel",
+        "PairMaps",
+        "TrtRunner",
+        "build_engine",
+        "export_onnx",
+        "CFP",
+        "CSVPairs",
+        "deletion_identification",
+        "deletion_verification",
+        "faithfulness",
+        "faithfulness_figure",
+        "locality",
+        "patch_replacement",
+        "region_swap",
+        "reconstruction_figure",
+        "read_report",
+        "PairModel",
+        "Explainer",
+        "Task",
+        "CellMatrices",
+    ]
+)
+
+
+def test_public_names_have_an_example_that_runs():
+    """`pytest --doctest-modules xcos_ext` runs them; results, choices and errors speak for themselves."""
+    missing = []
+    for module in (xcos_ext, *(importlib.import_module(f"xcos_ext.{room}") for room in ROOMS)):
+        for name in set(module.__all__) - WITHOUT_EXAMPLE:
+            value = getattr(module, name)
+            plain = isinstance(value, type) and issubclass(value, (BaseException, tuple, enum.Enum))
+            if not callable(value) or dataclasses.is_dataclass(value) or plain:
+                continue
+            if ">>>" not in (value.__doc__ or ""):
+                missing.append(f"{module.__name__}.{name}")
+    assert not missing

@@ -89,33 +89,32 @@ ROOMS = [
     "training",
 ]
 #: What takes seconds, files of others or a GPU to show; the faithfulness package's own docstring shows its protocols.
-WITHOUT_EXAMPLE = set(
-    [
-        "LayerRecogniser",
-        "OnnxRecogniser",
-        "OnnxModel",
-        "CompiledModel",
-        "PairMaps",
-        "TrtRunner",
-        "build_engine",
-        "export_onnx",
-        "CFP",
-        "CSVPairs",
-        "deletion_identification",
-        "deletion_verification",
-        "faithfulness",
-        "faithfulness_figure",
-        "locality",
-        "patch_replacement",
-        "region_swap",
-        "reconstruction_figure",
-        "read_report",
-        "PairModel",
-        "Explainer",
-        "Task",
-        "CellMatrices",
-    ]
-)
+WITHOUT_EXAMPLE = {
+    "LayerRecogniser",
+    "OnnxRecogniser",
+    "OnnxModel",
+    "CompiledModel",
+    "PairMaps",
+    "TrtRunner",
+    "build_engine",
+    "export_onnx",
+    "CFP",
+    "CSVPairs",
+    "deletion_identification",
+    "deletion_verification",
+    "faithfulness",
+    "faithfulness_figure",
+    "locality",
+    "patch_replacement",
+    "region_swap",
+    "reconstruction_figure",
+    "read_report",
+    "Study",
+    "PairModel",
+    "Explainer",
+    "Task",
+    "CellMatrices",
+}
 
 
 def test_public_names_have_an_example_that_runs():

@@ -22,6 +22,7 @@ def on_meta(name: str, **options: object) -> backbones.Recogniser:
         return backbones.create(name, **options)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", RECOGNISERS)
 def test_map_and_embedding_shapes(name: str) -> None:
     net = on_meta(name).eval()
@@ -31,6 +32,7 @@ def test_map_and_embedding_shapes(name: str) -> None:
     assert net(images).shape == (2, net.embedding_size)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", RECOGNISERS)
 def test_without_output_block(name: str) -> None:
     whole, body = on_meta(name), on_meta(name, output=False)

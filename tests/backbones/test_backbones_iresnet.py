@@ -129,6 +129,7 @@ def test_map_and_embedding_are_those_of_the_formulas(tmp_path: Path, small: Stat
         torch.testing.assert_close(net(images), embedding, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("depth", [34, 100])
 def test_the_depth_is_told_from_the_keys(tmp_path: Path, depth: int) -> None:
     torch.save(constants(depth), tmp_path / "net.pth")
@@ -136,6 +137,7 @@ def test_the_depth_is_told_from_the_keys(tmp_path: Path, depth: int) -> None:
     assert net.architecture == f"iresnet{depth}" and net.embedding_size == 512
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -156,6 +158,7 @@ def test_files_as_they_are_found(tmp_path: Path, wrap: Callable[[State], Any], s
     torch.testing.assert_close(net.state_dict()["fc.weight"], small["fc.weight"], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_the_closed_form_sums_to_the_embedding_and_is_kept(tmp_path: Path, small: State) -> None:
     narrow = small | {k: v[:24] for k, v in small.items() if k.startswith(("fc.", "features.")) and v.dim()}
     save_file({k: v.contiguous() for k, v in narrow.items()}, tmp_path / "net.safetensors")
@@ -187,6 +190,7 @@ def test_a_body_alone_is_kept_too(tmp_path: Path) -> None:
     assert fingerprint_weights(again) == fingerprint_weights(model)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("edit", "message"),
     [

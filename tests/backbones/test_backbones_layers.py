@@ -204,6 +204,7 @@ def test_plugged_model_embeds_trains_folds_and_makes_templates(name: str) -> Non
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.backbone.body.parameters())
 
 
+@pytest.mark.thorough
 def test_export_of_the_followed_form(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     from xcos_ext.deploy import OnnxModel, export_onnx

@@ -540,6 +540,7 @@ def test_other_types_of_images(recogniser: OnnxRecogniser) -> None:
         torch.testing.assert_close(made.float(), recogniser.grid(given.to(dtype).float()), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.thorough
 def test_a_plugged_model_scores_folds_and_exports(recogniser: OnnxRecogniser, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     from xcos_ext.deploy import OnnxModel, export_onnx
@@ -661,6 +662,7 @@ def test_threads(threads: Any, tmp_path: Path) -> None:
 # --- real data
 
 
+@pytest.mark.thorough
 @pytest.mark.real_data
 def test_the_real_network_scores_as_its_weights_do(shared_data: Path) -> None:
     """MobileFaceNet as ONNX, batch norms folded by its exporter, against its state dict: plugged on the same faces."""

@@ -101,6 +101,7 @@ def test_the_command_line_knows_every_stage_runtime_device_and_dtype():
 # --- running
 
 
+@pytest.mark.thorough
 def test_every_case_is_measured_or_listed_with_a_reason(workload):
     settings = Settings(**QUICK, runtimes=("eager", "for_inference", "graph", "tensorrt"))
     ticks: list[tuple[int, int]] = []
@@ -202,6 +203,7 @@ def test_made_files_go_at_the_end():
 # --- runtimes
 
 
+@pytest.mark.thorough
 def test_onnxruntime_measures_backbone_head_and_pair(workload):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
@@ -218,6 +220,7 @@ def test_onnxruntime_in_bfloat16_is_listed_with_its_reason(workload):
     assert reasons(report) == {"onnxruntime": "graphs are written in fp32 and fp16"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt", "compiled"])
 def test_a_missing_module_is_listed_with_its_reason(runtime, workload, monkeypatch):
     for name in ("onnx", "onnxruntime", "xcos_ext.deploy.compiled"):
@@ -378,6 +381,7 @@ def test_every_runtime_runs_on_a_gpu_or_says_why_not():
     assert report.machine["gpu"]["name"]
 
 
+@pytest.mark.thorough
 def test_a_photograph_is_decoded_searched_and_aligned():
     picture = default_picture()
     if picture is None:
@@ -436,6 +440,7 @@ def test_bench_takes_threads_and_gives_them_back():
     assert torch.get_num_threads() == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("network")
 def test_bench_compares_a_run_with_an_old_one_and_two_old_ones(tmp_path):
     old = tmp_path / "old.json"

@@ -115,6 +115,7 @@ def test_a_call_longer_than_the_budget_gets_three_rounds():
     assert len(found.rounds) == 3 and found.calls == 3
 
 
+@pytest.mark.thorough
 def test_blocks_of_calls_are_one_figure_a_round_and_everyone_gets_as_many():
     calls = (lambda: None, lambda: sum(range(100)), lambda: 1 / 0)
     quick, longer, failed = measure_in_turns([Contender(c, Clock()) for c in calls], 0.0, one_by_one=False, least=5)

@@ -77,6 +77,7 @@ def photos(folder: Path) -> dict[str, str]:
 # --- verify
 
 
+@pytest.mark.thorough
 def test_same_picture_is_the_same_person(photos: dict[str, str], model: Path) -> None:
     result = run("verify", photos["a"], photos["a"], "--model", model)
     assert result.exit_code == 0, result.output
@@ -86,6 +87,7 @@ def test_same_picture_is_the_same_person(photos: dict[str, str], model: Path) ->
     assert result.stderr == ""
 
 
+@pytest.mark.thorough
 def test_threshold_decides(photos: dict[str, str], model: Path) -> None:
     result = run("verify", photos["a"], photos["b"], "--model", model, "--threshold", "0.999999")
     assert result.exit_code == 1
@@ -310,6 +312,7 @@ def test_info_survives_failing_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("info").exit_code == 2
 
 
+@pytest.mark.thorough
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from xcos_ext.cli import demo
 
@@ -369,6 +372,7 @@ def test_plug(recogniser: Path, people: Path, photos: dict[str, str], tmp_path: 
     assert "24 people are too few to find a threshold" in few.stderr
 
 
+@pytest.mark.thorough
 def test_plug_finds_a_threshold(
     recogniser: Path, people: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,6 +129,7 @@ def test_json_is_the_same_again(root: Path) -> None:
     assert figures("0") == first and figures("1") != first
 
 
+@pytest.mark.thorough
 def test_folds_sizes_blends_and_fills(root: Path) -> None:
     options = ("--folds", "8", "--size", "small", "--size", "large", "--blend", "soft", "--match-colour", "--pixels")
     more = ("--fill", "blur", "--fill", "mean-face", "--protocol", "region-swap", "--protocol", "locality")
@@ -142,6 +143,7 @@ def test_folds_sizes_blends_and_fills(root: Path) -> None:
     assert [row["fill"] for row in data["models"][0]["locality"]["rows"]] == ["blur", "mean-face"]
 
 
+@pytest.mark.thorough
 def test_a_teacher_beside_and_instead(root: Path, tmp_path: Path) -> None:
     weights = tmp_path / "teacher.pt"
     weights.write_bytes(b"in place of a network")

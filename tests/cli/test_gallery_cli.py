@@ -61,6 +61,7 @@ def crops(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.thorough
 def test_photographs_from_enrolment_to_deletion(photos: Path, tmp_path: Path) -> None:
     gallery = tmp_path / "people"
     result = run("enroll", gallery, photos)
@@ -131,6 +132,7 @@ def test_crops_labels_and_archives(crops: Path, tmp_path: Path) -> None:
     assert "2 removed, 38 left" in run("gallery", "remove", tmp_path / "g", "person0/00.png", "person1/01.png").stdout
 
 
+@pytest.mark.thorough
 def test_quick_search_of_a_stranger_rate(crops: Path, tmp_path: Path) -> None:
     run("enroll", tmp_path / "g", crops, "--aligned", "-q")
     probe = crops / "person0" / "00.png"
@@ -208,6 +210,7 @@ def test_one_line_for_every_mistake(crops: Path, photos: Path, tmp_path: Path) -
     trouble(run("enroll", gallery, tmp_path / "empty"), "expected pictures, got none")
 
 
+@pytest.mark.thorough
 def test_photographs_without_any_face(photos: Path, tmp_path: Path) -> None:
     result = run("enroll", tmp_path / "g", photos / "wall.png", "--json")
     assert result.exit_code == 2 and strict(result.stdout)["enrolled"] == 0

@@ -43,6 +43,7 @@ def assert_close(got, wanted, dtype=torch.float32):
         np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=CLOSE[dtype], err_msg=name)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("head", HEADS)
 def test_a_pair_graph_agrees_with_torch(head, dtype, exported):
@@ -53,6 +54,7 @@ def test_a_pair_graph_agrees_with_torch(head, dtype, exported):
             assert_close(graph.pair(a.numpy(), b.numpy()), network(a, b), dtype)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("head", HEADS)
 def test_templates_and_their_scores_agree_with_torch(head, exported):
     network = model(head)
@@ -83,6 +85,7 @@ def test_templates_of_a_graph_serve_the_operators(head, exported):
             torch.testing.assert_close(xcos_ext.xcos_matrix(both, both), wanted, rtol=0, atol=5e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.real_data
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_the_shipped_model_agrees_on_faces(dtype, tmp_path, shared_data):
@@ -96,6 +99,7 @@ def test_the_shipped_model_agrees_on_faces(dtype, tmp_path, shared_data):
     assert_close(graph.pair(faces[:17], faces[17:34]), wanted, dtype)
 
 
+@pytest.mark.thorough
 @pytest.mark.real_data
 def test_a_recogniser_s_own_graph_is_joined_with_the_head_s(tmp_path, shared_data):
     recogniser = OnnxRecogniser(shared_data / "mobilefacenet_arcface.onnx")
@@ -156,6 +160,7 @@ def test_a_fixed_batch_is_kept(tmp_path):
         graph.pair(pictures(3).numpy(), pictures(3).numpy())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("opset", [18, 20, 23])
 def test_opsets(opset, tmp_path):
     card = export_onnx(model(), tmp_path / "g.onnx", kind="score", opset=opset)
@@ -192,6 +197,7 @@ def test_bad_arguments(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.thorough
 def test_a_model_that_half_precision_cannot_hold_is_refused(tmp_path):
     network = model()
     with torch.no_grad():
@@ -201,6 +207,7 @@ def test_a_model_that_half_precision_cannot_hold_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.thorough
 def test_the_model_is_left_as_it_was(tmp_path):
     network = model("published")
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -210,6 +217,7 @@ def test_the_model_is_left_as_it_was(tmp_path):
     assert [p.requires_grad for p in network.parameters()] == flags
 
 
+@pytest.mark.thorough
 def test_progress_is_told(tmp_path):
     steps: list[str] = []
     export_onnx(model(), tmp_path / "g.onnx", kind="score", progress=steps.append)

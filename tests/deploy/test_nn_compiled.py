@@ -154,6 +154,7 @@ def test_trials_tell_time_error_and_the_choice(model: XCosModel) -> None:
     assert next(line for line in report.splitlines() if line.startswith("*")).split()[1] == fast.chosen.split()[0]
 
 
+@pytest.mark.thorough
 def test_half_precision_is_only_for_those_who_ask_for_it(model: XCosModel) -> None:
     assert {trial.name for trial in found(model, dtypes=None).trials} == {"eager", "folded fp32", "packed fp32"}
     asked = found(model, dtypes=(torch.bfloat16, torch.float32), candidates=["folded"])
@@ -185,6 +186,7 @@ class FailsLater(Candidate):
         return super().features(images)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("kind", "problem"),
     [
@@ -339,6 +341,7 @@ def test_images_that_ask_for_gradients_are_refused(model: XCosModel) -> None:
 # --- torch.compile
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["inductor", "ahead of time"])
 def test_compiled_code_serves_its_size_and_the_folded_model_the_others(model: XCosModel, name: str) -> None:
     with torch.no_grad():

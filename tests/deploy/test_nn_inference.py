@@ -26,6 +26,7 @@ def make(name: str) -> XCosModel:
     return XCosModel(body, XCosHead(body.grid_shape[0]), name=name).eval()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["compact", "mobilefacenet", "mobilefacenet_relu", "ir_se_50"])
 def test_features_stay_and_batch_norms_behind_convolutions_go(name: str) -> None:
     model = make(name)

@@ -46,6 +46,7 @@ def faces(folder):
     return [np.array(Image.open(folder / f"{i}.png")) for i in range(4)]
 
 
+@pytest.mark.thorough
 def test_the_card_is_the_model_s(folder, network):
     graph = OnnxModel(folder / "pair.onnx")
     card = graph.card
@@ -78,6 +79,7 @@ def test_explanations_equal_those_of_the_model(folder, faces, network):
     assert explain(graph, faces[0], faces[0]).identical == "pictures"
 
 
+@pytest.mark.thorough
 def test_a_fixed_batch_explains_one_pair_too(tmp_path, faces):
     network = model()
     export_onnx(network, tmp_path / "g.onnx", dynamic_batch=False, batch_size=3)
@@ -190,6 +192,7 @@ def test_another_preprocessing_is_noticed(folder):
         graph.pair(torch.from_numpy(good), good)
 
 
+@pytest.mark.thorough
 def test_the_model_s_own_preprocessing_is_kept(tmp_path):
     network = model("norm")
     network.preprocessing = IMAGENET

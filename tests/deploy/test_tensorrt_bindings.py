@@ -21,6 +21,8 @@ from tensorrt_stubs.fakes import fake_tensorrt
 
 from xcos_ext.deploy import tensorrt
 
+pytestmark = pytest.mark.thorough  # fetches TensorRT's bindings from the package index
+
 #: What our types are called in the bindings' signatures, which depend on the pybind11 that made them.
 TYPES = {
     "int": {"int", "typing.SupportsInt", "typing.SupportsInt | typing.SupportsIndex"},

@@ -387,6 +387,7 @@ SUPPORTED = {
 }
 
 
+@pytest.mark.thorough
 def test_the_shipped_models_graph_is_made_of_what_tensorrts_parser_takes(
     trt: Any, tmp_path_factory: pytest.TempPathFactory, plan: Path
 ) -> None:

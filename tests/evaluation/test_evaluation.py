@@ -344,6 +344,7 @@ def test_kfold_with_scores_of_their_own_for_every_fold() -> None:
         ev.kfold_accuracy(rows[:2], genuine, folds)
 
 
+@pytest.mark.thorough
 @pytest.mark.real_data
 def test_closed_form_on_lfw(shared_data: Path) -> None:
     """The shipped mean and threshold, which no LFW pair took part in choosing, on the first two of eight folds."""

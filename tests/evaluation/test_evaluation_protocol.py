@@ -108,6 +108,7 @@ def test_scores_are_the_direct_computation(pairs: CSVPairs) -> None:
         np.testing.assert_allclose(scores, model.score(*features(model, pairs)), atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_pictures_are_read_once_and_features_are_dropped(pairs: CSVPairs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory holds what is open, not the list."""
     monkeypatch.setattr("xcos_ext.evaluation.scoring._PAIRS_AT_ONCE", 2)
@@ -347,6 +348,7 @@ def run(*arguments: str | Path) -> Result:
     return runner.invoke(xcos, ["evaluate", *map(str, arguments)])
 
 
+@pytest.mark.thorough
 def test_command(root: Path, files: dict[str, Path], tmp_path: Path) -> None:
     common = ("verification", "--pairs", root / "pairs.csv", "--root", root, "--aligned", "--model", files["model"])
     more = ("--attention", "own", "--attention", "corr", "--teacher", files["teacher"], "--bootstrap", "20")
@@ -388,6 +390,7 @@ def test_command(root: Path, files: dict[str, Path], tmp_path: Path) -> None:
     assert data["at_the_models_thresholds"]["calibrated"][0]["calibrated_fmr"] == 0.1
 
 
+@pytest.mark.thorough
 def test_command_detects_and_says_what_failed(files: dict[str, Path], tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     for name, picture in {

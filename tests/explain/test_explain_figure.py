@@ -112,6 +112,7 @@ def test_names_are_text_not_formulas(tmp_path: Path) -> None:
     assert "…" in text and "end.jpg" in text
 
 
+@pytest.mark.thorough
 def test_extreme_values(tmp_path: Path) -> None:
     """All the same, saturated, tiny weights, a large grid, a threshold of 1."""
     flat = SimpleNamespace(score=1.0, similarity=np.ones((7, 7)), attention=np.full((7, 7), 1 / 49))
@@ -125,6 +126,7 @@ def test_extreme_values(tmp_path: Path) -> None:
         save_figure(verification_figure(*faces(), r, t), tmp_path / f"{i}.png", dpi=40)
 
 
+@pytest.mark.thorough
 def test_tensors_arrays_and_half_precision_give_the_same_figure(tmp_path: Path) -> None:
     r = result()
     plain = SimpleNamespace(score=float(r.score), similarity=r.similarity[0].numpy(), attention=r.attention[0].numpy())
@@ -155,6 +157,7 @@ def test_bad_arguments() -> None:
 # --- files
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("suffix", "start"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml"), (".PNG", b"\x89PNG")]
 )
@@ -168,6 +171,7 @@ def test_formats(tmp_path: Path, suffix: str, start: bytes) -> None:
             assert min(picture.size) > 900
 
 
+@pytest.mark.thorough
 def test_same_decision_same_file(tmp_path: Path) -> None:
     for suffix in ("png", "pdf"):
         for name in "ab":

@@ -575,6 +575,7 @@ def test_without_captum(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- real faces -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.real_data
 def test_real_faces(shared_data: Path) -> None:
     """Swap the eyes of a genuine pair: the pictures' explanations move to them."""

@@ -45,6 +45,7 @@ def error(face: Face, truth: np.ndarray) -> float:
     return float(np.sqrt((difference**2).sum(1).mean()))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("height", "width", "size", "degrees"),
     [
@@ -74,6 +75,7 @@ def test_cascade_finds_and_aligns(
     assert 0.6 * size < box_width < 1.4 * size
 
 
+@pytest.mark.thorough
 def test_cascade_is_the_same_from_colour_and_grey_and_each_time(cascade: CascadeDetector) -> None:
     image = portrait()
     first, second = cascade.detect(image), cascade.detect(image)
@@ -108,6 +110,7 @@ def test_hardly_any_picture(cascade: CascadeDetector, shape: tuple[int, int]) ->
     assert cascade.detect(np.zeros((*shape, 3), np.uint8)) == []
 
 
+@pytest.mark.thorough
 def test_no_face(cascade: CascadeDetector) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     start = time.perf_counter()

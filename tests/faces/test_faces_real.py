@@ -60,6 +60,7 @@ def model(shared_data: Path) -> XCosModel:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("kind", "least"), [("cascade", 22), ("yunet", 23)])
 def test_verdicts(shared_data: Path, pairs: Pairs, model: XCosModel, kind: str, least: int) -> None:
     detector = create_detector("cascade" if kind == "cascade" else shared_data / "yunet.onnx")
@@ -78,6 +79,7 @@ def test_verdicts(shared_data: Path, pairs: Pairs, model: XCosModel, kind: str, 
     assert right >= least, f"{right} of {len(pairs)}"
 
 
+@pytest.mark.thorough
 def test_detectors_agree(shared_data: Path, pairs: Pairs) -> None:
     """The cascades' transform lies within a few pixels of YuNet's, whatever the size and the roll of the photograph."""
     cascade, yunet = create_detector(), create_detector(shared_data / "yunet.onnx")
@@ -95,6 +97,7 @@ def test_detectors_agree(shared_data: Path, pairs: Pairs) -> None:
     assert max(distances) < 12
 
 
+@pytest.mark.thorough
 def test_command(shared_data: Path, pairs: Pairs, tmp_path: Path) -> None:
     """A same and a different pair, as a user runs them."""
     weights = shared_data / "mobilefacenet_arcface.pt"

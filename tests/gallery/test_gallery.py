@@ -531,7 +531,7 @@ class Lives(RuleBasedStateMachine):
             assert rows == [kept[i][1] for i in wanted.indices[row].tolist() if i >= 0]
 
 
-TestLives = Lives.TestCase
+TestLives = pytest.mark.thorough(Lives.TestCase)
 
 
 # ------------------------------------------------------------------ wrong use

@@ -82,6 +82,7 @@ def test_models_are_stored_in_half_precision_or_not_at_all(model: XCosModel, tmp
     assert not (tmp_path / "x.safetensors").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.real_data
 def test_it_tells_people_apart_whom_it_has_never_seen(model: XCosModel, shared_data: Path) -> None:
     lfw = LFW(shared_data / "lfw112.zip", shared_data / "pairs.txt", folds=UNSEEN)

@@ -118,6 +118,7 @@ def test_embedding_size_is_read_from_the_weights(tmp_path: Path) -> None:
     assert load_recogniser(tmp_path / "net.pt").embedding_size == 512
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("parts", ["everything", "released", "smallest", "module"])
 def test_official_xcos_checkpoint(tmp_path: Path, official: State, parts: str) -> None:
     state = dict(official)
@@ -284,6 +285,7 @@ def test_wrong_keys_are_named(tmp_path: Path, edit: Callable[[State], object], m
         load_model(path)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("edit", "message"),
     [

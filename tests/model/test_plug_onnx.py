@@ -71,6 +71,7 @@ def test_names_of_tensors_cannot_write_to_the_terminal(folder: Path) -> None:
     assert result.exit_code == 0 and "\x1b" not in result.output and "evil" in result.output
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("tensor", [None, "bn"])
 def test_a_pair_graph_is_written(graph: Path, people: Path, tmp_path: Path, tensor: str | None) -> None:
     from xcos_ext.backbones import OnnxRecogniser
@@ -100,6 +101,7 @@ def test_a_pair_graph_is_written(graph: Path, people: Path, tmp_path: Path, tens
     assert verified.exit_code in (0, 1), verified.output
 
 
+@pytest.mark.thorough
 def test_weights_may_become_a_graph_too(people: Path, tmp_path: Path) -> None:
     from xcos_ext import backbones
     from xcos_ext.deploy import OnnxModel
@@ -111,6 +113,7 @@ def test_weights_may_become_a_graph_too(people: Path, tmp_path: Path) -> None:
     assert OnnxModel(tmp_path / "m.onnx").name == "mobilefacenet+closed-form"
 
 
+@pytest.mark.thorough
 def test_preprocessing_is_told(folder: Path, people: Path, tmp_path: Path) -> None:
     from xcos_ext.cli.plug import preprocessing_of
     from xcos_ext.deploy import OnnxModel
@@ -128,6 +131,7 @@ def test_preprocessing_is_told(folder: Path, people: Path, tmp_path: Path) -> No
     assert found.mean == (0.485, 0.456, 0.406) and found.std == (0.229, 0.224, 0.225)
 
 
+@pytest.mark.thorough
 def test_people_who_look_alike_are_pointed_out(folder: Path, people: Path, tmp_path: Path) -> None:
     """A bias outweighs what the pictures add, as it does where their pixels are of another range."""
     net = Net().start()
@@ -175,6 +179,7 @@ def test_trouble(graph: Path, people: Path, folder: Path, tmp_path: Path) -> Non
     assert not out.exists() and not list(tmp_path.glob(".xcos*"))
 
 
+@pytest.mark.thorough
 @pytest.mark.real_data
 def test_the_real_network(shared_data: Path, tmp_path: Path) -> None:
     from xcos_ext.deploy import OnnxModel

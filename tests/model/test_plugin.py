@@ -119,6 +119,7 @@ def test_double_sum_over_cells_is_the_inner_product_of_embeddings(name: str) -> 
     torch.testing.assert_close(every_pair.sum((1, 2)) + rest, expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "forms"),
     [
@@ -171,6 +172,7 @@ def test_wide_spread_approaches_the_plain_cosine() -> None:
     torch.testing.assert_close(score, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_depthwise_blocks_are_stored_compactly() -> None:
     assert plug(network("mobilefacenet"), centre=False).head.weight.shape == (128, 512)
     assert plug(network("mobilefacenet_relu"), centre=False).head.weight.shape == (64, 512)

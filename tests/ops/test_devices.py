@@ -321,6 +321,7 @@ def test_providers_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
         assert providers_on(name) == [(CUDA, {"device_id": index, "use_tf32": 0}), *CPU]
 
 
+@pytest.mark.thorough
 def test_a_graph_without_onnxruntimes_cuda(inside: Path, graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
@@ -420,12 +421,14 @@ def flat(data: Any, path: str = "") -> dict[str, Any]:
     return {path: data}
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("name", RESULTS)
 def test_auto_without_a_gpu_is_the_cpu(name: str, inside: Path, gallery: Path) -> None:
     assert result_of(*RESULTS[name]) == on_cpu(name)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", RESULTS)
 def test_nothing_mixes_devices(name: str, inside: Path, gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a simulated GPU, which refuses that, results are those of the CPU."""
@@ -460,6 +463,7 @@ def test_what_is_enrolled_on_a_gpu_is_what_is_enrolled_on_a_cpu(
         torch.testing.assert_close(*features, atol=2e-3, rtol=0)
 
 
+@pytest.mark.thorough
 def test_the_demo_on_a_simulated_gpu(inside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"_PAIRS": 32, "_GALLERY": 13_000, "_SECONDS": 0.001, "_SHARE": 16}.items():
         monkeypatch.setattr(f"xcos_ext.cli.demo.{name}", value)

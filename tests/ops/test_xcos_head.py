@@ -309,6 +309,7 @@ def test_gradients_are_refused(device):
         call(net, a, b)
 
 
+@pytest.mark.thorough
 def test_the_reference_can_be_differentiated():
     net = attention(4).double()
     a, b = (t.requires_grad_() for t in feature_maps((2, 4, 3, 2), torch.float64, "contiguous", "cpu"))
@@ -410,6 +411,7 @@ def test_opcheck(overload, layout, residual, device):
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_head(dynamic, device):
     model = head().to(device)

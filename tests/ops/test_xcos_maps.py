@@ -79,6 +79,7 @@ class TestValues:
                 maps.attention.sum((1, 2)), torch.ones_like(maps.score), rtol=0, atol=PAIRS_ATOL[dtype]
             )
 
+    @pytest.mark.thorough
     @pytest.mark.real_data
     def test_hits_on_real_faces(self, shared_data, device: str) -> None:
         net, grid = real_features(shared_data, 160)

@@ -73,6 +73,7 @@ class TestValues:
             scores = IMPLEMENTATIONS[name](p, g)
             torch.testing.assert_close(scores.double().cpu(), eager(net, a, b), rtol=0, atol=EAGER_ATOL[dtype])
 
+    @pytest.mark.thorough
     @pytest.mark.real_data
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_real_faces(self, shared_data, dtype: torch.dtype, device: str) -> None:
@@ -113,6 +114,7 @@ class TestValues:
         p, g = sides(*counts, kind, dtype=dtype, device=device)
         assert_scores(xcos_ext.xcos_matrix(p, g), p, g)
 
+    @pytest.mark.thorough
     @settings(max_examples=120, deadline=None, derandomize=True)
     @given(
         probes=st.integers(0, 40),
@@ -329,6 +331,7 @@ class TestGradients:
         p, g = sides(*counts, kind, dtype=dtype, device=device)
         compare_gradients(p, g, torch.randn(counts, dtype=F64))
 
+    @pytest.mark.thorough
     @settings(max_examples=120, deadline=None, derandomize=True)
     @given(
         counts=st.tuples(st.integers(0, 20), st.integers(0, 35)),

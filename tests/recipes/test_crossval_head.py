@@ -67,6 +67,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry._REGISTRY, "toy", network)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("known")
 @pytest.mark.parametrize("task", ["head", "model"])
 def test_every_fold_is_scored_by_a_head_that_never_saw_it(
@@ -110,6 +111,7 @@ def test_every_fold_is_scored_by_a_head_that_never_saw_it(
     assert max(((scores >= cut) == lfw.genuine).mean() for cut in scores) >= best  # the file is what was scored
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("known")
 def test_folds_can_be_held_out_together(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -176,6 +176,7 @@ def test_what_is_measured(model: XCosPairs, pictures: Pictures) -> None:
     assert measure(decoder, Judge(model), images, threshold=2.0)["mean face verified"] == 0.0
 
 
+@pytest.mark.thorough
 def test_an_embedding_is_decoded_too(pictures: Pictures, tmp_path: Path) -> None:
     torch.manual_seed(0)
     torch.save(create("mobilefacenet_relu").state_dict(), tmp_path / "r.pt")

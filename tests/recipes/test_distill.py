@@ -107,6 +107,7 @@ def test_faces_are_mixed_within_their_group_only(sources: DistillSources) -> Non
     assert len(set(bank.first[: PEOPLE * EACH].tolist())) == PEOPLE * EACH  # every picture before any comes again
 
 
+@pytest.mark.thorough
 def test_an_interrupted_bank_is_taken_up_again(
     teacher: XCosModel, pictures: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +176,7 @@ CONFIG = TrainConfig(
 )
 
 
+@pytest.mark.thorough
 def test_a_student_learns_and_comes_back_from_its_file(sources: DistillSources, tmp_path: Path) -> None:
     task = make_task(sources)
     rows: list[dict[str, float]] = []
@@ -188,6 +190,7 @@ def test_a_student_learns_and_comes_back_from_its_file(sources: DistillSources, 
         assert model.score(*model.features(images).split(1)).isfinite().all()
 
 
+@pytest.mark.thorough
 def test_the_attention_starts_as_norm_attention_and_is_trained_from_its_step_on(sources: DistillSources) -> None:
     task = make_task(sources, attention_from=0.5)
     moved: list[bool] = []

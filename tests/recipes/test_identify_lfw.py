@@ -64,6 +64,7 @@ def test_halves_share_nobody(tmp_path: Path) -> None:
     assert {name for name in first if name[0] == "Q"} == people_of_share(names[12:], 0.5)
 
 
+@pytest.mark.thorough
 @pytest.mark.real_data
 def test_the_quick_form_on_real_faces(
     shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

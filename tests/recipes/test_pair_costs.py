@@ -32,6 +32,7 @@ def test_three_ways_give_one_result_and_the_formula_says_what_pairs_keep() -> No
     assert kept["xcos_matrix"] < 0.1 * needed
 
 
+@pytest.mark.thorough
 def test_costs_are_measured_in_processes_of_their_own() -> None:
     head = XCosHead(24, attention=XCosAttention(symmetric=False)).eval()
     costs = pair_costs.compare(head, torch.randn(32, 24, 7, 7).half(), "infonce", 2, rounds=1, repeats=2)

@@ -205,6 +205,7 @@ def test_a_batch_says_of_each_cell_what_the_teacher_says_of_its_owner(sources: D
             assert int(batch["people"][face, row, column]) in owners[found].tolist()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("body", ["compact", "local"])
 def test_a_student_learns_from_swapped_faces_and_comes_back_from_its_file(
     sources: DistillSources, tmp_path: Path, body: str

@@ -64,6 +64,7 @@ workers = 0
     return root
 
 
+@pytest.mark.thorough
 def test_each_part_is_trained_without_its_people_and_scored_by_its_own_model(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

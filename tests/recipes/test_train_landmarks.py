@@ -54,6 +54,7 @@ def test_points_follow_the_picture_also_when_mirrored(monkeypatch: pytest.Monkey
     assert 10 < direct.sum() < len(brightness) - 10
 
 
+@pytest.mark.thorough
 def test_batches_are_the_same_for_the_same_seed() -> None:
     first, again, other = (example.Sampler(photographs(), 64, seed).draw(8) for seed in (1, 1, 2))
     for a, b in zip(first, again, strict=True):
@@ -88,6 +89,7 @@ def test_the_loss_vanishes_with_its_parts() -> None:
     assert example.loss_of(network(0.0), batch, 1.0) == pytest.approx(np.log(256), rel=1e-3)
 
 
+@pytest.mark.thorough
 def test_a_short_training_lowers_the_error() -> None:
     torch.manual_seed(0)
     network = LandmarkNetwork(64, 8)

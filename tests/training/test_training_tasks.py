@@ -68,6 +68,7 @@ class TestHead:
             torch.testing.assert_close(head(grids, grids.flip(0)).score, expected, rtol=1e-4, atol=1e-5)
         assert not head.training
 
+    @pytest.mark.thorough
     @pytest.mark.parametrize(
         ("loss", "model"),
         [
@@ -319,6 +320,7 @@ def test_the_command_trains_and_resumes(files: Path, tmp_path: Path, capsys: pyt
     assert "task.loss.cosine (checkpoint 10.0, now 5.0)" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_the_command_trains_a_body(files: Path, tmp_path: Path) -> None:
     options = ["--set", "task=model", "--set", "train.steps=2", "--set", "body.rate_scale=0.01"]
     assert command("train", str(files / "head.toml"), "--out", str(tmp_path), *options) == 0
@@ -330,6 +332,7 @@ def test_the_command_trains_a_body(files: Path, tmp_path: Path) -> None:
     assert torch.equal(after["conv1.bn.running_mean"], before["conv1.bn.running_mean"])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -391,6 +394,7 @@ def create(experiment, progress):
         load_experiment(file, ["task=own.empty"])
 
 
+@pytest.mark.thorough
 @pytest.mark.real_data
 def test_real_faces_from_the_closed_form(shared_data: Path, tmp_path: Path) -> None:
     """A short run on few people: scores of people held out come nearer to the recogniser's cosine."""

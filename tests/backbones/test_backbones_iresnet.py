@@ -107,6 +107,7 @@ def small() -> State:
     return public_state(18)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("depth", PLANS)
 def test_names_and_shapes_are_the_public_ones(depth: int) -> None:
     with torch.device("meta"):
@@ -118,6 +119,7 @@ def test_names_and_shapes_are_the_public_ones(depth: int) -> None:
     assert {m.eps for m in norms} == {1e-5}
 
 
+@pytest.mark.thorough
 def test_map_and_embedding_are_those_of_the_formulas(tmp_path: Path, small: State) -> None:
     torch.save(small, tmp_path / "backbone.pth")
     net = load_recogniser(tmp_path / "backbone.pth")

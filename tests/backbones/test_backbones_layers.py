@@ -151,6 +151,7 @@ NETWORKS: dict[str, tuple[Any, str, tuple[int, int, int]]] = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", NETWORKS)
 def test_both_halves_make_the_whole(name: str) -> None:
     make, layer, shape = NETWORKS[name]
@@ -241,6 +242,7 @@ def test_the_default_layer_is_in_front_of_batch_norm() -> None:
     assert {n: p.training for n, p in net.named_modules()} == modes
 
 
+@pytest.mark.thorough
 def test_iresnet_gives_the_same_as_the_class_of_the_package() -> None:
     net = settled(backbones.create("iresnet18"))
     assert [m.name for m in backbones.feature_maps(net) if m.chosen] == ["layer4"]

@@ -561,6 +561,7 @@ def test_a_plugged_model_scores_folds_and_exports(recogniser: OnnxRecogniser, tm
         np.testing.assert_allclose(made, wanted.numpy(), atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_graph_that_torch_wrote(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     torch.manual_seed(3)

@@ -121,11 +121,13 @@ def test_every_case_is_measured_or_listed_with_a_reason(workload):
     json.dumps(report.as_dict(), allow_nan=False)
 
 
+@pytest.mark.thorough
 def test_pairs_and_heads_share_rounds_so_that_shares_can_be_taken(workload):
     report = run(workload, Settings(**QUICK, stages=("head", "pair", "projection"), runtimes=TORCH))
     assert len(report.shares()) == len(report.shares("projection")) == 4
 
 
+@pytest.mark.thorough
 def test_half_precision_bodies_keep_scores_close(workload):
     report = run(workload, Settings(**QUICK, stages=("pair",), runtimes=TORCH, dtypes=("fp32", "bf16")))
     errors = {(r.key.runtime, r.key.dtype): r.error for r in report.results}
@@ -134,6 +136,7 @@ def test_half_precision_bodies_keep_scores_close(workload):
     assert not [warning for warning in report.warnings if "differs" in warning]
 
 
+@pytest.mark.thorough
 def test_cold_caches_are_recorded_and_measured(workload, monkeypatch):
     monkeypatch.setattr("xcos_ext.bench.environment._cache_bytes", lambda: 1 << 20)
     report = run(workload, Settings(**QUICK, stages=("head",), runtimes=("eager",), cold=True))
@@ -141,6 +144,7 @@ def test_cold_caches_are_recorded_and_measured(workload, monkeypatch):
     assert all(not result.bursts and result.throughput > 0 for result in report.results)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("scores", "reason"),
     [
@@ -215,6 +219,7 @@ def test_onnxruntime_measures_backbone_head_and_pair(workload):
     assert all(r.error < 1e-4 for r in report.results if r.error is not None)
 
 
+@pytest.mark.thorough
 def test_onnxruntime_in_bfloat16_is_listed_with_its_reason(workload):
     report = run(workload, Settings(**QUICK, stages=("pair",), runtimes=("onnxruntime",), dtypes=("bf16",)))
     assert reasons(report) == {"onnxruntime": "graphs are written in fp32 and fp16"}
@@ -231,6 +236,7 @@ def test_a_missing_module_is_listed_with_its_reason(runtime, workload, monkeypat
     assert expected[runtime] in reasons(report)[runtime]
 
 
+@pytest.mark.thorough
 def test_compiled_models_are_made_for_the_cases_shape_and_dtype(workload, monkeypatch):
     made: list[tuple[Any, Any]] = []
 
@@ -425,6 +431,7 @@ def test_bench_prints_tables_and_writes_file_and_picture(tmp_path):
     assert "\x1b" not in found.output  # plain where it is piped
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("network")
 def test_bench_prints_json_and_nothing_else():
     found = invoke(*FAST, "--stage", "head", "--json", "-")
@@ -433,6 +440,7 @@ def test_bench_prints_json_and_nothing_else():
     assert data["format"] == "xcos_ext.bench" and [case["stage"] for case in data["cases"]] == ["head", "head"]
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("network")
 def test_bench_takes_threads_and_gives_them_back():
     found = invoke(*FAST, "--stage", "head", "--threads", "2", "--json", "-")
@@ -466,6 +474,7 @@ def test_bench_compares_a_run_with_an_old_one_and_two_old_ones(tmp_path):
     assert all(change["ratio"]["median"] == pytest.approx(3) for change in changes)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("network")
 def test_bench_where_nothing_can_be_measured_is_trouble():
     found = invoke("--stage", "pair", "--runtime", "graph", "--batch", "1", "--seconds", "0.02")

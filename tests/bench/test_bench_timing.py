@@ -41,6 +41,7 @@ def test_flushing_is_not_timed():
     assert max(taken) < 0.005
 
 
+@pytest.mark.thorough
 def test_contenders_take_turns_and_get_the_same_rounds():
     order: list[str] = []
     contenders = [
@@ -57,6 +58,7 @@ def test_contenders_take_turns_and_get_the_same_rounds():
     assert first.failure is None and first.warm_calls >= 2
 
 
+@pytest.mark.thorough
 def test_a_steady_call_ends_its_warm_up_early():
     clock = Stopwatch()
 
@@ -68,6 +70,7 @@ def test_a_steady_call_ends_its_warm_up_early():
     assert [value for values in found.rounds for value in values] == pytest.approx([0.001] * found.calls)
 
 
+@pytest.mark.thorough
 def test_the_call_after_another_contender_is_not_timed():
     clock = Stopwatch()
     last = ""
@@ -84,6 +87,7 @@ def test_the_call_after_another_contender_is_not_timed():
         assert max(seconds for values in found.rounds for seconds in values) == pytest.approx(0.001)
 
 
+@pytest.mark.thorough
 def test_one_that_fails_is_left_out_with_its_reason_and_the_others_go_on():
     calls = 0
 
@@ -110,6 +114,7 @@ def test_one_that_fails_is_left_out_with_its_reason_and_the_others_go_on():
     assert isinstance(worse.failure, MemoryError) and not worse.rounds
 
 
+@pytest.mark.thorough
 def test_a_call_longer_than_the_budget_gets_three_rounds():
     (found,) = measure_in_turns([Contender(lambda: time.sleep(0.03), Clock())], 0.02)
     assert len(found.rounds) == 3 and found.calls == 3
@@ -125,6 +130,7 @@ def test_blocks_of_calls_are_one_figure_a_round_and_everyone_gets_as_many():
     assert len(found.bursts) >= 7 and 0 < min(found.bursts) < 1e-3
 
 
+@pytest.mark.thorough
 def test_cold_caches_flush_before_every_call_and_give_no_bursts():
     log: list[str] = []
     (found,) = measure_in_turns([Contender(lambda: log.append("call"), Clock(), lambda: log.append("flush"))], 0.02)
@@ -133,12 +139,14 @@ def test_cold_caches_flush_before_every_call_and_give_no_bursts():
     assert not found.bursts
 
 
+@pytest.mark.thorough
 def test_progress_only_grows_and_ends_at_one():
     shares: list[float] = []
     measure_in_turns([Contender(lambda: time.sleep(0.001), Clock())], 0.05, tick=shares.append)
     assert shares == sorted(shares) and shares[-1] == 1.0
 
 
+@pytest.mark.thorough
 def test_garbage_collection_is_off_meanwhile_and_on_again_afterwards():
     seen: set[bool] = set()
     measure_in_turns([Contender(lambda: seen.add(gc.isenabled()), Clock())], 0.01)
@@ -146,6 +154,7 @@ def test_garbage_collection_is_off_meanwhile_and_on_again_afterwards():
     assert gc.isenabled()
 
 
+@pytest.mark.thorough
 def test_ctrl_c_is_passed_on():
     def interrupted() -> None:
         raise KeyboardInterrupt

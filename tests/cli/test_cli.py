@@ -112,6 +112,7 @@ def test_json(photos: dict[str, str], model: Path) -> None:
     assert np.shape(data["a"]["landmarks"]) == (5, 2)
 
 
+@pytest.mark.thorough
 def test_aligned_crops_score_as_the_library_does(photos: dict[str, str], model: Path) -> None:
     data = strict(run("verify", photos["crop1"], photos["crop2"], "--model", model, "--aligned", "--json").stdout)
     loaded = load_model(model)
@@ -152,6 +153,7 @@ def test_several_faces(photos: dict[str, str], model: Path) -> None:
     )
 
 
+@pytest.mark.thorough
 def test_recogniser_without_known_statistics_needs_a_threshold(photos: dict[str, str], recogniser: Path) -> None:
     arguments = ("verify", photos["crop1"], photos["crop2"], "--aligned", "--model", recogniser)
     result = run(*arguments)
@@ -399,6 +401,7 @@ def test_plug_finds_a_threshold(
     assert load_model(tmp_path / "m.safetensors").threshold is not None
 
 
+@pytest.mark.thorough
 def test_plug_trouble(recogniser: Path, model: Path, people: Path, photos: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "m.safetensors"
     trouble(run("plug", recogniser, "--faces", people, "--out", tmp_path / "m.pt"), "m.pt: expected a file ending in")

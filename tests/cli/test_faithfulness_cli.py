@@ -115,6 +115,7 @@ def test_tables_curves_and_figures(root: Path, tmp_path: Path) -> None:
     assert data["settings"]["count"] == 2 and data["settings"]["fills"] == ["zero"]
 
 
+@pytest.mark.thorough
 def test_json_is_the_same_again(root: Path) -> None:
     options = (*FEW, "--explainer", "xcos-similarity", "--protocol", "region-swap", "--protocol", "locality", "--json")
 

@@ -221,6 +221,7 @@ def test_photographs_without_any_face(photos: Path, tmp_path: Path) -> None:
     assert trouble_lines.exit_code == 2 and "no probe has a usable face" in trouble_lines.stderr
 
 
+@pytest.mark.thorough
 def test_odd_file_names(crops: Path, tmp_path: Path) -> None:
     folder = tmp_path / "odd"
     folder.mkdir()
@@ -247,6 +248,7 @@ def test_find_pictures(crops: Path, tmp_path: Path) -> None:
         find_pictures([tmp_path / "missing"])
 
 
+@pytest.mark.thorough
 def test_model_of_another_gallery(crops: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from xcos_ext.model import load_model, save_model
 

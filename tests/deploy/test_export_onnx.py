@@ -67,6 +67,7 @@ def test_templates_and_their_scores_agree_with_torch(head, exported):
             assert_close(score.score(*flat), network(a, b))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("head", HEADS)
 def test_templates_of_a_graph_serve_the_operators(head, exported):
     network, graph = model(head), OnnxModel(exported(head, "template"), threads=1)
@@ -120,6 +121,7 @@ def test_a_recogniser_s_own_graph_is_joined_with_the_head_s(tmp_path, shared_dat
         export_onnx(network, tmp_path / "half.onnx", dtype=torch.float16)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("kind", ["pair", "template", "score"])
 def test_graphs_are_standard_and_tell_nothing_of_the_machine(kind, dtype, exported):
@@ -224,6 +226,7 @@ def test_progress_is_told(tmp_path):
     assert steps == ["tracing", "checking", "writing"]
 
 
+@pytest.mark.thorough
 def test_degenerate_faces(exported):
     """Cells without features, and NaN, come out as from the operator."""
     graph = OnnxModel(exported("norm", "score"))

@@ -117,6 +117,7 @@ def test_results_are_ordinary_tensors_whatever_mode_the_caller_is_in(model: XCos
     assert fast(images(0), images(0)).score.shape == (0,)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["folded", "packed", "eager"])
 def test_threads_may_share_one(model: XCosModel, name: str) -> None:
     fast = found(model, candidates=[name], margin=0.0)

@@ -84,6 +84,7 @@ def test_the_heads_block_is_folded_and_templates_stay() -> None:
     assert isinstance(model.head.conv1x1[1], torch.nn.BatchNorm2d)  # the model is untouched
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["compact", "mobilefacenet", "mobilefacenet_relu"])
 def test_packed_weights_change_nothing_but_the_time(name: str, dtype: torch.dtype) -> None:

@@ -57,6 +57,7 @@ def test_the_card_is_the_model_s(folder, network):
     assert "published" in repr(graph)
 
 
+@pytest.mark.thorough
 def test_crops_and_normalised_pictures_give_the_same(folder, faces, network):
     graph = OnnxModel(folder / "pair.onnx", threads=1)
     a, b = np.stack(faces[:2]), np.stack(faces[2:])

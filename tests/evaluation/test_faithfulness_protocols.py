@@ -182,6 +182,7 @@ def test_swap_of_an_oracle_its_opposite_and_constants(faces: Faces) -> None:
         result.find("nobody")
 
 
+@pytest.mark.thorough
 def test_swap_is_the_same_again_and_whatever_the_batch(faces: Faces, root: Path) -> None:
     def run(batch_size: int, seed: int = 0) -> dict[str, Any]:
         fresh = Faces(LFW(root / "crops", root / "pairs.txt"))

@@ -142,6 +142,7 @@ def test_nobody_is_listed_at_all() -> None:
     assert [(point.fpir, point.tpir, point.threshold) for point in report.operating_points] == [(0, 0, -math.inf)] * 2
 
 
+@pytest.mark.thorough
 def test_intervals_come_from_drawing_people() -> None:
     searches = Searches(4)
     report = searches.report(replicates=200, fpirs=(0.2,), seed=5)

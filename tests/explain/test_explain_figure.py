@@ -103,6 +103,7 @@ def test_heading_without_faces() -> None:
     assert "person" not in text
 
 
+@pytest.mark.thorough
 def test_names_are_text_not_formulas(tmp_path: Path) -> None:
     names = ("cost$\\frac{$.jpg", "a_very_long_name_" * 5 + "end.jpg")
     figure = verification_figure(*faces(), result(), 0.25, names=names, note="$x$ 日本 \\alpha")

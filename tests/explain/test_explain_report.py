@@ -306,6 +306,7 @@ class Generated:
             )
 
 
+@pytest.mark.thorough
 def test_memory_does_not_grow_with_the_pairs(tmp_path: Path) -> None:
     peaks = []
     model = toy()

@@ -115,6 +115,7 @@ def close(got: Saliency, similar: Any, dissimilar: Any, tolerance: float = 2e-6)
 # -- against references ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", MODELS)
 def test_corrrise_is_its_reference(kind: str) -> None:
     model, (a, b) = MODELS[kind](), pictures(2)

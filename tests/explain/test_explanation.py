@@ -335,6 +335,7 @@ def test_json_is_strict_and_has_verifys_keys() -> None:
     assert repr(e) == f"<Explanation: {e.verdict}, score {e.score:.4f}, threshold 0.2500, 7x7 cells>"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("threshold", [0.25, None])
 def test_figure(threshold: float | None) -> None:
     from matplotlib.text import Text

@@ -231,6 +231,7 @@ def test_choice_of_only_one() -> None:
 # --- reading
 
 
+@pytest.mark.thorough
 def test_read_face(tmp_path: Path, cascade: CascadeDetector) -> None:
     canvas = background(300, 500)
     truth = draw_face(canvas, (200, 150), 120, 5)

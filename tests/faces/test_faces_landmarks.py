@@ -109,6 +109,7 @@ def test_reads_a_drawn_face_from_its_box(reader: LandmarkReader, size: float, de
     assert scores[0] > 0.9
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "off", [off_by(20), off_by(-20), off_by(scale=1.2), off_by(scale=0.83), off_by(x=9, y=-6), off_by(-12, 1.1, 6, 6)]
 )

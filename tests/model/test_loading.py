@@ -63,6 +63,7 @@ def official() -> State:
 # --- layouts
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["mobilefacenet", "mobilefacenet_relu"])
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_recognisers(tmp_path: Path, name: str, suffix: str) -> None:
@@ -105,6 +106,7 @@ def test_wrapped_state_dicts(tmp_path: Path, wrap: Callable[[State], Any]) -> No
     assert all(p.dtype == torch.float32 and p.requires_grad for p in loaded.parameters())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("suffix", [".bin", ".safetensors", ".ckpt", ""])
 def test_the_name_does_not_matter(tmp_path: Path, suffix: str) -> None:
     torch.save(mobilefacenet_state(), tmp_path / f"a{suffix}")
@@ -135,6 +137,7 @@ def test_official_xcos_checkpoint(tmp_path: Path, official: State, parts: str) -
     assert model.head.attention is not None and model.head.attention.config() == XCosAttention(symmetric=False).config()
 
 
+@pytest.mark.thorough
 def test_official_weights_land_where_they_belong(tmp_path: Path, official: State) -> None:
     torch.manual_seed(5)
     body, head = backbones.create("ir_se_50", output=False), XCosHead(attention=XCosAttention(symmetric=False))
@@ -448,6 +451,7 @@ def test_weights_that_are_not_numbers(tmp_path: Path) -> None:
         load_model(tmp_path / "x.pt")
 
 
+@pytest.mark.thorough
 def test_misused_options(tmp_path: Path, official: State) -> None:
     torch.save(official, tmp_path / "xcos.pth")
     with pytest.raises(ValueError, match="only for recognisers"):

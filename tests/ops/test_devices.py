@@ -333,6 +333,7 @@ def test_a_graph_without_onnxruntimes_cuda(inside: Path, graph: Path, monkeypatc
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("fails_aloud", [True, False])
 def test_a_graph_where_cuda_does_not_start(
     fails_aloud: bool, inside: Path, graph: Path, monkeypatch: pytest.MonkeyPatch

@@ -244,6 +244,7 @@ def test_a_heads_mistakes_are_named_as_before():
                 model.score(bad, bad)
 
 
+@pytest.mark.thorough
 def test_parameters_are_read_at_every_call(calls, device):
     """Nothing is kept that could go stale, whichever way parameters change."""
     model = head().to(device)

@@ -93,6 +93,7 @@ class TestValues:
         for one, other in zip(maps[:3], expected, strict=True):
             torch.testing.assert_close(one.cpu(), other, rtol=0, atol=1e-10)
 
+    @pytest.mark.thorough
     @settings(max_examples=60, deadline=None, derandomize=True)
     @given(
         probes=st.integers(1, 9),

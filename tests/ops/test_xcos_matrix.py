@@ -141,6 +141,7 @@ class TestValues:
         p, g = sides(probes, gallery, kind, hidden=hidden, dtype=dtype, channels=channels, grid=grid)
         assert_scores(xcos_ext.xcos_matrix(p, g), p, g)
 
+    @pytest.mark.thorough
     @settings(max_examples=200, deadline=None, derandomize=True)
     @given(
         probes=st.integers(0, 40),

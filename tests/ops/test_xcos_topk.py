@@ -87,6 +87,7 @@ class TestOrder:
         assert torch.equal(values, matrix.gather(1, indices))
         assert torch.equal(values, matrix.topk(300, 1).values)
 
+    @pytest.mark.thorough
     @pytest.mark.real_data
     def test_real_faces_find_themselves_and_their_pictures(self, shared_data, device: str) -> None:
         net, grid = real_features(shared_data, 160)
@@ -125,6 +126,7 @@ class TestOrder:
         assert torch.equal(face[indices[:, ::2]], face[indices[:, 1::2]])
         assert (indices[:, ::2] < 150).all()
 
+    @pytest.mark.thorough
     @settings(max_examples=300, deadline=None, derandomize=True)
     @given(
         probes=st.integers(0, 20),

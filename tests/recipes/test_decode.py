@@ -116,6 +116,7 @@ def test_the_loss_is_the_weighted_sum_and_trains_the_decoder_alone(model: XCosPa
     torch.testing.assert_close(total.detach(), sum_of, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.thorough
 def test_a_training_that_was_cut_ends_with_the_same_bits(model: XCosPairs, pictures: Pictures, tmp_path: Path) -> None:
     whole = train(task(model, pictures), SHORT, tmp_path / "whole", show=False)
     assert whole.steps == 6 and {"l1", "psnr", "identity", "score", "verified"} == set(whole.metrics)
@@ -139,6 +140,7 @@ def test_a_training_that_was_cut_ends_with_the_same_bits(model: XCosPairs, pictu
     assert decoder.fingerprint == fingerprint_of(model) and decoder.name == "test"
 
 
+@pytest.mark.thorough
 def test_training_lowers_the_loss(model: XCosPairs, pictures: Pictures) -> None:
     made = task(model, pictures, DecodeConfig(identity=0.0, perceptual=0.0))
     batch = made.batch(BatchIndex(0, 0), 4)

@@ -209,6 +209,7 @@ class TestTheSameWhateverTheSplit:
 
 
 class TestWhatItDoes:
+    @pytest.mark.thorough
     def test_the_loss_falls_and_averages_are_judged(self, tmp_path: Path) -> None:
         toy = Toy()
         seen: list[int] = []

@@ -94,6 +94,7 @@ class TestHead:
         seen = losses(task(loss, **model), steps=60)
         assert seen[-1] < seen[0]
 
+    @pytest.mark.thorough
     def test_training_draws_scores_to_the_teachers_cosine(self) -> None:
         made = task({"cosine": 10.0})
         made.held_out = made.trained  # so few people say little about others

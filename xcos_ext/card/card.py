@@ -160,8 +160,9 @@ class OnnxCard:
             values: dict[str, Any] = {
                 name: found[name] for name in ("kind", "name", "fingerprint", "dtype", "attention")
             }
-            for name in ("threshold", "symmetric", "pair_weights"):
-                values[name] = json.loads(found[name])
+            for name, kind in (("symmetric", bool), ("pair_weights", dict)):
+                values[name] = kind(json.loads(found[name]))
+            values["threshold"] = json.loads(found["threshold"])
             if values["kind"] not in get_args(Kind):
                 raise ValueError(f"kind {values['kind']!r}")
             if values["threshold"] is not None and not math.isfinite(values["threshold"]):

@@ -88,7 +88,12 @@ def _open_regular(path: StrPath, name: str) -> BinaryIO:
     try:
         mode = os.stat(path).st_mode  # asked before, because merely opening some devices has effects
         if stat.S_ISREG(mode):
-            return open(path, "rb")
+            # And again of what was opened, without waiting: a pipe may have taken the file's place.
+            file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+            mode = os.fstat(file.fileno()).st_mode
+            if stat.S_ISREG(mode):
+                return file
+            file.close()
     except FileNotFoundError as error:
         dangling = os.path.islink(path)
         raise PictureError(f"{name}: {'the link points to no file' if dangling else 'no such file'}") from error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.optional import need
+from xcos_ext.io.shipped import readable_file
 from xcos_ext.io.text import first_line
 
 if TYPE_CHECKING:
@@ -24,18 +25,9 @@ MOST_BYTES = 2**31 - 1
 
 
 def _regular(path: StrPath) -> Path:
-    """The path of a readable, non-empty regular file; torch is not needed to tell."""
-    file = Path(path)
-    try:
-        if not file.is_file():
-            flaw = "expected an ONNX file, got a directory" if file.is_dir() else "not a regular file"
-            raise ModelError(f"{file}: {flaw if file.exists() else 'no such file'}")
-        size = file.stat().st_size
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if size == 0:
-        raise ModelError(f"{file}: the file is empty")
-    if size > MOST_BYTES:
+    """The path of a readable, non-empty regular file that protobuf can hold."""
+    file = readable_file(path, "an ONNX file")
+    if (size := file.stat().st_size) > MOST_BYTES:
         raise ModelError(
             f"{file}: expected an ONNX file of at most 2 GiB (weights beyond it lie beside it), got {size}"
         )

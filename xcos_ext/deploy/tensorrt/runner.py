@@ -64,8 +64,7 @@ class TrtRunner:
             scratch = max(self._engine.device_memory_size_v2, 1)
             self._scratch = torch.empty(scratch, dtype=torch.uint8, device=self._device)
             self._own_stream, self._done = torch.cuda.Stream(), torch.cuda.Event()
-        self._contexts: dict[tuple[tuple[int, ...], ...], Any] = {}
-        self._shared: dict[int, Any] = {}  # by profile
+        self._contexts: dict[Any, Any] = {}  # by shapes; beyond the most, by profile
         self._call = CudaGraphs(self._launch) if graph else self._launch
 
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -157,8 +156,8 @@ class TrtRunner:
             batch, profiles = varying[0][1][0], self.card.profiles
             fitting = [index for index, profile in enumerate(profiles) if profile.min <= batch <= profile.max]
             nearest = min(fitting, key=lambda index: abs(profiles[index].opt - batch))
-        own = len(self._contexts) < _MOST_CONTEXTS
-        context = None if own else self._shared.get(nearest)
+        key = shapes if len(self._contexts) < _MOST_CONTEXTS else nearest
+        context = self._contexts.get(key)
         if context is None:
             context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
             if context is None:
@@ -169,8 +168,5 @@ class TrtRunner:
         for name, shape in varying:
             if not context.set_input_shape(name, shape):
                 raise TensorRTError(f"{name}: TensorRT refuses the shape {list(shape)}: {self._log.reason()}")
-        if own:
-            self._contexts[shapes] = context
-        else:
-            self._shared[nearest] = context
+        self._contexts[key] = context
         return context

@@ -28,12 +28,13 @@ def heading(report: Report) -> str:
 
 def pairs(report: Report) -> Iterator[str]:
     """A whole pair: a row for each runtime and dtype; columns for batches, throughput, error and the head's share."""
-    cases = {result.key: result for result in report.results if result.key.stage == "pair"}
+    results = sorted(report.results, key=lambda result: result.key.order)
+    cases = {result.key: result for result in results if result.key.stage == "pair"}
     batches = sorted({key.batch for key in cases})
     of_head = report.shares()
     rows = []
-    for (_, runtime), dtype in sorted({((key.order[3], key.runtime), key.dtype) for key in cases}):
-        own = sorted((key for key in cases if (key.runtime, key.dtype) == (runtime, dtype)), key=lambda key: key.batch)
+    for _, runtime, device, dtype in sorted({(key.order[3], key.runtime, key.device, key.dtype) for key in cases}):
+        own = [key for key in cases if (key.runtime, key.device, key.dtype) == (runtime, device, dtype)]
         took = {key.batch: cases[key].latency for key in own}
         error = max((cases[key].error or 0.0 for key in own), default=0.0)
         rows.append(

@@ -132,11 +132,13 @@ def _searches(device: str, sizes: Sizes) -> Iterator[Making]:
         return f"xcos_topk/{name}/{dtype}: {probes} x {gallery}", made
 
     for dtype in ("fp16", "bf16"):
+        _templates.cache_clear()  # before the next ones are made, so that they fit
         yield case(dtype, most, gallery)
         yield case(dtype, 1, gallery)
         if dtype == "fp16":
             for probes, attention in ((4, "uniform"), (most, "uniform"), (most, "norm")):
                 yield case(dtype, probes, gallery, attention)
+    _templates.cache_clear()
     yield case("fp32", most, sizes.gallery_fp32)
 
 

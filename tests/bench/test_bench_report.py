@@ -167,6 +167,8 @@ def test_files_that_cannot_be_read_are_one_clear_error(tmp_path):
         read_report(tmp_path / "none.json")
     with pytest.raises(FormatError, match="not a regular file"):
         read_report(tmp_path)
+    with pytest.raises(FormatError, match="name too long"):
+        read_report(tmp_path / ("x" * 300))
     (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(FormatError, match=r"expected JSON, .*utf-8"):
         read_report(tmp_path / "bytes.json")

@@ -164,11 +164,13 @@ def test_ctrl_c_is_passed_on():
     assert gc.isenabled()
 
 
-def test_the_flushed_buffer_is_larger_than_the_cache(monkeypatch):
+def test_the_flushed_buffer_is_larger_than_the_cache_and_says_when_it_is_not(monkeypatch):
     monkeypatch.setattr("xcos_ext.bench.environment._cache_bytes", lambda: 1 << 20)
     cache = ColdCache("cpu")
-    assert cache.bytes == 5 << 18
+    assert cache.bytes == 5 << 18 and cache.whole
     cache()
+    monkeypatch.setattr("xcos_ext.bench.environment._available_memory", lambda: 1 << 20)
+    assert not ColdCache("cpu").whole
 
 
 class FakeEvent:
@@ -231,6 +233,14 @@ def test_conditions_are_numbers_or_none():
     found = conditions()
     assert found["load"] is None or found["load"] >= 0
     assert found["mhz"] is None or found["mhz"][0] <= found["mhz"][1]
+
+
+def test_clocks_that_are_no_numbers_are_none(monkeypatch, tmp_path):
+    monkeypatch.setattr("xcos_ext.bench.environment._CPU", tmp_path)
+    monkeypatch.setattr("xcos_ext.bench.environment._cpuinfo", lambda name: ["Unknown", ""])
+    (tmp_path / "cpu0" / "cpufreq").mkdir(parents=True)
+    (tmp_path / "cpu0" / "cpufreq" / "scaling_cur_freq").write_text("<unknown>")
+    assert conditions()["mhz"] is None
 
 
 @pytest.mark.parametrize(("load", "warned"), [(None, False), (0.1, False), (1.0, True), (7.5, True)])

@@ -101,9 +101,11 @@ def conditions(*, cuda: bool = False) -> dict[str, Any]:
         ``gpu`` (clocks, temperature, power as nvidia-smi writes them).
     """
     governors = {_read(path) for path in _CPU.glob("cpu[0-9]*/cpufreq/scaling_governor")} - {""}
-    khz = filter(None, map(_read, _CPU.glob("cpu[0-9]*/cpufreq/scaling_cur_freq")))
+    khz = map(_read, _CPU.glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))
     load = _read(Path("/proc/loadavg")).split()
-    mhz = [int(text) / 1e3 for text in khz] or [float(text) for text in _cpuinfo("cpu MHz")]
+    mhz = [int(text) / 1e3 for text in khz if text.isdigit()]
+    if not mhz:
+        mhz = [float(text) for text in _cpuinfo("cpu MHz") if text.replace(".", "", 1).isdigit()]
     return {
         "load": float(load[0]) if load else None,
         "mhz": [min(mhz), max(mhz)] if mhz else None,
@@ -130,6 +132,14 @@ def _cache_bytes() -> int:
     return max(sizes, default=32 << 20)
 
 
+def _available_memory() -> int:
+    """Bytes that can be allocated without swapping; 1 GiB where it cannot be read."""
+    for line in _read(Path("/proc/meminfo")).splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return 1 << 30
+
+
 class ColdCache:
     """Empties caches by going over a buffer that is larger than they are.
 
@@ -141,13 +151,17 @@ class ColdCache:
 
     Attributes:
         bytes: of the buffer.
+        whole: whether it is as large as it should be; a quarter of the free memory is the limit.
     """
 
     def __init__(self, device: str) -> None:
         if device == "cuda":
-            self.bytes = 2 * int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
+            wanted = 2 * int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
+            limit = int(torch.cuda.mem_get_info()[0]) // 4
         else:
-            self.bytes = _cache_bytes() * 5 // 4
+            wanted, limit = _cache_bytes() * 5 // 4, _available_memory() // 4
+        self.bytes = min(wanted, limit) // 8 * 8
+        self.whole = wanted <= limit
         self._buffer = torch.zeros(self.bytes // 8, dtype=torch.int64, device=device)
 
     def __call__(self) -> None:

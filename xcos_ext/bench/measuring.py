@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -72,7 +72,8 @@ def run(
     caches = {device: ColdCache(device) for device in devices} if settings.cold else {}
     total, done = sum(map(len, groups.values())), 0
     progress(0, total)
-    with _opencv_threads():
+    pictures = any(kind == "pictures" for kind, *_ in groups)
+    with _opencv_threads() if pictures else nullcontext():
         for (kind, device, batch), keys in groups.items():
 
             def tick(share: float, done: int = done, count: int = len(keys)) -> None:
@@ -92,6 +93,11 @@ def run(
         f"{result.key}: a score differs from the eager fp32 model's by {result.error:.2g}"
         for result in results
         if result.error is not None and result.error > _WRONG[result.key.dtype]
+    ]
+    warnings += [
+        f"{device}: {cache.bytes >> 20} MiB is what memory allows for emptying the caches, which may hold more"
+        for device, cache in caches.items()
+        if not cache.whole
     ]
     model = workload.model
     facts = {

@@ -273,12 +273,14 @@ def read_report(path: str | os.PathLike[str]) -> Report:
         FormatError: missing, too large, not JSON, not a results file, of another version, or damaged.
     """
     file, where = Path(path), display_name(path)
-    if not file.is_file():  # a pipe would be waited for
-        raise FormatError(f"{where}: {'not a regular file' if file.exists() else 'no such file'}")
-    if file.stat().st_size > _MOST_BYTES:
-        raise FormatError(f"{where}: expected at most {_MOST_BYTES >> 20} MiB, got {file.stat().st_size:,} bytes")
     try:
+        if not file.is_file():  # a pipe would be waited for
+            raise FormatError(f"{where}: {'not a regular file' if file.exists() else 'no such file'}")
+        if file.stat().st_size > _MOST_BYTES:
+            raise FormatError(f"{where}: expected at most {_MOST_BYTES >> 20} MiB, got {file.stat().st_size:,} bytes")
         data = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except FormatError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{where}: expected JSON, got something else ({first_line(error)})") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:

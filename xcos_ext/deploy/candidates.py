@@ -150,7 +150,8 @@ def build_candidate(
         embed = _Embed(prepared).requires_grad_(False).eval()
         cpu, tuned = device.type == "cpu", kind.startswith("autotuned")
         # Frozen weights become constants in oneDNN's own layout.
-        options = {"freezing": cpu, "max_autotune": tuned, "coordinate_descent_tuning": tuned and not cpu}
+        wanted = {"freezing": cpu, "max_autotune": tuned, "coordinate_descent_tuning": tuned and not cpu}
+        options = {name: True for name, on in wanted.items() if on}  # the user's own elsewhere
         if kind == "ahead of time":
             run = _ahead_of_time(embed, shape, device, options)
         else:

@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 
 from xcos_ext.backbones.recogniser import Recogniser
 from xcos_ext.model.head import ClosedFormHead, XCosHead
@@ -91,12 +90,20 @@ class _PackedSum(_Packed):
         return found
 
 
-def _shapes(body: fx.GraphModule, images: Tensor) -> dict[fx.Node, TensorMetadata]:
-    """Shape and type of what every node makes of a batch."""
-    with torch.no_grad():
-        ShapeProp(body).propagate(images)
-    found = {node: node.meta.get("tensor_meta") for node in body.graph.nodes}
-    return {node: made for node, made in found.items() if isinstance(made, TensorMetadata)}
+class _Shapes(fx.Interpreter):
+    """Runs a graph once and keeps what every node's tensor is, without its data. torch's ShapeProp prints failures."""
+
+    def __init__(self, body: fx.GraphModule, images: Tensor) -> None:
+        super().__init__(body)
+        self.found: dict[fx.Node, Tensor] = {}
+        with torch.no_grad():
+            self.run(images)
+
+    def run_node(self, n: fx.Node) -> Any:
+        made = super().run_node(n)
+        if isinstance(made, Tensor):
+            self.found[n] = made.to("meta")
+        return made
 
 
 def _packable(module: nn.Module | None) -> bool:
@@ -137,7 +144,7 @@ def pack(body: fx.GraphModule, images: Tensor) -> fx.GraphModule:
     Raises:
         RuntimeError: oneDNN refuses a convolution, for example in a dtype this processor lacks.
     """
-    shapes = _shapes(body, images)
+    shapes = _Shapes(body, images).found
     packed = fx.GraphModule(body, copy.deepcopy(body.graph))
     modules = dict(packed.named_modules())
     # The copy's nodes stand in the original's order; new ones are entered as they come.
@@ -205,7 +212,7 @@ class _Prepared(nn.Module):
     def prepare_cpu(self, size: tuple[int, int], packed: bool) -> None:
         """Find how many pictures to take at a time, and pack the weights where oneDNN can."""
         images = torch.zeros(1, 3, *size, dtype=self.dtype).to(memory_format=torch.channels_last)
-        largest = max(made.shape.numel() * made.dtype.itemsize for made in _shapes(self.body, images).values())
+        largest = max(made.nbytes for made in _Shapes(self.body, images).found.values())
         self.piece = max(1, _LARGEST_ALLOCATION // max(1, largest))
         if packed and can_pack(self.dtype):
             many = images.expand(min(self.piece, _USUAL_BATCH), -1, -1, -1)

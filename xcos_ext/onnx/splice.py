@@ -44,6 +44,8 @@ def with_body(
             raise ModelError(f"model: its backbone's graph cannot be brought to opset {opset} ({error})") from error
     body = library.compose.add_prefix(body, "body/")
     body.ir_version, graph = head.ir_version, body.graph
+    for repeated in (body.opset_import, body.metadata_props, body.functions):  # the head's serve both
+        del repeated[:]
     image, grid = graph.input[0].name, graph.output[0].name
     batch = head.graph.input[0].type.tensor_type.shape.dim[0]
     shape = [batch.dim_param or batch.dim_value, 3, *size]

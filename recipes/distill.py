@@ -19,6 +19,7 @@ from recipes.swaps import CellEvidence, SwapConfig, swapped
 from xcos_ext.backbones import CompactNet, LocalNet, Recogniser
 from xcos_ext.evaluation import calibrate, verification
 from xcos_ext.evaluation.datasets import Pair, read_pairs
+from xcos_ext.io.errors import XCosError
 from xcos_ext.model import (
     XCosAttention,
     XCosHead,
@@ -183,7 +184,10 @@ def load_distillation(
 
     recogniser = load_recogniser(student.teacher).requires_grad_(False)
     pictures = read_pictures(data.pictures, recogniser.preprocessing.size, progress=tell("reading"))
-    pairs = [] if data.pairs is None else read_pairs(data.pairs)
+    try:
+        pairs = [] if data.pairs is None else read_pairs(data.pairs)
+    except (OSError, ValueError) as error:
+        raise XCosError(f"data.pairs: {error}") from error
     fold_of = {person: pair.fold + 1 for pair in pairs for person in (pair.person_a, pair.person_b)}
     groups = torch.tensor([fold_of.get(name, 0) for name in pictures.names])
     free = torch.nonzero((groups[pictures.people] == 0) if (groups == 0).any() else torch.ones(len(pictures))).flatten()

@@ -129,7 +129,9 @@ def test_crops_labels_and_archives(crops: Path, tmp_path: Path) -> None:
 
     same = run("enroll", tmp_path / "g", archive, "--aligned", "--replace", "--person", "everybody", "-q")
     assert same.exit_code == 0 and same.stdout == ""
-    assert "2 removed, 38 left" in run("gallery", "remove", tmp_path / "g", "person0/00.png", "person1/01.png").stdout
+    ids = tmp_path / "ids.txt"
+    ids.write_text("person0/00.png\nperson1/01.png\n")
+    assert "2 removed, 38 left" in run("gallery", "remove", tmp_path / "g", "--ids-from", ids).stdout
 
 
 @pytest.mark.thorough

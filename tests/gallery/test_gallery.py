@@ -24,6 +24,7 @@ from xcos_ext.card.calibration import FMRCurve
 from xcos_ext.gallery import FaissIndex, Gallery, identification_threshold
 from xcos_ext.gallery import stream as streams
 from xcos_ext.gallery.layout import Layout
+from xcos_ext.gallery.tiles import TileFile
 from xcos_ext.io.errors import GalleryError
 from xcos_ext.ops import xcos_matrix, xcos_topk
 from xcos_ext.ops.templates import Templates
@@ -199,6 +200,9 @@ def test_large_fragments_are_several_tiles(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Layout, "tile_rows", 64)
     monkeypatch.setattr(streams, "_SMALL", 16)
     monkeypatch.setattr("xcos_ext.gallery.tiles.MAPPED_BYTES", 0)  # every tile is unmapped behind the reader
+    released: list[Any] = []
+    release = TileFile.release
+    monkeypatch.setattr(TileFile, "release", lambda file, batch: (released.append(batch), release(file, batch)))
     made = Enrolled(tmp_path / "g", count=300)
     with Gallery.create(tmp_path / "h", made.faces) as gallery:
         gallery.add(names(300), made.faces)
@@ -209,6 +213,9 @@ def test_large_fragments_are_several_tiles(tmp_path: Path, monkeypatch: pytest.M
             got = [t.templates.features for t in gallery.tiles(begin=begin, end=end)]
             joined = torch.cat(got) if got else made.faces.features[:0]
             assert torch.equal(joined, made.faces.features[begin:end])
+        released.clear()
+        assert gallery.search(made.probes, 1, where="id = 'f1'").ids == [["f1"]] * 9
+        assert released  # also the last tile, here the only one
         gallery.remove(names(100, 20))
         kept = torch.tensor([*range(20), *range(120, 300)])
         same(gallery.search(made.probes, 8), xcos_topk(made.probes, made.faces[kept], 8))

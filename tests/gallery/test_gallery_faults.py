@@ -32,7 +32,7 @@ from xcos_ext.ops.templates import Templates
 
 lance = pytest.importorskip("lance", reason="needs the extra gallery (pylance)")
 
-pytestmark = [pytest.mark.process, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # For processes of their own, which take names of this module.
 PATHS = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "support")]
@@ -106,6 +106,7 @@ def flip(path: Path, needle: bytes, offset: int = 3, mask: int = 1) -> None:
 # ------------------------------------------------------------------ killed
 
 
+@pytest.mark.process
 def test_some_kills(tmp_path: Path) -> None:
     """A short form of the script's 200."""
     faults = Faults(tmp_path, seed=3)
@@ -133,6 +134,7 @@ def in_a_mount(tmp_path: Path, mount: str, code: str) -> str:
     pytest.skip("needs to mount a small file system, which is not allowed here")
 
 
+@pytest.mark.process
 def test_full_disk(tmp_path: Path) -> None:
     out = in_a_mount(
         tmp_path,
@@ -169,6 +171,7 @@ def test_full_disk(tmp_path: Path) -> None:
     assert "cannot be written (No space left on device); nothing was changed" in out and out.endswith("fine\n")
 
 
+@pytest.mark.process
 def test_read_only_folder(tmp_path: Path, gallery: Gallery) -> None:
     gallery.close()
     out = in_a_mount(
@@ -308,6 +311,7 @@ for i in range(8):
 """
 
 
+@pytest.mark.process
 def test_two_processes_write(gallery: Gallery) -> None:
     code = PRELUDE + WRITER.format(path=str(gallery.path))
     writers = [subprocess.Popen([sys.executable, "-c", code, name]) for name in ("a", "b")]
@@ -383,6 +387,7 @@ def test_removed_faces_leave_no_trace(gallery: Gallery, indexed: bool, monkeypat
 # ------------------------------------------------------------------ odd and wrong input
 
 
+@pytest.mark.thorough
 def test_odd_ids_and_large_metadata(gallery: Gallery) -> None:
     odd = [
         "a'b",
@@ -664,6 +669,7 @@ def test_tiles_do_not_keep_files_open(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ disks and locks, closer
 
 
+@pytest.mark.process
 def test_every_amount_of_room(tmp_path: Path) -> None:
     """Whatever room is left, a commit is made, or refused without a trace."""
     out = in_a_mount(
@@ -716,6 +722,7 @@ def test_every_amount_of_room(tmp_path: Path) -> None:
         assert f"('{operation}', 'done')" in out and f"('{operation}', 'refused')" in out
 
 
+@pytest.mark.process
 def test_files_must_not_grow(tmp_path: Path, gallery: Gallery) -> None:
     """A full disk as every user can have it: a limit on the size of files."""
     gallery.close()
@@ -758,6 +765,7 @@ def test_versions_that_are_being_deleted_cannot_be_read(gallery: Gallery) -> Non
         gallery._store.snapshot(version - 1)
 
 
+@pytest.mark.process
 def test_readers_that_are_forgotten_do_not_block(gallery: Gallery) -> None:
     Gallery.open(gallery.path)  # and not closed
     reader = Gallery.open(gallery.path)

@@ -59,6 +59,9 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "none": {"where": "person = 'nobody'"},
     "few": {"where": "json_get_int(metadata, 'n') = 5", "explain": True, "threshold": 0.0},
     "without some": {"exclude": ["f4", "f850", "f100", "nobody"]},
+    "without an array of some": {"exclude": np.array(["f4", "nobody"])},
+    "without arrays of some": {"exclude": np.array([["f4"], ["f5"], ["f6"], ["f850"], ["f7"], ["f8"]])},
+    "without some of none": {"where": "person = 'none'", "exclude": ["f4"]},
     "without others": {"exclude": [["f4"], ["f5", "f6"], [], ["f850"], ["f7"], ["f8"]], "metadata": False},
     "explained": {"k": 3, "explain": True, "threshold": 0.2},
 }

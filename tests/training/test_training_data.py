@@ -290,5 +290,10 @@ def test_augmented_flips_and_greys(alteration: dict[str, float], changed: object
     torch.testing.assert_close(made.float(), changed(images).float(), atol=1.0, rtol=0)  # type: ignore[operator]
 
 
-def test_augmented_takes_small_pictures() -> None:
+def test_augmented_takes_small_and_empty_batches_and_names_bad_ones() -> None:
     assert augmented(smooth_faces(2, 16), AugmentConfig(blur=1.0, patch=1.0), generator()).shape == (2, 3, 16, 16)
+    assert augmented(smooth_faces(1)[:0], AugmentConfig(), generator()).shape == (0, 3, 112, 112)
+    with pytest.raises(TypeError, match=r"images: expected uint8, got torch\.float32"):
+        augmented(smooth_faces(1).float(), AugmentConfig(), generator())
+    with pytest.raises(ValueError, match=r"images: expected \[N, 3, H, W\], got \[3, 112, 112\]"):
+        augmented(smooth_faces(1)[0], AugmentConfig(), generator())

@@ -154,6 +154,8 @@ def test_losses_by_hand() -> None:
     genuine = np.mean([max(0, 1 - 0.25 - row[0]) ** 2 for row in rows])
     impostor = np.mean([max(0, x - 0.25) ** 2 for row in rows for x in row[1:]])
     assert float(contrastive(scores, people, 0.25)) == pytest.approx(genuine + impostor, rel=1e-6)
+    with pytest.raises(ValueError, match="loss: expected 'infonce', 'contrastive' or 'triplet', got 'hinge'"):
+        make_loss("hinge")
 
 
 def test_statistics_are_fixed_and_those_of_the_faces() -> None:

@@ -80,6 +80,7 @@ class TestHead:
             ({"cosine": 10.0, "detach": "attention"}, {}),
             ({"cosine": 10.0, "detach": "features"}, {"symmetric": False}),
             ({"cosine": 0.0, "contrast": 1.0, "contrast_kind": "triplet", "contrast_margin": 1.5}, {}),
+            ({"cosine": 0.0, "contrast": 1.0, "contrast_kind": "contrastive"}, {}),
             (
                 {"cosine": 0.0, "contrast": 1.0, "others": 0.0},
                 {"start": "random", "channels": 6, "attention": "learned"},
@@ -93,6 +94,20 @@ class TestHead:
     def test_every_loss_falls(self, loss: dict[str, Any], model: dict[str, Any]) -> None:
         seen = losses(task(loss, **model), steps=60)
         assert seen[-1] < seen[0]
+
+    @pytest.mark.parametrize("kind", ["infonce", "contrastive", "triplet"])
+    def test_people_never_seen_are_told_apart_better(self, kind: str) -> None:
+        torch.manual_seed(0)
+        grids = SOURCES.maps.grids.float()
+        noise = torch.randn(grids.shape) * 2 * grids.std()
+        noise[:, :, grids.shape[2] // 3 :] *= 2
+        hard = dataclasses.replace(SOURCES, maps=Maps((grids + noise).half(), SOURCES.maps.embeddings))
+        loss = {"cosine": 0.0, "contrast": 1.0, "contrast_kind": kind, "others": 0.0}
+        random = {"start": "random", "channels": 12, "attention": "learned", "symmetric": False}
+        made = HeadTask(hard, experiment(loss, **random), HELD_OUT)
+        before = made.evaluate(made.module)["auc"]
+        seen = losses(made, steps=60)
+        assert seen[-1] < 0.5 * seen[0] and made.evaluate(made.module)["auc"] > before + 0.05
 
     @pytest.mark.thorough
     def test_training_draws_scores_to_the_teachers_cosine(self) -> None:
@@ -174,7 +189,7 @@ class TestHead:
             HeadTask(without, experiment(), HELD_OUT)
 
     def test_held_out_people_by_every_rule(self, tmp_path: Path) -> None:
-        (tmp_path / "list.txt").write_text("P01\nnobody\n")
+        (tmp_path / "list.txt").write_text(" P01 \n\nnobody\n")
         (tmp_path / "pairs.txt").write_text("1\t1\nP02\t1\t2\nP03\t1\tP04\t1\n")
         names = SOURCES.pictures.names
         data = DataConfig("x", held_out_list=str(tmp_path / "list.txt"), pairs=str(tmp_path / "pairs.txt"), folds=(1,))

@@ -17,6 +17,7 @@ from xcos_ext.io.text import first_line
 
 from .feature_map import FeatureMap, is_map_shape, shown, with_choice
 from .followed import BATCH_NORMS, Followed, follow
+from .modes import kept_modes
 from .recogniser import Recogniser
 
 __all__ = ["LayerRecogniser", "from_layer", "layer_feature_maps"]
@@ -143,14 +144,9 @@ class LayerRecogniser(Recogniser):
 @contextlib.contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode, without gradients; every submodule's own mode afterwards."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
+    with kept_modes(module), torch.no_grad():
+        module.eval()
+        yield
 
 
 def _apart(block: nn.Module, body: nn.Module) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,7 +87,8 @@ class FMRCurve:
             raise ValueError("upper95: expected bounds that are not below the rates")
         if not 0 < self.smallest <= 1:
             raise ValueError(f"smallest: expected a rate in (0, 1], got {self.smallest}")
-        if self.pairs < 1 or (self.people is not None and self.people < 1):
+        counts = [self.pairs] if self.people is None else [self.pairs, self.people]
+        if not all(isinstance(count, int) and count >= 1 for count in counts):
             raise ValueError(f"pairs, people: expected positive numbers, got {self.pairs}, {self.people}")
 
     def at(self, score: float) -> FMRAtScore:
@@ -116,9 +117,9 @@ class FMRCurve:
         """The curve that :meth:`as_dict` wrote.
 
         Raises:
-            ValueError, TypeError: not such data.
+            ValueError, TypeError, KeyError: not such data.
         """
-        return cls(**data)
+        return cls(**{entry.name: data[entry.name] for entry in fields(cls)})
 
 
 def checked_thresholds(data: Mapping[Any, Any]) -> dict[float, float]:

@@ -56,7 +56,8 @@ class TemplateLayout:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(self.grid))
-        if len(self.grid) != 2 or min(*self.grid, self.channels) < 1 or self.hidden < 0:
+        whole = all(isinstance(size, int) for size in (*self.grid, self.channels, self.hidden))
+        if not whole or len(self.grid) != 2 or min(*self.grid, self.channels) < 1 or self.hidden < 0:
             raise ValueError(f"templates: expected a grid (H, W) of cells with channels, got {self}")
 
     @property
@@ -167,11 +168,11 @@ class OnnxCard:
                 raise ValueError(f"kind {values['kind']!r}")
             if values["threshold"] is not None and not math.isfinite(values["threshold"]):
                 raise ValueError("threshold is not finite")
-            curve = json.loads(found["fmr_curve"])
+            layout, curve = json.loads(found["templates"]), json.loads(found["fmr_curve"])
             return cls(
                 preprocessing=Preprocessing(**json.loads(found["preprocessing"])),
                 opset=opset,
-                layout=TemplateLayout(**json.loads(found["templates"])),
+                layout=TemplateLayout(layout["grid"], layout["channels"], layout["hidden"]),
                 fmr_thresholds=checked_thresholds(json.loads(found["fmr_thresholds"])),
                 fmr_curve=None if curve is None else FMRCurve.from_dict(curve),
                 **values,

@@ -42,10 +42,17 @@ def info(gallery: str, as_json: bool) -> int:
 @options.gallery
 @click.argument("ids", nargs=-1)
 @click.option("--person", "persons", multiple=True, metavar="NAME", help="All faces of a person; repeatable.")
+@click.option("--ids-from", metavar="FILE", type=click.Path(allow_dash=True), help="Ids, one a line; - is stdin.")
 @options.as_json
-def remove(gallery: str, ids: tuple[str, ...], persons: tuple[str, ...], as_json: bool) -> int:
+def remove(gallery: str, ids: tuple[str, ...], persons: tuple[str, ...], ids_from: str | None, as_json: bool) -> int:
     """Remove faces: all that are named, or none if one is not there."""
     chosen = list(ids)
+    if ids_from is not None:
+        try:
+            with click.open_file(ids_from, encoding="utf-8") as file:
+                chosen += [line.rstrip("\n") for line in file if line.rstrip("\n")]
+        except (OSError, UnicodeDecodeError) as error:
+            raise GalleryError(f"{ids_from}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     with open_gallery(gallery) as opened:
         for person in persons:
             found = opened.ids_of(person)
@@ -53,7 +60,7 @@ def remove(gallery: str, ids: tuple[str, ...], persons: tuple[str, ...], as_json
                 raise GalleryError(f"--person: expected a person of the gallery, got {person!r}")
             chosen += found
         if not chosen:
-            raise GalleryError("ids: expected at least one, or --person, got none")
+            raise GalleryError("ids: expected at least one, or --person or --ids-from, got none")
         count = opened.remove(chosen)
         left = len(opened)
     if as_json:
@@ -65,11 +72,18 @@ def remove(gallery: str, ids: tuple[str, ...], persons: tuple[str, ...], as_json
 
 @options.command("compact")
 @options.gallery
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    metavar="SECONDS",
+    help="To wait for readers of old versions.",
+)
 @options.as_json
-def compact(gallery: str, as_json: bool) -> int:
+def compact(gallery: str, timeout: float, as_json: bool) -> int:
     """Delete removed faces from the disk, with all old versions."""
     with open_gallery(gallery) as opened:
-        report = opened.compact()
+        report = opened.compact(timeout=timeout)
         faces = len(opened)
     if as_json:
         print_json({**report, "faces": faces})

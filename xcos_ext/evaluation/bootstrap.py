@@ -58,6 +58,8 @@ class Resampling:
     def draw(self, rng: np.random.Generator, replicates: int) -> NDArray[np.int64]:
         """Weights [replicates, N]."""
         drawn = rng.multinomial(self.units, np.full(self.units, 1 / self.units), replicates)
+        if self.unit == "pairs":
+            return drawn
         first, second = self._ids
         return np.where(first == second, drawn[:, first], drawn[:, first] * drawn[:, second])
 

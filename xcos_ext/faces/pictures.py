@@ -123,9 +123,6 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> np.ndarray:
     if max_pixels < 1:
         raise ValueError(f"max_pixels: expected a positive number of pixels, got {max_pixels}")
     image_module = need("PIL.Image", "reading pictures")
-    if not file.read(1):
-        raise PictureError(f"{name}: expected a picture, got an empty file")
-    file.seek(0)
     image_module.init()
     formats = [f for f in _FORMATS if f in image_module.OPEN]
     damage, size = "damaged picture: its header cannot be read", "its"
@@ -133,6 +130,9 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> np.ndarray:
         with warnings.catch_warnings():
             # Our own limit decides; Pillow's warnings about size and odd metadata would only confuse stderr.
             warnings.simplefilter("ignore")
+            if not file.read(1):
+                raise PictureError(f"{name}: expected a picture, got an empty file")
+            file.seek(0)
             with image_module.open(file, formats=formats) as picture:
                 size = f"{picture.width:,} x {picture.height:,}"
                 if picture.width * picture.height > max_pixels:

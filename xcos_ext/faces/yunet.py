@@ -49,7 +49,11 @@ class YuNetDetector:
     def __init__(self, path: str | os.PathLike[str], *, min_score: float = 0.6) -> None:
         if not 0 < min_score < 1:
             raise ValueError(f"min_score: expected a number between 0 and 1, got {min_score}")
-        network = np.frombuffer(readable_file(path, "a YuNet .onnx file").read_bytes(), np.uint8)
+        file = readable_file(path, "a YuNet .onnx file")
+        try:
+            network = np.frombuffer(file.read_bytes(), np.uint8)
+        except OSError as error:
+            raise ModelError(f"{display_name(path)}: cannot be read: {error.strerror or error}") from error
         cv2 = need("cv2", "face detection")
         try:
             create = cv2.FaceDetectorYN.create

@@ -340,7 +340,11 @@ class Gallery(Searcher):
         if not names:
             return 0
         with self._store.writer(self._timeout):
-            taken = self.refresh().positions(names)
+            newest, lock = self._store.snapshot()
+            try:
+                taken = newest.find(names)
+            finally:
+                lock.release()
             if taken and on_duplicate == "error":
                 raise GalleryError(
                     f"{where}: ids: expected new ones, got {_shown([i for i in names if i in taken])}, already "

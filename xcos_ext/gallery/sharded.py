@@ -215,7 +215,9 @@ def _short(value: Any) -> str:
         return f"{len(value)} faces {' '.join(_short(array) for array in arrays)}"
     digest = gallery_package("xxhash").xxh3_64_hexdigest
     if isinstance(value, (Tensor, np.ndarray)):
-        array = torch.as_tensor(value).detach().cpu().contiguous()
-        return f"{list(array.shape)} {digest(array.view(torch.uint8).numpy())}"
+        shape = list(value.shape)
+        if isinstance(value, Tensor):
+            value = value.detach().cpu().contiguous().view(torch.uint8).numpy()
+        return f"{shape} {digest(np.ascontiguousarray(value))}"
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:80]}... {digest(text.encode())}"

@@ -83,11 +83,14 @@ class Store:
         A newest manifest that cannot be read and was never logged does not count: the machine's end cut its commit
         short, of which nobody has been told.
         """
-        chosen: list[int | None] = [version]
-        if version is None and self.log:
-            chosen += self._versions()
+
+        def chosen() -> Iterator[int | None]:
+            yield version
+            if version is None and self.log:  # listed where the first one fails, and only there
+                yield from self._versions()
+
         failed: BaseException | None = None
-        for number in chosen:
+        for number in chosen():
             try:
                 return gallery_package("lance").dataset(str(self.data), version=number)
             except BaseException as error:
@@ -242,13 +245,14 @@ class Store:
     def delete(self, snapshot: Snapshot, places: np.ndarray) -> None:
         """Delete rows of the newest version in one commit; the caller is the writer."""
         lance = gallery_package("lance")
+        places = np.sort(places)
+        parts = np.split(places, np.searchsorted(places, [f.first for f in snapshot.fragments[1:]]))
         with self._changing() as (dataset, settle):
             changed, emptied = [], []
-            for f in snapshot.fragments:
-                offsets = places[(places >= f.first) & (places < f.first + f.rows)] - f.first
-                if len(offsets) == 0:
+            for f, part in zip(snapshot.fragments, parts, strict=True):
+                if len(part) == 0:
                     continue
-                rows = ",".join(map(str, ((f.number << 32) | offsets).tolist()))
+                rows = ",".join(map(str, ((f.number << 32) | (part - f.first)).tolist()))
                 left = dataset.get_fragment(f.number).delete(f"_rowaddr IN ({rows})")
                 if left is None:
                     emptied.append(f.number)

@@ -179,6 +179,8 @@ def _in_memory(pieces: Iterator[_Piece], snapshot: Snapshot, selected: np.ndarra
         if before is not None:  # the consumer has this one now, and is done with that
             before.release()
         before = piece
+    if before is not None:
+        before.release()
 
 
 def _upload(

@@ -43,7 +43,7 @@ def verify(store: Store, snapshot: Snapshot, tiles: TileCache, tick: Callable[[i
         positions = snapshot.positions(fragment.first + alive)
         start = read
         try:
-            for batch in snapshot.scan(columns, fragment, batch_size=_ROWS):
+            for batch in snapshot.scan(columns, fragment, batch_size=min(snapshot.layout.tile_rows, _ROWS)):
                 with reading(snapshot, fragment):
                     found = _damage(snapshot, batch, positions[read - start : read - start + batch.num_rows])
                 note(found, batch.num_rows)

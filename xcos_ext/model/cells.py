@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from xcos_ext.backbones.modes import kept_modes
 from xcos_ext.backbones.recogniser import Recogniser
 from xcos_ext.io.errors import ModelError
 
@@ -37,17 +36,6 @@ class _OutputBlock(nn.Module):
 
     def forward(self, grid: Tensor) -> Tensor:
         return self.recogniser.embed(grid)
-
-
-@contextlib.contextmanager
-def kept_modes(module: nn.Module) -> Iterator[None]:
-    """Puts training and evaluation mode of a module and all its parts back, whatever happens inside."""
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 # Gradients are needed here even when a caller loads models under inference_mode().

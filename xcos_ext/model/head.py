@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # also of several processes
 
 from xcos_ext.ops import XCosScore, xcos_score
 from xcos_ext.ops.grid_match import MATCH_TEMPERATURE, MATCHES, MOST_RADIUS, Match
@@ -133,7 +134,7 @@ class Head(nn.Module):
                 "scoring does not match cells with their neighbourhoods; score pairs with head.score, or call "
                 "head.set_matching(0) first"
             )
-        if any(isinstance(module, nn.BatchNorm2d) and module.training for module in self.modules()):
+        if any(isinstance(module, _BatchNorm) and module.training for module in self.modules()):
             raise RuntimeError(
                 "templates: expected a head in evaluation mode, got training mode: templates fold the statistics of "
                 "batch norm, which change with every batch there; call .eval() on the head first, which fixes the "

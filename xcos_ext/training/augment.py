@@ -86,10 +86,20 @@ def augmented(images: Tensor, config: AugmentConfig, generator: torch.Generator)
     Returns:
         uint8 [N, 3, H, W]. What comes in from outside is mirrored.
 
+    Raises:
+        TypeError: not uint8.
+        ValueError: another shape.
+
     >>> faces = torch.zeros(2, 3, 112, 112, dtype=torch.uint8)
     >>> augmented(faces, AugmentConfig(), torch.Generator().manual_seed(0)).shape
     torch.Size([2, 3, 112, 112])
     """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images: expected uint8, got {images.dtype}")
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"images: expected [N, 3, H, W], got {list(images.shape)}")
+    if not len(images):
+        return images.clone()
     draws = _Draws(len(images), generator)
     faces = _moved(images.float(), config, draws)
     faces = _coloured(faces, config, draws)

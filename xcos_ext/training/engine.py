@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from xcos_ext.backbones.modes import kept_modes
 from xcos_ext.io.atomic import OutputError
 from xcos_ext.io.errors import XCosError
-from xcos_ext.model.cells import kept_modes
 
 from .logs import Log, Means, Progress, tensorboard_writer
 from .optimiser import create_optimiser
@@ -148,6 +147,19 @@ class _Loss(nn.Module):
 
     def forward(self, batch: Any) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         return self._loss(batch)
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    """Every tensor of nested tuples, lists and dicts on a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: _to(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_to(value, device) for value in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_to(value, device) for value in batch)
+    return batch
 
 
 def _finite(loss: float, step: int) -> float:
@@ -314,7 +326,7 @@ class _Run:
         total: Tensor | float = 0.0
         for micro in range(config.accumulate):
             index, batch = next(batches)
-            batch = tree_map_only(Tensor, lambda tensor: tensor.to(self.device, non_blocking=True), batch)
+            batch = _to(batch, self.device)
             torch.manual_seed(derived_seed(index.seed, index.step, index.part, 1 << 20))
             shared = self.group.world == 1 or micro == config.accumulate - 1
             dtype = _DTYPES.get(config.amp)

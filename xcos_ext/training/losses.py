@@ -93,11 +93,17 @@ def make_loss(name: str, temperature: float = 0.05, margin: float | None = None)
     >>> scores = torch.tensor([[1.0, 0.8, 0.1], [0.8, 1.0, 0.3], [0.1, 0.3, 1.0]])
     >>> round(float(make_loss("triplet", margin=0.6)(scores, torch.tensor([0, 0, 1]))), 4)
     0.05
+
+    Raises:
+        ValueError: an unknown name.
     """
     if name == "infonce":
         return partial(infonce, temperature=temperature)
-    loss, usual = {"contrastive": (contrastive, 0.3), "triplet": (triplet, 0.2)}[name]
-    return partial(loss, margin=usual if margin is None else margin)
+    if name == "contrastive":
+        return partial(contrastive, margin=0.3 if margin is None else margin)
+    if name == "triplet":
+        return partial(triplet, margin=0.2 if margin is None else margin)
+    raise ValueError(f"loss: expected 'infonce', 'contrastive' or 'triplet', got {name!r}")
 
 
 def cosine_loss(scores: Tensor, cosines: Tensor, kind: Literal["mse", "l1"] = "mse") -> Tensor:

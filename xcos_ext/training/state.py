@@ -99,13 +99,15 @@ class Checkpoint(NamedTuple):
                 tensors[group][name] = tensor
         except (KeyError, ValueError) as error:
             raise ModelError(f"{path}: damaged checkpoint ({type(error).__name__}: {error})") from error
-        differences = {
-            "a training with other settings": (_flat(result.must_match), _flat(json.loads(json.dumps(must_match)))),
-            "another architecture": (_shapes(tensors["module"]), _shapes(module.state_dict())),
-        }
-        for what, (then, now) in differences.items():
+        settings = _flat(result.must_match), _flat(json.loads(json.dumps(must_match)))
+        shapes = _shapes(tensors["module"]), _shapes(module.state_dict())
+        for what, (then, now), said in (
+            ("a training with other settings", settings, repr),
+            ("another architecture", shapes, str),
+        ):
             different = [
-                f"{key} (checkpoint {then.get(key, 'nothing')}, now {now.get(key, 'nothing')})"
+                f"{key} (checkpoint {said(then[key]) if key in then else 'nothing'}, "
+                f"now {said(now[key]) if key in now else 'nothing'})"
                 for key in sorted(then.keys() | now.keys())
                 if then.get(key) != now.get(key)
             ]
@@ -118,11 +120,11 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in tensors.items()}
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested tables as ``table.key`` -> the value in words."""
-    result: dict[str, str] = {}
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as ``table.key`` -> value."""
+    result: dict[str, Any] = {}
     for key, value in values.items():
-        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": repr(value)}
+        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return result
 
 

@@ -211,7 +211,7 @@ class HeadTask:
     def describe(self) -> Mapping[str, Any]:
         """Settings, data and weights that a resumed training must share."""
         return {
-            "task": self.experiment.task,
+            "task": "head",
             # Wherever the weights lie, they must be the same.
             "model": dataclasses.asdict(self.experiment.model)
             | {"recogniser": fingerprint_weights(self.sources.recogniser)},
@@ -337,7 +337,7 @@ class ModelTask(HeadTask):
 
     def describe(self) -> Mapping[str, Any]:
         """The head's settings, and the body's."""
-        return {**super().describe(), "body": dataclasses.asdict(self.experiment.body)}
+        return {**super().describe(), "task": "model", "body": dataclasses.asdict(self.experiment.body)}
 
     def _grid(self, trained: Trained, chosen: Tensor, device: torch.device) -> Tensor:
         body = cast(Recogniser, trained.body)
@@ -361,5 +361,6 @@ def create(experiment: HeadExperiment, progress: Callable[[str, int, int], None]
         experiment: settings.
         progress: called with what is done, items done and items in all.
     """
-    sources = load_sources(experiment.data, experiment.model, flipped=experiment.loss.flipped, progress=progress)
+    flipped = experiment.loss.flipped and experiment.task == "head"  # of the pictures altered, the body sees others
+    sources = load_sources(experiment.data, experiment.model, flipped=flipped, progress=progress)
     return make_task(sources, experiment, held_out_people(experiment.data, sources.pictures.names))

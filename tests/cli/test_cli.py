@@ -553,3 +553,22 @@ def test_missing_packages_are_named() -> None:
         assert result.returncode == 2
         assert len(result.stderr.splitlines()) == 1
         assert package in result.stderr and "pip install 'xcos_ext[cli]'" in result.stderr, result.stderr
+
+
+def test_a_file_called_as_an_option_is_a_file(photos: dict[str, str]) -> None:
+    assert trouble(run("verify", "model", photos["a"])).startswith("xcos: model: no such file")
+
+
+def test_the_demo_measures_where_no_picture_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"_PAIRS": 8, "_GALLERY": 13_000, "_SECONDS": 0.001, "_SHARE": 8}.items():
+        monkeypatch.setattr(f"xcos_ext.cli.demo.{name}", value)
+    (tmp_path / "xcos_demo.png").mkdir()
+    monkeypatch.chdir(tmp_path)
+    found = run("demo", "--json")
+    assert found.exit_code == 0 and "no picture is drawn (choose a place with --out)" in found.stderr
+    assert "picture" not in strict(found.stdout)
+
+
+@pytest.mark.parametrize(("value", "message"), [("20,20", "whole number"), ("x", "whole number"), ("7", "at least 20")])
+def test_replicates_are_one_number(value: str, message: str) -> None:
+    trouble(run("evaluate", "verification", "--pairs", "pairs.txt", "--bootstrap", value), message)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from xcos_ext.io.atomic import OutputError, check_output
 from xcos_ext.io.errors import XCosError
 
 from . import options
-from .console import print_json, say_written, table, table_console
+from .console import note, print_json, say_written, table, table_console
 from .inputs import chosen_device
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ _SECONDS = 0.5  # of timing, for each of the two ways to do a job
 # fp32 sums of 1,568 products in another order
 _TOLERANCE = 2e-5
 _THRESHOLD = 0.25
+_DEFAULT_OUT = "xcos_demo.png"
 _PLANTED = 12_345
 
 #: Name, our way to do a job and plain torch's; both give the same tensors.
@@ -36,13 +38,19 @@ Job = tuple[str, Callable[[], "Sequence[Tensor]"], Callable[[], "Sequence[Tensor
 
 @options.command("demo")
 @options.device
-@options.figure("--out", "a generated pair", default="xcos_demo.png")
+@options.figure("--out", f"a generated pair, {_DEFAULT_OUT} by default")
 @options.as_json
-def run(device: str, out: str, as_json: bool) -> int:
+def run(device: str, out: str | None, as_json: bool) -> int:
     """Pair scoring, gradients and a gallery search on generated feature maps, timed beside plain torch."""
+    if out is None:
+        try:
+            out = check_output(_DEFAULT_OUT, (".png",))
+        except OutputError as error:
+            note(f"{error}; no picture is drawn (choose a place with --out)")
     data = measure(chosen_device(device))
-    _draw(out)
-    data["picture"] = out
+    if out is not None:
+        _draw(out)
+        data["picture"] = out
     if as_json:
         print_json(data)
     else:
@@ -210,4 +218,4 @@ def _print(data: dict[str, Any]) -> None:
         f"{first['face']} scores {first['score']:.3f}, the next {others}"
     )
     click.echo(f"results agree: {'yes' if data['agree'] else 'NO'}")
-    say_written(("picture", data["picture"]))
+    say_written(("picture", data.get("picture")))

@@ -114,9 +114,15 @@ def run(
     """
     from xcos_ext.io.optional import need
 
-    # Cheap checks first: they are before the imports and the work that take seconds and minutes.
+    # Cheap checks first: they are before the work that takes seconds and minutes.
     if only_teacher and teacher is None:
         raise XCosError("--only-teacher: expected --teacher WEIGHTS with it, got none")
+    if explainers:
+        from xcos_ext.explain.explainers import available
+
+        for name in explainers:
+            if name not in available():
+                raise XCosError(f"--explainer: expected some of {', '.join(available())}, got {name!r}")
     for package in ("sklearn", "scipy"):
         need(package, "evaluation")
     model_path = None if only_teacher else check_model_path(model)
@@ -191,7 +197,11 @@ def _models(model_path: str | None, teacher_path: str | None, device: str) -> It
     if model_path is not None:
         yield XCosPairs(load(model_path, device))
     if teacher_path is not None:
-        yield EmbeddingCosine(load_recogniser(teacher_path, device).eval())
+        recogniser = load_recogniser(teacher_path, device).eval()
+        try:
+            yield EmbeddingCosine(recogniser)
+        except ValueError as error:
+            raise XCosError(f"{display_name(teacher_path)}: {error}") from error
 
 
 def _draw(results: Sequence[Faithfulness], path: str) -> None:

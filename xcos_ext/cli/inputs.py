@@ -151,8 +151,11 @@ def opened_pairs(
     from xcos_ext.evaluation.datasets import open_pairs
 
     listed = open_pairs(pairs, root, format=list_format)
-    make = detector_maker(detector, aligned or listed.aligned)
-    return listed, None if make is None else make()
+    if aligned or listed.aligned:
+        return listed, None
+    from xcos_ext.faces import create_detector
+
+    return listed, create_detector(detector)
 
 
 def write_text(path: str, text: str) -> None:

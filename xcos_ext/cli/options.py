@@ -23,8 +23,10 @@ class Command(click.Command):
             return super().invoke(ctx)
         except (ValueError, XCosError) as error:
             name, colon, why = str(error).partition(":")
+            # What is said of a file starts with its name, which may be that of an option.
+            wrong = colon and why.startswith(" expected")
             for option in self.params:
-                if colon and option.opts[0].startswith("--") and name in (option.name, option.opts[0][2:]):
+                if wrong and option.opts[0].startswith("--") and name in (option.name, option.opts[0][2:]):
                     error.args = (f"{option.opts[0]}:{why}",)
             raise
 
@@ -64,7 +66,10 @@ def integers(value: str) -> tuple[int, ...]:
 
 def replicates(value: str) -> int:
     """How often the bootstrap draws."""
-    (count,) = integers(value)
+    try:
+        count = int(value)
+    except ValueError as error:
+        raise click.BadParameter(f"expected a whole number, got {value!r}") from error
     if count != 0 and count < 20:
         raise click.BadParameter(f"expected 0 or at least 20, got {count}")
     return count

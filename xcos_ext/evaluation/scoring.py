@@ -148,21 +148,22 @@ def extractor(model: XCosModel, recogniser: Recogniser | None, flip: bool) -> Ex
         and (recogniser is model.backbone or fingerprint_weights(recogniser) == fingerprint_weights(model.backbone))
     )
 
-    def once(pictures: Pictures) -> dict[str, Tensor]:
-        images = model.preprocessing(pictures).to(device)
+    def once(images: Tensor, others: Tensor | None) -> dict[str, Tensor]:
         if shared:
             assert isinstance(model.backbone, Recogniser)
             grid = model.backbone.grid(images)
             return {"features": model.head.features(grid), "embedding": model.backbone.embed(grid)}
         found = {"features": model.features(images)}
-        if recogniser is not None:
-            found["embedding"] = recogniser(recogniser.preprocessing(pictures).to(device))
+        if recogniser is not None and others is not None:
+            found["embedding"] = recogniser(others)
         return found
 
     def extract(pictures: Pictures) -> dict[str, Tensor]:
-        found = once(pictures)
+        images = model.preprocessing(pictures).to(device)
+        others = None if recogniser is None or shared else recogniser.preprocessing(pictures).to(device)
+        found = once(images, others)
         if flip:
-            mirrored = once([picture[:, ::-1] for picture in pictures])
+            mirrored = once(images.flip(3), None if others is None else others.flip(3))
             # Flipped back in width, so that every cell meets the same part of the face.
             found["features"] = (found["features"] + mirrored["features"].flip(3)) / 2
             if "embedding" in found:

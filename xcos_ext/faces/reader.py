@@ -99,7 +99,7 @@ def extract_face(
         if (height, width) != size:
             raise PictureError(
                 f"{name}: expected an aligned crop of {size[1]} x {size[0]} pixels, got {width} x {height}; an "
-                "ordinary photograph needs a detector (no --aligned)"
+                "ordinary photograph needs a detector"
             )
         return AlignedFace(rgb, name, None, 1)
     faces = detector.detect(rgb)

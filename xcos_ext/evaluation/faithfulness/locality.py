@@ -30,13 +30,15 @@ class LocalityRow:
 
     Attributes:
         fill: what took the place of a cell's pixels.
-        own: mean over pairs and cells of |dS_ij| / sum |dS|, without the occlusions that changed no cell.
+        own: mean over pairs and cells of |dS_ij| / sum |dS|.
         neighbourhood: the same of the 3x3 cells around (fewer at the edge).
+        unmoved: share of the occlusions that changed no cell; left out of the means.
     """
 
     fill: str
     own: Estimate
     neighbourhood: Estimate
+    unmoved: float
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ def locality(study: Study, explainers: Sequence[Explainer] = ()) -> Locality:
             answers = torch.stack([change.diagonal(), (change * near).sum(1)])
             shares[fill][:, number] = answers / change.sum(1)  # NaN where nothing changed
     estimator = study.estimator(found)
-    rows = tuple(
-        LocalityRow(fill, *map(estimator.mean, np.ma.masked_invalid(both).mean(2).filled(np.nan)))
-        for fill, both in shares.items()
-    )
-    return Locality(rows, estimator.unit, len(found), 1 / cells, near.double().mean().item(), passed)
+    rows = []
+    for fill, both in shares.items():
+        own, around = map(estimator.mean, np.ma.masked_invalid(both).mean(2).filled(np.nan))
+        rows.append(LocalityRow(fill, own, around, float(np.isnan(both[0]).mean())))
+    return Locality(tuple(rows), estimator.unit, len(found), 1 / cells, near.double().mean().item(), passed)

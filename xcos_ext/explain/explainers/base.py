@@ -79,11 +79,15 @@ class BatchedExplainer(ABC):
         module = getattr(model, "module", None)
         if isinstance(module, nn.Module) and any(part.training for part in module.modules()):
             raise ValueError("model: expected evaluation mode, got training mode; call .eval() first")
+        self._check(model)
         size = self.batch_size or _AT_ONCE.get(a.device.type, _AT_ONCE_ELSEWHERE)
         # A single batch stays the tensors themselves: a model may remember what it has seen.
         parts = [(a, b)] if len(a) <= size else zip(a.split(size), b.split(size), strict=True)
         made = [self._maps(model, part_a, part_b, size) for part_a, part_b in parts]
         return Saliency(*(torch.cat(maps) for maps in zip(*made, strict=True)))
+
+    def _check(self, model: PairModel) -> None:  # noqa: B027 - most methods fit every model
+        """Refuse, before anything is computed, what the method does not fit."""
 
     @abstractmethod
     def _maps(self, model: PairModel, a: Tensor, b: Tensor, size: int) -> Saliency:
@@ -93,11 +97,16 @@ class BatchedExplainer(ABC):
 class GradientExplainer(BatchedExplainer):
     """Maps from gradients of the score, whatever the caller's mode of gradients is; arguments as for its base."""
 
-    @torch.enable_grad()
-    def _maps(self, model: PairModel, a: Tensor, b: Tensor, size: int) -> Saliency:
+    @torch.inference_mode(False)
+    def __call__(self, model: PairModel, a: Tensor, b: Tensor) -> Saliency:
+        """See :meth:`BatchedExplainer.__call__`."""
         module = getattr(model, "module", None)
         if isinstance(module, nn.Module) and any(t.is_inference() for t in (*module.parameters(), *module.buffers())):
             model = copy.deepcopy(model)  # no gradient goes through what was made under inference mode
+        return super().__call__(model, a, b)
+
+    @torch.enable_grad()
+    def _maps(self, model: PairModel, a: Tensor, b: Tensor, size: int) -> Saliency:
         with torch.no_grad():
             features_b = model.features(b).clone()
         return self._gradient_maps(model, a.detach().clone(), features_b, size)

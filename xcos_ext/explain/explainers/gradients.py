@@ -74,9 +74,12 @@ class FGGB(GradientExplainer):
         self.clip = clip
         self.vectorised = vectorised
 
-    def _gradient_maps(self, model: PairModel, a: Tensor, features_b: Tensor, size: int) -> Saliency:
+    def _check(self, model: PairModel) -> None:
         if self.units == "cells" and not isinstance(model, XCosPairs):
             raise ValueError(f"units: expected 'channels' for a model without cells, got 'cells' ({model.name})")
+        threshold_of(model, self.threshold, "the worth of a channel")
+
+    def _gradient_maps(self, model: PairModel, a: Tensor, features_b: Tensor, size: int) -> Saliency:
         threshold = threshold_of(model, self.threshold, "the worth of a channel")
         images = a.requires_grad_()
         units, shares = self._units(model, images, features_b)
@@ -146,6 +149,9 @@ class XSSAB(GradientExplainer):
     def __init__(self, *, threshold: float | None = None, batch_size: int | None = None) -> None:
         super().__init__(batch_size)
         self.threshold = check_threshold(threshold)
+
+    def _check(self, model: PairModel) -> None:
+        threshold_of(model, self.threshold, "the support of a channel")
 
     def _gradient_maps(self, model: PairModel, a: Tensor, features_b: Tensor, size: int) -> Saliency:
         threshold = threshold_of(model, self.threshold, "the support of a channel")

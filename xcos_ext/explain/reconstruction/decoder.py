@@ -344,6 +344,7 @@ def load_decoder(path: StrPath) -> FeatureDecoder:
             f"{path}: damaged decoder's file: {len(wrong)} tensors are missing, unknown or of another shape, "
             f"e.g. {wrong[0]}"
         )
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
     if not all(tensor.isfinite().all() for tensor in tensors.values()) or (tensors["scale"] <= 0).any():
         raise ModelError(f"{path}: damaged decoder's file: it holds values that are not finite, or scales of zero")
     decoder.load_state_dict(tensors)

@@ -225,6 +225,8 @@ def test_other_refusals() -> None:
         plug(net)
     with pytest.raises(ValueError, match="give one of them, not both"):
         plug(net, [torch.randn(1, 3, 112, 112)], statistics="x")
+    with pytest.raises(TypeError, match="statistics: expected a path or PlugStatistics, got int"):
+        plug(net, statistics=123)
     with pytest.raises(ValueError, match="project: expected a positive integer or None, got 0"):
         plug(net, [torch.randn(1, 3, 112, 112)], project=0)
     with pytest.raises(ValueError, match=r"project: expected 1..7, got 32"):

@@ -154,7 +154,7 @@ def plan(settings: Settings) -> dict[tuple[str, str, int], list[Key]]:
             continue
         runtimes = [r for r in stage.runtimes or settings.runtimes if r == "native" or r in settings.runtimes]
         ways = settings.devices, sorted(settings.batches), runtimes, settings.dtypes
-        for device, batch, runtime, dtype in dict.fromkeys(itertools.product(*ways)):
+        for device, batch, runtime, dtype in itertools.product(*ways):
             way = ("cpu", PIXELS, 1) if stage.of_pictures else (device, dtype, batch)
             key = Key(name, runtime, *way)
             groups.setdefault(key.group, []).append(key)

@@ -173,6 +173,8 @@ def _known_statistics(
         known = found
     elif isinstance(statistics, PlugStatistics):
         known, origin = statistics, "statistics"
+    elif not isinstance(statistics, str | os.PathLike):
+        raise TypeError(f"statistics: expected a path or PlugStatistics, got {type(statistics).__name__}")
     else:
         known, origin = PlugStatistics.load(statistics), os.fspath(statistics)
     if known.fingerprint != fingerprint:

@@ -223,7 +223,7 @@ def _timed(
 
 
 def _finished(explainer: Explainer, model: PairModel, a: Tensor, b: Tensor) -> None:
-    """Make maps, and wait until a GPU has made them: explainers are host and device in turn, so the host's time counts."""
+    """Make maps, and wait until a GPU has made them: the host's own time counts."""
     explainer(model, a, b)
     if a.is_cuda:
         torch.cuda.synchronize(a.device)

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import xcos_ext
 from xcos_ext import reference
+from xcos_ext.model import XCosAttention, XCosHead
 
 MODE_VALUES = {"uniform": 0, "norm": 1, "weights": 2, "weights_shared": 2, "logits": 3, "logits_shared": 3}
 
@@ -86,6 +87,45 @@ def test_compile_with_inductor(device):
     (expected,) = torch.autograd.grad(loss(a, b), a)
     (actual,) = torch.autograd.grad(compiled(a, b), a)
     torch.testing.assert_close(actual, expected)
+
+
+RESULTS = {
+    "score": lambda a, faces: xcos_ext.xcos_score(a, a, return_maps=True),
+    "match": lambda a, faces: xcos_ext.grid_match(a, a, return_offsets=True),
+    "maps": lambda a, faces: xcos_ext.xcos_maps(faces, faces, torch.tensor([[0, 1]]), threshold=0.1),
+    "topk": lambda a, faces: xcos_ext.xcos_topk(faces, faces, 1),
+}
+
+
+@pytest.mark.parametrize("result", RESULTS)
+def test_results_can_be_saved_and_exported(result, tmp_path):
+    features = torch.randn(2, 6, 3, 3)
+    faces = xcos_ext.Templates.from_features(features)
+    made = RESULTS[result](features, faces)
+    torch.save(made, tmp_path / "result.pt")
+    loaded = torch.load(tmp_path / "result.pt", weights_only=True)
+    assert type(loaded) is type(made)
+    torch.testing.assert_close(tuple(loaded), tuple(made))
+
+    class Same(torch.nn.Module):
+        def forward(self, x):
+            return type(made)(*(x + i for i in range(len(made))))
+
+    torch.export.save(torch.export.export(Same(), (features,)), tmp_path / "result.pt2")
+    assert type(torch.export.load(tmp_path / "result.pt2").module()(features)) is type(made)
+
+
+def test_templates_can_be_saved_and_are_checked_when_loaded(tmp_path):
+    head = XCosHead(6, 6, projection="none", attention=XCosAttention(6)).eval()
+    probes = head.templates(torch.randn(2, 6, 3, 3)).detach()
+    torch.save(probes, tmp_path / "faces.pt")
+    loaded = torch.load(tmp_path / "faces.pt", weights_only=True)
+    gallery = head.templates(torch.randn(3, 6, 3, 3), "gallery")
+    assert torch.equal(xcos_ext.xcos_matrix(loaded, gallery), xcos_ext.xcos_matrix(probes, gallery))
+    object.__setattr__(probes, "norms", probes.norms[:1])
+    torch.save(probes, tmp_path / "faces.pt")
+    with pytest.raises(ValueError, match=r"norms: expected shape \[2, 9\]"):
+        torch.load(tmp_path / "faces.pt", weights_only=True)
 
 
 @pytest.mark.parametrize("strict", [False, True])

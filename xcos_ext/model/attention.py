@@ -297,10 +297,9 @@ class XCosAttention(nn.Module):
         for parameter in self.parameters():
             exact = torch.promote_types(exact, parameter.dtype)
         wide = result_dtype(storage)
-        needs_grad = features.requires_grad or any(p.requires_grad for p in self.parameters())
         with exact_convolutions(features.device):
             parts, weight = self._face_parts(role, storage, exact)
-            unit, norms, projection, bias = in_chunks(parts, features, whole=torch.is_grad_enabled() and needs_grad)
+            unit, norms, projection, bias = in_chunks(parts, features, *self.parameters())
         parameters = AttentionParameters(
             weight=weight.to(wide),
             slope=weight.new_ones(1, dtype=wide)

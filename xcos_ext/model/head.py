@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # also of several processes
 
 from xcos_ext.ops import XCosScore, xcos_score
+from xcos_ext.ops._library import forward_mode
 from xcos_ext.ops.grid_match import MATCH_TEMPERATURE, MATCHES, MOST_RADIUS, Match
 from xcos_ext.ops.templates import FixedAttention, Role, Templates, check_features, check_role
 from xcos_ext.ops.xcos_head import HEAD_MOST_CELLS, HeadParameters, xcos_head
@@ -162,6 +163,7 @@ class Head(nn.Module):
             or _exporting()
             or torch.jit.is_tracing()
             or torch._C._are_functorch_transforms_active()
+            or forward_mode(a, b)
         ):
             return None
         shape, dtype = a.shape, a.dtype

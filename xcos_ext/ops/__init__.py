@@ -3,6 +3,7 @@
 Importing this package loads the compiled library and registers ``torch.ops.xcos_ext.*``.
 """
 
+from . import _forward_mode as _forward_mode
 from ._library import build_info
 from .grid_cosine import grid_cosine
 from .grid_match import GridMatch, grid_match

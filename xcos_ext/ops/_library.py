@@ -4,6 +4,8 @@ An eager call takes the shortest way that is right:
 
 * nothing to differentiate: straight to the CPU or CUDA kernel (about 3 us for one pair on a CPU);
 * something to differentiate: the operator's ``autograd.Function``;
+* something to differentiate in forward mode (``torch.func.jvp``, ``jacfwd``, ``torch.autograd.forward_ad``): the
+  operator in plain torch, of :mod:`xcos_ext.reference`, which has derivatives of every kind and order;
 * inside ``torch.compile``, ``torch.export`` or a ``torch.func`` transform: the registered operator, whose autograd,
   autocast and vmap kernels are the same function and rules.
 """
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch  # first: it loads the libraries that xcos_ext._C is linked against
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._vmap import unfold
 
@@ -27,8 +30,12 @@ __all__ = [
     "build_info",
     "compiled",
     "differentiable",
+    "forward_mode",
+    "inference_only",
     "library",
+    "plain_forms",
     "promote_under_autocast",
+    "tracked",
 ]
 
 
@@ -60,6 +67,9 @@ compiled = _load()
 # Fragment of the library that the compiled code defined; it must outlive the module.
 library = torch.library.Library("xcos_ext", "FRAGMENT")
 
+#: Operators in plain torch, by name with overload; _forward_mode.py, which knows them all, fills it.
+plain_forms: dict[str, Callable[..., Any]] = {}
+
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
@@ -77,10 +87,28 @@ def build_info() -> dict[str, Any]:
     return compiled.build_info()
 
 
+def forward_mode(*values: Any) -> bool:
+    """Whether one of the values may have a tangent, which a kernel would lose without a word."""
+    if forward_ad._current_level < 0:
+        return False
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if torch._C._are_functorch_transforms_active():  # some of which cannot be asked for tangents
+        return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def tracked(*tensors: Tensor | None) -> bool:
+    """Whether what is computed from the tensors is to be differentiated."""
+    wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return wanted or forward_mode(*tensors)
+
+
 def apply(function: type[torch.autograd.Function], op: Any, needs_grad: bool, *args: Any) -> Any:
     """Calls an operator on the shortest right way; see the module's docstring."""
     if torch.compiler.is_compiling():
         return op(*args)
+    if forward_ad._current_level >= 0 and forward_mode(*args):
+        return plain_forms.get(getattr(function, "operator", ""), function.apply)(*args)
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     if needs_grad and torch.is_grad_enabled():
@@ -108,6 +136,12 @@ def backward_function(name: str, op: Any, vmap_rule: Callable[..., Any] | None =
     Without it, a gradient penalty on a constant incoming gradient would silently get no gradient at all.
     """
 
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError(
+            f"{name}: double backward is not implemented; xcos_ext.reference.{name} can be differentiated "
+            "any number of times"
+        )
+
     class Backward(torch.autograd.Function):
         @staticmethod
         def forward(*args: Any) -> Any:  # type: ignore[override]
@@ -118,18 +152,24 @@ def backward_function(name: str, op: Any, vmap_rule: Callable[..., Any] | None =
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             pass
 
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
-            raise RuntimeError(
-                f"{name}: double backward is not implemented; xcos_ext.reference.{name} can be differentiated "
-                "any number of times"
-            )
+        backward = jvp = staticmethod(refuse)  # type: ignore[assignment]
 
     library.impl(f"{name}_backward", Backward.apply, "Autograd")
     if vmap_rule is not None:
         Backward.vmap = staticmethod(vmap_rule)  # type: ignore[method-assign]
         torch.library.register_vmap(op, vmap_rule, lib=library)
     return Backward
+
+
+def inference_only(name: str, op: Any, check: Callable[..., None]) -> None:
+    """Register an autograd kernel for an operator without derivatives: ``check`` refuses to lose any."""
+
+    def kernel(*args: Any) -> Any:
+        check(*args)
+        with below_autograd():
+            return op(*args)
+
+    library.impl(name, kernel, "Autograd")
 
 
 def differentiable(
@@ -158,6 +198,7 @@ def differentiable(
 
     Function.setup_context = staticmethod(setup_context)  # type: ignore[method-assign]
     Function.backward = staticmethod(gradients)  # type: ignore[method-assign]
+    Function.operator = name  # type: ignore[attr-defined]
     library.impl(name, Function.apply, "Autograd")
     if fold_arguments is None:
         return Function

@@ -57,7 +57,8 @@ def grid_cosine(a: Any, b: Any, *, eps: float = 1e-6) -> Any:
 
     Returns:
         S [N, H, W] in [-1, 1] up to rounding: float64 for float64 features, else float32. A zero cell has cosine 0
-        and gradient 0; NaN stays in its own cell. Differentiable once, in a and b.
+        and gradient 0; NaN stays in its own cell. Differentiable once, in a and b, and any number of
+        times in forward mode.
 
     Raises:
         RuntimeError: An argument has the wrong rank, shape, dtype, device or value (ValueError for NumPy arrays).

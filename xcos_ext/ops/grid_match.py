@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._kept import kept
 from ._library import apply, library, promote_under_autocast
 from ._two_maps import two_map_operator
 
@@ -27,6 +28,7 @@ _forward_offsets = torch.ops.xcos_ext.grid_match.offsets
 _backward = torch.ops.xcos_ext.grid_match_backward.default
 
 
+@kept
 class GridMatch(NamedTuple):
     """Matched cosines with the neighbours that gave them.
 

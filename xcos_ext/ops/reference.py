@@ -5,14 +5,17 @@ Same signatures, contracts and results as :mod:`xcos_ext.ops`; slower, larger, a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .grid_match import GridMatch
-from .templates import AttentionParameters, Templates, check_sides, exact_convolutions, resolve_attention
+from .templates import Templates, check_sides, exact_convolutions, resolve_attention
 from .xcos_head import HeadLayer, HeadParameters
 from .xcos_maps import XCosMaps
+from .xcos_matrix import NORMALIZE
 from .xcos_score import XCosScore
 from .xcos_topk import XCosTopk
 
@@ -162,25 +165,37 @@ def xcos_score(
     return XCosScore(score, similarity, weights) if return_maps else score
 
 
-def _learned_weights(probes: Templates, gallery: Templates, parameters: AttentionParameters) -> Tensor:
+def _similarity(features_p: Tensor, features_g: Tensor) -> Tensor:
+    """S of all pairs of unit cells, [P, G, cells]."""
+    return torch.einsum("pic,gic->pgi", _accumulate(features_p), _accumulate(features_g))
+
+
+def _learned_weights(
+    projection_p: Tensor,
+    bias_p: Tensor,
+    projection_g: Tensor,
+    bias_g: Tensor,
+    weight: Tensor,
+    slope: Tensor,
+    height: int,
+    width: int,
+    normalize: int,
+    temperature: float,
+) -> Tensor:
     """W [P, G, cells] of learned attention, from what the templates keep (see csrc/core/xcos_matrix.h)."""
-    first, second = probes.as_probe(), gallery.as_gallery()
-    projection_p, projection_g = first.projection, second.projection
-    bias_p, bias_g = first.bias, second.bias
-    assert projection_p is not None and projection_g is not None and bias_p is not None and bias_g is not None
     weights = []
-    for order in range(parameters.orders):
+    for order in range(projection_p.shape[1]):
         u, minus_v = _accumulate(projection_p[:, None, order]), _accumulate(projection_g[None, :, order])
         if order == 1:  # the gallery face comes first
             u, minus_v = minus_v, u
         # At a tie -v takes the gradient, as in the kernels and, for the activation at 0, in torch's PReLU.
         hidden = torch.where((u > minus_v) | u.isnan(), u, minus_v)
-        maps = hidden.flatten(0, 1).unflatten(2, probes.grid)
+        maps = hidden.flatten(0, 1).unflatten(2, (height, width))
         with exact_convolutions(maps.device):
-            shared = F.conv2d(maps, parameters.weight[None], padding=1).view(len(probes), len(gallery), u.shape[-1])
-        logits = F.prelu(bias_p[:, None, order] + bias_g[None, :, order] + shared, parameters.slope)
-        if parameters.normalize == "softmax":
-            weights.append((logits / parameters.temperature).softmax(2))
+            shared = F.conv2d(maps, weight[None], padding=1).view(*hidden.shape[:2], height * width)
+        logits = F.prelu(bias_p[:, None, order] + bias_g[None, :, order] + shared, slope)
+        if normalize == NORMALIZE["softmax"]:
+            weights.append((logits / temperature).softmax(2))
         else:
             shifted = logits - logits.amin(2, keepdim=True)
             total = shifted.sum(2, keepdim=True)
@@ -189,13 +204,32 @@ def _learned_weights(probes: Templates, gallery: Templates, parameters: Attentio
     return torch.stack(weights).mean(0)
 
 
+def learned_scores(
+    features_p: Tensor,
+    projection_p: Tensor,
+    bias_p: Tensor,
+    features_g: Tensor,
+    projection_g: Tensor,
+    bias_g: Tensor,
+    *rest: Any,
+) -> Tensor:
+    """The compiled operator xcos_matrix, by its arguments: [P, G]."""
+    weights = _learned_weights(projection_p, bias_p, projection_g, bias_g, *rest)
+    return (weights * _similarity(features_p, features_g)).sum(2)
+
+
 def _all_maps(op: str, probes: Templates, gallery: Templates, attention: Tensor | str) -> tuple[Tensor, Tensor]:
     """S and W of all pairs, [P, G, cells] each."""
     check_sides(op, probes, gallery, attention)
     how = resolve_attention(op, attention, probes, gallery)
-    similarity = torch.einsum("pic,gic->pgi", _accumulate(probes.features), _accumulate(gallery.features))
+    similarity = _similarity(probes.features, gallery.features)
     if how.parameters is not None:
-        return similarity, _learned_weights(probes, gallery, how.parameters)
+        first, second, p = probes.as_probe(), gallery.as_gallery(), how.parameters
+        assert first.projection is not None and second.projection is not None
+        assert first.bias is not None and second.bias is not None
+        sides = (first.projection, first.bias, second.projection, second.bias)
+        options = (*probes.grid, NORMALIZE[p.normalize], p.temperature)
+        return similarity, _learned_weights(*sides, p.weight, p.slope, *options)
     if how.weights is not None:
         return similarity, how.weights[:, None].expand_as(similarity)
     product = probes.norms[:, None] * gallery.norms[None]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._library import below_autograd, library, promote_under_autocast
+from ._kept import kept
+from ._library import below_autograd, inference_only, library, promote_under_autocast, tracked
 from ._vmap import fold, unfold
 from .xcos_score import XCosScore
 
@@ -24,6 +25,7 @@ _forward = torch.ops.xcos_ext.xcos_head.default
 _forward_maps = torch.ops.xcos_ext.xcos_head.maps
 
 
+@kept
 class HeadLayer(NamedTuple):
     """A 3x3 convolution, the batch norm behind it (in evaluation mode) and a PReLU with one slope.
 
@@ -52,6 +54,7 @@ class HeadLayer(NamedTuple):
     norm_eps: float = 1e-5
 
 
+@kept
 class HeadParameters(NamedTuple):
     """The attention network of xCos (arXiv 2003.05383) as :class:`xcos_ext.model.XCosAttention` holds it.
 
@@ -135,24 +138,17 @@ def _fake_maps(
     return score, score.new_empty((n, h, w)), score.new_empty((n, h, w))
 
 
-def _refuse_gradients(a: Tensor, b: Tensor, parameters: list[Tensor]) -> None:
-    if not torch.is_grad_enabled():
-        return
-    if any(t.requires_grad for t in (a, b, *parameters)):
+def _refuse_gradients(a: Tensor, b: Tensor, parameters: list[Tensor], *_: Any) -> None:
+    if tracked(a, b, *parameters):
         raise RuntimeError(
-            f"{_OP}: expected no gradient to be asked for, got an argument that requires one: this operator is for "
-            "inference; wrap the call in torch.no_grad(), or call xcos_ext.reference.xcos_head or "
+            f"{_OP}: expected no gradient to be asked for, got an argument that requires one or has a tangent: this "
+            "operator is for inference; wrap the call in torch.no_grad(), or call xcos_ext.reference.xcos_head or "
             "xcos_ext.model.XCosHead.score, which can be differentiated"
         )
 
 
 def _register(name: str, op: Any) -> None:
-    def autograd_kernel(a: Tensor, b: Tensor, parameters: list[Tensor], *rest: Any) -> Any:
-        _refuse_gradients(a, b, parameters)
-        with below_autograd():
-            return op(a, b, parameters, *rest)
-
-    library.impl(name, autograd_kernel, "Autograd")
+    inference_only(name, op, _refuse_gradients)
 
     for device in ("CPU", "CUDA"):
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks
+from ._kept import kept
 from .templates import (
     AttentionParameters,
     Templates,
@@ -26,6 +27,7 @@ __all__ = ["XCosMaps", "xcos_maps"]
 _OP = "xcos_maps"
 
 
+@kept
 class XCosMaps(NamedTuple):
     """Scores of M pairs with what they are made of: ``score = (attention * similarity).sum((1, 2))``.
 
@@ -172,12 +174,11 @@ def xcos_maps(
             parts.append(attended * (similarity - threshold))
         return parts
 
-    tensors = [t for side in (first, second) for t in (side.features, side.norms, side.projection, side.bias)]
+    tensors = [*first.tensors, *second.tensors]
     if parameters is not None:
         tensors += [parameters.weight, parameters.slope]
-    needs_grad = any(t is not None and t.requires_grad for t in (*tensors, weights))
     with exact_convolutions(probes.device):
-        parts = in_chunks(compute, pairs, whole=torch.is_grad_enabled() and needs_grad)
+        parts = in_chunks(compute, pairs, *tensors, weights)
     score, *maps = parts
     maps = [part.unflatten(1, probes.grid) for part in maps]
     return XCosMaps(score, maps[0], maps[1], maps[2] if threshold is not None else None)

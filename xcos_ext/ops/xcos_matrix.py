@@ -10,7 +10,7 @@ from torch import Tensor
 from xcos_ext.io.text import byte_size
 
 from . import _checks
-from ._library import apply, backward_function, differentiable, library
+from ._library import apply, backward_function, differentiable, inference_only, library, tracked
 from .templates import Attention, Templates, check_sides, resolve_attention, result_dtype
 
 __all__ = ["xcos_matrix"]
@@ -21,7 +21,7 @@ _backward = torch.ops.xcos_ext.xcos_matrix_backward.default
 _fixed = torch.ops.xcos_ext.xcos_matrix_fixed.default
 
 # Values of the operators' `normalize` argument (Normalize in csrc/core/xcos_matrix.h).
-_NORMALIZE = {"softmax": 0, "min-shift": 1}
+NORMALIZE = {"softmax": 0, "min-shift": 1}
 _TENSORS = 8  # both sides' features, projection and bias; weight, slope
 
 # A smaller matrix is allocated without a look at what is free.
@@ -51,6 +51,16 @@ def _fake_fixed(
     probe_rows: Tensor, gallery_features: Tensor, probe_norms: Tensor | None, gallery_norms: Tensor | None
 ) -> Tensor:
     return probe_rows.new_empty((probe_rows.shape[0], gallery_features.shape[0]))
+
+
+def _refuse_gradients(*tensors: Tensor | None) -> None:
+    if tracked(*tensors):
+        raise RuntimeError(
+            f"{_OP}_fixed: expected tensors without gradients, got some with: it is for inference; {_OP} has them"
+        )
+
+
+inference_only(f"{_OP}_fixed", _fixed, _refuse_gradients)
 
 
 def _check_like(op: str, name: str, tensor: Tensor, dtype: torch.dtype, first: Tensor) -> None:
@@ -171,7 +181,7 @@ class AllPairs:
         if self.how.weights is None:
             norms = self.probe_norms[probes], self.norms(self.gallery.norms[gallery])
         tensors = (rows, features, *(norms or ()))
-        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        needs_grad = tracked(*tensors)
         if rows.device.type == "cpu" and not needs_grad:
             return _fixed(rows, features, *(norms or (None, None)))
         # A GPU multiplies rows of the stored type; gradients are those of the result's.
@@ -191,7 +201,7 @@ class AllPairs:
             tensors += [side.features[part], side.projection[part], side.bias[part]]
         tensors += [parameters.weight, parameters.slope]
         needs_grad = any(t.requires_grad for t in tensors)
-        options = (*self.probes.grid, _NORMALIZE[parameters.normalize], parameters.temperature)
+        options = (*self.probes.grid, NORMALIZE[parameters.normalize], parameters.temperature)
         return apply(_XCosMatrix, _forward, needs_grad, *tensors, *options)
 
 
@@ -255,7 +265,8 @@ def xcos_matrix(probes: Templates, gallery: Templates, attention: Tensor | str =
     convolution is linear over the two faces, so its parts are in the templates, and what depends on the pair (a
     maximum, the second convolution, the softmax) is computed in registers. Differentiable once to the features,
     projections and biases of both sides and to the attention's parameters; the backward pass computes the pairs again
-    instead of storing anything of their size, so that losses over all pairs of a batch are affordable.
+    instead of storing anything of their size, so that losses over all pairs of a batch are affordable. In forward mode
+    it is plain torch, differentiable any number of times, and holds [P, G, hidden, cells].
 
     Args:
         probes: :class:`xcos_ext.Templates` of the pairs' first faces, P of them.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
+from ._kept import kept
 from ._library import apply, backward_function, compiled, differentiable, library, promote_under_autocast
 from ._vmap import fold, fold_shared, unfold
 from .grid_match import MATCH_TEMPERATURE, Match, check_matching, grid_match
@@ -16,13 +17,14 @@ from .grid_match import MATCH_TEMPERATURE, Match, check_matching, grid_match
 __all__ = ["XCosScore", "xcos_score"]
 
 # Values of the operators' `mode` argument (Attention in csrc/core/types.h).
-_UNIFORM, _NORM, _WEIGHTS, _LOGITS = range(4)
+UNIFORM, NORM, WEIGHTS, LOGITS = range(4)
 
 _forward = torch.ops.xcos_ext.xcos_score.default
 _forward_maps = torch.ops.xcos_ext.xcos_score.maps
 _backward = torch.ops.xcos_ext.xcos_score_backward.default
 
 
+@kept
 class XCosScore(NamedTuple):
     """Score of N pairs with the maps that make it: ``score = (attention * similarity).sum((1, 2))``.
 
@@ -237,7 +239,8 @@ def xcos_score(
 
     Returns:
         score [N], float64 for float64 features, else float32; with ``return_maps`` an :class:`XCosScore` (for arrays
-        too). All three are differentiable once, in a, b and attention.
+        too). All three are differentiable once, in a, b and attention, and any number of times in forward mode
+        (``torch.func.jvp``), where the score is computed in plain torch.
 
     Raises:
         RuntimeError: An argument has the wrong rank, shape, dtype, device or value (ValueError for NumPy arrays).
@@ -249,13 +252,13 @@ def xcos_score(
     ([-1.0, -1.0], (2, 7, 7))
     """
     if attention is None:
-        mode, given = _UNIFORM, None
+        mode, given = UNIFORM, None
     elif isinstance(attention, str):
         if attention != "norm":
             raise RuntimeError(f"xcos_score: attention: expected None, 'norm' or a tensor, got {attention!r}")
-        mode, given = _NORM, None
+        mode, given = NORM, None
     else:
-        mode, given = (_LOGITS if logits else _WEIGHTS), attention
+        mode, given = (LOGITS if logits else WEIGHTS), attention
     if logits and given is None:
         raise RuntimeError(f"xcos_score: logits: expected False when attention is {attention!r}, got True")
     if match != "best" or type(radius) is not int or radius != 0:

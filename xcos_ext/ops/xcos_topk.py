@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from ._library import library
+from ._kept import kept
+from ._library import forward_mode, library
 from .templates import Templates
 from .xcos_matrix import AllPairs
 
@@ -28,6 +29,7 @@ _BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 32 << 20}
 _BLOCK_PROBES = 1024
 
 
+@kept
 class XCosTopk(NamedTuple):
     """The best gallery faces of P probes, best first; the lower index first where scores are equal.
 
@@ -239,6 +241,10 @@ def xcos_topk(
     ([0, 1, 2], [1.0, 1.0, 1.0])
     """
     pairs = AllPairs(_OP, probes, gallery, attention)
+    if forward_mode(*probes.tensors, *gallery.tensors, attention):
+        raise RuntimeError(
+            f"{_OP}: expected templates without tangents, got some with: a search has no derivatives; xcos_matrix has"
+        )
     k = checked_k(k)
     floor = checked_score(min_score)
     indices, mask = _checked_exclude(exclude, probes, gallery)

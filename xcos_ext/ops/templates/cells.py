@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import dtype_name
+from .._library import tracked
 
 __all__ = [
     "EPS",
@@ -83,9 +84,10 @@ def unit_cells(features: Tensor) -> tuple[Tensor, Tensor]:
     return cells / norms.clamp_min(EPS).unsqueeze(2), norms
 
 
-def in_chunks(compute: Callable[[Tensor], Sequence[Tensor]], faces: Tensor, *, whole: bool) -> Sequence[Tensor]:
-    """``compute`` on all faces at once, or on some thousand at a time; its outputs have the faces first."""
-    if whole or faces.shape[0] <= CHUNK:
+def in_chunks(compute: Callable[[Tensor], Sequence[Tensor]], faces: Tensor, *others: Tensor | None) -> Sequence[Tensor]:
+    """``compute`` on all faces at once where they or other tensors in it are differentiated, else on some thousand at a
+    time; its outputs have the faces first."""
+    if tracked(faces, *others) or faces.shape[0] <= CHUNK:
         return compute(faces)
     outputs: list[Tensor] = []
     for start in range(0, faces.shape[0], CHUNK):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from xcos_ext.io.fingerprint import fingerprint_state
 
 from .._checks import dtype_name
+from .._kept import kept_checked
 
 __all__ = ["AttentionParameters", "AttentionState"]
 
@@ -51,14 +52,12 @@ class AttentionState:
         return self._fingerprint
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return AttentionState.known, (self.fingerprint,)
+        return _known_state, (self.fingerprint,)
 
     @classmethod
     def known(cls, fingerprint: str) -> AttentionState:
         """The state that a stored fingerprint stands for."""
-        state = cls.__new__(cls)
-        state._extra, state._fingerprint, state._snapshot = "", fingerprint, None
-        return state
+        return _known_state(fingerprint)
 
     @classmethod
     def of(cls, module: nn.Module, settings: Mapping[str, Any]) -> AttentionState:
@@ -86,6 +85,15 @@ class AttentionState:
         return state
 
 
+def _known_state(fingerprint: str) -> AttentionState:
+    state = AttentionState.__new__(AttentionState)
+    state._extra, state._fingerprint, state._snapshot = "", fingerprint, None
+    return state
+
+
+torch.serialization.add_safe_globals([_known_state])  # unlike a class method
+
+
 class _Known(NamedTuple):
     aliases: list[Tensor]
     marks: list[tuple[Any, ...]]
@@ -97,6 +105,7 @@ _STATES: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionar
 _UNTRACKED: weakref.WeakKeyDictionary[nn.Module, AttentionState] = weakref.WeakKeyDictionary()
 
 
+@kept_checked
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionParameters:
     """The part of a learned attention network that every pair needs.

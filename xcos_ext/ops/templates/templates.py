@@ -23,12 +23,14 @@ import torch
 from torch import Tensor
 
 from .._checks import dtype_name, result_dtype
+from .._kept import kept_checked
 from .cells import FixedAttention, Role, check_features, check_role, check_storage, in_chunks, unit_cells
 from .parameters import AttentionParameters
 
 __all__ = ["Templates", "differentiable", "other_attention"]
 
 
+@kept_checked
 @dataclasses.dataclass(frozen=True, eq=False, repr=False, slots=True)
 class Templates:
     """Faces ready to be scored in all pairs: what :func:`xcos_ext.xcos_matrix` and its siblings take.
@@ -140,9 +142,8 @@ class Templates:
             unit, norms = unit_cells(part.to(exact))
             return unit.to(storage), norms.to(result_dtype(storage))
 
-        whole = torch.is_grad_enabled() and features.requires_grad
         with torch.autocast(features.device.type, enabled=False):
-            unit, norms = in_chunks(compute, features, whole=whole)
+            unit, norms = in_chunks(compute, features)
         return cls(unit, norms, (features.shape[2], features.shape[3]), attention)
 
     @classmethod
@@ -212,10 +213,14 @@ class Templates:
         return self.features.device
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """What there is of features, norms, projection and bias."""
+        return [t for t in (self.features, self.norms, self.projection, self.bias) if t is not None]
+
+    @property
     def nbytes(self) -> int:
         """Memory of all faces' tensors; views count as if they were copies."""
-        tensors = (self.features, self.norms, self.projection, self.bias)
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        return sum(t.numel() * t.element_size() for t in self.tensors)
 
     @property
     def learned(self) -> bool:

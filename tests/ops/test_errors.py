@@ -232,3 +232,37 @@ def test_numpy_arrays_of_another_byte_order():
     a = np.zeros(A, dtype=">f4")
     with pytest.raises(ValueError, match="a: expected dtype float16, float32 or float64, got >f4"):
         xcos_ext.xcos_score(a, a)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value", "message"),
+    [
+        ("grid_cosine", "eps", "x", "grid_cosine: eps: expected a number, got str"),
+        ("xcos_score", "temperature", None, "xcos_score: temperature: expected a number, got NoneType"),
+        ("grid_match", "symmetric", [], "grid_match: symmetric: expected True or False, got list"),
+    ],
+)
+def test_values_of_a_wrong_kind_are_named_as_all_others(name, argument, value, message):
+    a = torch.randn(2, 8, 3, 3)
+    with pytest.raises(TypeError, match=f"^{message}$"):
+        getattr(xcos_ext, name)(a, a, **{argument: value})
+
+
+def test_sparse_tensors_are_refused_in_a_line():
+    a = torch.randn(2, 8, 3, 3)
+    with pytest.raises(RuntimeError, match="grid_cosine: expected dense tensors"):
+        xcos_ext.grid_cosine(a.to_sparse(), a)
+
+
+def test_numbers_of_a_search_are_named_as_all_others():
+    faces = xcos_ext.Templates.from_features(torch.randn(2, 8, 3, 3))
+    for options, message in (
+        ({"min_score": {}}, "min_score: expected a number, got dict"),
+        ({"first_index": 1.5}, "first_index: expected an int, got float"),
+    ):
+        with pytest.raises(TypeError, match=f"xcos_topk: {message}"):
+            xcos_ext.xcos_topk(faces, faces, 1, **options)
+    with pytest.raises(RuntimeError, match="xcos_topk: first_index: expected 0 or more"):
+        xcos_ext.xcos_topk(faces, faces, 1, first_index=2**63)
+    with pytest.raises(TypeError, match="xcos_maps: threshold: expected a number, got str"):
+        xcos_ext.xcos_maps(faces, faces, torch.tensor([[0, 1]]), threshold="x")

@@ -7,6 +7,9 @@ tests/ops/test_errors.py compares the two.
 from __future__ import annotations
 
 import math
+import numbers
+import operator
+from typing import Any
 
 import numpy as np
 import torch
@@ -173,6 +176,22 @@ def refuse_tensor(op: str, name: str, value: object) -> None:
     if isinstance(value, Tensor):
         hint = "; to learn it, divide the logits by it" if name == "temperature" else ""
         raise TypeError(f"{op}: {name}: expected a number, got a tensor, whose value would have to be waited for{hint}")
+
+
+def checked_number(op: str, name: str, value: Any) -> float:
+    """A number that is not in a tensor, as a float."""
+    refuse_tensor(op, name, value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: {name}: expected a number, got {type(value).__name__}")
+    return float(value)
+
+
+def checked_index(op: str, name: str, value: Any) -> int:
+    """An integer that is not in a tensor, as an int."""
+    refuse_tensor(op, name, value)
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{op}: {name}: expected an int, got {type(value).__name__}")
+    return operator.index(value)
 
 
 def kind_error(op: str, a: object, b: object, attention: object = None) -> TypeError:

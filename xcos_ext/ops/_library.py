@@ -35,6 +35,7 @@ __all__ = [
     "library",
     "plain_forms",
     "promote_under_autocast",
+    "say_it_better",
     "tracked",
 ]
 
@@ -99,8 +100,37 @@ def forward_mode(*values: Any) -> bool:
 
 def tracked(*tensors: Tensor | None) -> bool:
     """Whether what is computed from the tensors is to be differentiated."""
-    wanted = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    wanted = torch.is_grad_enabled() and any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
     return wanted or forward_mode(*tensors)
+
+
+def say_it_better(error: RuntimeError) -> None:
+    """Raise what the dispatcher says of arguments of a wrong kind in the words of all other errors.
+
+    Looking at their types before every call would cost what the call costs.
+    """
+    if found := _WRONG_TYPE.search(str(error)):
+        name, expected, argument, got = found.groups()
+        words = _IN_WORDS.get(expected, f"a value of type {expected}")
+        raise TypeError(f"{name}: {argument}: expected {words}, got {got}") from None
+    if found := _WRONG_BACKEND.search(str(error)):
+        name, got = found.groups()
+        raise RuntimeError(f"{name}: expected dense tensors of a CPU or a CUDA device, got {got} ones") from None
+
+
+_WRONG_TYPE = re.compile(
+    r"xcos_ext::(\w+)\(\) Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(\w+)'"
+)
+_WRONG_BACKEND = re.compile(r"Could not run 'xcos_ext::(\w+)(?:\.\w+)?' with arguments from the '(\w+)' backend")
+_IN_WORDS = {
+    "float": "a number",
+    "int": "an integer of 64 bits",
+    "bool": "True or False",
+    "Tensor": "a tensor",
+    "Optional[Tensor]": "a tensor or None",
+    "List[Tensor]": "tensors",
+    "List[float]": "numbers",
+}
 
 
 def apply(function: type[torch.autograd.Function], op: Any, needs_grad: bool, *args: Any) -> Any:
@@ -109,14 +139,18 @@ def apply(function: type[torch.autograd.Function], op: Any, needs_grad: bool, *a
         return op(*args)
     if forward_ad._current_level >= 0 and forward_mode(*args):
         return plain_forms.get(getattr(function, "operator", ""), function.apply)(*args)
-    if torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    if needs_grad and torch.is_grad_enabled():
-        # autograd.Function.apply binds the arguments to forward's signature first, which costs 20 us a call and
-        # changes nothing for positional arguments.
-        return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
-    with below_autograd():
-        return op(*args)
+    try:
+        if torch._C._are_functorch_transforms_active():
+            return function.apply(*args)
+        if needs_grad and torch.is_grad_enabled():
+            # autograd.Function.apply binds the arguments to forward's signature first, which costs 20 us a call and
+            # changes nothing for positional arguments.
+            return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+        with below_autograd():
+            return op(*args)
+    except RuntimeError as error:
+        say_it_better(error)
+        raise
 
 
 def promote_under_autocast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

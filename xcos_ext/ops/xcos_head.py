@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _checks
 from ._kept import kept
-from ._library import below_autograd, inference_only, library, promote_under_autocast, tracked
+from ._library import below_autograd, inference_only, library, promote_under_autocast, say_it_better, tracked
 from ._vmap import fold, unfold
 from .xcos_score import XCosScore
 
@@ -262,6 +262,10 @@ def xcos_head(
         result = op(a, b, *options)
     else:
         _refuse_gradients(a, b, tensors)
-        with below_autograd():
-            result = op(a, b, *options)
+        try:
+            with below_autograd():
+                result = op(a, b, *options)
+        except RuntimeError as error:
+            say_it_better(error)
+            raise
     return XCosScore(*result) if return_maps else result

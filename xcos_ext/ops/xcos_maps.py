@@ -60,6 +60,10 @@ def _check_pairs(pairs: Tensor, probes: Templates, gallery: Templates) -> Tensor
         )
     if pairs.dtype != torch.int64:
         raise RuntimeError(f"{_OP}: index_pairs: expected dtype int64, got {_checks.dtype_name(pairs.dtype)}")
+    if pairs.is_meta or pairs.layout != torch.strided:
+        raise RuntimeError(
+            f"{_OP}: index_pairs: expected a dense tensor with values, got {pairs.layout}, {pairs.device}"
+        )
     if pairs.shape[0]:
         smallest, largest = (ends.tolist() for ends in pairs.aminmax(dim=0))
         for column, (name, faces) in enumerate((("probe", len(probes)), ("gallery", len(gallery)))):
@@ -153,7 +157,7 @@ def xcos_maps(
     how = resolve_attention(_OP, attention, probes, gallery)
     pairs = _check_pairs(index_pairs, probes, gallery)
     if threshold is not None:
-        _checks.refuse_tensor(_OP, "threshold", threshold)
+        threshold = _checks.checked_number(_OP, "threshold", threshold)
         if not math.isfinite(threshold):
             raise RuntimeError(f"{_OP}: threshold: expected a finite number or None, got {threshold:g}")
     parameters, weights = how.parameters, how.weights

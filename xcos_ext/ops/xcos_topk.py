@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -54,10 +53,7 @@ def _fake(*args: Any) -> None:
 
 def checked_k(k: Any, op: str = _OP) -> int:
     """The argument k of a search: an int from 1 to 2048."""
-    _checks.refuse_tensor(op, "k", k)
-    if isinstance(k, bool) or not hasattr(k, "__index__"):
-        raise TypeError(f"{op}: k: expected an int, got {type(k).__name__}")
-    k = operator.index(k)
+    k = _checks.checked_index(op, "k", k)
     if not 1 <= k <= MOST_K:
         raise RuntimeError(f"{op}: k: expected 1 to {MOST_K}, got {k}")
     return k
@@ -97,8 +93,7 @@ def checked_score(min_score: Any, op: str = _OP) -> float:
     """The argument min_score of a search; None is -inf."""
     if min_score is None:
         return -math.inf
-    _checks.refuse_tensor(op, "min_score", min_score)
-    min_score = float(min_score)
+    min_score = _checks.checked_number(op, "min_score", min_score)
     if math.isnan(min_score):
         raise RuntimeError(f"{op}: min_score: expected a number or None, got nan")
     return min_score
@@ -248,9 +243,9 @@ def xcos_topk(
     k = checked_k(k)
     floor = checked_score(min_score)
     indices, mask = _checked_exclude(exclude, probes, gallery)
-    first_index = operator.index(first_index)
-    if first_index < 0:
-        raise RuntimeError(f"{_OP}: first_index: expected 0 or more, got {first_index}")
+    first_index = _checks.checked_index(_OP, "first_index", first_index)
+    if not 0 <= first_index < 2**62:
+        raise RuntimeError(f"{_OP}: first_index: expected 0 or more, below 2^62, got {first_index}")
     lists = TopkLists(len(probes), k, pairs.dtype, probes.device, floor)
     lists.add_pairs(pairs, first_index, exclude_indices=indices, exclude_mask=mask)
     return lists.result

@@ -55,6 +55,9 @@ def check_features(features: Tensor, channels: int | None, where: str) -> None:
     """Grid features [N, C, H, W] of a floating dtype."""
     if not isinstance(features, Tensor):
         raise TypeError(f"{where}: features: expected a tensor, got {type(features).__name__}")
+    if features.layout != torch.strided or features.device.type == "meta":
+        got = "a meta tensor" if features.layout == torch.strided else f"layout {features.layout}"
+        raise TypeError(f"{where}: features: expected a dense tensor with values, got {got}")
     expected = "C" if channels is None else str(channels)
     if features.dim() != 4 or (channels is not None and features.shape[1] != channels):
         raise ValueError(f"{where}: features: expected [N, {expected}, H, W], got {list(features.shape)}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xcos_ext.faces import MAX_PIXELS, PictureTree, read_picture
+from xcos_ext.faces import MAX_PIXELS, PictureTree, decode_picture, read_picture
 from xcos_ext.faces.pictures import is_system_file, named_as_picture
 from xcos_ext.io.errors import PictureError, XCosError
 from xcos_ext.io.tables import csv_rows
@@ -160,6 +160,6 @@ def pictures_below(root: str | os.PathLike[str], *, max_pixels: int | None = Non
         key = tree.find(path)
         if key is None:
             raise PictureError(f"{path}: not in {name}")
-        return tree.read(key, max_pixels=limit)
+        return decode_picture(tree.contents(key), printable(path), max_pixels=limit)
 
     return from_archive

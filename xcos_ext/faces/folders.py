@@ -77,7 +77,7 @@ class PictureTree:
                 raise ValueError(f"{self.path}: expected each name once, got {both}: rename one of them")
             self._known[name] = own
             if not named_as_picture(name):
-                if not any(map(is_system_file, PurePosixPath(name).parts)):
+                if not any(map(is_system_file, name.split("/"))):
                     self.left_out[name] = f"not a picture by its suffix; expected {READABLE}"
             elif not is_system_file(name):
                 pictures.append(name)

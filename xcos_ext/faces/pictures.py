@@ -6,10 +6,10 @@ import contextlib
 import functools
 import io
 import os
+import posixpath
 import re
 import stat
 import warnings
-from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -62,7 +62,7 @@ def named_as_picture(name: str) -> bool:
     >>> [named_as_picture(name) for name in ("a/1.JPG", "a/1.tiff", "a/1.heic", "a/1")]
     [True, True, False, False]
     """
-    return PurePosixPath(name).suffix.lower() in _suffixes()
+    return posixpath.splitext(name)[1].lower() in _suffixes()
 
 
 def is_system_file(name: str) -> bool:
@@ -71,7 +71,7 @@ def is_system_file(name: str) -> bool:
     >>> [is_system_file(name) for name in ("a/._1.jpg", "a/Thumbs.db", "__MACOSX", "a/1.jpg")]
     [True, True, True, False]
     """
-    last = PurePosixPath(name).name
+    last = posixpath.basename(name)
     return last.startswith(".") or last.lower() in {"__macosx", "desktop.ini", "ehthumbs.db", "icon\r", "thumbs.db"}
 
 

@@ -300,7 +300,7 @@ def enroll(
         chosen.clear()
 
     tick = progress or quiet
-    changed = _changed(gallery, known, there, threads, lambda done: tick(done, len(pictures)))
+    changed = _changed(gallery, known, there, lambda done: tick(done, len(pictures)))
     tick(present, len(pictures))
     crops = read_faces(todo, model.preprocessing.size, detector, policy=policy, threads=threads)
     for done, (picture, crop, faces, problem) in enumerate(crops, present + 1):
@@ -330,22 +330,18 @@ def _with_checksum(picture: Picture) -> dict[str, Any]:
 
 
 def _changed(
-    gallery: Gallery,
-    pictures: Sequence[Picture],
-    there: Mapping[str, int],
-    threads: int,
-    tick: Callable[[int], None],
+    gallery: Gallery, pictures: Sequence[Picture], there: Mapping[str, int], tick: Callable[[int], None]
 ) -> list[str]:
     """Ids of those whose files are not those that the gallery's faces are from, as far as the gallery knows them."""
     snapshot = gallery.snapshot
     changed: list[str] = []
-    with ThreadPoolExecutor(max(1, threads), "xcos-reader") as pool:
-        for start in range(0, len(pictures), _COMPARED):
-            tick(start)
-            some = pictures[start : start + _COMPARED]
-            places = snapshot.places_of(np.array([there[p.id] for p in some], np.int64))
-            kept = [row.get(FILE_CHECKSUM) for row in snapshot.labels(places)["metadata"]]
-            compared = [(p, checksum) for p, checksum in zip(some, kept, strict=True) if checksum is not None]
-            now = pool.map(_checksum, [p for p, _ in compared])
-            changed += [p.id for (p, then), own in zip(compared, now, strict=True) if own not in (None, then)]
+    for start in range(0, len(pictures), _COMPARED):
+        some = pictures[start : start + _COMPARED]
+        places = snapshot.places_of(np.array([there[p.id] for p in some], np.int64))
+        labels = snapshot.labels(places)["metadata"]
+        for done, (picture, metadata) in enumerate(zip(some, labels, strict=True), start):
+            kept = metadata.get(FILE_CHECKSUM)
+            if kept is not None and _checksum(picture) not in (None, kept):
+                changed.append(picture.id)
+            tick(done)
     return changed

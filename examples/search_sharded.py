@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from xcos_ext.faces import create_detector
 from xcos_ext.gallery import ShardedGallery
-from xcos_ext.gallery.enroll import find_pictures, read_faces
+from xcos_ext.gallery.enroll import find_probes, read_faces
 from xcos_ext.io.errors import XCosError
 from xcos_ext.io.shipped import default_weights
 from xcos_ext.model import XCosModel, load_model
@@ -36,7 +36,7 @@ def read_probes(paths: list[str], model: XCosModel) -> tuple[list[str], torch.Te
     elif path.suffix == ".safetensors":
         features = next(iter(load_file(path).values()))
     else:
-        faces = list(read_faces(find_pictures(paths), model.preprocessing.size, lambda: create_detector("cascade")))
+        faces = list(read_faces(find_probes(paths)[0], model.preprocessing.size, lambda: create_detector("cascade")))
         for *_, problem in faces:
             if problem is not None:
                 print(f"left out {problem}", file=sys.stderr)

@@ -22,6 +22,7 @@ from recipes.closed_forms import iterate_pictures
 from xcos_ext.evaluation import calibrate
 from xcos_ext.evaluation.datasets import read_pairs
 from xcos_ext.faces import PersonFolder
+from xcos_ext.io.text import composed
 from xcos_ext.model import DEFAULT_SPREAD, Form, load_recogniser, plug, plug_statistics
 
 
@@ -45,7 +46,7 @@ def main() -> int:
     if options.pairs is not None:
         excluded |= {name for pair in read_pairs(options.pairs) for name in (pair.person_a, pair.person_b)}
     if options.exclude is not None:
-        excluded |= set(options.exclude.read_text(encoding="utf-8").split("\n"))
+        excluded |= set(composed(options.exclude.read_text(encoding="utf-8-sig")).splitlines())
     people = [person for person in pictures.people if person not in excluded]
     keys = [pictures.of(person)[0] for person in people]
     print(f"{len(people)} of {len(pictures.people)} people, one picture each", file=sys.stderr)

@@ -89,11 +89,11 @@ def texture(seed: int, height: int = 480, width: int = 640) -> np.ndarray:
 def paired_people(path: str) -> set[str]:
     """The people of the archive's or folder's pairs.csv; nobody if there is none."""
     if Path(path).is_dir():
-        listings = [file.read_text(encoding="utf-8") for file in Path(path).rglob("pairs.csv")]
+        listings = [file.read_text(encoding="utf-8-sig") for file in Path(path).rglob("pairs.csv")]
     else:
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith("pairs.csv")]
-            listings = [archive.read(name).decode() for name in names]
+            listings = [archive.read(name).decode("utf-8-sig") for name in names]
     rows = [row for listing in listings for row in csv.DictReader(io.StringIO(listing))]
     return {row[side].split("/")[0] for row in rows for side in "ab"}
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from xcos_ext.faces import create_detector, extract_face, warp
+from xcos_ext.faces import PictureTree, create_detector, extract_face, warp
 from xcos_ext.io.errors import PictureError
 from xcos_ext.io.optional import need
 from xcos_ext.model import XCosModel, load_model
@@ -35,15 +35,8 @@ def read_pairs(archive: zipfile.ZipFile) -> tuple[str, list[tuple[str, str, bool
     listing = next((name for name in archive.namelist() if name.endswith("pairs.csv")), None)
     if listing is None:
         raise SystemExit(f"{archive.filename}: no pairs.csv in it")
-    rows = csv.DictReader(io.StringIO(archive.read(listing).decode()))
+    rows = csv.DictReader(io.StringIO(archive.read(listing).decode("utf-8-sig")))
     return listing[: -len("pairs.csv")], [(row["a"], row["b"], row["same"] == "1") for row in rows]
-
-
-def decode(data: bytes) -> np.ndarray:
-    from PIL import Image, ImageOps
-
-    with Image.open(io.BytesIO(data)) as picture:
-        return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
 
 
 def changed(rgb: np.ndarray, degrees: float, scale: float) -> np.ndarray:
@@ -67,7 +60,7 @@ def interval(right: int, total: int) -> tuple[float, float]:
 
 @torch.no_grad()
 def evaluate(
-    archive: zipfile.ZipFile,
+    pictures: PictureTree,
     folder: str,
     pairs: list[tuple[str, str, bool]],
     spec: str,
@@ -82,9 +75,8 @@ def evaluate(
     seconds = []
     for index, name in enumerate(sorted({name for a, b, _ in pairs for name in (a, b)})):
         other = bool(index % 2)
-        rgb = changed(
-            decode(archive.read(folder + name)), -degrees if other else degrees, 1 / scale if other else scale
-        )
+        read = pictures.read(pictures.find(folder + name) or folder + name)
+        rgb = changed(read, -degrees if other else degrees, 1 / scale if other else scale)
         start = time.perf_counter()
         try:
             face = extract_face(rgb, detector, name=name, size=model.preprocessing.size)
@@ -142,10 +134,11 @@ def main() -> int:
         parser.error("the model knows no threshold; give --threshold")
     with zipfile.ZipFile(arguments.photographs) as archive:
         folder, pairs = read_pairs(archive)
-        results = [
-            evaluate(archive, folder, pairs, spec, model, threshold, arguments.turn, arguments.scale)
-            for spec in arguments.detector or ["cascade"]
-        ]
+    pictures = PictureTree(arguments.photographs)
+    results = [
+        evaluate(pictures, folder, pairs, spec, model, threshold, arguments.turn, arguments.scale)
+        for spec in arguments.detector or ["cascade"]
+    ]
     if arguments.json:
         print(json.dumps({"model": model.name, "threshold": threshold, "results": results}, indent=2))
         return 0

@@ -254,7 +254,7 @@ def two_stages_lfw(folder: Path, faces: int) -> dict[str, Any]:
     model = xcos_ext.load_model()
     try:
         with Gallery.create(lfw, model) as gallery:
-            done = enroll(gallery, model, find_pictures([archive]))
+            done = enroll(gallery, model, find_pictures([archive])[0])
             gallery.compact()
             chosen = np.linspace(0, len(gallery) - 1, 64).astype(int).tolist()
             stored = gallery.templates_at(chosen)

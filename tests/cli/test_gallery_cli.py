@@ -6,12 +6,16 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import unicodedata
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +23,14 @@ from commands import run, strict, trouble
 from drawn import background, draw_face, portrait
 from PIL import Image
 
+from xcos_ext.cli.enroll import _labelled
 from xcos_ext.gallery import Gallery
-from xcos_ext.gallery.enroll import find_pictures
+from xcos_ext.gallery.enroll import Picture, enroll, find_pictures, find_probes
 from xcos_ext.io.errors import GalleryError
+from xcos_ext.model import load_model
 
 pytest.importorskip("lance", reason="needs the extra gallery (pylance)")
+xxh3_128_hexdigest = pytest.importorskip("xxhash").xxh3_128_hexdigest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,10 +83,11 @@ def test_photographs_from_enrolment_to_deletion(photos: Path, tmp_path: Path) ->
     found = run("search", gallery, photos / "ann" / "0.png", "-k", "2")
     assert found.exit_code == 0
     lines = found.stdout.splitlines()
-    assert lines[0] == "0.png" and re.match(r" +1 +[01]\.\d+ +ann/0\.png +ann +over the threshold", lines[1])
+    assert lines[0] == str(photos / "ann" / "0.png")
+    assert re.match(r" +1 +[01]\.\d+ +ann/0\.png +ann +over the threshold", lines[1])
     assert "every face scored" in found.stderr and "--fpir" in found.stderr
     data = strict(run("search", gallery, photos / "bob", "--json", "--explain", "-k", "3").stdout)
-    assert [p["probe"] for p in data["probes"]] == ["0.png", "1.png", "2.png"] and data["exact"] is True
+    assert [p["probe"] for p in data["probes"]] == [f"{photos}/bob/{i}.png" for i in range(3)] and data["exact"] is True
     hit = data["probes"][1]["hits"][0]
     assert hit["id"] == "bob/1.png" and hit["person"] == "bob" and hit["over_threshold"] is True
     assert np.sum(hit["contribution"]) == pytest.approx(hit["score"] - data["threshold"], abs=2e-3)
@@ -120,6 +128,8 @@ def test_crops_labels_and_archives(crops: Path, tmp_path: Path) -> None:
     with Gallery.open(tmp_path / "g") as gallery:
         assert len(gallery) == 40 and gallery.version == 4 and gallery.info()["dtype"] == "float32"
         _, (first, second, third) = gallery.get(["person0/00.png", "person1/01.png", "person1/09.png"])
+    for row in (first, second, third):  # the checksum of its file
+        assert row["metadata"].pop("file_xxh3") == xxh3_128_hexdigest((crops / row["id"]).read_bytes())
     assert first["person"] == "Zoë" and first["metadata"] == {"camera": "north"}
     assert second["person"] == "person1" and second["metadata"] == {"camera": "south"}
     assert third["person"] == "person1" and third["metadata"] == {}
@@ -130,8 +140,109 @@ def test_crops_labels_and_archives(crops: Path, tmp_path: Path) -> None:
     same = run("enroll", tmp_path / "g", archive, "--aligned", "--replace", "--person", "everybody", "-q")
     assert same.exit_code == 0 and same.stdout == ""
     ids = tmp_path / "ids.txt"
-    ids.write_text("person0/00.png\nperson1/01.png\n")
+    ids.write_bytes(b"\xef\xbb\xbfperson0/00.png\r\nperson1/01.png\r\n")  # as Windows writes it
     assert "2 removed, 38 left" in run("gallery", "remove", tmp_path / "g", "--ids-from", ids).stdout
+
+
+def test_nothing_is_left_out_without_a_word(crops: Path, tmp_path: Path) -> None:
+    album = tmp_path / "album"
+    (tmp_path / "bob").mkdir()
+    (album / "ann").mkdir(parents=True)
+    (album / "bob").symlink_to(tmp_path / "bob")
+    with Image.open(crops / "person0" / "00.png") as picture:
+        for name in ("ann/0.tiff", "ann/1.gif", "bob/2.bmp"):
+            picture.save(album / name)
+    for name in ("ann/3.heic", "ann/Thumbs.db", ".DS_Store", "film.mp4"):
+        (album / name).touch()
+    data = strict(run("enroll", tmp_path / "g", album, "--aligned", "--json").stdout)
+    assert data["enrolled"] == 3 and not data["skipped"]
+    assert list(data["left_out"]) == ["ann/3.heic", "film.mp4"]
+    with Gallery.open(tmp_path / "g") as gallery:
+        assert sorted(gallery.ids()) == ["ann/0.tiff", "ann/1.gif", "bob/2.bmp"] and gallery.ids_of("bob")
+    told = run("enroll", tmp_path / "g", album, "--aligned").stderr.splitlines()
+    assert told == [f"xcos: left out {name}: {why}" for name, why in data["left_out"].items()]
+    pictures, left_out = find_probes([album])
+    assert [picture.id for picture in pictures] == [
+        f"{album}/{name}" for name in ("ann/0.tiff", "ann/1.gif", "bob/2.bmp")
+    ]
+    assert list(left_out) == [f"{album}/ann/3.heic", f"{album}/film.mp4"]
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "1.heic").touch()
+    with pytest.raises(GalleryError, match=r"phone: expected pictures, got none; left out: 1\.heic$"):
+        find_pictures([tmp_path / "phone"])
+
+
+def test_pictures_that_have_changed(crops: Path, tmp_path: Path) -> None:
+    """Another picture of a name that is in the gallery is told, whether it took the file's place or lies elsewhere."""
+    first, second = tmp_path / "a" / "1.png", tmp_path / "b" / "1.png"
+    for path, source in ((first, crops / "person0" / "00.png"), (second, crops / "person1" / "01.png")):
+        path.parent.mkdir()
+        shutil.copy(source, path)
+    model = load_model()
+    with Gallery.create(tmp_path / "g", model) as gallery:
+
+        def changed(path: Path, known: Any = "skip") -> list[str]:
+            return enroll(gallery, model, find_pictures([path])[0], on_duplicate=known).changed
+
+        assert changed(first) == changed(first) == []
+        assert changed(second) == ["1.png"]
+        assert changed(second, "replace") == changed(second) == []
+        again = run("enroll", tmp_path / "g", first, "--aligned")
+        assert "0 enrolled" in again.stdout and "1 already in" in again.stdout
+        assert "not enrolled 1.png: it is in the gallery from a file with other contents" in again.stderr
+        assert "--replace" in again.stderr
+        templates, _ = gallery.get(["1.png"])
+        gallery.add(["1.png"], templates, on_duplicate="replace")
+        assert changed(first) == []  # a face whose file is not known: nothing to say
+
+
+def test_names_of_single_files(tmp_path: Path) -> None:
+    first, second = tmp_path / "a" / "1.png", tmp_path / "b" / "1.png"
+    for path in (first, second):
+        path.parent.mkdir()
+        path.touch()
+    assert [picture.id for picture in find_probes([first, second, first])[0]] == [str(first), str(second), str(first)]
+    with pytest.raises(GalleryError, match=r"b/1\.png: expected each picture name once, .*a/1\.png has"):
+        find_pictures([first, second])
+    for find in (find_pictures, find_probes):
+        with pytest.raises(GalleryError, match=r"missing\.jpg: no such file or folder$"):
+            find([tmp_path / "missing.jpg"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: "\ufeff" + text,
+        lambda text: "\ufeff" + text.replace("\n", "\r\n"),
+        lambda text: text.replace(",", ";"),
+        lambda text: text.replace(",", "\t"),
+        lambda text: unicodedata.normalize("NFD", text),
+    ],
+)
+def test_labels_as_spreadsheets_write_them(tmp_path: Path, change: Callable[[str], str]) -> None:
+    pictures = [Picture("zo\xeb/1.png", lambda: np.zeros((1, 1, 3), np.uint8), "zo\xeb")]
+    path = tmp_path / "labels.csv"
+    path.write_bytes(change("picture,person,camera\nzo\xeb/1.png,Zo\xeb,north\n").encode())
+    (labelled,) = _labelled(pictures, str(path))
+    assert labelled.person == "Zo\xeb" and labelled.metadata == {"camera": "north"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("picture,person\n1.png,Ann\n1.png,Bob\n", "line 3: expected each picture once, got '1.png' again"),
+        ("picture,person\n1.png\n", "line 2: expected 2 columns as in the header, got 1"),
+        ("picture,person\n1.png,Ann,north\n", "line 2: expected 2 columns as in the header, got 3"),
+        ("picture,person,person\n1.png,Ann,Bob\n", "expected CSV with a column 'picture', each column once"),
+        ("", "expected CSV with a column 'picture', each column once, got nothing"),
+        (b"picture,person\n1.png,Zo\xeb\n", "labels.csv, after line 0: expected text in UTF-8"),
+    ],
+)
+def test_labels_that_cannot_be(tmp_path: Path, text: str | bytes, words: str) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(GalleryError, match=re.escape(words)):
+        _labelled([Picture("1.png", lambda: np.zeros((1, 1, 3), np.uint8))], str(path))
 
 
 @pytest.mark.thorough
@@ -198,7 +309,7 @@ def test_one_line_for_every_mistake(crops: Path, photos: Path, tmp_path: Path) -
     trouble(run("search", gallery, probe, "--aligned", "--where", "nonsense = ("), "where: expected an SQL condition")
     trouble(run("search", gallery, tmp_path / "missing.png", "--aligned"), "missing.png")
     trouble(run("search", gallery, probe, "--aligned", "--threshold", "0.1", "--fpir", "0.1"), "expected one of them")
-    trouble(run("enroll", gallery, tmp_path / "missing", "--aligned"), "missing: no such folder")
+    trouble(run("enroll", gallery, tmp_path / "missing", "--aligned"), "missing: no such file or folder")
     trouble(run("enroll", photos, crops, "--aligned"), "expected an empty folder")
     trouble(run("enroll", gallery, crops, photos / "ann", crops, "--aligned"), "expected each picture name once")
     trouble(run("enroll", gallery, crops, "--labels", photos / "notes.txt"), "expected CSV with a column 'picture'")
@@ -242,9 +353,10 @@ def test_odd_file_names(crops: Path, tmp_path: Path) -> None:
 
 
 def test_find_pictures(crops: Path, tmp_path: Path) -> None:
-    found = find_pictures([crops])
+    found, left_out = find_pictures([crops])
+    assert not left_out
     assert len(found) == 40 and found[0].id == "person0/00.png" and found[0].person == "person0"
-    (one,) = find_pictures([crops / "person0" / "00.png"], person="x")
+    (one,), _ = find_pictures([crops / "person0" / "00.png"], person="x")
     assert one.id == "00.png" and one.person == "x" and one.read().shape == (112, 112, 3)
     with pytest.raises(GalleryError, match="missing"):
         find_pictures([tmp_path / "missing"])

@@ -54,6 +54,8 @@ def test_people_keys_and_pixels(people: Path) -> None:
     pictures = PersonFolder(people)
     assert pictures.people == ("Ann", "Bob", "Cid", "Dee")
     assert pictures.keys == FILES and len(pictures) == 5
+    names = sorted(name.removeprefix("faces/") for name in pictures.left_out)
+    assert names == (["README.txt", "loose.png"] if people.is_dir() else ["README.txt"])
     assert pictures.of("Ann") == FILES[:2]
     assert FILES[0] in pictures and "Ann/Ann_0003.png" not in pictures
     assert pictures.numbered("Ann", 2) == FILES[1] and pictures.numbered("Ann", 3) is None
@@ -96,6 +98,9 @@ def test_bad_folders(tmp_path: Path) -> None:
         PersonFolder(tmp_path / "nothing")
     with pytest.raises(ValueError, match="no pictures of the form <person>/<picture>"):
         PersonFolder(tmp_path)
+    (tmp_path / "1.heic").touch()
+    with pytest.raises(ValueError, match=r"<person>/<picture> in it; left out: 1\.heic$"):
+        PersonFolder(tmp_path)
     (tmp_path / "x.zip").write_bytes(b"not a zip")
     with pytest.raises(ValueError, match=r"x.zip: expected a folder or a zip archive"):
         PersonFolder(tmp_path / "x.zip")
@@ -123,7 +128,7 @@ PAIRS = "2\t1\nAnn\t1\t2\nAnn\t1\tBob\t1\nAnn\t2\t1\nBob\t1\tCid\t1\n"
 
 def test_read_pairs(tmp_path: Path) -> None:
     path = tmp_path / "pairs.txt"
-    for text in (PAIRS, PAIRS.replace("\t", " "), PAIRS + "\n\n", PAIRS.replace("\n", "\r\n")):
+    for text in (PAIRS, PAIRS.replace("\t", " "), PAIRS + "\n\n", PAIRS.replace("\n", "\r\n"), "\ufeff" + PAIRS):
         path.write_bytes(text.encode())
         assert read_pairs(path) == [
             Pair("Ann", 1, "Ann", 2, True, 0),

@@ -15,7 +15,8 @@ import pytest
 
 from xcos_ext.evaluation.datasets import CFP, LFW, CSVPairs, InsightfaceBin, PairList, insightface, open_pairs
 from xcos_ext.evaluation.datasets.pairs import made_folds
-from xcos_ext.faces import PictureTree
+from xcos_ext.explain.pairs_file import pictures_below
+from xcos_ext.faces import PersonFolder, PictureTree
 from xcos_ext.io.errors import PictureError
 
 Image = pytest.importorskip("PIL.Image")
@@ -63,10 +64,124 @@ def test_picture_tree(tmp_path: Path, kind: str) -> None:
     found = tree.find("b/c/1.png")
     assert found is not None and tree.read(found)[0, 0].tolist() == [2, 4, 7]
     assert tree.find("./a/1.png") == tree.find("a\\1.png") == tree.find("a/1.png") is not None
-    for wrong in ("a/3.png", "../outside.png", "notes.txt", "", str(tmp_path / "outside.png")):
+    for wrong in ("a/3.png", "../outside.png", "", str(tmp_path / "outside.png")):
         assert tree.find(wrong) is None
+    if kind == "folder":  # whoever names a file means it
+        with pytest.raises(PictureError, match=r"notes.txt: not a picture, or of an unknown kind"):
+            tree.read(tree.find("notes.txt") or "")
     with pytest.raises(KeyError):
         tree.read("../outside.png")
+
+
+def test_links_are_followed_and_circles_told(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "ann").mkdir(parents=True)
+    (tmp_path / "disk" / "ann" / "1.png").write_bytes(png(1))
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "Data").symlink_to(tmp_path / "disk")
+    (root / "bob.png").symlink_to(tmp_path / "disk" / "ann" / "1.png")
+    (tmp_path / "disk" / "ann" / "back").symlink_to(tmp_path / "disk")
+    (root / "self.png").symlink_to(root / "self.png")
+    (root / "gone.png").symlink_to(root / "nowhere.png")
+    tree = PictureTree(root)
+    assert tree.names == ("Data/ann/1.png", "bob.png", "gone.png", "self.png")
+    assert tree.left_out == {"Data/ann/back": "a link to a folder that it lies in"}
+    assert tree.read("Data/ann/1.png")[0, 0].tolist() == tree.read("bob.png")[0, 0].tolist() == [1, 2, 7]
+    with pytest.raises(PictureError, match=r"root/gone\.png: the link points to no file"):
+        tree.read("gone.png")
+    with pytest.raises(PictureError, match=r"root/self\.png: cannot be opened"):
+        tree.read("self.png")
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_what_is_no_picture_is_told(tmp_path: Path, kind: str) -> None:
+    names = ("ann/1.TIFF", "ann/2.gif", "ann/3.jp2", "ann/4.jfif", "ann/5.heic", "film.mp4", "read.me")
+    hidden = (".DS_Store", "ann/._1.tiff", "ann/Thumbs.db", "ann/desktop.ini", "__MACOSX/ann/._2.gif", ".git/config")
+    root = tmp_path / "root"
+    for name in (*names, *hidden):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    if kind == "zip":
+        root = tmp_path / "root.zip"
+        with zipfile.ZipFile(root, "w") as archive:
+            for name in (*names, *hidden):
+                archive.writestr(name, b"")
+    tree = PictureTree(root)
+    assert tree.names == names[:4]
+    assert list(tree.left_out) == list(names[4:])
+    assert tree.left_out["film.mp4"].startswith("not a picture by its suffix; expected JPEG, PNG")
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "macOS"])
+def test_names_are_composed(tmp_path: Path, kind: str) -> None:
+    """A name is one name, as macOS takes it apart and as others write it. Its archives do not say that it is UTF-8."""
+    apart, whole = "Zoe\u0308", "Zo\xeb"
+    root = tmp_path / "root.zip"
+    if kind == "folder":
+        root = tmp_path / "root"
+        (root / apart).mkdir(parents=True)
+        (root / whole).mkdir()
+        (root / apart / f"{apart}_0001.png").write_bytes(png(1))
+        (root / whole / f"{whole}_0002.png").write_bytes(png(2))
+    else:
+        with zipfile.ZipFile(root, "w") as archive:
+            archive.writestr(f"{apart}/{apart}_0001.png", png(1))
+            archive.writestr(f"{whole}/{whole}_0002.png", png(2))
+        if kind == "macOS":
+            data = bytearray(root.read_bytes())
+            for sign, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+                place = data.find(sign)
+                while place >= 0:
+                    data[place + flags + 1] &= ~0x08
+                    place = data.find(sign, place + 4)
+            root.write_bytes(data)
+    people = PersonFolder(root)
+    assert people.people == (whole,) and people.keys == tuple(f"{whole}/{whole}_000{i}.png" for i in (1, 2))
+    tree = PictureTree(root)
+    for name in (apart, whole):
+        assert people.numbered(name, 1) == people.keys[0]
+        found = tree.find(f"{name}/{name}_0001.png")
+        assert found is not None and tree.read(found)[0, 0].tolist() == [1, 2, 7]
+        assert pictures_below(root)(f"{name}/{name}_0001.png")[0, 0].tolist() == [1, 2, 7]
+    pairs = tmp_path / "pairs.txt"
+    pairs.write_text(f"1 1\n{apart} 1 2\n{apart} 1 {whole} 2\n", encoding="utf-8")
+    assert LFW(root, pairs).people_in_no_pair() == ()
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_two_files_of_one_name(tmp_path: Path, kind: str) -> None:
+    names = ["Zoe\u0308/1.png", "Zo\xeb/1.png"]
+    root = tmp_path / "root"
+    for name in names:
+        (root / name).parent.mkdir(parents=True)
+        (root / name).write_bytes(png(1))
+    if kind == "zip":
+        root = tmp_path / "root.zip"
+        with zipfile.ZipFile(root, "w") as archive:
+            for name in names:
+                archive.writestr(name, png(1))
+    with pytest.raises(ValueError, match=r"expected each name once, got 'Zoe\\u0308/1.png' and 'Zo\\xeb/1.png'"):
+        PictureTree(root)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_broken_entries(tmp_path: Path, method: int) -> None:
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("ann/1.png", os.urandom(2000))
+    data = bytearray(path.read_bytes())
+    for place in (0, 27, 45, 60, 500):
+        broken = data.copy()
+        broken[place] ^= 0xFF
+        path.write_bytes(broken)
+        with pytest.raises(PictureError, match=r"^\S+x\.zip: ann/1\.png: ") as caught:
+            PictureTree(path).read("ann/1.png")
+        assert " object at 0x" not in str(caught.value) and "\n" not in str(caught.value)
+    central = data.index(b"PK\1\2")
+    data[central] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"x\.zip: damaged zip archive \(Bad magic number for central directory\)"):
+        PictureTree(path)
 
 
 # --- CSV
@@ -88,7 +203,13 @@ CSV = (
 
 @pytest.mark.parametrize(
     "change",
-    [lambda t: t, lambda t: "\ufeff" + t, lambda t: t.replace("\n", "\r\n"), lambda t: t.replace("genuine", " Same ")],
+    [
+        lambda t: t,
+        lambda t: "\ufeff" + t,
+        lambda t: t.replace("\n", "\r\n"),
+        lambda t: t.replace("genuine", " Same "),
+        lambda t: "\ufeff" + t.replace(",", ";").replace("\n", "\r\n"),  # as spreadsheets do in half of Europe
+    ],
 )
 def test_csv(people: Path, tmp_path: Path, change: Callable[[str], str]) -> None:
     path = tmp_path / "pairs.csv"

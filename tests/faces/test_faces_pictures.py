@@ -5,21 +5,26 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import pickle
 import socket
 import struct
 import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from xcos_ext.faces import PictureTree, decode_picture, display_name, read_picture
+from xcos_ext.evaluation.datasets import InsightfaceBin, open_pairs
+from xcos_ext.explain.pairs_file import pictures_below
+from xcos_ext.faces import PersonFolder, PictureTree, decode_picture, display_name, read_face, read_picture
+from xcos_ext.gallery.enroll import find_pictures, find_probes
 from xcos_ext.io.errors import PictureError
+from xcos_ext.training.data import read_pictures
 
 
 def colours(height: int = 24, width: int = 40) -> np.ndarray:
@@ -212,6 +217,112 @@ def test_names_of_all_kinds(tmp_path: Path) -> None:
     assert "\\xff" in message
     assert "\\n" in message
     refused("a\0b.png", "cannot be opened")
+
+
+# --- one decoder for every way in
+
+
+@pytest.fixture
+def awkward(tmp_path: Path) -> Path:
+    """ann/: files that a decoder of their own reads differently."""
+    folder = tmp_path / "p" / "ann"
+    folder.mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(folder / "phone.jpg", colours(), exif=exif)
+    deep = np.linspace(30_000, 34_000, 24 * 40).astype(np.uint16).reshape(24, 40)  # bright, and flat: clipped to white
+    save(folder / "deep.png", deep)
+    palette = Image.fromarray(colours()).quantize(8)
+    palette.save(folder / "palette.gif", transparency=0)
+    palette.save(folder / "palette.png", transparency=0)
+    save(folder / "ink.jpg", colours(), "CMYK")
+    save(folder / "ink.tiff", colours(), "CMYK")
+    save(folder / "torn.jpg", np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    (folder / "torn.jpg").write_bytes((folder / "torn.jpg").read_bytes()[:2000])
+    (folder / "vast.png").write_bytes(png(11_000, 10_000, b""))
+    (folder / "empty.png").touch()
+    (folder / "other.jpg").write_bytes(b"hello")
+    (folder / "phone.dat").write_bytes((folder / "phone.jpg").read_bytes())
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
+        for file in folder.iterdir():
+            archive.write(file, f"ann/{file.name}")
+    return tmp_path / "p"
+
+
+def one_training_picture(root: Path, name: str) -> np.ndarray:
+    """Through the door of training, which reads all that there are, and lists those that it cannot use."""
+    height, width = (40, 24) if name == "phone.jpg" else (24, 40)
+    found = read_pictures(root, (height, width))
+    if f"ann/{name}" in found.oddities["left out, cannot be decoded"]:
+        raise PictureError(name)
+    return found.images[found.keys.index(f"ann/{name}")].permute(1, 2, 0).numpy()
+
+
+DOORS: dict[str, Callable[[Path, str], np.ndarray]] = {
+    "tree": lambda root, name: PictureTree(root).read(f"ann/{name}"),
+    "report": lambda root, name: pictures_below(root)(f"ann/{name}"),
+    "enroll": lambda root, name: next(p for p in find_pictures([root])[0] if p.id == f"ann/{name}").read(),
+    "search": lambda root, name: next(p for p in find_probes([root])[0] if p.id.endswith(f"ann/{name}")).read(),
+    "plug": lambda root, name: PersonFolder(root).read(f"ann/{name}"),
+    "train": one_training_picture,
+}
+
+
+def through_a_list(root: Path, name: str) -> np.ndarray:
+    path = root.with_name("list.csv")
+    path.write_text(f"a,b,genuine\nann/{name},ann/{name},1\n")
+    return open_pairs(path, root).read(f"ann/{name}")
+
+
+def through_a_bin(root: Path, name: str) -> np.ndarray:
+    content = (root.with_name("p") / "ann" / name).read_bytes()
+    path = root.with_name("set.bin")
+    path.write_bytes(pickle.dumps(([content, content], [True])))
+    return InsightfaceBin(path).read("000000")
+
+
+DOORS |= {"evaluate": through_a_list, "bin": through_a_bin}
+READ = ("phone.jpg", "deep.png", "palette.gif", "palette.png", "ink.jpg", "ink.tiff")
+REFUSED = ("torn.jpg", "vast.png", "other.jpg", "empty.png")
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_every_door_has_the_one_decoder(awkward: Path, door: str) -> None:
+    """The same array, or the same refusal, as of the file alone: from folders and archives, through every command."""
+    for name in (*READ, *REFUSED):
+        if (door, name) == ("bin", "empty.png"):
+            continue  # an empty picture is refused with its file
+        try:
+            expected: np.ndarray | str = read_picture(awkward / "ann" / name)
+        except PictureError as error:
+            expected = str(error).removeprefix(str(awkward / "ann" / name))
+        for root in (awkward, awkward.with_name("p.zip")):
+            if isinstance(expected, str):
+                with pytest.raises(PictureError) as caught:
+                    DOORS[door](root, name)
+                assert door == "train" or str(caught.value).endswith(expected), (root, name)
+            else:
+                got = DOORS[door](root, name)
+                assert got.shape == expected.shape and (got == expected).all(), (root, name)
+
+
+def test_a_file_alone_is_read_by_read_picture(awkward: Path) -> None:
+    path = awkward / "ann" / "phone.jpg"
+    expected = read_picture(path)
+    assert expected.shape == (40, 24, 3)
+    for found in (find_pictures([path])[0], find_probes([path])[0]):
+        assert (found[0].read() == expected).all()
+    assert (read_face(path, None, size=(40, 24)).rgb == expected).all()
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_a_list_names_files_whatever_their_suffix(awkward: Path, archive: bool) -> None:
+    root = awkward.with_name("p.zip") if archive else awkward
+    expected = read_picture(awkward / "ann" / "phone.jpg")
+    for read in (DOORS["report"], DOORS["evaluate"]):
+        assert (read(root, "phone.dat") == expected).all()
+    assert (pictures_below(root)("phone.jpg") == expected).all()  # below the only folder
+    assert (pictures_below(root)("ann\\phone.jpg") == expected).all()
 
 
 # --- what is refused

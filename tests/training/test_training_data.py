@@ -85,6 +85,26 @@ class TestReading:
         assert zipped.keys == plain.keys and zipped.fingerprint == plain.fingerprint
         assert torch.equal(zipped.images, plain.images)
 
+    def test_turned_and_deep_pictures_and_what_is_none(self, tmp_path: Path) -> None:
+        """As the file alone is read: a phone's rotation, 16 bits; what is not taken is told."""
+        (tmp_path / "A").mkdir()
+        exif = image.Exif()
+        exif[0x0112] = 3
+        picture(0).save(tmp_path / "A" / "turned.png", exif=exif)
+        image.fromarray(np.full((112, 112), 257 * 77, np.uint16)).save(tmp_path / "A" / "deep.png")
+        for name in ("A/film.mp4", "A/1.heic", "loose.png"):
+            (tmp_path / name).touch()
+        found = read_pictures(tmp_path)
+        assert found.keys == ("A/deep.png", "A/turned.png")
+        assert (found.images[0] == 77).all()
+        np.testing.assert_array_equal(found.images[1].permute(1, 2, 0).numpy(), np.asarray(picture(0))[::-1, ::-1])
+        told = "left out, not a picture by its suffix; expected JPEG, PNG, WebP, TIFF, BMP or GIF"
+        assert found.oddities == {
+            told: ["A/1.heic", "A/film.mp4"],
+            "left out, a picture in no person's folder": ["loose.png"],
+            "grey, made RGB": ["A/deep.png"],
+        }
+
     def test_chosen_people_and_fingerprints(self, odd: Path) -> None:
         some = read_pictures(odd, chosen=lambda name: name == "A")
         assert some.names == ("A",)

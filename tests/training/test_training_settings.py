@@ -82,6 +82,8 @@ def test_files(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text("a = [1,\n")
     with pytest.raises(ConfigError, match=r"x.toml: not a TOML file \("):
         read_toml(tmp_path / "x.toml")
+    (tmp_path / "x.toml").write_bytes(b"\xef\xbb\xbfa = 1\r\n")  # as some editors save it
+    assert read_toml(tmp_path / "x.toml") == {"a": 1}
     (tmp_path / "x.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"x.toml: not a TOML file"):
         read_toml(tmp_path / "x.toml")

@@ -189,7 +189,7 @@ class TestHead:
             HeadTask(without, experiment(), HELD_OUT)
 
     def test_held_out_people_by_every_rule(self, tmp_path: Path) -> None:
-        (tmp_path / "list.txt").write_text(" P01 \n\nnobody\n")
+        (tmp_path / "list.txt").write_text("\ufeffP01 \n\nnobody\n", encoding="utf-8")
         (tmp_path / "pairs.txt").write_text("1\t1\nP02\t1\t2\nP03\t1\tP04\t1\n")
         names = SOURCES.pictures.names
         data = DataConfig("x", held_out_list=str(tmp_path / "list.txt"), pairs=str(tmp_path / "pairs.txt"), folds=(1,))

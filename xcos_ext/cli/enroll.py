@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +9,8 @@ import click
 
 from xcos_ext.io.errors import GalleryError
 from xcos_ext.io.optional import gallery_package
-from xcos_ext.io.text import display_name
+from xcos_ext.io.tables import csv_rows
+from xcos_ext.io.text import composed, display_name
 
 from . import options
 from .console import TROUBLE, bar, note, note_some, print_json
@@ -18,6 +18,11 @@ from .inputs import check_model_path, described, detector_maker, load
 
 if TYPE_CHECKING:
     from xcos_ext.gallery.enroll import Picture
+
+_CHANGED = (
+    "it is in the gallery from a file with other contents, and stays as it is; --replace enrols this one instead, "
+    "another name keeps both"
+)
 
 
 @options.command("enroll")
@@ -57,13 +62,13 @@ def run(
     """Enrol photographs in GALLERY: files, folders (all below them) and zip archives.
 
     GALLERY is a folder, made if it is not there. Running the command again goes on where it was interrupted.
-    Pictures without a face are listed and left out.
+    Pictures without a face are listed and left out, and so is what is no picture.
     """
     gallery_package("lance")
     path = check_model_path(model)
     from xcos_ext.gallery.enroll import enroll, find_pictures
 
-    pictures = find_pictures(photos, person=person)
+    pictures, left_out = find_pictures(photos, person=None if person is None else composed(person))
     if labels is not None:
         pictures = _labelled(pictures, labels)
     make_detector = detector_maker(detector, aligned)
@@ -82,8 +87,9 @@ def run(
         size = len(opened)
     if as_json:
         counts = {"faces": size, "enrolled": len(result.enrolled), "already_in": result.present}
-        named = {"skipped": result.skipped, "several_faces": result.several, "seconds": result.seconds}
-        print_json({"gallery": display_name(gallery), **counts, **named, "model": described(loaded, path)})
+        named = {"skipped": result.skipped, "left_out": left_out, "changed": result.changed}
+        last = {"several_faces": result.several, "seconds": result.seconds, "model": described(loaded, path)}
+        print_json({"gallery": display_name(gallery), **counts, **named, **last})
     else:
         if not quiet:
             rate = len(result.enrolled) / result.seconds if result.seconds > 0 else 0.0
@@ -92,6 +98,8 @@ def run(
                 f"{len(result.skipped):,} skipped; {size:,} faces in {display_name(gallery)}"
             )
         note_some([f"skipped {why}" for why in result.skipped.values()], "pictures skipped")
+        note_some([f"left out {name}: {why}" for name, why in left_out.items()], "files left out")
+        note_some([f"not enrolled {name}: {_CHANGED}" for name in result.changed], "changed pictures")
         if result.several:
             note(f"{len(result.several):,} pictures with several faces: took the {how['policy']} one (see --face)")
     return 0 if result.enrolled or result.present else TROUBLE
@@ -100,23 +108,26 @@ def run(
 def _labelled(pictures: list[Picture], labels: str) -> list[Picture]:
     """Pictures with the persons and metadata of a CSV file; columns but picture and person are metadata."""
     name = display_name(labels)
-    try:
-        with open(labels, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if "picture" not in (reader.fieldnames or ()):
-                raise GalleryError(
-                    f"{name}: expected CSV with a column 'picture', got {reader.fieldnames or 'nothing'}"
-                )
-            rows = {row.pop("picture"): row for row in reader}
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise GalleryError(f"{name}: expected CSV in UTF-8 ({error})") from error
-    unknown = sorted(set(rows) - {p.id for p in pictures})
+    rows = csv_rows(labels, GalleryError)
+    _, header = next(rows)
+    if "picture" not in header or len(set(header)) < len(header):
+        got = ", ".join(map(repr, header)) or "nothing"
+        raise GalleryError(f"{name}: expected CSV with a column 'picture', each column once, got {got}")
+    found = {picture.id: picture for picture in pictures}
+    labelled: set[str] = set()
+    unknown: list[str] = []
+    for line, values in rows:
+        row = dict(zip(header, values, strict=True))
+        picture_id, person = composed(row.pop("picture")), composed(row.pop("person", ""))
+        if picture_id in labelled:
+            raise GalleryError(f"{name}, line {line}: expected each picture once, got {picture_id!r} again")
+        labelled.add(picture_id)
+        if picture_id in found:
+            person = person or found[picture_id].person or ""
+            found[picture_id] = dataclasses.replace(found[picture_id], person=person or None, metadata=row)
+        else:
+            unknown.append(picture_id)
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise GalleryError(f"{name}: expected pictures that are being enrolled, got {unknown[0]!r}{more}")
-    found = {picture.id: picture for picture in pictures}
-    for picture_id, row in rows.items():
-        person = row.pop("person", None) or found[picture_id].person
-        metadata = {column: value for column, value in row.items() if column is not None}  # None: what is too much
-        found[picture_id] = dataclasses.replace(found[picture_id], person=person, metadata=metadata)
+        raise GalleryError(f"{name}: expected pictures that are being enrolled, got {min(unknown)!r}{more}")
     return list(found.values())

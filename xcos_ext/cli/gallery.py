@@ -49,8 +49,8 @@ def remove(gallery: str, ids: tuple[str, ...], persons: tuple[str, ...], ids_fro
     chosen = list(ids)
     if ids_from is not None:
         try:
-            with click.open_file(ids_from, encoding="utf-8") as file:
-                chosen += [line.rstrip("\n") for line in file if line.rstrip("\n")]
+            with click.open_file(ids_from, encoding="utf-8-sig") as file:
+                chosen += [line.rstrip("\r\n") for line in file if line.rstrip("\r\n")]
         except (OSError, UnicodeDecodeError) as error:
             raise GalleryError(f"{ids_from}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     with open_gallery(gallery) as opened:

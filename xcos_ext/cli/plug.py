@@ -12,7 +12,7 @@ from xcos_ext.io.errors import DeviceError, PictureError, XCosError
 from xcos_ext.io.text import display_name
 
 from . import options
-from .console import note, one_line, print_json, print_rows, progress
+from .console import note, note_some, one_line, print_json, print_rows, progress
 from .inputs import check_model_path, described, is_graph, load_recogniser
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ def _people(faces: str, limit: int) -> tuple[PersonFolder, list[str]]:
     from xcos_ext.faces import PersonFolder
 
     folder = PersonFolder(faces)
+    note_some([f"left out {name}: {why}" for name, why in folder.left_out.items()], "left out")
     count = min(limit, len(folder.people))
     people = [folder.people[i * len(folder.people) // count] for i in range(count)]
     if len(people) < _LEAST_PEOPLE:

@@ -13,7 +13,7 @@ from xcos_ext.io.optional import gallery_package
 from xcos_ext.io.text import display_name
 
 from . import options
-from .console import bar, note, print_json
+from .console import bar, note, note_some, print_json
 from .inputs import check_model_path, described, detector_maker, load, open_gallery
 
 
@@ -64,9 +64,9 @@ def run(
     gallery_package("lance")
     path = check_model_path(model)
     from xcos_ext.gallery import identification_threshold
-    from xcos_ext.gallery.enroll import find_pictures, read_faces
+    from xcos_ext.gallery.enroll import find_probes, read_faces
 
-    pictures = find_pictures(probes)
+    pictures, failures = find_probes(probes)
     make_detector = detector_maker(detector, aligned)
     import torch
 
@@ -78,21 +78,23 @@ def run(
         if fpir is not None:
             limit = identification_threshold(opened.layout.fmr_curve, fpir, len(opened))
         fast = for_inference(loaded)
-        crops, failures = {}, {}
+        crops: list[Any] = []
+        names: list[str] = []
+        note_some([f"left out {name}: {why}" for name, why in failures.items()], "files left out")
         with bar("reading", "pictures") as tick:
             faces = read_faces(pictures, loaded.preprocessing.size, make_detector, policy=policy)
             for done, (picture, crop, _, problem) in enumerate(faces, 1):
                 if crop is None:
-                    failures[picture.id] = problem
+                    failures[picture.id] = problem or "no face"
                     note(f"left out {problem}")
                 else:
-                    crops[picture.id] = crop
+                    crops.append(crop)
+                    names.append(picture.id)
                 tick(done, len(pictures))
         if not crops:
             raise PictureError("no probe has a usable face")
-        names = list(crops)
         with torch.inference_mode():
-            templates = fast.templates(fast.features_of(list(crops.values())), "probe", opened.layout.dtype)
+            templates = fast.templates(fast.features_of(crops), "probe", opened.layout.dtype)
         begin = time.perf_counter()
         with bar("searching", "faces") as tick:
             hits = opened.search(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import os
-import stat
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from xcos_ext.faces import MAX_PIXELS, PictureTree, read_picture
+from xcos_ext.faces import MAX_PIXELS, PictureTree, decode_picture, read_picture
+from xcos_ext.faces.pictures import is_system_file, named_as_picture
 from xcos_ext.io.errors import PictureError, XCosError
-from xcos_ext.io.text import printable
+from xcos_ext.io.tables import csv_rows
+from xcos_ext.io.text import composed, printable
 
 __all__ = ["PairsFile", "PairsFileError", "ReportPair", "pictures_below"]
 
@@ -46,7 +47,8 @@ class PairsFile:
     """Pairs from a CSV file with a header: columns ``a``, ``b``, optionally ``genuine`` (or ``same``), and any others.
 
     ``genuine`` is 1 or 0 (also true, yes, false, no), or empty where it is not known. The other columns are shown on
-    the page. The file is read through once to check it, and again whenever it is iterated; it is never held in memory.
+    the page. It is read as :func:`~xcos_ext.io.tables.csv_rows` does, also as spreadsheets write it, once to check it,
+    and again whenever it is iterated; it is never held in memory.
 
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
@@ -78,29 +80,11 @@ class PairsFile:
         return self._count
 
     def __iter__(self) -> Iterator[ReportPair]:
-        name = self._name
-        line = 0
-        try:
-            if not stat.S_ISREG(os.stat(self.path).st_mode):
-                raise PairsFileError(f"{name}: expected a CSV file, got something that is not a regular file")
-            with open(self.path, encoding="utf-8-sig", newline="") as stream:
-                rows = csv.reader(stream, strict=True)
-                try:
-                    header = [column.strip() for column in next(rows, [])]
-                    line = rows.line_num
-                    places = self._places(header, max(line, 1))
-                    for row in rows:
-                        line = rows.line_num
-                        if row:
-                            yield self._pair(row, header, places, line)
-                except csv.Error as error:
-                    raise PairsFileError(f"{name}, line {rows.line_num}: not CSV ({error})") from error
-        except UnicodeDecodeError as error:
-            raise PairsFileError(f"{name}, after line {line}: expected text in UTF-8 ({error.reason})") from error
-        except (OSError, ValueError) as error:
-            if isinstance(error, PairsFileError):
-                raise
-            raise PairsFileError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        rows = csv_rows(self.path, PairsFileError)
+        line, header = next(rows)
+        places = self._places(header, line)
+        for line, row in rows:
+            yield self._pair(row, header, places, line)
 
     def _places(self, header: list[str], line: int) -> tuple[int, int, int | None]:
         lower = [column.lower() for column in header]
@@ -117,8 +101,6 @@ class PairsFile:
 
     def _pair(self, row: list[str], header: list[str], places: tuple[int, int, int | None], line: int) -> ReportPair:
         where = f"{self._name}, line {line}"
-        if len(row) != len(header):
-            raise PairsFileError(f"{where}: expected {len(header)} columns as in the header, got {len(row)}")
         a, b = row[places[0]].strip(), row[places[1]].strip()
         if not a or not b:
             raise PairsFileError(f"{where}: expected two pictures, got {a!r} and {b!r}")
@@ -155,11 +137,15 @@ def pictures_below(root: str | os.PathLike[str], *, max_pixels: int | None = Non
     folder = Path(root)
     limit = max_pixels or MAX_PIXELS
     if folder.is_dir():
-        entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-        inner = folder / entries[0].name if len(entries) == 1 and entries[0].is_dir() else folder
+        entries = [entry for entry in os.scandir(folder) if not is_system_file(entry.name)]
+        tops = [entry for entry in entries if entry.is_dir() or named_as_picture(entry.name)]
+        inner = folder / tops[0].name if len(tops) == 1 and tops[0].is_dir() else folder
 
         def from_folder(path: str) -> np.ndarray:
-            place = folder / path if os.path.lexists(folder / path) else inner / path
+            # As in an archive, which is looked through as a whole: names that look the same are the same.
+            spellings = [path, path.replace("\\", "/"), composed(path), unicodedata.normalize("NFD", path)]
+            places = [start / spelling for spelling in spellings for start in (folder, inner)]
+            place = next((place for place in places if os.path.lexists(place)), places[0])
             # A page that goes elsewhere need not tell where the pictures lay here.
             return read_picture(place, max_pixels=limit, name=printable(path))
 
@@ -168,12 +154,12 @@ def pictures_below(root: str | os.PathLike[str], *, max_pixels: int | None = Non
     try:
         tree = PictureTree(folder)
     except (OSError, ValueError) as error:
-        raise PictureError(f"{name}: expected a folder or a zip archive with the pictures") from error
+        raise PictureError(f"{name}: expected a folder or a zip archive with the pictures ({error})") from error
 
     def from_archive(path: str) -> np.ndarray:
         key = tree.find(path)
         if key is None:
             raise PictureError(f"{path}: not in {name}")
-        return tree.read(key, max_pixels=limit)
+        return decode_picture(tree.contents(key), printable(path), max_pixels=limit)
 
     return from_archive

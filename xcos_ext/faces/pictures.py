@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
+import posixpath
 import re
 import stat
 import warnings
@@ -16,7 +18,17 @@ from xcos_ext.io.errors import PictureError
 from xcos_ext.io.optional import need
 from xcos_ext.io.text import display_name, first_line
 
-__all__ = ["MAX_PIXELS", "decode_picture", "read_picture"]
+__all__ = [
+    "MAX_PIXELS",
+    "decode_picture",
+    "decode_with_mode",
+    "is_system_file",
+    "named_as_picture",
+    "open_regular",
+    "read_contents",
+    "read_picture",
+    "why_unreadable",
+]
 
 StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
@@ -27,8 +39,40 @@ MAX_PIXELS = 100_000_000
 # are containers of something else.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "MPO", "PPM", "JPEG2000", "AVIF", "TGA", "DIB", "PCX", "SGI")
 
+#: Those of them that people meet, for messages.
+READABLE = "JPEG, PNG, WebP, TIFF, BMP or GIF"
+
 # What shows through transparent pixels: mid-grey, so that neither dark nor light hair melts into it.
 _BACKGROUND = (128, 128, 128)
+
+
+@functools.cache
+def _suffixes() -> frozenset[str]:
+    """The suffixes of the formats above that this Pillow can open."""
+    image_module = need("PIL.Image", "reading pictures")
+    known = image_module.registered_extensions()
+    return frozenset(suffix for suffix, name in known.items() if name in _FORMATS and name in image_module.OPEN)
+
+
+def named_as_picture(name: str) -> bool:
+    """Whether a file's suffix is that of a format which :func:`read_picture` reads here.
+
+    A file that is named reads whatever its suffix; this is for folders, in which other things lie too.
+
+    >>> [named_as_picture(name) for name in ("a/1.JPG", "a/1.tiff", "a/1.heic", "a/1")]
+    [True, True, False, False]
+    """
+    return posixpath.splitext(name)[1].lower() in _suffixes()
+
+
+def is_system_file(name: str) -> bool:
+    """Whether a name is hidden, or that of a file or folder which systems leave behind: never anybody's picture.
+
+    >>> [is_system_file(name) for name in ("a/._1.jpg", "a/Thumbs.db", "__MACOSX", "a/1.jpg")]
+    [True, True, True, False]
+    """
+    last = posixpath.basename(name)
+    return last.startswith(".") or last.lower() in {"__macosx", "desktop.ini", "ehthumbs.db", "icon\r", "thumbs.db"}
 
 
 def read_picture(path: StrPath, *, max_pixels: int = MAX_PIXELS, name: str | None = None) -> np.ndarray:
@@ -60,8 +104,18 @@ def read_picture(path: StrPath, *, max_pixels: int = MAX_PIXELS, name: str | Non
     [[[97, 98, 99], [100, 101, 102]]]
     """
     name = display_name(path) if name is None else name
-    with _open_regular(path, name) as file:
-        return _decode(file, name, max_pixels)
+    with open_regular(path, name) as file:
+        return _decode(file, name, max_pixels)[0]
+
+
+def read_contents(path: StrPath) -> bytes:
+    """The undecoded content of a picture file; PictureError as of :func:`read_picture`."""
+    name = display_name(path)
+    with open_regular(path, name) as file:
+        try:
+            return file.read()
+        except OSError as error:
+            raise PictureError(f"{name}: cannot be read ({error.strerror or error})") from error
 
 
 def decode_picture(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -81,10 +135,20 @@ def decode_picture(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> n
     >>> decode_picture(b"P5 2 1 255 az", "grey.pgm").tolist()
     [[[97, 97, 97], [122, 122, 122]]]
     """
+    return decode_with_mode(data, name, max_pixels=max_pixels)[0]
+
+
+def decode_with_mode(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> tuple[np.ndarray, str]:
+    """As :func:`decode_picture`, and the mode that the file has in Pillow's words ("L" is grey, "CMYK" is CMYK).
+
+    >>> decode_with_mode(b"P5 2 1 255 az", "grey.pgm")[1]
+    'L'
+    """
     return _decode(io.BytesIO(data), name, max_pixels)
 
 
-def _open_regular(path: StrPath, name: str) -> BinaryIO:
+def open_regular(path: StrPath, name: str) -> BinaryIO:
+    """Open a regular file for reading; PictureError, starting with the name, for anything else."""
     try:
         mode = os.stat(path).st_mode  # asked before, because merely opening some devices has effects
         if stat.S_ISREG(mode):
@@ -112,6 +176,11 @@ def _open_regular(path: StrPath, name: str) -> BinaryIO:
     raise PictureError(f"{name}: expected a picture file, got {kind}")
 
 
+def why_unreadable(error: BaseException) -> str:
+    """Another library's message on one line, without the addresses of its objects."""
+    return re.sub(r"<(?:\w+\.)*(\w+) object at 0x[0-9a-fA-F]+>", r"\1", first_line(error))
+
+
 def _too_large(name: str, pixels: str, max_pixels: int) -> PictureError:
     return PictureError(
         f"{name}: too large: {pixels} pixels, at most {max_pixels:,} are accepted; scale the picture down, or raise "
@@ -119,7 +188,7 @@ def _too_large(name: str, pixels: str, max_pixels: int) -> PictureError:
     )
 
 
-def _decode(file: BinaryIO, name: str, max_pixels: int) -> np.ndarray:
+def _decode(file: BinaryIO, name: str, max_pixels: int) -> tuple[np.ndarray, str]:
     if max_pixels < 1:
         raise ValueError(f"max_pixels: expected a positive number of pixels, got {max_pixels}")
     image_module = need("PIL.Image", "reading pictures")
@@ -138,7 +207,7 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> np.ndarray:
                 if picture.width * picture.height > max_pixels:
                     raise _too_large(name, size, max_pixels)
                 damage = f"damaged or truncated {picture.format} picture"
-                return _to_rgb(picture, name)
+                return _to_rgb(picture, name), picture.mode
     except PictureError:
         raise
     except MemoryError as error:
@@ -149,10 +218,9 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> np.ndarray:
         limit = min(max_pixels, 2 * (image_module.MAX_IMAGE_PIXELS or max_pixels))
         raise _too_large(name, f"{int(found[1]):,}" if found else "too many", limit) from error
     except image_module.UnidentifiedImageError as error:
-        readable = "JPEG, PNG, WebP, TIFF, BMP or GIF"
-        raise PictureError(f"{name}: not a picture, or of an unknown kind; expected {readable}") from error
+        raise PictureError(f"{name}: not a picture, or of an unknown kind; expected {READABLE}") from error
     except Exception as error:  # decoders raise nearly anything on damaged data
-        raise PictureError(f"{name}: {damage} ({first_line(error, None)})") from error
+        raise PictureError(f"{name}: {damage} ({why_unreadable(error)})") from error
 
 
 def _to_rgb(picture: Any, name: str) -> np.ndarray:

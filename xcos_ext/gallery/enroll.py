@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -19,15 +21,19 @@ import torch
 
 from xcos_ext.deploy import for_inference
 from xcos_ext.faces import Detector, PictureTree, display_name, extract_face, read_picture
+from xcos_ext.faces.pictures import read_contents
 from xcos_ext.io.errors import GalleryError, PictureError
+from xcos_ext.io.text import composed, few
 from xcos_ext.model import XCosModel
 
 from .gallery import Gallery
+from .labels import FILE_CHECKSUM, file_checksum
 from .search import Progress, quiet
 
-__all__ = ["Enrolment", "Picture", "enroll", "find_pictures", "read_faces"]
+__all__ = ["Enrolment", "Picture", "enroll", "find_pictures", "find_probes", "read_faces"]
 
 _AHEAD = 128  # pictures that are read before they are asked for
+_COMPARED = 4096  # pictures whose labels are in memory while their files are compared with them
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +45,7 @@ class Picture:
         read: gives the picture, uint8 RGB [H, W, 3], or raises PictureError.
         person: who it is; None: not known.
         metadata: to be kept with it.
+        contents: gives the bytes of its file, or raises PictureError; None: there is no file.
 
     Example:
         >>> Picture("ann/0.png", lambda: np.zeros((112, 112, 3), np.uint8), "ann").read().shape
@@ -49,6 +56,7 @@ class Picture:
     read: Callable[[], np.ndarray]
     person: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    contents: Callable[[], bytes] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,8 @@ class Enrolment:
         skipped: id -> why, of pictures without a usable face.
         several: ids of pictures with more than one face, of which one was taken.
         seconds: spent on reading, detecting, embedding and committing.
+        changed: ids of pictures that were in the gallery, but from other files: replaced since, or of the same name.
+            Their faces are left as they were; ``on_duplicate="replace"`` enrols them anew.
 
     Example:
         >>> Enrolment(["ann/0.png"], 0, {"wall.png": "no face found"}, [], 0.4).skipped
@@ -72,17 +82,23 @@ class Enrolment:
     skipped: dict[str, str]
     several: list[str]
     seconds: float
+    changed: list[str] = field(default_factory=list)
 
 
-def find_pictures(paths: Iterable[str | os.PathLike[str]], *, person: str | None = None) -> list[Picture]:
-    """The pictures that files, folders and zip archives name.
+def find_pictures(
+    paths: Iterable[str | os.PathLike[str]], *, person: str | None = None
+) -> tuple[list[Picture], dict[str, str]]:
+    """The pictures that files, folders and zip archives name, for a gallery.
 
-    A file's id is its name. In folders (searched through all of their folders) and archives it is the path below them,
-    and the folder that a picture lies in is its person.
+    A file's id is its name. In folders (searched through all of their folders, linked ones too) and archives it is the
+    path below them, and the folder that a picture lies in is its person. Both are in Unicode's composed form (NFC).
 
     Args:
         paths: of pictures, folders, archives.
         person: of all of them; None: from the folders.
+
+    Returns:
+        The pictures, and what else the folders and archives hold, name -> why it is no picture.
 
     Raises:
         GalleryError: a path that is not there, no pictures at all, or two with the same id.
@@ -91,37 +107,77 @@ def find_pictures(paths: Iterable[str | os.PathLike[str]], *, person: str | None
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp())
         >>> (folder / "ann").mkdir()
-        >>> (folder / "ann" / "0.png").touch()
-        >>> [(picture.id, picture.person) for picture in find_pictures([folder])]
-        [('ann/0.png', 'ann')]
+        >>> for name in ("0.png", "1.heic"):
+        ...     (folder / "ann" / name).touch()
+        >>> pictures, left_out = find_pictures([folder])
+        >>> [(picture.id, picture.person) for picture in pictures], list(left_out)
+        ([('ann/0.png', 'ann')], ['ann/1.heic'])
     """
-    found: dict[str, Picture] = {}
+    found: dict[str, tuple[Picture, str]] = {}
+    left_out: dict[str, str] = {}
     for path in paths:
-        here = list(_pictures_of(Path(path), person))
-        if not here:
-            raise GalleryError(f"{display_name(path)}: expected pictures, got none")
-        for picture in here:
+        where = display_name(path)
+        for picture in _pictures_of(Path(path), person, left_out):
             if picture.id in found:
                 raise GalleryError(
-                    f"{display_name(path)}: expected each picture name once, got {picture.id!r} again; enrol one of "
-                    "them under another name"
+                    f"{where}: expected each picture name once, got {picture.id!r} again, which {found[picture.id][1]} "
+                    "has too; enrol one of them under another name, or the folder above both"
                 )
-            found[picture.id] = picture
-    return list(found.values())
+            found[picture.id] = (picture, where)
+    return [picture for picture, _ in found.values()], left_out
 
 
-def _pictures_of(path: Path, person: str | None) -> Iterator[Picture]:
-    if path.is_file() and path.suffix.lower() != ".zip":
-        yield Picture(display_name(path.name), lambda: read_picture(path), person)
-        return
+def find_probes(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Picture], dict[str, str]]:
+    """The same for a search: ids are the paths as they were given, with those below folders and archives.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / "0.png").touch()
+        >>> [picture.id.removeprefix(str(folder)) for picture in find_probes([folder, folder / "0.png"])[0]]
+        ['/0.png', '/0.png']
+    """
+    pictures: list[Picture] = []
+    left_out: dict[str, str] = {}
+    for path in paths:
+        where = display_name(path)
+        others: dict[str, str] = {}
+        for picture in _pictures_of(Path(path), None, others):
+            pictures.append(replace(picture, id=where if _single(Path(path)) else f"{where.rstrip('/')}/{picture.id}"))
+        left_out |= {f"{where.rstrip('/')}/{name}": why for name, why in others.items()}
+    return pictures, left_out
+
+
+def _single(path: Path) -> bool:
+    """Whether a path is that of a picture, and not of a folder or archive; GalleryError if it is of nothing."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode) and path.suffix.lower() != ".zip"
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        why = "no such file or folder" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        raise GalleryError(f"{display_name(path)}: {why}") from error
+
+
+def _pictures_of(path: Path, person: str | None, left_out: dict[str, str]) -> list[Picture]:
+    """The pictures of one path, at least one; the rest of a folder or archive is put into ``left_out``."""
+    if _single(path):
+        read, contents = partial(read_picture, path), partial(read_contents, path)
+        return [Picture(composed(display_name(path.name)), read, person, contents=contents)]
     try:
         tree = PictureTree(path)
     except (OSError, ValueError) as error:
         raise GalleryError(str(error)) from error
+    others = {display_name(name): why for name, why in tree.left_out.items()}
+    left_out |= others
+    if not tree.names:
+        told = f"; left out: {few(others, 3)}" if others else ""
+        raise GalleryError(f"{display_name(path)}: expected pictures, got none{told}")
+    found = []
     for name in tree.names:
-        who = person if person is not None else PurePosixPath(name).parent.name or None
-        read = partial(read_picture, path / name) if path.is_dir() else partial(tree.read, name)
-        yield Picture(display_name(name), read, None if who is None else display_name(who))
+        folder = PurePosixPath(name).parent.name
+        who = person if person is not None else display_name(folder) if folder else None
+        read, contents = partial(tree.read, name), partial(tree.contents, name)
+        found.append(Picture(display_name(name), read, who, contents=contents))
+    return found
 
 
 #: A picture, its aligned crop or None, the faces found, and why there is no crop.
@@ -200,7 +256,8 @@ def enroll(
         pictures: see :func:`find_pictures`.
         detector, policy, threads: see :func:`read_faces`.
         batch: faces a commit.
-        on_duplicate: about ids that are in the gallery: ``"skip"`` does not even read those pictures.
+        on_duplicate: about ids that are in the gallery: ``"skip"`` does not decode those pictures, but tells from the
+            checksums of their files, which enrolling keeps in the metadata (``"file_xxh3"``), which have changed.
         progress: is told (pictures gone through, all).
 
     Returns:
@@ -217,6 +274,7 @@ def enroll(
     if there and on_duplicate == "error":
         raise GalleryError(f"enroll: pictures: expected new ids, got {next(iter(there))!r}, which is enrolled")
     todo = [p for p in pictures if on_duplicate == "replace" or p.id not in there]
+    known = [p for p in pictures if p.id in there] if on_duplicate == "skip" else []
     present = len(pictures) - len(todo)
     fast = for_inference(model)
     enrolled: list[str] = []
@@ -235,13 +293,14 @@ def enroll(
             [p.id for p in some],
             templates,
             persons=[p.person for p in some],
-            metadata=[p.metadata for p in some],
+            metadata=[_with_checksum(p) for p in some],
             on_duplicate=on_duplicate,
         )
         enrolled.extend(p.id for p in some)
         chosen.clear()
 
     tick = progress or quiet
+    changed = _changed(gallery, known, there, lambda done: tick(done, len(pictures)))
     tick(present, len(pictures))
     crops = read_faces(todo, model.preprocessing.size, detector, policy=policy, threads=threads)
     for done, (picture, crop, faces, problem) in enumerate(crops, present + 1):
@@ -255,4 +314,34 @@ def enroll(
                 commit()
         tick(done, len(pictures))
     commit()
-    return Enrolment(enrolled, present, skipped, several, time.perf_counter() - begin)
+    return Enrolment(enrolled, present, skipped, several, time.perf_counter() - begin, changed)
+
+
+def _checksum(picture: Picture) -> str | None:
+    """Of its file, where it has one that can be read."""
+    with contextlib.suppress(PictureError):
+        return None if picture.contents is None else file_checksum(picture.contents())
+    return None
+
+
+def _with_checksum(picture: Picture) -> dict[str, Any]:
+    checksum = _checksum(picture)
+    return dict(picture.metadata) | ({} if checksum is None else {FILE_CHECKSUM: checksum})
+
+
+def _changed(
+    gallery: Gallery, pictures: Sequence[Picture], there: Mapping[str, int], tick: Callable[[int], None]
+) -> list[str]:
+    """Ids of those whose files are not those that the gallery's faces are from, as far as the gallery knows them."""
+    snapshot = gallery.snapshot
+    changed: list[str] = []
+    for start in range(0, len(pictures), _COMPARED):
+        some = pictures[start : start + _COMPARED]
+        places = snapshot.places_of(np.array([there[p.id] for p in some], np.int64))
+        labels = snapshot.labels(places)["metadata"]
+        for done, (picture, metadata) in enumerate(zip(some, labels, strict=True), start):
+            kept = metadata.get(FILE_CHECKSUM)
+            if kept is not None and _checksum(picture) not in (None, kept):
+                changed.append(picture.id)
+            tick(done)
+    return changed

@@ -14,17 +14,22 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CHECKED_LABELS",
+    "FILE_CHECKSUM",
     "LABELS",
     "canonical_json",
     "checked_labels",
     "checked_metadata",
     "checked_text",
+    "file_checksum",
     "label_checksum",
 ]
 
 LABELS = ("id", "person", "metadata")
 #: All of them, for they have one checksum.
 CHECKED_LABELS = (*LABELS, "label_checksum")
+
+#: Key of a face's metadata: :func:`file_checksum` of the picture that it was enrolled from.
+FILE_CHECKSUM = "file_xxh3"
 
 _MOST_LEVELS = 100  # lists and mappings within each other that metadata may have
 
@@ -87,6 +92,11 @@ def label_checksum(identity: str, person: str | None, metadata: str) -> int:
         state.update(len(data).to_bytes(8, "little"))
         state.update(data)
     return int(state.intdigest())
+
+
+def file_checksum(contents: bytes) -> str:
+    """Checksum (xxh3, 128 bits, hexadecimal) of a picture's file: what tells that another has taken its place."""
+    return str(gallery_package("xxhash").xxh3_128_hexdigest(contents))
 
 
 def checked_labels(rows: pa.Table | pa.RecordBatch) -> tuple[dict[str, list[Any]], list[int]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterable
 
 __all__ = [
     "byte_size",
+    "composed",
     "display_name",
     "duration",
     "few",
@@ -34,6 +36,15 @@ def printable(text: str) -> str:
     'a\\\\nb'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def composed(text: str) -> str:
+    """Text in Unicode's composed form (NFC): names that look the same are the same, however they are spelled.
+
+    >>> composed("Zoe\\u0308") == "Zo\\u00eb"
+    True
+    """
+    return unicodedata.normalize("NFC", text)
 
 
 def display_name(path: str | bytes | os.PathLike[str] | os.PathLike[bytes]) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +18,11 @@ from torch import Tensor
 from xcos_ext.backbones import Recogniser
 from xcos_ext.evaluation.datasets import read_pairs
 from xcos_ext.faces import PersonFolder
+from xcos_ext.faces.pictures import decode_with_mode
 from xcos_ext.io.atomic import write_atomically
 from xcos_ext.io.errors import PictureError, XCosError
 from xcos_ext.io.fingerprint import fingerprint_weights
+from xcos_ext.io.optional import need
 from xcos_ext.io.text import few
 
 __all__ = [
@@ -49,7 +49,7 @@ class Pictures:
         names: the people.
         keys: N names of pictures.
         oddities: kind of oddity -> keys of the pictures, or names of the people, that have it.
-        fingerprint: of names and contents, 16 hex digits.
+        fingerprint: of names and pixels, 16 hex digits.
     """
 
     images: Tensor
@@ -84,7 +84,7 @@ def read_pictures(
 
     Whatever is wrong with a picture is found here, not in the middle of a training: pictures that cannot be decoded,
     are smaller than half the wanted size, or are the same file as an earlier one are left out and reported; those of
-    another size, grey or CMYK are converted and reported.
+    another size, grey or CMYK are converted and reported. So is what is no picture, or in no person's folder.
 
     Args:
         path: aligned crops.
@@ -98,8 +98,7 @@ def read_pictures(
     Raises:
         PictureError: no such folder, or no usable picture in it.
     """
-    from PIL import Image
-
+    image = need("PIL.Image", "reading pictures")
     try:
         folder = PersonFolder(path)
     except (OSError, ValueError) as error:
@@ -110,6 +109,8 @@ def read_pictures(
     def odd(kind: str, what: str) -> None:
         oddities.setdefault(kind, []).append(what)
 
+    for left, why in folder.left_out.items():
+        odd(f"left out, {why}", left)
     names = [name for name in folder.people if chosen is None or chosen(name)]
     found = [(name, key) for name in names for key in folder.of(name)]
     images = np.empty((len(found), height, width, 3), np.uint8)
@@ -119,12 +120,11 @@ def read_pictures(
     for done, (name, key) in enumerate(found, 1):
         try:
             contents = folder.contents(key)
-            with Image.open(io.BytesIO(contents)) as picture:
-                mode, (w, h) = picture.mode, picture.size
-                rgb = picture.convert("RGB")
-        except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, Image.DecompressionBombError):
+            rgb, mode = decode_with_mode(contents, key)
+        except PictureError:
             odd("left out, cannot be decoded", key)
             continue
+        h, w = rgb.shape[:2]
         own = hashlib.sha256(contents).digest()
         if 2 * h < height or 2 * w < width:
             odd("left out, smaller than half the wanted size", key)
@@ -134,14 +134,14 @@ def read_pictures(
             seen[own] = key
             if (h, w) != (height, width):
                 odd("resized", f"{key} ({w}x{h})")
-                rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
-            if mode in ("L", "1", "LA", "I", "I;16", "F"):
+                rgb = np.asarray(image.fromarray(rgb).resize((width, height), image.Resampling.BILINEAR))
+            if mode in ("L", "1", "LA", "La", "F") or mode.startswith("I"):
                 odd("grey, made RGB", key)
             elif mode == "CMYK":
                 odd("CMYK, made RGB", key)
-            images[len(kept)] = np.asarray(rgb)
+            images[len(kept)] = rgb
+            digest.update(f"|{key}|".encode() + hashlib.sha256(images[len(kept)]).digest())
             kept.append((name, key))
-            digest.update(f"|{key}|".encode() + own)
         if progress is not None:
             progress(done, len(found))
     if not kept:

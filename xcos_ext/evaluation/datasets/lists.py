@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 from xcos_ext.explain.pairs_file import PairsFile
 from xcos_ext.faces.folders import PersonFolder, PictureTree
-from xcos_ext.io.text import few
+from xcos_ext.io.text import composed, few
 
 from .insightface import InsightfaceBin
 from .pairs import PairList
@@ -29,7 +29,7 @@ Name = TypeVar("Name", bound=Hashable)
 def _lines(file: Path) -> list[tuple[int, str]]:
     """Numbered lines with something on them."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = composed(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file}: no such file") from error
     except UnicodeDecodeError as error:
@@ -303,7 +303,7 @@ def _detected(path: Path) -> str:
     if start[:1] in (b"\x80", b"("):  # pickles of protocol 2 and up, and of a tuple in protocol 0
         return "bin"
     header = start.removeprefix(b"\xef\xbb\xbf").split(b"\n", 1)[0].lower()
-    return "csv" if b"," in header else "lfw"
+    return "csv" if b"," in header or b";" in header else "lfw"
 
 
 def open_pairs(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from xcos_ext.backbones import Recogniser
 from xcos_ext.io.errors import XCosError
+from xcos_ext.io.text import composed
 from xcos_ext.model import CellProjection, ClosedFormHead, XCosAttention, XCosHead, load_recogniser, plug
 
 from ..data import Maps, Pictures, cached_maps, people_of_folds, people_of_share, read_pictures
@@ -72,7 +73,7 @@ def held_out_people(data: DataConfig, names: tuple[str, ...]) -> set[str]:
     found = people_of_share(names, data.held_out_share)
     if data.held_out_list is not None:
         try:
-            lines = Path(data.held_out_list).read_text(encoding="utf-8").splitlines()
+            lines = composed(Path(data.held_out_list).read_text(encoding="utf-8-sig")).splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise XCosError(f"{data.held_out_list}: cannot be read as a list of people ({error})") from error
         found |= {line.strip() for line in lines}

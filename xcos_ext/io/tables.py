@@ -1,0 +1,72 @@
+"""CSV files as spreadsheets and programs write them."""
+
+from __future__ import annotations
+
+import csv
+import os
+import stat
+from collections.abc import Iterator
+
+from .errors import XCosError
+from .text import printable
+
+__all__ = ["csv_rows"]
+
+
+def csv_rows(path: str | os.PathLike[str], refuse: type[XCosError]) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV file, its header first, each with the number of the line that it ends on.
+
+    UTF-8 with or without a byte order mark, lines ended in any way, columns separated by commas, or by semicolons (as
+    spreadsheets do in many languages) or tabs where the header has no comma. Empty lines are passed over. The file is
+    read as rows are asked for, and never held in memory.
+
+    Args:
+        path: the file.
+        refuse: the error's class.
+
+    Yields:
+        (line, values): the header's names without blanks around them, then values as they are, as many in each row. An
+        empty file has the header ``[]`` in line 1.
+
+    Raises:
+        XCosError: of the class ``refuse``: not a regular file, not UTF-8, not CSV, or a row with more or fewer columns
+            than the header; the message names file and line.
+
+    >>> import tempfile
+    >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
+    ...     print("\\ufeffpicture;person", "1.jpg;Ann", sep="\\r\\n", file=file, flush=True)
+    ...     list(csv_rows(file.name, XCosError))
+    [(1, ['picture', 'person']), (2, ['1.jpg', 'Ann'])]
+    """
+    name = printable(os.fspath(path))
+    line = 0
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise refuse(f"{name}: expected a CSV file, got something that is not a regular file")
+        with open(path, encoding="utf-8-sig", newline="") as stream:
+            first = stream.readline(1 << 16)
+            stream.seek(0)
+            separator = next((sign for sign in ",;\t" if sign in first), ",")
+            rows = csv.reader(stream, strict=True, delimiter=separator)
+            try:
+                header = [column.strip() for column in next(rows, [])]
+                line = max(rows.line_num, 1)
+                yield line, header
+                for row in rows:
+                    line = rows.line_num
+                    if row and len(row) != len(header):
+                        raise refuse(
+                            f"{name}, line {line}: expected {len(header)} columns as in the header, got {len(row)}"
+                        )
+                    if row:
+                        yield line, row
+            except csv.Error as error:
+                raise refuse(f"{name}, line {rows.line_num}: not CSV ({error})") from error
+    except UnicodeDecodeError as error:
+        raise refuse(
+            f"{name}, after line {line}: expected text in UTF-8 ({error.reason}); spreadsheets call it CSV UTF-8"
+        ) from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, XCosError):
+            raise
+        raise refuse(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error})") from error

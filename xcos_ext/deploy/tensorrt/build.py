@@ -20,6 +20,7 @@ import torch
 from xcos_ext.io.atomic import StrPath, check_output, write_atomically
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.optional import need
+from xcos_ext.io.several import several
 from xcos_ext.onnx.files import metadata, onnx_hash, read_onnx
 
 from . import plan as plans
@@ -147,6 +148,7 @@ def _checked(profiles: Profiles | None) -> tuple[BatchProfile, ...] | None:
     """Profiles as given by a caller; None stays None."""
     if profiles is None:
         return None
+    several(profiles, "profiles", "(min, opt, max)")
     if not profiles:
         raise ValueError("profiles: expected at least one, got none")
     try:

@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,7 @@ class PairsFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._name = printable(self.path)
+        self._place = Path(path).absolute()  # it is read again later, wherever os.chdir has gone
         self.label_names: tuple[str, ...] = ()
         self._count = 0
         for _ in self:
@@ -81,9 +83,9 @@ class PairsFile:
         name = self._name
         line = 0
         try:
-            if not stat.S_ISREG(os.stat(self.path).st_mode):
+            if not stat.S_ISREG(os.stat(self._place).st_mode):
                 raise PairsFileError(f"{name}: expected a CSV file, got something that is not a regular file")
-            with open(self.path, encoding="utf-8-sig", newline="") as stream:
+            with open(self._place, encoding="utf-8-sig", newline="") as stream:
                 rows = csv.reader(stream, strict=True)
                 try:
                     header = [column.strip() for column in next(rows, [])]
@@ -147,33 +149,34 @@ def pictures_below(root: str | os.PathLike[str], *, max_pixels: int | None = Non
         max_pixels: larger files are refused; by default :data:`xcos_ext.faces.MAX_PIXELS`.
 
     Returns:
-        A function from a path to uint8 RGB [H, W, 3]; it raises PictureError, and may be called from threads.
+        A function from a path to uint8 RGB [H, W, 3]; it raises PictureError, may be called from threads, and can be
+        pickled.
 
     Raises:
         PictureError: no such folder or archive.
     """
-    folder = Path(root)
+    folder = Path(root).absolute()
     limit = max_pixels or MAX_PIXELS
     if folder.is_dir():
         entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
         inner = folder / entries[0].name if len(entries) == 1 and entries[0].is_dir() else folder
-
-        def from_folder(path: str) -> np.ndarray:
-            place = folder / path if os.path.lexists(folder / path) else inner / path
-            # A page that goes elsewhere need not tell where the pictures lay here.
-            return read_picture(place, max_pixels=limit, name=printable(path))
-
-        return from_folder
+        return partial(_from_folder, folder, inner, limit)
     name = printable(str(root))
     try:
-        tree = PictureTree(folder)
+        tree = PictureTree(root)
     except (OSError, ValueError) as error:
         raise PictureError(f"{name}: expected a folder or a zip archive with the pictures") from error
+    return partial(_from_archive, tree, name, limit)
 
-    def from_archive(path: str) -> np.ndarray:
-        key = tree.find(path)
-        if key is None:
-            raise PictureError(f"{path}: not in {name}")
-        return tree.read(key, max_pixels=limit)
 
-    return from_archive
+def _from_folder(folder: Path, inner: Path, limit: int, path: str) -> np.ndarray:
+    place = folder / path if os.path.lexists(folder / path) else inner / path
+    # A page that goes elsewhere need not tell where the pictures lay here.
+    return read_picture(place, max_pixels=limit, name=printable(path))
+
+
+def _from_archive(tree: PictureTree, name: str, limit: int, path: str) -> np.ndarray:
+    key = tree.find(path)
+    if key is None:
+        raise PictureError(f"{path}: not in {name}")
+    return tree.read(key, max_pixels=limit)

@@ -47,7 +47,8 @@ class PictureTree:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(path)  # as messages call it
+        self._place = self.path.absolute()  # pictures are read later, wherever os.chdir has gone
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path}: no such folder or archive")
         self._zipped = self.path.is_file()
@@ -99,7 +100,7 @@ class PictureTree:
             raise KeyError(name)
         label = f"{self.path}: {label or name}"
         if not self._zipped:
-            return read_picture(self.path / name, max_pixels=max_pixels, name=label)
+            return read_picture(self._place / name, max_pixels=max_pixels, name=label)
         try:
             data = self._bytes(name)
         except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
@@ -108,10 +109,10 @@ class PictureTree:
 
     def _bytes(self, name: str) -> bytes:
         if not self._zipped:
-            return (self.path / name).read_bytes()
+            return (self._place / name).read_bytes()
         # One handle per thread and process: they must not share a file position, not even across a fork.
         if getattr(self._local, "pid", None) != os.getpid():
-            self._local.archive = zipfile.ZipFile(self.path)
+            self._local.archive = zipfile.ZipFile(self._place)
             self._local.pid = os.getpid()
         return self._local.archive.read(name)
 

@@ -12,6 +12,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,6 +133,21 @@ def test_crops_labels_and_archives(crops: Path, tmp_path: Path) -> None:
     ids = tmp_path / "ids.txt"
     ids.write_text("person0/00.png\nperson1/01.png\n")
     assert "2 removed, 38 left" in run("gallery", "remove", tmp_path / "g", "--ids-from", ids).stdout
+
+
+def test_enrolments_at_once_share_a_new_gallery(crops: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create, gallery = Gallery.create, tmp_path / "g"
+
+    def slower(*arguments: Any, **options: Any) -> Gallery:
+        monkeypatch.undo()
+        assert run("enroll", gallery, crops / "person0", "--aligned", "--dtype", "float32").exit_code == 0
+        return create(*arguments, **options)
+
+    monkeypatch.setattr(Gallery, "create", slower)
+    data = strict(run("enroll", gallery, crops / "person0", crops / "person1", "--aligned", "--json").stdout)
+    assert data["already_in"] == 5 and data["enrolled"] == 5 and data["faces"] == 10
+    with Gallery.open(gallery) as opened:
+        assert opened.info()["dtype"] == "float32"
 
 
 @pytest.mark.thorough

@@ -20,6 +20,7 @@ import torch
 from xcos_ext.deploy import for_inference
 from xcos_ext.faces import Detector, PictureTree, display_name, extract_face, read_picture
 from xcos_ext.io.errors import GalleryError, PictureError
+from xcos_ext.io.several import several
 from xcos_ext.model import XCosModel
 
 from .gallery import Gallery
@@ -96,7 +97,7 @@ def find_pictures(paths: Iterable[str | os.PathLike[str]], *, person: str | None
         [('ann/0.png', 'ann')]
     """
     found: dict[str, Picture] = {}
-    for path in paths:
+    for path in several(paths, "find_pictures: paths", "paths"):
         here = list(_pictures_of(Path(path), person))
         if not here:
             raise GalleryError(f"{display_name(path)}: expected pictures, got none")
@@ -112,7 +113,7 @@ def find_pictures(paths: Iterable[str | os.PathLike[str]], *, person: str | None
 
 def _pictures_of(path: Path, person: str | None) -> Iterator[Picture]:
     if path.is_file() and path.suffix.lower() != ".zip":
-        yield Picture(display_name(path.name), lambda: read_picture(path), person)
+        yield Picture(display_name(path.name), _later(path), person)
         return
     try:
         tree = PictureTree(path)
@@ -120,8 +121,13 @@ def _pictures_of(path: Path, person: str | None) -> Iterator[Picture]:
         raise GalleryError(str(error)) from error
     for name in tree.names:
         who = person if person is not None else PurePosixPath(name).parent.name or None
-        read = partial(read_picture, path / name) if path.is_dir() else partial(tree.read, name)
+        read = _later(path / name) if path.is_dir() else partial(tree.read, name)
         yield Picture(display_name(name), read, None if who is None else display_name(who))
+
+
+def _later(path: Path) -> Callable[[], np.ndarray]:
+    """Reads a picture when it is called, wherever os.chdir has gone by then; can be pickled."""
+    return partial(read_picture, path.absolute(), name=display_name(path))
 
 
 #: A picture, its aligned crop or None, the faces found, and why there is no crop.

@@ -49,7 +49,8 @@ class Gallery(Searcher):
     are equal the lower position wins, always.
 
     Close it, or use it in a ``with`` statement: an open gallery keeps its version's files from being deleted by
-    :meth:`compact`.
+    :meth:`compact`. Threads may share it. Pickled (for the workers of a ``DataLoader``) it opens the same version, with
+    the same model, in the other process: GalleryError if that was compacted away meanwhile.
 
     Attributes:
         path: of the folder, absolute.

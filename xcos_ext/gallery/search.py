@@ -130,7 +130,7 @@ class Searcher(ABC):
             :class:`Hits`; ties in favour of the lower position, NaN scores are no hits.
 
         Raises:
-            GalleryError: probes of another head, a filter that cannot be understood, ids that are not there.
+            GalleryError: probes of another head or that are not finite, a filter that cannot be understood.
             GalleryDamagedError: stored faces that were to be scored are not what was written.
             TypeError, RuntimeError: other arguments of wrong types or values.
 

@@ -245,6 +245,21 @@ def test_labels_that_cannot_be(tmp_path: Path, text: str | bytes, words: str) ->
         _labelled([Picture("1.png", lambda: np.zeros((1, 1, 3), np.uint8))], str(path))
 
 
+def test_enrolments_at_once_share_a_new_gallery(crops: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create, gallery = Gallery.create, tmp_path / "g"
+
+    def slower(*arguments: Any, **options: Any) -> Gallery:
+        monkeypatch.undo()
+        assert run("enroll", gallery, crops / "person0", "--aligned", "--dtype", "float32").exit_code == 0
+        return create(*arguments, **options)
+
+    monkeypatch.setattr(Gallery, "create", slower)
+    data = strict(run("enroll", gallery, crops / "person0", crops / "person1", "--aligned", "--json").stdout)
+    assert data["already_in"] == 5 and data["enrolled"] == 5 and data["faces"] == 10
+    with Gallery.open(gallery) as opened:
+        assert opened.info()["dtype"] == "float32"
+
+
 @pytest.mark.thorough
 def test_quick_search_of_a_stranger_rate(crops: Path, tmp_path: Path) -> None:
     run("enroll", tmp_path / "g", crops, "--aligned", "-q")

@@ -277,7 +277,7 @@ def test_tolerances_follow_the_dtype_and_the_gpus_rounding(monkeypatch: pytest.M
         ({"dtypes": (torch.int8,)}, ValueError, "dtypes: expected some of float32"),
         ({"dtypes": (torch.float32, torch.float32)}, ValueError, "each once"),
         ({"candidates": ["graph"]}, ValueError, r"candidates: expected a list of 'eager'.*\(cpu\), got \['graph'\]"),
-        ({"candidates": "folded"}, ValueError, "candidates: expected a list"),
+        ({"candidates": "folded"}, TypeError, "candidates: expected a sequence of texts, got one text, 'folded'"),
         ({"seconds": -1}, ValueError, "seconds: expected a number of at least 0, got -1"),
         ({"seconds": float("nan")}, ValueError, "seconds: expected"),
         ({"margin": -0.1}, ValueError, "margin: expected a share of at least 0"),

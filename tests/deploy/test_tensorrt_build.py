@@ -323,10 +323,12 @@ def test_a_build_works_outside_the_main_thread(trt: Any, graph: Path, plan: Path
 
 @pytest.mark.parametrize("change", ["nothing", "graph", "profiles", "tf32", "sm", "gpu", "tensorrt"])
 def test_an_engine_is_built_once_and_a_change_of_anything_builds_another(
-    trt: Any, graph: Path, tmp_path: Path, change: str
+    trt: Any, graph: Path, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "plans" / "deep"
-    first = cached_engine(graph, folder)
+    monkeypatch.chdir(tmp_path)
+    first = cached_engine(graph, "plans/deep")
+    assert first.parent == folder  # also after os.chdir
     assert first.name.startswith("sum-") and load_plan(first)[0].onnx_sha256 == onnx_hash(graph)
     options: dict[str, Any] = {"profiles": {"profiles": [(1, 1, 2)]}, "tf32": {"tf32": True}}.get(change, {})
     if change == "graph":

@@ -276,7 +276,6 @@ GOOD: dict[str, Any] = {
         ({"scores": [[0.5, 0.25], [0.75, 0.5]]}, r"expected -inf behind 1 candidates, got 0.5 \(probe=1, place=1\)"),
         ({"scores": [[0.25, 0.5], [0.75, -math.inf]]}, r"the best first, got 0.25 before 0.5 \(probe=0, place=0\)"),
         ({"persons": ["p0"]}, "persons: expected 2 names, one a probe, got 1"),
-        ({"enrolled": "p0"}, "enrolled: expected a set of names, got the string 'p0'"),
         ({"ranks": [1, 3]}, "ranks: expected 1 to 2, the length of the candidate lists, got 3"),
         ({"rank": 5}, "rank: expected 1 to 2, the length of the candidate lists, got 5"),
         ({"rank": 0}, "rank: expected 1 to 2"),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
+import pickle
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +24,12 @@ from template_samples import KINDS, attention
 
 import xcos_ext
 from xcos_ext.card.calibration import FMRCurve
-from xcos_ext.gallery import FaissIndex, Gallery, identification_threshold
+from xcos_ext.gallery import FaissIndex, Gallery, ShardedGallery, identification_threshold
 from xcos_ext.gallery import stream as streams
 from xcos_ext.gallery.layout import Layout
+from xcos_ext.gallery.snapshot import Snapshot
 from xcos_ext.gallery.tiles import TileFile
-from xcos_ext.io.errors import GalleryError
+from xcos_ext.io.errors import GalleryBusyError, GalleryError
 from xcos_ext.ops import xcos_matrix, xcos_topk
 from xcos_ext.ops.templates import Templates
 
@@ -184,6 +188,16 @@ def test_with_and_without_a_cache(tmp_path: Path, cache: Any) -> None:
     assert (tmp_path / "g" / "tiles").exists() == (cache is True)
 
 
+def test_a_relative_cache_stays_where_it_was(enrolled: Enrolled, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Gallery.open("g", cache="tiles") as gallery:
+        (tmp_path / "there").mkdir()
+        monkeypatch.chdir(tmp_path / "there")
+        gallery.search(enrolled.probes, 1)
+        assert (tmp_path / "tiles").is_dir() and not list((tmp_path / "there").iterdir())
+        assert gallery.path == tmp_path / "g" and gallery.add(["x"], enrolled.faces[:1]) == 1
+
+
 def test_ties_go_to_the_lower_position(tmp_path: Path) -> None:
     made = Enrolled(tmp_path / "g", count=60)
     with Gallery.create(tmp_path / "ties", made.faces) as gallery:
@@ -221,17 +235,47 @@ def test_large_fragments_are_several_tiles(tmp_path: Path, monkeypatch: pytest.M
         same(gallery.search(made.probes, 8), xcos_topk(made.probes, made.faces[kept], 8))
 
 
-def test_nan_is_no_hit(tmp_path: Path) -> None:
+def test_nan_is_no_hit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of galleries from before :meth:`Gallery.add` refused it."""
     made = Enrolled(tmp_path / "g", count=30)
     broken = features(30)
     broken[4] = math.nan
     with torch.no_grad():
         faces = made.head.templates(broken, "gallery", torch.float16)
     with Gallery.create(tmp_path / "nan", faces) as gallery:
-        gallery.add(names(30), faces, persons=["a"] * 30)
+        with monkeypatch.context() as patch:
+            patch.setattr(Layout, "check_finite", lambda *_: None)
+            gallery.add(names(30), faces, persons=["a"] * 30)
         hits = gallery.search(made.probes, 30)
         assert (hits.positions != 4).all() and [len(i) for i in hits.ids] == [29] * 9
         assert gallery.search(made.probes, 1, by="person").scores.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_not_finite_is_refused(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
+    made = Enrolled(tmp_path / "g", dtype=dtype, count=9)
+    for name in ("features", "norms", "projection", "bias"):
+        for templates, call, message in (
+            (made.faces, lambda t: made.gallery.add(names(9, 100), t), "gallery.add: templates[4] ('f104')"),
+            (made.probes, lambda t: made.gallery.search(t, 1), "gallery.search: probes[4]"),
+        ):
+            array = getattr(templates, name).clone()
+            array[(4, *[-1] * (array.dim() - 1))] = value
+            with pytest.raises(GalleryError, match=re.escape(f"{message}: expected finite values, got NaN or inf")):
+                call(dataclasses.replace(templates, **{name: array}))
+    assert made.gallery.version == made.gallery.refresh().version == 2
+
+
+def test_features_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    model = xcos_ext.XCosHead(8, CHANNELS).eval()
+    broken = features(9)
+    broken[[3, 7], 0, 0, 0] = math.nan
+    with Gallery.create(tmp_path / "g", model, grid=GRID) as gallery, torch.no_grad():
+        for call in (lambda: gallery.add(names(9), broken), lambda: gallery.search(broken, 1)):
+            with pytest.raises(GalleryError, match=r"\[3\].*: expected finite values, .* in 2 of 9 templates"):
+                call()
+        assert gallery.add(names(9), features(9)) == 9
 
 
 # ------------------------------------------------------------------ persons, groups, two stages
@@ -404,6 +448,101 @@ def test_snapshots_do_not_change(enrolled: Enrolled) -> None:
         assert torch.equal(after.positions, before.positions) and after.ids == before.ids and len(reader) == 300
         assert len(reader.refresh()) == 296 and "new" in reader
         assert not set(before.ids[0]) & set(reader.search(enrolled.probes, 296).ids[0])
+
+
+def test_a_closed_gallery_says_so(enrolled: Enrolled) -> None:
+    gallery = enrolled.gallery
+    gallery.close()
+    gallery.close()
+    for call in (
+        lambda: gallery.search(enrolled.probes, 1),
+        lambda: gallery.get(["f1"]),
+        lambda: gallery.add(["x"], enrolled.faces[:1]),
+        lambda: gallery.remove(["f1"]),
+        lambda: gallery.compact(),
+        lambda: gallery.refresh(),
+        lambda: len(gallery),
+        lambda: pickle.dumps(gallery),
+    ):
+        with pytest.raises(GalleryError, match="expected an open gallery, got one that was closed"):
+            call()
+    assert repr(gallery).endswith("g', closed)")
+    with Gallery.open(gallery.path) as other:
+        assert len(other) == 300
+
+
+def test_a_refresh_by_another_thread_changes_no_face(enrolled: Enrolled, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions of one version are not looked up in another."""
+    with Gallery.open(enrolled.gallery.path) as gallery:
+        enrolled.gallery.remove(["f0"])
+        find = Snapshot.find
+
+        def refreshed(snapshot: Snapshot, ids: Any) -> dict[str, int]:
+            found = find(snapshot, ids)
+            thread = threading.Thread(target=gallery.refresh)
+            thread.start()
+            thread.join()
+            return found
+
+        monkeypatch.setattr(Snapshot, "find", refreshed)
+        templates, (row,) = gallery.get(["f5"])
+        assert row["id"] == "f5" and torch.equal(templates.features, enrolled.faces[5:6].features)
+
+
+# ------------------------------------------------------------------ in other processes
+
+
+def test_pickled_galleries_hold_the_same_version(tmp_path: Path) -> None:
+    made = Enrolled(tmp_path / "g")
+    model = made.head
+    gallery = Gallery.open(tmp_path / "g", model, cache=tmp_path / "tiles")
+    wanted = gallery.search(made.probes, 3)  # its tiles are open
+    made.gallery.remove(wanted.ids[0])
+    copy = pickle.loads(pickle.dumps(gallery))
+    snapshot = pickle.loads(pickle.dumps(gallery.snapshot))
+    gallery.close()
+    assert copy.version == snapshot.version == wanted.version and snapshot.rows == 300
+    assert copy.search(features(3), 3).ids == copy.search(model.templates(features(3), "probe"), 3).ids
+    assert copy.search(made.probes, 3).ids == wanted.ids and copy._tiles.folder == tmp_path / "tiles"
+    with pytest.raises(GalleryBusyError, match=f"version {copy.version} is still being read"):
+        made.gallery.compact(timeout=0)
+    with Gallery.open(tmp_path / "g", cache=False) as bare:
+        other = pickle.loads(pickle.dumps(bare))
+        assert other._model is None and other._tiles.folder is None and len(other) == 297
+        other.close()
+    text = pickle.dumps(copy)
+    copy.close()
+    del snapshot
+    made.gallery.compact(timeout=0)
+    with pytest.raises(GalleryError, match=r"version 6 is gone: it was compacted meanwhile"):
+        pickle.loads(text)
+    with ShardedGallery.open(tmp_path / "g") as sharded, pytest.raises(TypeError, match="sharded gallery: cannot be"):
+        pickle.dumps(sharded)
+
+
+class Looked(torch.utils.data.Dataset):
+    """What a data set does with a gallery."""
+
+    def __init__(self, gallery: Gallery, probes: Templates) -> None:
+        self.gallery, self.probes = gallery, probes
+
+    def __len__(self) -> int:
+        return len(self.probes)
+
+    def __getitem__(self, index: int) -> list[str]:
+        return self.gallery.search(self.probes[index], 2).ids[0]
+
+
+@pytest.mark.process
+@pytest.mark.filterwarnings("ignore:lance is not fork-safe")  # forked ones search, as this test shows
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_of_a_data_loader(enrolled: Enrolled, context: str) -> None:
+    wanted = enrolled.gallery.search(enrolled.probes, 2).ids
+    data = Looked(enrolled.gallery, enrolled.probes)
+    loader = torch.utils.data.DataLoader(data, None, num_workers=1, multiprocessing_context=context)
+    assert list(loader) == wanted
+    enrolled.gallery.add(["x"], enrolled.faces[:1])  # the parent's goes on
+    enrolled.gallery.compact(timeout=5)
 
 
 def test_duplicates_error_skip_replace(enrolled: Enrolled) -> None:

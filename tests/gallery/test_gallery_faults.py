@@ -26,6 +26,7 @@ from template_samples import attention
 
 from xcos_ext.gallery import Gallery
 from xcos_ext.gallery.locks import ReaderLock, wait_for_readers
+from xcos_ext.gallery.snapshot import Snapshot
 from xcos_ext.io.errors import GalleryBusyError, GalleryDamagedError, GalleryError
 from xcos_ext.ops import xcos_topk
 from xcos_ext.ops.templates import Templates
@@ -651,6 +652,25 @@ def test_random_flips_of_tiles(gallery: Gallery) -> None:
     for at in places:
         path.write_bytes(another_bit(whole, rng, at))
         reads(gallery, stored)
+
+
+def test_tiles_that_a_compaction_swept_are_written_by_the_next_search(
+    gallery: Gallery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gallery.compact()
+    batches = Snapshot.fragment_batches
+
+    def swept(*arguments: Any, **options: Any) -> Iterator[Any]:
+        yield from batches(*arguments, **options)
+        gallery.compact()
+
+    with Gallery.open(gallery.path) as reader:
+        with monkeypatch.context() as patch:
+            patch.setattr(Snapshot, "fragment_batches", swept)
+            expect(reader, faces(200))
+        assert reader.info()["tiles_ready"] == 0
+        expect(reader, faces(200))
+        assert reader.info()["tiles_ready"] == 1
 
 
 def test_tiles_do_not_keep_files_open(tmp_path: Path) -> None:

@@ -88,6 +88,14 @@ class TestResuming:
         assert (again.steps, again.resumed, again.loss) == (40, 40, first.loss)
         assert again.metrics == first.metrics and (tmp_path / "model.safetensors").is_file()
 
+    def test_a_relative_folder_stays_where_it_was(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "there").mkdir()
+        monkeypatch.chdir(tmp_path)
+        options = settings(steps=4, checkpoint_every=2, log_every=1)
+        result = train(Toy(), options, "out", show=False, on_step=lambda *_: os.chdir(tmp_path / "there"))
+        assert {path.parent for path in result.files} == {tmp_path / "out"} and not list((tmp_path / "there").iterdir())
+        assert len((tmp_path / "out" / "log.csv").read_text().splitlines()) == 5
+
     def test_a_folder_is_not_overwritten(self, tmp_path: Path) -> None:
         train(Toy(), settings(steps=2), tmp_path, show=False)
         with pytest.raises(XCosError, match=r"holds a training already; resume it \(--resume\) or choose another"):

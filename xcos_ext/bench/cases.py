@@ -10,6 +10,8 @@ from typing import Annotated
 import pydantic.dataclasses
 from pydantic import Field, Strict
 
+from xcos_ext.io.several import several
+
 __all__ = ["DEVICES", "DTYPES", "PIXELS", "RUNTIMES", "STAGES", "Key", "Settings", "Stage", "plan"]
 
 
@@ -50,7 +52,7 @@ PIXELS = "uint8"
 
 
 def _check(name: str, values: Sequence[str], known: Sequence[str]) -> None:
-    wrong = next((value for value in values if value not in known), None)
+    wrong = next((value for value in several(values, name) if value not in known), None)
     if wrong is not None or not values:
         shown = "none" if wrong is None else repr(str(wrong)[:40])
         raise ValueError(f"{name}: expected some of {', '.join(known)}, got {shown}")
@@ -138,6 +140,7 @@ class Settings:
         _check("runtimes", self.runtimes, RUNTIMES[1:])
         _check("devices", self.devices, DEVICES)
         _check("dtypes", self.dtypes, DTYPES)
+        several(self.batches, "batches", "numbers")
         if not self.batches or any(not 1 <= batch <= 65_536 for batch in self.batches):
             raise ValueError(f"batches: expected numbers from 1 to 65,536, got {list(self.batches)}")
         if not 0.01 <= self.seconds <= 3600:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from xcos_ext.io.several import several
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -62,7 +64,7 @@ class Preprocessing:
         """
         height, width = self.size
         single = isinstance(faces, np.ndarray) and faces.ndim != 4
-        items = [np.asarray(face) for face in ([faces] if single else faces)]
+        items = [np.asarray(face) for face in ([faces] if single else several(faces, "faces", "pictures"))]
         for i, face in enumerate(items):
             if face.dtype != np.uint8:
                 raise TypeError(f"faces[{i}]: expected a uint8 array, got {face.dtype}")

@@ -17,7 +17,11 @@ from .console import TROUBLE, bar, note, note_some, print_json
 from .inputs import check_model_path, described, detector_maker, load
 
 if TYPE_CHECKING:
+    import torch
+
+    from xcos_ext.gallery import Gallery
     from xcos_ext.gallery.enroll import Picture
+    from xcos_ext.model import XCosModel
 
 _CHANGED = (
     "it is in the gallery from a file with other contents, and stays as it is; --replace enrols this one instead, "
@@ -74,14 +78,8 @@ def run(
     make_detector = detector_maker(detector, aligned)
     import torch
 
-    from xcos_ext.gallery import Gallery
-
     loaded = load(path, device)
-    if Gallery.exists(gallery):
-        opened = Gallery.open(gallery, loaded)
-    else:
-        opened = Gallery.create(gallery, loaded, dtype=getattr(torch, dtype))
-    with opened, bar("enrolling", "faces") as tick:
+    with _opened(gallery, loaded, getattr(torch, dtype)) as opened, bar("enrolling", "faces") as tick:
         known: Literal["replace", "skip"] = "replace" if replace else "skip"
         result = enroll(opened, loaded, pictures, make_detector, on_duplicate=known, progress=tick, **how)
         size = len(opened)
@@ -103,6 +101,19 @@ def run(
         if result.several:
             note(f"{len(result.several):,} pictures with several faces: took the {how['policy']} one (see --face)")
     return 0 if result.enrolled or result.present else TROUBLE
+
+
+def _opened(path: str, model: XCosModel, dtype: torch.dtype) -> Gallery:
+    """The gallery, made where it is not there: by this process, or by one that was faster."""
+    from xcos_ext.gallery import Gallery
+
+    if not Gallery.exists(path):
+        try:
+            return Gallery.create(path, model, dtype=dtype)
+        except GalleryError:
+            if not Gallery.exists(path):
+                raise
+    return Gallery.open(path, model)
 
 
 def _labelled(pictures: list[Picture], labels: str) -> list[Picture]:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from xcos_ext.io.several import several
 from xcos_ext.model.model import XCosModel
 from xcos_ext.ops import XCosScore
 
@@ -165,11 +166,12 @@ def names(device: torch.device, wanted: Sequence[str] | None) -> tuple[str, ...]
 
     Raises:
         ValueError: a name that this device does not have.
+        TypeError: one text.
     """
     known = CANDIDATES.get(device.type, ("eager", "folded"))
     if wanted is None:
         return DEFAULT_CANDIDATES.get(device.type, known)
-    if isinstance(wanted, str) or not set(wanted) <= set(known):
+    if not set(several(wanted, "candidates")) <= set(known):
         raise ValueError(
             f"candidates: expected a list of {', '.join(map(repr, known))} ({device.type}), got {wanted!r}"
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xcos_ext.card.calibration import FMRCurve
 from xcos_ext.card.preprocessing import Preprocessing
+from xcos_ext.io.several import several
 from xcos_ext.io.text import duration, first_line
 from xcos_ext.model.model import XCosModel
 from xcos_ext.ops import XCosScore
@@ -174,6 +175,7 @@ class CompiledModel:
         Returns:
             F [N, C, 7, 7].
         """
+        several(pictures, "pictures", "pictures")
         starts = range(0, len(pictures), batch_size)
         batches = (self.preprocessing(pictures[i : i + batch_size]) for i in starts)
         return torch.cat([self.features(batch.to(self.device)) for batch in batches])
@@ -267,7 +269,7 @@ def _check_example(model: XCosModel, device: torch.device, example: Example) -> 
 
 
 def _check_dtypes(dtypes: Sequence[torch.dtype] | None) -> tuple[torch.dtype, ...]:
-    wanted = (torch.float32,) if dtypes is None else tuple(dtypes)
+    wanted = (torch.float32,) if dtypes is None else tuple(several(dtypes, "dtypes", "dtypes"))
     if not wanted or len(set(wanted)) != len(wanted) or not set(wanted) <= set(FLOATS):
         raise ValueError(f"dtypes: expected some of float32, bfloat16 and float16, each once, got {wanted}")
     return tuple(dtype for dtype in FLOATS if dtype in wanted)

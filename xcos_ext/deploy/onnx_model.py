@@ -11,6 +11,7 @@ import numpy as np
 from xcos_ext.card.card import INPUTS, Kind, OnnxCard
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.optional import need
+from xcos_ext.io.several import several
 from xcos_ext.onnx.files import contents_hash, metadata, read_onnx
 from xcos_ext.onnx.session import CPU, Provider, check_threads, run_graph, session_of
 
@@ -73,7 +74,7 @@ class OnnxModel:
             raise ModelError(f"{where}: damaged: expected inputs {', '.join(expected)} of a {self.kind} graph")
         dim = proto.graph.input[0].type.tensor_type.shape.dim[0]
         self.batch_size: int | None = None if dim.dim_param else dim.dim_value
-        chosen = CPU if providers is None else list(providers)
+        chosen = CPU if providers is None else list(several(providers, "providers"))
         known = runtime.get_available_providers()
         missing = [name for name in (one if isinstance(one, str) else one[0] for one in chosen) if name not in known]
         if missing:

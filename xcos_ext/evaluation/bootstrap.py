@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from xcos_ext.io.optional import need
+from xcos_ext.io.several import several
 
 from .figures import Estimate, Interval
 from .verification import ErrorCurves, crossing, error_curves
@@ -145,6 +146,7 @@ def bootstrap(
     if replicates < 20:
         raise ValueError(f"replicates: expected at least 20, got {replicates}")
     check_resampling(replicates, confidence)
+    several(fmrs, "fmrs", "numbers")
     values, labels = np.asarray(scores, np.float64), np.asarray(genuine, bool)
     prepared: list[_Fold] = []
     if folds is not None:

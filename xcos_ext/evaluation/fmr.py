@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from xcos_ext.card.calibration import Calibration, FMRCurve
+from xcos_ext.io.several import several
 from xcos_ext.model.model import XCosModel
 from xcos_ext.ops import xcos_matrix
 
@@ -47,7 +48,7 @@ def all_pair_scores(
         ValueError: lengths differ.
     """
     count = features.shape[0]
-    if len(people) != count:
+    if len(several(people, "people")) != count:
         raise ValueError(f"people: expected {count} names, got {len(people)}")
     if count < 2:
         return np.empty(0, np.float32), np.empty(0, bool)
@@ -97,6 +98,7 @@ def fmr_curve(
     Raises:
         ValueError: no scores, scores that are not finite, or people of another length.
     """
+    several(thresholds, "thresholds", "numbers")
     given = np.asarray(impostor_scores, dtype=np.float64).ravel()
     if given.size == 0 or not np.isfinite(given).all():
         raise ValueError("impostor_scores: expected at least one score, all finite")
@@ -173,6 +175,7 @@ def calibrate(
     Raises:
         ValueError: too few impostor pairs for the smallest rate (fewer than 30 expected false matches).
     """
+    several(fmrs, "fmrs", "numbers")
     scores, genuine = all_pair_scores(model, features, people)
     impostors = scores[~genuine]
     smallest = min(decision_fmr, *fmrs)

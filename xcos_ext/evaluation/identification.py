@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from xcos_ext.io.several import several
 from xcos_ext.io.text import few
 
 from .bootstrap import Resampling, accept_rate, check_resampling, percentile_interval
@@ -72,6 +73,7 @@ def ranked_persons(scores: ArrayLike, persons: Sequence[str], k: int) -> Candida
     Raises:
         ValueError: lengths that differ, a k below 1, or scores that are not finite.
     """
+    several(persons, "persons")
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 2 or values.shape[1] != len(persons):
         raise ValueError(f"scores: expected [P, {len(persons)}], a column for each of persons, got {values.shape}")
@@ -207,12 +209,14 @@ def _read(
     candidates: Sequence[Sequence[str]], scores: ArrayLike, persons: Sequence[str], enrolled: Collection[str]
 ) -> tuple[_Probes, int]:
     """What the figures are made of, and k."""
+    several(persons, "persons")
+    known = set(several(enrolled, "enrolled"))
+    for probe, row in enumerate(several(candidates, "candidates", "lists")):
+        several(row, f"candidates[{probe}]")
     values = _checked_lists(candidates, scores)
     if len(persons) != len(values):
         raise ValueError(f"persons: expected {len(values)} names, one a probe, got {len(persons)}")
-    if isinstance(enrolled, str):
-        raise ValueError(f"enrolled: expected a set of names, got the string {enrolled!r}")
-    known, k = set(enrolled), values.shape[1]
+    k = values.shape[1]
     mate_rank = np.full(len(values), k + 1)
     mate = np.full(len(values), -np.inf)
     for probe, (row, person) in enumerate(zip(candidates, persons, strict=True)):
@@ -276,7 +280,10 @@ def identification(
     Raises:
         ValueError: lists and scores that do not fit each other, candidates who are not enrolled, ranks, rates,
             replicates or a confidence outside their range, or people too few to be resampled.
+        TypeError: one text or number where several are wanted.
     """
+    for name, values in (("ranks", () if ranks is None else ranks), ("fpirs", fpirs), ("thresholds", thresholds)):
+        several(values, name, "numbers")
     probes, k = _read(candidates, scores, persons, enrolled)
     ranks = [wanted for wanted in _RANKS if wanted <= k] if ranks is None else list(ranks)
     for name, wanted in (*(("ranks", wanted) for wanted in ranks), ("rank", rank)):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from xcos_ext.backbones import Recogniser
 from xcos_ext.faces.detector import Detector
 from xcos_ext.io.errors import PictureError
+from xcos_ext.io.several import several
 from xcos_ext.model import XCosModel
 
 from .bootstrap import Resampling, bootstrap
@@ -152,7 +153,8 @@ def evaluate(
         ValueError: an unknown attention, ``corr`` without a target or with a single fold, scores that are not finite,
             no models, or a fold with two of them.
     """
-    attentions = tuple(dict.fromkeys(attentions))
+    attentions = tuple(dict.fromkeys(several(attentions, "attentions")))
+    several(fmrs, "fmrs", "numbers")
     unknown = [name for name in attentions if name not in ATTENTIONS]
     if unknown or not attentions:
         raise ValueError(f"attentions: expected some of {', '.join(ATTENTIONS)}, got {', '.join(unknown) or 'none'}")

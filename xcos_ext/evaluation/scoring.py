@@ -18,6 +18,7 @@ from xcos_ext.faces.detector import Detector
 from xcos_ext.faces.reader import extract_face
 from xcos_ext.io.errors import PictureError
 from xcos_ext.io.fingerprint import fingerprint_weights
+from xcos_ext.io.several import several
 from xcos_ext.model import XCosModel
 from xcos_ext.ops import grid_cosine, xcos_score
 
@@ -183,7 +184,7 @@ def scorers_of(model: XCosModel, attentions: Sequence[str], embedding: bool) -> 
         "symmetric": lambda a, b: (model.score(a, b) + model.score(b, a)) / 2,
         "corr": lambda a, b: grid_cosine(a, b),
     }
-    scorers = {name: ("features", known[name]) for name in attentions}
+    scorers = {name: ("features", known[name]) for name in several(attentions, "attentions")}
     if embedding:
         scorers["teacher"] = "embedding", F.cosine_similarity
     return scorers

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from xcos_ext.io.optional import need
+from xcos_ext.io.several import several
 
 from .figures import plain
 
@@ -357,6 +358,7 @@ def verification(
     Raises:
         ValueError: as in the single functions.
     """
+    several(fmrs, "fmrs", "numbers")
     values, labels = _split(scores, genuine)
     equal = eer(values, labels)
     return VerificationReport(

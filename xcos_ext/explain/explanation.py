@@ -12,6 +12,7 @@ import numpy as np
 
 from xcos_ext.deploy.onnx_model import OnnxModel
 from xcos_ext.devices import module_device
+from xcos_ext.io.several import several
 from xcos_ext.io.text import percent, printable, short_name, signed
 
 from .decision import check_threshold, one_pair
@@ -462,6 +463,7 @@ def explain(
             )
         if face.shape != (*size, 3):
             raise ValueError(f"{argument}: expected an aligned face [{size[0]}, {size[1]}, 3], got {list(face.shape)}")
+    several(names, "names")
     chosen = check_threshold(threshold)
     points = [
         None if p is None else checked_landmarks(p, size, f"landmarks_{which}")

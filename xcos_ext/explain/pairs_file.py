@@ -6,6 +6,7 @@ import os
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,7 @@ class PairsFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._name = printable(self.path)
+        self._place = Path(path).absolute()  # it is read again later, wherever os.chdir has gone
         self.label_names: tuple[str, ...] = ()
         self._count = 0
         for _ in self:
@@ -80,7 +82,7 @@ class PairsFile:
         return self._count
 
     def __iter__(self) -> Iterator[ReportPair]:
-        rows = csv_rows(self.path, PairsFileError)
+        rows = csv_rows(self._place, PairsFileError, name=self._name)
         line, header = next(rows)
         places = self._places(header, line)
         for line, row in rows:
@@ -129,37 +131,38 @@ def pictures_below(root: str | os.PathLike[str], *, max_pixels: int | None = Non
         max_pixels: larger files are refused; by default :data:`xcos_ext.faces.MAX_PIXELS`.
 
     Returns:
-        A function from a path to uint8 RGB [H, W, 3]; it raises PictureError, and may be called from threads.
+        A function from a path to uint8 RGB [H, W, 3]; it raises PictureError, may be called from threads, and can be
+        pickled.
 
     Raises:
         PictureError: no such folder or archive.
     """
-    folder = Path(root)
+    folder = Path(root).absolute()
     limit = max_pixels or MAX_PIXELS
     if folder.is_dir():
         entries = [entry for entry in os.scandir(folder) if not is_system_file(entry.name)]
         tops = [entry for entry in entries if entry.is_dir() or named_as_picture(entry.name)]
         inner = folder / tops[0].name if len(tops) == 1 and tops[0].is_dir() else folder
-
-        def from_folder(path: str) -> np.ndarray:
-            # As in an archive, which is looked through as a whole: names that look the same are the same.
-            spellings = [path, path.replace("\\", "/"), composed(path), unicodedata.normalize("NFD", path)]
-            places = [start / spelling for spelling in spellings for start in (folder, inner)]
-            place = next((place for place in places if os.path.lexists(place)), places[0])
-            # A page that goes elsewhere need not tell where the pictures lay here.
-            return read_picture(place, max_pixels=limit, name=printable(path))
-
-        return from_folder
+        return partial(_from_folder, folder, inner, limit)
     name = printable(str(root))
     try:
-        tree = PictureTree(folder)
+        tree = PictureTree(root)
     except (OSError, ValueError) as error:
         raise PictureError(f"{name}: expected a folder or a zip archive with the pictures ({error})") from error
+    return partial(_from_archive, tree, name, limit)
 
-    def from_archive(path: str) -> np.ndarray:
-        key = tree.find(path)
-        if key is None:
-            raise PictureError(f"{path}: not in {name}")
-        return decode_picture(tree.contents(key), printable(path), max_pixels=limit)
 
-    return from_archive
+def _from_folder(folder: Path, inner: Path, limit: int, path: str) -> np.ndarray:
+    # As in an archive, which is looked through as a whole: names that look the same are the same.
+    spellings = [path, path.replace("\\", "/"), composed(path), unicodedata.normalize("NFD", path)]
+    places = [start / spelling for spelling in spellings for start in (folder, inner)]
+    place = next((place for place in places if os.path.lexists(place)), places[0])
+    # A page that goes elsewhere need not tell where the pictures lay here.
+    return read_picture(place, max_pixels=limit, name=printable(path))
+
+
+def _from_archive(tree: PictureTree, name: str, limit: int, path: str) -> np.ndarray:
+    key = tree.find(path)
+    if key is None:
+        raise PictureError(f"{path}: not in {name}")
+    return decode_picture(tree.contents(key), printable(path), max_pixels=limit)

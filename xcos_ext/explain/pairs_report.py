@@ -22,6 +22,7 @@ import numpy as np
 from xcos_ext.devices import module_device
 from xcos_ext.io.atomic import check_output, write_atomically
 from xcos_ext.io.optional import need
+from xcos_ext.io.several import several
 from xcos_ext.io.text import printable
 
 from .decision import check_threshold
@@ -303,6 +304,7 @@ def write_report(
         raise ValueError("model: expected evaluation mode, got training mode; call .eval() first")
     if batch_size < 1 or threads < 1:
         raise ValueError(f"batch_size, threads: expected at least 1, got {batch_size}, {threads}")
+    several(label_names, "label_names")
     target = check_output(path, (".html", ".htm"))
     given = check_threshold(threshold) is not None
     threshold = threshold if given else model.threshold

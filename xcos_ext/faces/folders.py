@@ -62,7 +62,8 @@ class PictureTree:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(path)  # as messages call it
+        self._place = self.path.absolute()  # pictures are read later, wherever os.chdir has gone
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path}: no such folder or archive")
         self._zipped = self.path.is_file()
@@ -128,7 +129,7 @@ class PictureTree:
             PictureError: the picture cannot be used.
         """
         if not self._zipped:
-            return read_picture(self.path / self._known[name], max_pixels=max_pixels, name=self._label(name))
+            return read_picture(self._place / self._known[name], max_pixels=max_pixels, name=self._label(name))
         return decode_picture(self.contents(name), self._label(name), max_pixels=max_pixels)
 
     def _label(self, name: str) -> str:
@@ -148,10 +149,10 @@ class PictureTree:
 
     def _open(self, own: str, label: str) -> BinaryIO:
         if not self._zipped:
-            return open_regular(self.path / own, label)
+            return open_regular(self._place / own, label)
         # One handle per thread and process: they must not share a file position, not even across a fork.
         if getattr(self._local, "pid", None) != os.getpid():
-            self._local.archive = zipfile.ZipFile(self.path)
+            self._local.archive = zipfile.ZipFile(self._place)
             self._local.pid = os.getpid()
         return io.BytesIO(self._local.archive.read(own))
 

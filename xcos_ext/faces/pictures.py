@@ -108,9 +108,9 @@ def read_picture(path: StrPath, *, max_pixels: int = MAX_PIXELS, name: str | Non
         return _decode(file, name, max_pixels)[0]
 
 
-def read_contents(path: StrPath) -> bytes:
-    """The undecoded content of a picture file; PictureError as of :func:`read_picture`."""
-    name = display_name(path)
+def read_contents(path: StrPath, *, name: str | None = None) -> bytes:
+    """The undecoded content of a picture file; name and PictureError as of :func:`read_picture`."""
+    name = display_name(path) if name is None else name
     with open_regular(path, name) as file:
         try:
             return file.read()

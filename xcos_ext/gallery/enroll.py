@@ -23,6 +23,7 @@ from xcos_ext.deploy import for_inference
 from xcos_ext.faces import Detector, PictureTree, display_name, extract_face, read_picture
 from xcos_ext.faces.pictures import read_contents
 from xcos_ext.io.errors import GalleryError, PictureError
+from xcos_ext.io.several import several
 from xcos_ext.io.text import composed, few
 from xcos_ext.model import XCosModel
 
@@ -115,7 +116,7 @@ def find_pictures(
     """
     found: dict[str, tuple[Picture, str]] = {}
     left_out: dict[str, str] = {}
-    for path in paths:
+    for path in several(paths, "find_pictures: paths", "paths"):
         where = display_name(path)
         for picture in _pictures_of(Path(path), person, left_out):
             if picture.id in found:
@@ -139,7 +140,7 @@ def find_probes(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Picture],
     """
     pictures: list[Picture] = []
     left_out: dict[str, str] = {}
-    for path in paths:
+    for path in several(paths, "find_probes: paths", "paths"):
         where = display_name(path)
         others: dict[str, str] = {}
         for picture in _pictures_of(Path(path), None, others):
@@ -160,7 +161,9 @@ def _single(path: Path) -> bool:
 def _pictures_of(path: Path, person: str | None, left_out: dict[str, str]) -> list[Picture]:
     """The pictures of one path, at least one; the rest of a folder or archive is put into ``left_out``."""
     if _single(path):
-        read, contents = partial(read_picture, path), partial(read_contents, path)
+        # Read when it is asked for, wherever os.chdir has gone by then; can be pickled.
+        later: Any = {"path": path.absolute(), "name": display_name(path)}
+        read, contents = partial(read_picture, **later), partial(read_contents, **later)
         return [Picture(composed(display_name(path.name)), read, person, contents=contents)]
     try:
         tree = PictureTree(path)

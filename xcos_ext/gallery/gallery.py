@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from xcos_ext.io.errors import GalleryError
 from xcos_ext.io.optional import gallery_package
+from xcos_ext.io.several import several
 from xcos_ext.model.model import XCosModel
 from xcos_ext.ops.templates import Templates
 
@@ -46,10 +49,11 @@ class Gallery(Searcher):
     are equal the lower position wins, always.
 
     Close it, or use it in a ``with`` statement: an open gallery keeps its version's files from being deleted by
-    :meth:`compact`.
+    :meth:`compact`. Threads may share it. Pickled (for the workers of a ``DataLoader``) it opens the same version, with
+    the same model, in the other process: GalleryError if that was compacted away meanwhile.
 
     Attributes:
-        path: of the folder.
+        path: of the folder, absolute.
         layout: shapes, dtype, head and model of the templates.
 
     Example:
@@ -74,19 +78,26 @@ class Gallery(Searcher):
     ) -> None:
         self._store = store
         self._timeout = timeout
-        self._snapshot, self._lock = store.snapshot(version)
+        self.path = store.folder
+        self._moving = threading.RLock()
+        self._seen: Snapshot | None  # None: closed
+        self._seen, self._lock = store.snapshot(version)
         try:
-            self.path = store.folder
-            self.layout: Layout = self._snapshot.layout
+            self.layout: Layout = self._seen.layout
             self._model = model
             if model is not None:
                 self.check_model(model)
             own = store.folder / "tiles" if cache is True else cache
-            folder = None if isinstance(own, bool) else Path(own)
+            folder = None if isinstance(own, bool) else Path(own).absolute()
             self._tiles = TileCache(folder, self.layout)
         except BaseException:
             self.close()
             raise
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the same version for itself, and locks it there."""
+        cache = False if self._tiles.folder is None else self._tiles.folder
+        return type(self), (self._store, self._model, cache, self._timeout, self.version)
 
     @classmethod
     def create(
@@ -165,6 +176,7 @@ class Gallery(Searcher):
 
     def close(self) -> None:
         """Let the version go. The object must not be used afterwards."""
+        self._seen = None
         self._lock.release()
 
     def refresh(self) -> Gallery:
@@ -173,42 +185,52 @@ class Gallery(Searcher):
         return self
 
     def _move_to(self, version: int | None) -> None:
-        snapshot, lock = self._store.snapshot(version)
-        self._lock.release()
-        self._snapshot, self._lock = snapshot, lock
+        with self._moving:  # of two threads the one that looks later has the newer version
+            self.snapshot  # noqa: B018 (refuses a closed one)
+            snapshot, lock = self._store.snapshot(version)
+            self._lock.release()
+            self._seen, self._lock = snapshot, lock
 
     @property
     def version(self) -> int:
         """Number of the version that this object sees; every commit raises it."""
-        return self._snapshot.version
+        return self.snapshot.version
 
     @property
     def snapshot(self) -> Snapshot:
         """What this object sees."""
-        return self._snapshot
+        snapshot = self._seen
+        if snapshot is None:
+            raise GalleryError(f"{self.path}: expected an open gallery, got one that was closed; open it again")
+        return snapshot
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        self.snapshot  # noqa: B018 (refuses a closed one before anything is written)
+        return self._store.writer(self._timeout)
 
     def __len__(self) -> int:
-        return self._snapshot.rows
+        return self.snapshot.rows
 
     def __contains__(self, identity: object) -> bool:
         return isinstance(identity, str) and bool(self.positions([identity]))
 
     def __repr__(self) -> str:
-        return f"Gallery({str(self.path)!r}, faces={len(self)}, version={self.version})"
+        state = "closed" if self._seen is None else f"faces={len(self)}, version={self.version}"
+        return f"Gallery({str(self.path)!r}, {state})"
 
     def ids(self) -> Iterator[str]:
         """All ids, by position."""
-        for batch in self._snapshot.scan(["id"]):
+        for batch in self.snapshot.scan(["id"]):
             yield from batch.column("id").to_pylist()
 
     def ids_of(self, person: str) -> list[str]:
         """Ids of a person's faces, by position."""
         theirs = gallery_package("pyarrow.compute").field("person") == person
-        return [name for b in self._snapshot.scan(["id"], filter=theirs) for name in b.column("id").to_pylist()]
+        return [name for b in self.snapshot.scan(["id"], filter=theirs) for name in b.column("id").to_pylist()]
 
     def positions(self, ids: Iterable[str]) -> dict[str, int]:
         """Positions of those of the ids that there are."""
-        return self._snapshot.find(ids)
+        return self.snapshot.find(several(ids, "gallery.positions: ids"))
 
     def get(self, ids: Sequence[str]) -> tuple[Templates, list[dict[str, Any]]]:
         """Stored templates and metadata of faces.
@@ -227,10 +249,11 @@ class Gallery(Searcher):
             >>> gallery.get(["ann/0"])[1]
             [{'id': 'ann/0', 'person': None, 'metadata': {'camera': 3}}]
         """
-        places = self._places(self._known(ids, "gallery.get"))
-        labels = self._snapshot.labels(places)
+        snapshot = self.snapshot  # one for all: another thread may refresh meanwhile
+        places = _places(snapshot, _known(snapshot, ids, "gallery.get"))
+        labels = snapshot.labels(places)
         rows = [dict(zip(labels, row, strict=True)) for row in zip(*labels.values(), strict=True)]
-        return gather(self._snapshot, self._tiles, places), rows
+        return gather(snapshot, self._tiles, places), rows
 
     def templates_at(self, positions: Sequence[int]) -> Templates:
         """Stored templates by their positions, of role "gallery" [N].
@@ -238,26 +261,13 @@ class Gallery(Searcher):
         Raises:
             GalleryError: a position outside.
         """
-        return gather(self._snapshot, self._tiles, self._places(positions))
-
-    def _places(self, positions: Sequence[int]) -> np.ndarray:
-        chosen = np.asarray(positions, np.int64).reshape(-1)
-        if len(chosen) and not (chosen.min() >= 0 and chosen.max() < len(self)):
-            raise GalleryError(f"positions: expected 0 to {len(self) - 1}, got {chosen.min()} to {chosen.max()}")
-        return self._snapshot.places_of(chosen)
-
-    def _known(self, ids: Sequence[str], where: str) -> list[int]:
-        if isinstance(ids, str):
-            raise TypeError(f"{where}: ids: expected a sequence of texts, got one text")
-        found = self.positions(ids)
-        missing = [i for i in dict.fromkeys(ids) if i not in found]
-        if missing:
-            raise GalleryError(f"{where}: ids: expected ids that are in the gallery, got {_shown(missing)}")
-        return [found[i] for i in ids]
+        snapshot = self.snapshot
+        several(positions, "gallery.templates_at: positions", "integers")
+        return gather(snapshot, self._tiles, _places(snapshot, positions))
 
     def info(self) -> dict[str, Any]:
         """Counts, sizes, head and model, as plain values."""
-        snapshot = self._snapshot
+        snapshot = self.snapshot
         persons = snapshot.persons()
         data = folder_bytes(self._store.data)
         return {
@@ -304,16 +314,17 @@ class Gallery(Searcher):
             Number of faces written.
 
         Raises:
-            GalleryError: wrong ids, persons or metadata, ids twice, templates of another head, a full disk.
+            GalleryError: wrong ids, persons or metadata, ids twice, templates of another head or that are not finite, a
+                full disk.
             GalleryBusyError: another process is writing.
             TypeError: other types.
         """
         where = "gallery.add"
         if on_duplicate not in ("error", "skip", "replace"):
             raise GalleryError(f"{where}: on_duplicate: expected 'error', 'skip' or 'replace', got {on_duplicate!r}")
-        if isinstance(ids, str):
-            raise TypeError(f"{where}: ids: expected a sequence of texts, got one text")
-        names = [checked_text(value, f"{where}: ids[{i}]") for i, value in enumerate(ids)]
+        names = [checked_text(value, f"{where}: ids[{i}]") for i, value in enumerate(several(ids, f"{where}: ids"))]
+        persons = None if persons is None else list(several(persons, f"{where}: persons"))
+        metadata = None if metadata is None else list(several(metadata, f"{where}: metadata", "mappings"))
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
             raise GalleryError(f"{where}: ids: expected each once, got {_shown(twice)} more than once")
@@ -337,9 +348,10 @@ class Gallery(Searcher):
             checked_metadata(value, f"{where}: metadata[{i}]")
             for i, value in enumerate(nothing if metadata is None else metadata)
         ]
+        self.layout.check_finite(stored, "templates", where, names)
         if not names:
             return 0
-        with self._store.writer(self._timeout):
+        with self._writing():
             newest, lock = self._store.snapshot()
             try:
                 taken = newest.find(names)
@@ -370,11 +382,12 @@ class Gallery(Searcher):
             GalleryError: an unknown id, or the folder cannot be written.
             GalleryBusyError: another process is writing.
         """
-        with self._store.writer(self._timeout):
-            self.refresh()
-            positions = self._known(list(dict.fromkeys(ids)), "gallery.remove")
+        wanted = list(dict.fromkeys(several(ids, "gallery.remove: ids")))
+        with self._writing():
+            snapshot = self.refresh().snapshot
+            positions = _known(snapshot, wanted, "gallery.remove")
             if positions:
-                self._store.delete(self._snapshot, self._places(positions))
+                self._store.delete(snapshot, _places(snapshot, positions))
         self.refresh()
         return len(positions)
 
@@ -405,7 +418,7 @@ class Gallery(Searcher):
             (True, True)
         """
         tick = progress or (lambda text: None)
-        with self._store.writer(self._timeout):
+        with self._writing():
             # This object reads nothing meanwhile, and must not be waited for.
             self._lock.release()
             try:
@@ -413,7 +426,7 @@ class Gallery(Searcher):
             finally:
                 self.refresh()
             tick("deleting tiles")
-            self._tiles.purge({f.key for f in self._snapshot.fragments})
+            self._tiles.purge({f.key for f in self.snapshot.fragments})
         return report
 
     def verify(self, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -425,7 +438,7 @@ class Gallery(Searcher):
             ``ok``; ``faces`` read; ``damaged``: position, id (None where it cannot be read) and what is damaged, for
             each; ``unreadable``: file and positions that cannot be read at all; ``tiles_dropped``.
         """
-        return verify(self._store, self._snapshot, self._tiles, progress or quiet)
+        return verify(self._store, self.snapshot, self._tiles, progress or quiet)
 
     # ------------------------------------------------------------------ searching
 
@@ -448,9 +461,9 @@ class Gallery(Searcher):
             where: filter, see :meth:`search`.
             begin, end: positions of a part.
         """
-        snapshot = self._snapshot
+        snapshot = self.snapshot
         # The end of all is a position as well: one more than the last.
-        first, last = snapshot.places_of(np.array([begin, len(self) if end is None else min(end, len(self))]))
+        first, last = snapshot.places_of(np.array([begin, snapshot.rows if end is None else min(end, snapshot.rows)]))
         selected = None if where is None else snapshot.select(where)
         return stream(snapshot, self._tiles, torch.device(device), selected=selected, begin=int(first), end=int(last))
 
@@ -460,7 +473,8 @@ class Gallery(Searcher):
     def _checked(self, shard: Shard, request: SimpleNamespace) -> Search:
         """A search of a shard, checked and ready to run."""
         probes = self._templates(request.probes, "probe", "probes", WHERE)
-        return Search.of(self._snapshot, self._tiles, shard, probes, request)
+        self.layout.check_finite(probes, "probes", WHERE)
+        return Search.of(self.snapshot, self._tiles, shard, probes, request)
 
     def dedupe(self, threshold: float | None = None, *, progress: Progress | None = None) -> Duplicates:
         """All pairs of the gallery's faces that score at least a threshold, and the groups that they make up.
@@ -489,7 +503,23 @@ class Gallery(Searcher):
             raise GalleryError(f"gallery.dedupe: threshold: expected a finite number, got {threshold}")
         if self._model is None and not symmetric(self.layout):
             raise GalleryError("gallery.dedupe: model: expected the gallery to be opened with its model, got none")
-        return find_duplicates(self._snapshot, self._tiles, self._model, t, progress or quiet)
+        return find_duplicates(self.snapshot, self._tiles, self._model, t, progress or quiet)
+
+
+def _places(snapshot: Snapshot, positions: Sequence[int]) -> np.ndarray:
+    chosen = np.asarray(positions, np.int64).reshape(-1)
+    if len(chosen) and not (chosen.min() >= 0 and chosen.max() < snapshot.rows):
+        raise GalleryError(f"positions: expected 0 to {snapshot.rows - 1}, got {chosen.min()} to {chosen.max()}")
+    return snapshot.places_of(chosen)
+
+
+def _known(snapshot: Snapshot, ids: Sequence[str], where: str) -> list[int]:
+    wanted = list(several(ids, f"{where}: ids"))
+    found = snapshot.find(wanted)
+    missing = [i for i in dict.fromkeys(wanted) if i not in found]
+    if missing:
+        raise GalleryError(f"{where}: ids: expected ids that are in the gallery, got {_shown(missing)}")
+    return [found[i] for i in wanted]
 
 
 def _shown(names: Sequence[str], most: int = 3) -> str:

@@ -269,6 +269,19 @@ class Layout:
             )
         return templates.detach().to(self.dtype)
 
+    def check_finite(self, templates: Templates, argument: str, where: str, ids: Sequence[str] | None = None) -> None:
+        """GalleryError for NaN or infinity, whose scores are no hits: such a face would be stored and never found."""
+        arrays = [getattr(templates, column.name) for column in self.columns]
+        # The extremes are one quick pass, and are not finite where any value is not.
+        if not len(templates) or all(bool(torch.stack(array.aminmax()).isfinite().all()) for array in arrays):
+            return
+        finite = torch.stack([array.isfinite().flatten(1).all(1) for array in arrays]).all(0)
+        wrong = (~finite).nonzero().squeeze(1).tolist()
+        if wrong:
+            first = f"{argument}[{wrong[0]}]" + ("" if ids is None else f" ({ids[wrong[0]]!r})")
+            more = f" in {len(wrong)} of {len(templates)} templates" if len(wrong) > 1 else ""
+            raise GalleryError(f"{where}: {first}: expected finite values, got NaN or infinity{more}")
+
     def arrays(self, templates: Templates) -> dict[str, np.ndarray]:
         """The templates' bytes, uint8 [N, bytes of a face] a column."""
         arrays = {}

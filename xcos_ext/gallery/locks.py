@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from xcos_ext.io.errors import GalleryBusyError, GalleryError
 from xcos_ext.io.optional import gallery_package
@@ -77,6 +78,9 @@ class ReaderLock:
                 self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             locked = _locked(self._descriptor, fcntl.LOCK_SH)
             self.refused = not locked or os.fstat(self._descriptor).st_size > 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("a reader's lock cannot be pickled: its descriptor is another file in another process")
 
     def release(self) -> None:
         """Let the version go."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from xcos_ext.io.errors import GalleryError
+from xcos_ext.io.several import several
 from xcos_ext.ops.templates import Templates
 from xcos_ext.ops.xcos_maps import xcos_maps
 from xcos_ext.ops.xcos_matrix import AllPairs
@@ -129,7 +130,7 @@ class Searcher(ABC):
             :class:`Hits`; ties in favour of the lower position, NaN scores are no hits.
 
         Raises:
-            GalleryError: probes of another head, a filter that cannot be understood, ids that are not there.
+            GalleryError: probes of another head or that are not finite, a filter that cannot be understood.
             GalleryDamagedError: stored faces that were to be scored are not what was written.
             TypeError, RuntimeError: other arguments of wrong types or values.
 
@@ -171,7 +172,9 @@ class Search:
         """Check what is asked for."""
         checked_k(request.k, WHERE)
         min_score = checked_score(request.min_score, WHERE)
-        attention, groups = request.attention, request.groups
+        attention, groups, exclude = request.attention, request.groups, request.exclude
+        several(() if groups is None else groups, f"{WHERE}: groups", "labels")
+        several(() if exclude is None else exclude, f"{WHERE}: exclude", "ids")
         for name in ("fusion", "person_fusion"):
             if getattr(request, name) not in ("max", "mean"):
                 raise GalleryError(f"{WHERE}: {name}: expected 'max' or 'mean', got {getattr(request, name)!r}")
@@ -190,7 +193,7 @@ class Search:
         # Checks the attention before anything is read.
         AllPairs(WHERE, probes, snapshot.layout.empty().to(probes.device), attention)
         selected = None if request.where is None else snapshot.select(request.where)
-        exclude, each = request.exclude, None
+        each = None
         if exclude is not None and len(exclude):
             if all(isinstance(one, str) for one in exclude):
                 hidden = np.sort(snapshot.places_of(np.array(list(snapshot.find(exclude).values()), np.int64)))

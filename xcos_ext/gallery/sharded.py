@@ -82,6 +82,11 @@ class ShardedGallery(Searcher):
             self.close()
             raise
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(
+            "sharded gallery: cannot be pickled, for another process is none of its ranks; give it Gallery.open(path)"
+        )
+
     @classmethod
     def open(
         cls,

@@ -51,11 +51,12 @@ class Snapshot:
     see. Both rise in the order in which rows were added.
     """
 
-    def __init__(self, dataset: Any, layout: Layout, lock: ReaderLock | None = None) -> None:
+    def __init__(self, dataset: Any, layout: Layout, lock: ReaderLock, again: Callable[[int], Snapshot]) -> None:
         self.dataset = dataset
         self.version = int(dataset.version)
         self.layout = layout
         self._lock = lock  # lives as long as whoever still reads
+        self._again = again  # opens a version, which another process has to lock anew
         self.fragments: list[Fragment] = []
         self.places = 0
         for fragment in dataset.get_fragments():
@@ -68,6 +69,9 @@ class Snapshot:
             key = hashlib.blake2b("/".join(paths).encode(), digest_size=16).hexdigest()
             self.fragments.append(Fragment(fragment.fragment_id, key, self.places, rows, deleted, paths))
             self.places += rows
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._again, (self.version,)
 
     def _addresses(self, **options: Any) -> np.ndarray:
         """Row addresses of a scan: fragment number * 2^32 + offset, in order."""

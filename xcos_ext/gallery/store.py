@@ -34,9 +34,9 @@ class Store:
     """A gallery's folder: the data set, its locks, its versions."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.data = folder / DATA
-        self.log = CommitLog(folder / LOG)
+        self.folder = folder.absolute()  # it is used long after: os.chdir must not lead elsewhere
+        self.data = self.folder / DATA
+        self.log = CommitLog(self.folder / LOG)
 
     @classmethod
     def create(cls, folder: Path, layout: Layout) -> Store:
@@ -103,6 +103,8 @@ class Store:
         if not self._versions():
             text = "expected a gallery, got one whose creation did not end; create it again"
             raise GalleryError(f"{self.folder}: {text}") from failed
+        if version is not None and version not in self._versions():
+            raise self._gone(version) from failed
         if version is not None:
             raise GalleryError(f"{self.folder}: version {version} cannot be opened ({first_line(failed)})") from failed
         raise GalleryDamagedError(f"{self.folder}: cannot be opened ({first_line(failed)})") from failed
@@ -122,11 +124,11 @@ class Store:
                 break
             lock.release()
             if version is not None:
-                raise GalleryError(f"{self.folder}: version {version} is gone: it was compacted meanwhile")
+                raise self._gone(version)
             time.sleep(0.01)
         try:
             self.check(dataset)
-            return Snapshot(dataset, Layout.from_schema(dataset.schema), lock), lock
+            return Snapshot(dataset, Layout.from_schema(dataset.schema), lock, self._again), lock
         except BaseException as error:
             lock.release()
             if isinstance(error, GalleryError):
@@ -134,6 +136,12 @@ class Store:
             if not engine_failed(error):
                 raise
             raise GalleryDamagedError(f"{self.folder}: cannot be opened ({first_line(error)})") from error
+
+    def _again(self, version: int) -> Snapshot:
+        return self.snapshot(version)[0]
+
+    def _gone(self, version: int) -> GalleryError:
+        return GalleryError(f"{self.folder}: version {version} is gone: it was compacted meanwhile")
 
     def check(self, dataset: Any) -> None:
         """Compare a version's manifest and deletion files, which say what rows there are, with their checksums."""

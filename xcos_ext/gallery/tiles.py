@@ -162,6 +162,8 @@ class TileCache:
             if damaged:
                 return None
             os.replace(temporary, self._path(fragment))
+        except FileNotFoundError:  # swept by a compaction meanwhile: the next search tries again
+            return None
         except OSError:
             self._writable = False
             return None

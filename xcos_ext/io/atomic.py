@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import BinaryIO
 
 from .errors import XCosError
+from .several import several
 from .text import display_name
 
 __all__ = ["OutputError", "check_output", "write_atomically"]
@@ -38,7 +39,7 @@ def check_output(path: StrPath, suffixes: Sequence[str]) -> str:
     Traceback (most recent call last):
     xcos_ext.io.atomic.OutputError: why.gif: expected a file ending in .png or .pdf, got .gif
     """
-    name = display_name(path)
+    name, suffixes = display_name(path), tuple(several(suffixes, "suffixes"))
     suffix = os.path.splitext(os.fspath(path))[1].lower()
     if suffix not in suffixes:
         raise OutputError(f"{name}: expected a file ending in {' or '.join(suffixes)}, got {suffix or 'no suffix'}")

@@ -13,7 +13,9 @@ from .text import printable
 __all__ = ["csv_rows"]
 
 
-def csv_rows(path: str | os.PathLike[str], refuse: type[XCosError]) -> Iterator[tuple[int, list[str]]]:
+def csv_rows(
+    path: str | os.PathLike[str], refuse: type[XCosError], *, name: str | None = None
+) -> Iterator[tuple[int, list[str]]]:
     """The rows of a CSV file, its header first, each with the number of the line that it ends on.
 
     UTF-8 with or without a byte order mark, lines ended in any way, columns separated by commas, or by semicolons (as
@@ -23,6 +25,7 @@ def csv_rows(path: str | os.PathLike[str], refuse: type[XCosError]) -> Iterator[
     Args:
         path: the file.
         refuse: the error's class.
+        name: what to call it in messages; None: its path.
 
     Yields:
         (line, values): the header's names without blanks around them, then values as they are, as many in each row. An
@@ -38,7 +41,7 @@ def csv_rows(path: str | os.PathLike[str], refuse: type[XCosError]) -> Iterator[
     ...     list(csv_rows(file.name, XCosError))
     [(1, ['picture', 'person']), (2, ['1.jpg', 'Ann'])]
     """
-    name = printable(os.fspath(path))
+    name = printable(os.fspath(path)) if name is None else name
     line = 0
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):

@@ -18,6 +18,7 @@ from xcos_ext.card.calibration import Calibration, FMRCurve
 from xcos_ext.card.preprocessing import ARCFACE, Preprocessing
 from xcos_ext.devices import module_device
 from xcos_ext.io.fingerprint import fingerprint_state
+from xcos_ext.io.several import several
 from xcos_ext.ops import XCosScore
 from xcos_ext.ops.templates import Role, Templates
 
@@ -136,6 +137,7 @@ class XCosModel(nn.Module):
         Returns:
             F [N, C, 7, 7].
         """
+        several(pictures, "pictures", "pictures")
         device = module_device(self)
         parts = (pictures[i : i + batch_size] for i in range(0, len(pictures), batch_size))
         return torch.cat([self.features(self.preprocessing(part).to(device)) for part in parts])

@@ -18,6 +18,7 @@ from xcos_ext.backbones.recogniser import Recogniser
 from xcos_ext.card.calibration import Calibration
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.fingerprint import fingerprint_weights
+from xcos_ext.io.several import several
 from xcos_ext.io.shipped import DATA
 from xcos_ext.io.weights import StrPath, read_safetensors, write_safetensors
 
@@ -187,7 +188,7 @@ def _grids(recogniser: Recogniser, faces: Faces) -> Iterator[Tensor]:
         grid = batch if given else recogniser.grid(batch.to(parameter.device, parameter.dtype))
         return grid.to("cpu", torch.float32)
 
-    for item in faces:
+    for item in several(faces, "faces", "pictures"):
         if isinstance(item, Tensor):
             shapes = ((3, height, width), recogniser.grid_shape)
             if not item.is_floating_point() or item.dim() != 4 or tuple(item.shape[1:]) not in shapes:

@@ -23,6 +23,7 @@ from xcos_ext.io.atomic import write_atomically
 from xcos_ext.io.errors import PictureError, XCosError
 from xcos_ext.io.fingerprint import fingerprint_weights
 from xcos_ext.io.optional import need
+from xcos_ext.io.several import several
 from xcos_ext.io.text import few
 
 __all__ = [
@@ -68,7 +69,7 @@ class Pictures:
 
     def of_people(self, chosen: Iterable[str]) -> Tensor:
         """Indices of the pictures of some people, int64, ascending."""
-        wanted = set(chosen)
+        wanted = set(several(chosen, "chosen"))
         keep = torch.tensor([name in wanted for name in self.names], dtype=torch.bool)
         return torch.nonzero(keep[self.people]).flatten()
 
@@ -173,7 +174,7 @@ def people_of_share(names: Sequence[str], share: float) -> set[str]:
     def position(name: str) -> float:
         return int.from_bytes(hashlib.sha256(f"0|{name}".encode()).digest()[:8], "big") / 2**64
 
-    return {name for name in names if position(name) < share}
+    return {name for name in several(names, "names") if position(name) < share}
 
 
 def people_of_folds(pairs: str | os.PathLike[str], folds: Sequence[int]) -> set[str]:
@@ -182,6 +183,7 @@ def people_of_folds(pairs: str | os.PathLike[str], folds: Sequence[int]) -> set[
     Raises:
         XCosError: a missing or malformed file, or an unknown fold.
     """
+    several(folds, "folds", "numbers")
     try:
         rows = read_pairs(pairs)
     except (OSError, ValueError) as error:

@@ -98,7 +98,7 @@ def train(
     (60, True)
     """
     device = _device(config)
-    folder = None if out is None else Path(out)
+    folder = None if out is None else Path(out).absolute()  # written to all along, wherever os.chdir goes
     with processes(device) as group:
         if device.type == "cuda":
             device = torch.device("cuda", group.local if group.world > 1 else torch.cuda.current_device())

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 from xcos_ext.io.errors import XCosError
+from xcos_ext.io.several import several
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -60,7 +61,7 @@ def override(tables: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
     {'train': {'steps': 20}, 'loss': {'kind': 'l1'}}
     """
     result: dict[str, Any] = copy.deepcopy(dict(tables))
-    for assignment in assignments:
+    for assignment in several(assignments, "assignments"):
         name, equals, text = assignment.partition("=")
         keys = [key.strip() for key in name.split(".")]
         if not equals or not all(keys):

@@ -20,6 +20,7 @@ import torch
 from xcos_ext.io.atomic import StrPath, check_output, write_atomically
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.optional import need
+from xcos_ext.io.several import several
 from xcos_ext.onnx.files import metadata, onnx_hash, read_onnx
 
 from . import plan as plans
@@ -124,14 +125,14 @@ def cached_engine(
         profiles, tf32, device, progress: as :func:`build_engine` has them.
 
     Returns:
-        The plan's path, for :class:`~xcos_ext.deploy.tensorrt.TrtRunner`. Errors are those of :func:`build_engine`.
+        The plan's absolute path, for :class:`~xcos_ext.deploy.tensorrt.TrtRunner`. Errors are :func:`build_engine`'s.
     """
     wanted = _checked(profiles)
     filelock = need("filelock", "a folder of TensorRT engines", extra="tensorrt")
     trt, gpu = plans.load_tensorrt(), plans.find_gpu(device)
     key = repr((trt.__version__, gpu.sm, gpu.name, onnx_hash(onnx), wanted, tf32))
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(onnx).stem)[:60] or "engine"
-    plan = Path(folder) / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.plan"
+    plan = Path(folder).absolute() / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.plan"
     with contextlib.suppress(OSError):  # the next line says what is wrong
         plan.parent.mkdir(parents=True, exist_ok=True)
     check_output(plan, (".plan",))
@@ -147,6 +148,7 @@ def _checked(profiles: Profiles | None) -> tuple[BatchProfile, ...] | None:
     """Profiles as given by a caller; None stays None."""
     if profiles is None:
         return None
+    several(profiles, "profiles", "(min, opt, max)")
     if not profiles:
         raise ValueError("profiles: expected at least one, got none")
     try:

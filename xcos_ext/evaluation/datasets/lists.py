@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 
 from xcos_ext.explain.pairs_file import PairsFile
 from xcos_ext.faces.folders import PersonFolder, PictureTree
+from xcos_ext.io.several import several
 from xcos_ext.io.text import composed, few
 
 from .insightface import InsightfaceBin
@@ -149,6 +150,7 @@ class LFW(PairList):
         *,
         folds: Sequence[int] | None = None,
     ) -> None:
+        several(() if folds is None else folds, "folds", "numbers")
         tree = PersonFolder(pictures)
         everything = read_pairs(pairs)
         known = {pair.fold for pair in everything}

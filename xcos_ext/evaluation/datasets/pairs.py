@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from xcos_ext.io.several import several
+
 __all__ = ["PairList", "made_folds"]
 
 
@@ -50,6 +52,9 @@ class PairList:
         *,
         pictures: Any = None,
     ) -> None:
+        several(named, "named", "pairs")
+        several(genuine, "genuine", "bools")
+        several(() if folds is None else folds, "folds", "numbers")
         self.pictures = pictures
         self.keys = tuple(sorted({key for pair in named for key in pair}))
         index = {key: i for i, key in enumerate(self.keys)}

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from xcos_ext.evaluation.verification import eer
 from xcos_ext.explain.explainers.interface import Explainer, Saliency
+from xcos_ext.io.several import several
 
 from .faces import Drawn, TooFewError
 from .maps import LEVELS, Curve, explained, kept_pixels, mean_curve, ranks, to_pixels
@@ -96,6 +97,7 @@ def _curves(
     prepare: Callable[[slice], _Batch],
 ) -> tuple[tuple[DeletionRow, ...], str]:
     """The rows, and the unit of their intervals."""
+    several(explainers, "explainers", "explainers")
     right = {
         (explainer.name, fill, kind, mode): np.full((len(pairs), len(LEVELS)), np.nan)
         for explainer in explainers

@@ -16,6 +16,7 @@ from xcos_ext.evaluation.datasets import LFW, PairList
 from xcos_ext.evaluation.scoring import crops
 from xcos_ext.faces.detector import Detector
 from xcos_ext.io.errors import PictureError, XCosError
+from xcos_ext.io.several import several
 
 __all__ = ["Drawn", "Faces", "TooFewError", "fold_numbers"]
 
@@ -88,6 +89,7 @@ class Faces:
     ) -> None:
         self.pairs = pairs
         known = set(pairs.folds.tolist())
+        several(() if folds is None else folds, "folds", "numbers")
         if folds is not None and not (folds and set(folds) <= known):
             raise ValueError(f"folds: expected some of {sorted(known)}, got {sorted(folds)}")
         self.chosen = np.flatnonzero(np.isin(pairs.folds, list(known if folds is None else folds)))
@@ -149,7 +151,7 @@ class Faces:
             PictureError: one that is not, or no longer.
         """
         found = []
-        for key in keys:
+        for key in several(keys, "keys"):
             crop = self.crop(key)
             if crop is None:
                 raise PictureError(self.failures[key])
@@ -158,6 +160,7 @@ class Faces:
 
     def another(self, person: str, rng: np.random.Generator, avoid: Sequence[str] = ()) -> str | None:
         """A usable picture of a person other than some; None: there is none."""
+        several(avoid, "avoid")
         keys = [key for key in self._pictures[person] if key not in avoid]
         return next((key for key in _shuffled(keys, rng) if self.crop(key) is not None), None)
 

@@ -20,6 +20,7 @@ from xcos_ext.explain.explainers.interface import EmbeddingCosine, Explainer, Pa
 from xcos_ext.explain.fills import FILLS
 from xcos_ext.io.errors import XCosError
 from xcos_ext.io.optional import MissingPackageError
+from xcos_ext.io.several import several
 
 from .deletion import Deletion, deletion_identification, deletion_verification
 from .faces import Faces
@@ -146,8 +147,9 @@ def faithfulness(
         ValueError: an unknown name, or what a protocol has to say.
     """
     settings = settings or Settings()
-    wanted = tuple(dict.fromkeys(PROTOCOLS if protocols is None else protocols))
-    asked = [item for item in (_USUAL if explainers is None else explainers) if item not in CONTROLS]
+    wanted = tuple(dict.fromkeys(PROTOCOLS if protocols is None else several(protocols, "protocols")))
+    asked = _USUAL if explainers is None else several(explainers, "explainers", "names or explainers")
+    asked = [item for item in asked if item not in CONTROLS]
     _check(wanted, "protocol", tuple(PROTOCOLS))
     _check(settings.fills, "fill", tuple(FILLS))
     _check([item for item in asked if isinstance(item, str)], "explainer", available(), "some")

@@ -18,6 +18,7 @@ import torch
 
 from xcos_ext.evaluation.verification import eer
 from xcos_ext.explain.explainers.interface import Explainer
+from xcos_ext.io.several import several
 
 from .maps import Curve, explained, mean_curve, ranks, to_cells
 from .pasting import paste
@@ -79,6 +80,7 @@ def patch_replacement(study: Study, explainers: Sequence[Explainer]) -> Patch:
         ValueError: no verdict was right, or a map that is not finite.
     """
     study.faces.need_people("patch replacement")
+    several(explainers, "explainers", "explainers")
     asked, faces, rng = study.settings, study.faces, np.random.default_rng(study.settings.seed)
     (first, passed), (second, also) = (
         faces.draw(same, study.count(), rng, partial(faces.with_donor, genuine=same, rng=rng)) for same in (True, False)

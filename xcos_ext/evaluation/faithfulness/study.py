@@ -18,6 +18,7 @@ from xcos_ext.evaluation.bootstrap import Estimator
 from xcos_ext.evaluation.figures import plain
 from xcos_ext.explain.explainers.interface import EmbeddingCosine, PairModel, XCosPairs
 from xcos_ext.explain.fills import filled
+from xcos_ext.io.several import several
 from xcos_ext.ops import xcos_matrix
 
 from .faces import Drawn, Faces
@@ -68,6 +69,10 @@ class Settings:
     seed: int = 0
     replicates: int = 1000
     batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("regions", "sizes", "fills"):
+            several(getattr(self, name), name)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from torch import Tensor
 from xcos_ext.evaluation.bootstrap import Estimator
 from xcos_ext.evaluation.figures import Estimate
 from xcos_ext.explain.explainers.interface import Explainer
+from xcos_ext.io.several import several
 
 from .faces import Drawn
 from .maps import areas, explained, standardised, to_cells, to_pixels
@@ -147,6 +148,7 @@ def region_swap(study: Study, explainers: Sequence[Explainer]) -> RegionSwap:
         ValueError: an unknown region or size, or a map that is not finite.
     """
     study.faces.need_people("region swap")
+    several(explainers, "explainers", "explainers")
     asked = study.settings
     changes = [_Change(kind, size, region) for kind in PASTES for size in asked.sizes for region in asked.regions]
     grid = study.grid

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from xcos_ext.explain.plotting import FAINT, INK, RDBU, bare_axes, check_face, colour_map, new_figure
 from xcos_ext.io.optional import need
+from xcos_ext.io.several import several
 
 from .interface import Saliency
 
@@ -60,6 +61,7 @@ def explainers_figure(
     """
     for name, face in (("face_a", face_a), ("face_b", face_b)):
         check_face(name, face)
+    several(names, "names")
     if not maps:
         raise ValueError("maps: expected at least one explainer's, got none")
     ranks = {

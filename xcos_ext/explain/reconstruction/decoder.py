@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from xcos_ext.explain.explainers.interface import EmbeddingCosine, PairModel, XCosPairs
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.fingerprint import fingerprint_state
+from xcos_ext.io.several import several
 from xcos_ext.io.shipped import DATA
 from xcos_ext.io.weights import read_safetensors, write_safetensors
 
@@ -129,7 +130,8 @@ class FeatureDecoder(nn.Module):
         name: str = "decoder",
     ) -> None:
         super().__init__()
-        shape, widths = tuple(int(size) for size in shape), tuple(int(width) for width in widths)
+        shape = tuple(int(size) for size in several(shape, "shape", "numbers"))
+        widths = tuple(int(width) for width in several(widths, "widths", "numbers"))
         if len(shape) not in (1, 3) or min(shape) < 1:
             raise ValueError(f"shape: expected (channels, height, width) or (length,), got {shape}")
         if len(widths) != _DOUBLINGS or min(widths) < 1:
@@ -243,7 +245,7 @@ def without(
     shape, device = decoder.shape, features.device
     removed = torch.zeros(1, *shape, dtype=torch.bool, device=device)
     if channels is not None:
-        chosen = torch.as_tensor(channels).to(device)
+        chosen = torch.as_tensor(several(channels, "channels", "numbers")).to(device)
         if chosen.dtype != torch.bool:
             count, numbers = shape[0], chosen
             chosen = torch.zeros(count, dtype=torch.bool, device=device)

@@ -18,6 +18,7 @@ from xcos_ext.devices import module_device
 from xcos_ext.evaluation import calibrate, verification
 from xcos_ext.io.errors import XCosError
 from xcos_ext.io.fingerprint import fingerprint_weights
+from xcos_ext.io.several import several
 from xcos_ext.model import ArcFaceHead, CosFaceHead, XCosHead, XCosModel, save_model
 from xcos_ext.ops import xcos_matrix
 
@@ -73,6 +74,7 @@ class HeadTask:
         self.sources, self.experiment, self.config = sources, experiment, experiment.loss
         loss, seed = experiment.loss, experiment.train.seed
         pictures, embeddings = sources.pictures, sources.maps.embeddings
+        several(held_out, "held_out")
         if loss.cosine > 0 and embeddings is None:
             raise ConfigError("loss.cosine: expected a recogniser with an output block, whose cosines are the target")
         if not (loss.cosine or loss.contrast or loss.identity):

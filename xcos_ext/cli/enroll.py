@@ -13,7 +13,7 @@ from xcos_ext.io.optional import gallery_package
 from xcos_ext.io.text import display_name
 
 from . import options
-from .console import TROUBLE, bar, note, note_some, print_json
+from .console import TROUBLE, bar, echo, note_faces, note_some, print_json
 from .inputs import check_model_path, described, detector_maker, load
 
 if TYPE_CHECKING:
@@ -80,20 +80,19 @@ def run(
         known: Literal["replace", "skip"] = "replace" if replace else "skip"
         result = enroll(opened, loaded, pictures, make_detector, on_duplicate=known, progress=tick, **how)
         size = len(opened)
+    noted = note_faces(result.several | dict.fromkeys(result.unlike, 0), how["policy"])
     if as_json:
         counts = {"faces": size, "enrolled": len(result.enrolled), "already_in": result.present}
-        named = {"skipped": result.skipped, "several_faces": result.several, "seconds": result.seconds}
+        named = {"skipped": result.skipped, **noted, "seconds": result.seconds}
         print_json({"gallery": display_name(gallery), **counts, **named, "model": described(loaded, path)})
     else:
         if not quiet:
             rate = len(result.enrolled) / result.seconds if result.seconds > 0 else 0.0
-            click.echo(
+            echo(
                 f"{len(result.enrolled):,} enrolled ({rate:.0f}/s), {result.present:,} already in, "
                 f"{len(result.skipped):,} skipped; {size:,} faces in {display_name(gallery)}"
             )
         note_some([f"skipped {why}" for why in result.skipped.values()], "pictures skipped")
-        if result.several:
-            note(f"{len(result.several):,} pictures with several faces: took the {how['policy']} one (see --face)")
     return 0 if result.enrolled or result.present else TROUBLE
 
 

@@ -36,16 +36,14 @@ class Command(click.Command):
         from xcos_ext.io.atomic import check_apart
         from xcos_ext.io.shipped import weights_file
 
-        outputs: dict[str, str] = {}
+        values = [(param, given.get(param.name or "")) for param in self.params]
+        outputs = {p.opts[0]: path for p, path in values if isinstance(p.type, Written) and path not in (None, "-")}
         inputs: list[tuple[str, Any]] = []
-        for param in self.params:
-            value = given.get(param.name or "")
-            if isinstance(param.type, Written):
-                outputs |= {param.opts[0]: value} if value not in (None, "-") else {}
-            elif isinstance(param.type, click.Path):
+        for param, value in values if outputs else ():
+            if isinstance(param.type, click.Path):
                 title = param.human_readable_name if isinstance(param, click.Argument) else param.opts[0]
                 if param.name == "model":
-                    value = weights_file(value or None) if outputs else None
+                    value = weights_file(value or None)
                 inputs += [(title, path) for path in (value if isinstance(value, tuple) else (value,)) if path]
         check_apart(outputs, inputs)
 

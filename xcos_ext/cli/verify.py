@@ -86,12 +86,10 @@ def compare(
     first, second = (
         extract_face(rgb, finder, name=name, policy=policy, size=size, strict=strict) for name, rgb in pictures
     )
-    note_faces({face.name: face.found for face in (first, second)}, policy)
-
     from xcos_ext.explain import explain
 
     try:
-        return explain(
+        explanation = explain(
             loaded,
             first.rgb,
             second.rgb,
@@ -104,6 +102,8 @@ def compare(
         )
     except ValueError as error:
         raise XCosError(f"{display_name(path)}: the model gave an unusable result ({error})") from error
+    note_faces({face.name: face.found for face in (first, second)}, policy)
+    return explanation
 
 
 def draw(explanation: Explanation, path: str | None) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from commands import strict
+from drawn import TwoFaces
 from explained import toy
 
 from xcos_ext.bench import RUNTIMES, STAGES, Key, Settings, Workload, default_picture, read_report, run
@@ -395,6 +396,14 @@ def test_a_photograph_is_decoded_searched_and_aligned():
     with Workload(toy(), picture=picture) as made:
         report = run(made, Settings(stages=("decode", "detect", "align"), seconds=0.05))
     assert {result.key.stage for result in report.results} == {"decode", "detect", "align"}, report.skipped
+
+
+def test_a_photograph_of_several_faces_is_said(tmp_path, monkeypatch):
+    (tmp_path / "two.ppm").write_bytes(b"P6 112 112 255 " + bytes(112 * 112 * 3))
+    monkeypatch.setattr("xcos_ext.faces.create_detector", lambda spec: TwoFaces())
+    with Workload(toy(), picture=tmp_path / "two.ppm") as made:
+        report = run(made, Settings(stages=("align",), runtimes=("eager",), batches=(1,), seconds=0.02))
+    assert f"{tmp_path}/two.ppm: 2 faces found, took the most prominent, to align it" in report.warnings
 
 
 # --- the command line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ from PIL import Image
 import xcos_ext
 from xcos_ext import backbones
 from xcos_ext.cli.app import xcos
+from xcos_ext.io.errors import ModelError
 from xcos_ext.model import load_model, plug, save_model
 
 
@@ -153,6 +155,21 @@ def test_several_faces(photos: dict[str, str], model: Path) -> None:
     )
 
 
+def test_what_is_no_face_is_said_or_refused(photos: dict[str, str], model: Path) -> None:
+    arguments = (photos["crop1"], photos["crop2"], "--aligned", "--model", model)
+    result = run("verify", *arguments)
+    assert result.exit_code in (0, 1)
+    for line, name in zip(result.stderr.splitlines(), ("crop1", "crop2"), strict=True):
+        said = "it does not look like a face, so its scores say nothing about a person (--strict refuses it)"
+        assert line == f"xcos: {photos[name]}: {said}"
+    assert re.search(r"^meaning +none: a false match rate is one of faces$", result.stdout, re.M)
+    data = strict(run("verify", *arguments, "--json").stdout)
+    assert data["a"]["faces"] == 0 and data["a"]["face_likelihood"] < 0.5
+    assert f"{photos['crop1']} does not look like a face" in run("explain", *arguments).stdout
+    for command in ("verify", "explain"):
+        trouble(run(command, *arguments, "--strict"), photos["crop1"], "expected an aligned face, got a picture that")
+
+
 @pytest.mark.thorough
 def test_recogniser_without_known_statistics_needs_a_threshold(photos: dict[str, str], recogniser: Path) -> None:
     arguments = ("verify", photos["crop1"], photos["crop2"], "--aligned", "--model", recogniser)
@@ -196,6 +213,12 @@ def test_models_that_cannot_be_used(photos: dict[str, str], tmp_path: Path) -> N
     trouble(verify(tmp_path / "bad.pt"), "bad.pt")
     torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "other.pt")
     trouble(verify(tmp_path / "other.pt"), "other.pt")
+    for word, hint in (("Faithful", "did you mean faithful? The package ships compact"), ("best", "the package ships")):
+        trouble(verify(word), f"{word}: no such file; {hint}")
+        crop = photos["crop1"]
+        trouble(run("verify", crop, crop, "--aligned", env={"XCOS_MODEL": word}), f"{word}: no such file; {hint}")
+    with pytest.raises(ModelError, match=r"^Local: no such file; did you mean local"):
+        load_model("Local")
 
 
 def test_code_in_a_weights_file_is_not_run(photos: dict[str, str], tmp_path: Path) -> None:
@@ -219,6 +242,46 @@ def test_output_is_checked_before_any_work(tmp_path: Path, out: str) -> None:
     assert os.listdir(tmp_path) == []
 
 
+OVER = (
+    ("verify a.png b.png --aligned --out ./a.png", "--out", "which is A"),
+    ("explain b.png a.png --figure link.png", "--figure", "which is B"),
+    ("explain a.png b.png --html page.html --figure page.png", "--figure", "another file than that of --html"),
+    ("report list.csv --html page.html --root pictures.zip", "--html", "which is --root"),
+    ("report named.csv --html page.html", "--html", "which is the picture a.png"),
+    ("evaluate verification --pairs named.csv --root . --plot link.png", "--plot", "which is the picture a.png"),
+    ("evaluate faithfulness --pairs named.csv --root . --plot ./a.png", "--plot", "which is the picture a.png"),
+    ("evaluate faithfulness --pairs named.csv --root . --plot c.png", "--plot (2)", "which is the picture c-2.png"),
+    ("evaluate faithfulness --pairs old.json --out old.json", "--out", "which is --pairs"),
+    ("bench --compare old.json --json ./old.json", "--json", "which is --compare"),
+    ("bench --picture a.png --plot link.png", "--plot", "which is --picture"),
+    ("plug w.safetensors --faces . --out ./w.safetensors", "--out", "which is WEIGHTS"),
+    ("export onnx --model w.safetensors --out w.onnx", "--out", "which is --model"),
+    ("export tensorrt w.onnx --out w.plan", "--out", "which is GRAPH.onnx"),
+    ("dedupe g --model w.safetensors --out t.csv", "--out", "which is --model"),
+    ("train e.toml --out .", "--out model.safetensors", "which is model.recogniser"),
+)
+
+
+@pytest.mark.parametrize(("line", "option", "which"), OVER, ids=[line for line, _, _ in OVER])
+def test_nothing_that_is_read_is_written_over(
+    line: str, option: str, which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b.png", "c-2.png", "w.safetensors", "model.safetensors", "pictures.zip", "list.csv"):
+        Path(name).write_bytes(name.encode())
+    Path("old.json").write_text("{}")
+    Path("named.csv").write_text("a,b,genuine\na.png,b.png,1\na.png,c-2.png,0\n")
+    tables = "[data]\npictures = '.'\n[model]\nrecogniser = 'model.safetensors'\n[train]\nsteps = 2\nbatch = 2\n"
+    Path("e.toml").write_text(f"task = 'head'\n{tables}")
+    links = {"link.png": "a.png", "w.onnx": "w.safetensors", "w.plan": "w.safetensors", "t.csv": "w.safetensors"}
+    links["page.html"] = {"explain a": "page.png", "report li": "pictures.zip", "report na": "a.png"}.get(line[:9], "-")
+    for name, target in links.items():
+        os.symlink(target, name)
+    before = {path: path.read_bytes() for path in Path().iterdir() if path.exists()}
+    trouble(run(*line.split(), env={"XCOS_MODEL": "w.safetensors"}), f"xcos: {option}: expected", which)
+    assert {path: path.read_bytes() for path in Path().iterdir() if path.exists()} == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -231,6 +294,8 @@ def test_output_is_checked_before_any_work(tmp_path: Path, out: str) -> None:
         (["verify", "a", "b", "--max-pixels", "0"], "0"),
         (["verify", "a", "b", "--nonsense"], "--nonsense"),
         (["nonsense"], "nonsense"),
+        (["Verfy"], "No such command 'Verfy'. Did you mean 'verify'?"),
+        (["evaluate", "verificaton"], "Did you mean 'verification'?"),
         (["demo", "one.jpg"], "unexpected extra argument"),
         (["plug", "w.pt"], "Missing option"),
     ],
@@ -371,6 +436,7 @@ def test_plug(recogniser: Path, people: Path, photos: dict[str, str], tmp_path: 
     assert run("verify", photos["crop1"], photos["crop1"], "--aligned", "--model", out).exit_code == 0
     few = run("plug", recogniser, "--faces", people, "--out", out, "--json")
     assert strict(few.stdout)["threshold"] is None
+    assert len(strict(few.stdout)["not_like_a_face"]) == 24 and "p00/1.png: it does not look like a face" in few.stderr
     assert "24 people are too few to find a threshold" in few.stderr
 
 
@@ -487,6 +553,37 @@ def test_names_that_are_not_utf8(photos: dict[str, str], model: Path, tmp_path: 
         result = process(*arguments, env=env)
         assert result.returncode == 0, result.stderr
         assert strict(result.stdout)["a"]["picture"].endswith("\\xff\\xfe.png")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii", "utf-8", "latin-1:replace"])
+def test_any_encoding_will_do(
+    encoding: str, photos: dict[str, str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an encoding lacks is written otherwise: the numbers' minus, and letters of names."""
+    name, _, errors = encoding.partition(":")
+    odd = tmp_path / "zo\u00eb\u0416.png"
+    odd.write_bytes(Path(photos["crop1"]).read_bytes())
+
+    def lines(*arguments: str) -> tuple[int, str, str]:
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding=name, errors=errors or "strict") for _ in range(2)]
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", streams[0])
+            patch.setattr(sys, "stderr", streams[1])
+            status = xcos(list(arguments), standalone_mode=False)
+            for stream in streams:
+                stream.flush()
+        out, err = (stream.buffer.getvalue().decode(name) for stream in streams)  # type: ignore[attr-defined]
+        return status, out, err
+
+    common = (str(odd), photos["crop2"], "--aligned", "--model", str(model))
+    status, out, err = lines("explain", *common, "--threshold", "2")
+    assert status == 1 and "Different people" in out
+    minus = {"utf-8": "\u2212", "latin-1:replace": "?"}.get(encoding, "-")
+    assert re.search(rf"^sides .* {re.escape(minus)}\d\.\d{{3}}", out, re.M)
+    shown = {"utf-8": "zo\u00eb\u0416", "ascii": "zo\\xeb\\u0416", "latin-1:replace": "zo\u00eb?"}
+    assert f"{shown.get(encoding, chr(92).join(('zo' + chr(0xEB), 'u0416')))}.png" in err
+    status, out, _ = lines("verify", *common, "--json", "--threshold", "2")
+    assert status == 1 and strict(out)["a"]["picture"] == str(odd)
 
 
 @pytest.mark.process

@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import Result
 from commands import strict
+from drawn import TwoFaces
 from torch import nn
 
 from xcos_ext import backbones
@@ -70,6 +71,15 @@ def network(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(root: Path, *arguments: str | Path) -> Result:
     common = ("--pairs", root / "pairs.csv", "--root", root, "--aligned")
     return commands.run("evaluate", "faithfulness", *common, *arguments)
+
+
+def test_pictures_with_several_faces_are_said(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xcos_ext.faces.create_detector", lambda spec: TwoFaces())
+    more = ("--explainer", "xcos", "--protocol", "locality", "--json")
+    common = ("--pairs", root / "pairs.csv", "--root", root)
+    result = commands.run("evaluate", "faithfulness", *common, *FEW, *more)
+    several = strict(result.stdout)["models"][0]["several_faces"]
+    assert several and f"{several[0]}: 2 faces found, took the most prominent" in result.stderr
 
 
 def test_tables_curves_and_figures(root: Path, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_photographs_from_enrolment_to_deletion(photos: Path, tmp_path: Path) ->
     assert re.match(r"7 enrolled \(\d+/s\), 0 already in, 2 skipped; 7 faces in ", result.stdout)
     assert re.search(r"skipped wall\.png: no face found", result.stderr)
     assert re.search(r"skipped \S+broken\.jpg: damaged picture", result.stderr)
-    assert "1 pictures with several faces" in result.stderr
+    assert "team.png: 2 faces found, took the most prominent (see --face)" in result.stderr
     again = strict(run("enroll", gallery, photos, "--json").stdout)
     assert again["enrolled"] == 0 and again["already_in"] == 7 and set(again["skipped"]) == {"wall.png", "broken.jpg"}
 
@@ -112,6 +112,24 @@ def test_photographs_from_enrolment_to_deletion(photos: Path, tmp_path: Path) ->
     rows = list(csv.DictReader((tmp_path / "pairs.csv").open()))
     assert len(rows) == 3 and rows[0]["person_a"] == "bob" and float(rows[0]["score"]) == pairs["pairs"][0]["score"]
     assert "3 of 3 pairs" in run("dedupe", gallery).stdout
+
+
+def test_who_was_chosen_and_what_is_no_face_are_said(photos: Path, crops: Path, tmp_path: Path) -> None:
+    """Also of probes, where a second face and pictures of nothing once went unsaid."""
+    gallery, noise = tmp_path / "g", crops / "person0" / "00.png"
+    enrolled = run("enroll", gallery, noise, "--aligned", "--json")
+    unlike = "00.png: it does not look like a face, so its scores say nothing about a person (--strict refuses it)"
+    assert enrolled.exit_code == 0 and unlike in enrolled.stderr
+    assert strict(enrolled.stdout)["not_like_a_face"] == ["00.png"]
+    found = run("search", gallery, photos / "team.png", "--json")
+    assert "team.png: 2 faces found, took the most prominent (see --face)" in found.stderr
+    data = strict(found.stdout)
+    assert (data["several_faces"], data["not_like_a_face"]) == (["team.png"], [])
+    assert unlike in run("search", gallery, noise, "--aligned").stderr
+    refused = run("search", gallery, noise, "--aligned", "--strict")
+    assert refused.exit_code == 2 and refused.stdout == ""
+    assert "00.png: expected an aligned face, got a picture that does not look like one (0.0" in refused.stderr
+    assert run("enroll", tmp_path / "h", noise, "--aligned", "--strict").exit_code == 2
 
 
 def test_crops_labels_and_archives(crops: Path, tmp_path: Path) -> None:

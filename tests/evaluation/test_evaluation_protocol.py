@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from commands import strict
-from drawn import background, portrait
+from drawn import TwoFaces, background, portrait
 from PIL import Image
 from torch import Tensor, nn
 
@@ -419,6 +419,17 @@ def test_command_detects_and_says_what_failed(files: dict[str, Path], tmp_path: 
     # Photographs given as crops: nothing is left to measure.
     trouble = run(*common, "--aligned")
     assert trouble.exit_code == 2 and "expected an aligned crop of 112 x 112" in trouble.stderr
+
+
+def test_command_says_which_pictures_show_several_faces(
+    root: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xcos_ext.faces.create_detector", lambda spec: TwoFaces())
+    common = ("--pairs", root / "pairs.csv", "--root", root, "--model", files["model"])
+    result = run("verification", *common, "--bootstrap", "0", "--json")
+    assert len(strict(result.stdout)["enrolment"]["several_faces"]) == 24
+    assert "p00/1.png: 2 faces found, took the most prominent\n" in result.stderr
+    assert "and 19 more pictures with several faces (--json lists them)" in result.stderr
 
 
 def test_command_on_a_bin_file(files: dict[str, Path], root: Path, tmp_path: Path) -> None:

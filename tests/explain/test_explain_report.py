@@ -80,6 +80,7 @@ class Contents:
                 for i in range(count):
                     row = {key: data[key][i] for key in ("a", "b", "line", "genuine", "labels", "score", "fmr")}
                     row |= {"why": data["why"].get(str(i)), "identical": data["identical"].get(str(i))}
+                    row["unlike"] = i in data["unlike"]
                     self.rows.append(row | {"s": 2 * maps[i, 0] - 1, "w": maps[i, 1]})
 
 
@@ -386,6 +387,8 @@ def test_command(folder: Path, tmp_path: Path) -> None:
     assert re.search(r"^pairs +4 \(3 compared, 1 not\)$", result.stdout, re.M)
     assert "pictures that could not be used: 1" in result.stderr
     assert "pairs of identical pictures: 1" in result.stderr
+    assert re.search(r"pictures that do not look like a face: \d; their pairs are marked on the page", result.stderr)
+    assert [row["unlike"] for row in Contents(page).rows] == [True, True, False, True]  # they are noise, or missing
     assert "<h1>Mine &amp; &lt;others&gt;</h1>" in page.read_text(encoding="utf-8")
     assert Contents(page).settings["labels"] == ["case"]
     data = json.loads(run("report", folder / "list.csv", "--html", page, "--aligned", "--json").stdout)
@@ -409,6 +412,8 @@ def test_command_in_trouble(folder: Path, tmp_path: Path) -> None:
     trouble(run("report", tmp_path / "bad.csv", "--html", page), "bad.csv, line 3: genuine: expected 1, 0 or nothing")
     assert run("report", folder / "list.csv").exit_code == 2  # no --html
     assert not page.exists()
+    strictly = run("report", folder / "list.csv", "--html", page, "--aligned", "--strict")
+    assert strictly.exit_code == 2 and "pictures that could not be used: 5" in strictly.stderr
     result = run("report", folder / "list.csv", "--html", page, "--root", tmp_path, "--aligned")
     assert result.exit_code == 2 and "not one pair could be compared" in result.stderr
     assert page.exists()  # says why

@@ -15,19 +15,23 @@ from PIL import Image
 
 from xcos_ext.faces import (
     ARCFACE_TEMPLATE,
+    LIKELY,
     CascadeDetector,
     Detector,
     Face,
+    LandmarkReader,
     YuNetDetector,
     align_face,
     apply_transform,
     choose_face,
     create_detector,
     extract_face,
+    face_likelihood,
     read_face,
     similarity_transform,
 )
 from xcos_ext.faces.cascade import SEARCHES, CascadeBoxes
+from xcos_ext.faces.landmarks import crop_transform
 from xcos_ext.io.errors import ModelError, PictureError, XCosError
 from xcos_ext.io.optional import MissingPackageError, need
 
@@ -254,6 +258,47 @@ def test_aligned_crops(tmp_path: Path) -> None:
     Image.fromarray(crop[:1, :1]).save(tmp_path / "b.png")
     with pytest.raises(PictureError, match=r"b\.png: expected an aligned crop of 112 x 112 pixels, got 1 x 1"):
         read_face(tmp_path / "b.png", None)
+
+
+def nothings() -> dict[str, np.ndarray]:
+    """Crops that show no face: [112, 112, 3]."""
+    rng = np.random.default_rng(0)
+    stripes = np.repeat(255 * (np.arange(112) // 8 % 2), 112).reshape(112, 112).astype(np.uint8)
+    board = (np.indices((112, 112)) // 14).sum(0) % 2 * 255
+    grey = {
+        "stripes": stripes,
+        "columns": stripes.T,
+        "board": board,
+        "ramp": np.tile(np.linspace(0, 255, 112), (112, 1)),
+    }
+    made = {name: np.repeat(picture.astype(np.uint8)[:, :, None], 3, 2) for name, picture in grey.items()}
+    made |= {"black": np.zeros((112, 112, 3), np.uint8), "white": np.full((112, 112, 3), 255, np.uint8)}
+    return made | {"noise": rng.integers(0, 256, (112, 112, 3), np.uint8), "wall": background(112, 112)}
+
+
+def test_what_looks_like_a_face() -> None:
+    canvas = background(360, 320)
+    truth = draw_face(canvas, (160, 187), 150)
+    for size in ((112, 112), (224, 224)):
+        crop = align_face(canvas, truth, size)
+        assert face_likelihood(crop) > 0.99
+        assert face_likelihood(crop[::-1]) < LIKELY  # upside down
+    assert {name: like for name, crop in nothings().items() if (like := face_likelihood(crop)) >= LIKELY} == {}
+    # The network's own verdict, which needs torch and OpenCV.
+    reader, crop = LandmarkReader(), align_face(canvas, truth)[:, :, [1, 1, 1]]
+    for picture in (crop, *nothings().values()):
+        grey = cv2.cvtColor(np.ascontiguousarray(picture), cv2.COLOR_RGB2GRAY)
+        _, scores = reader._look(grey, crop_transform(reader._network.size)[None], mirror=True)
+        assert face_likelihood(picture) == pytest.approx(scores[0], abs=0.03)
+
+
+def test_crops_of_nothing_are_counted_or_refused() -> None:
+    black = np.zeros((112, 112, 3), np.uint8)
+    face = extract_face(black, None, name="black.png")
+    assert face.found == 0 and face.likelihood is not None and face.likelihood < LIKELY
+    assert extract_face(black, None, strict=None).likelihood is None
+    with pytest.raises(PictureError, match=r"^black\.png: expected an aligned face, got a picture that does not look"):
+        extract_face(black, None, name="black.png", strict=True)
 
 
 def test_a_picture_without_a_face_says_what_to_try(cascade: CascadeDetector) -> None:

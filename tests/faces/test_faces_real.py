@@ -18,9 +18,12 @@ from PIL import Image
 
 from xcos_ext.faces import (
     ARCFACE_TEMPLATE,
+    LIKELY,
+    PictureTree,
     apply_transform,
     choose_face,
     create_detector,
+    face_likelihood,
     read_face,
     similarity_transform,
 )
@@ -95,6 +98,14 @@ def test_detectors_agree(shared_data: Path, pairs: Pairs) -> None:
         distances.append(float(np.sqrt((difference**2).sum(1).mean())))
     assert np.median(distances) < 3.5
     assert max(distances) < 12
+
+
+def test_faces_look_like_faces(shared_data: Path) -> None:
+    """Aligned crops do, and turned over they do not; docs/verify.md has the rates of all pictures."""
+    crops = PictureTree(shared_data / "lfw112.zip")
+    pictures = [crops.read(name) for name in crops.names[::400]]
+    assert min(map(face_likelihood, pictures)) > LIKELY
+    assert np.mean([face_likelihood(picture[::-1]) < LIKELY for picture in pictures]) > 0.9
 
 
 @pytest.mark.thorough

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from xcos_ext.deploy.timing import Contender, clock_for, measure_in_turns
+from xcos_ext.faces import choice_in_words, display_name
 from xcos_ext.io.text import first_line
 
 from .cases import Key, Settings, plan
@@ -99,6 +100,8 @@ def run(
         for device, cache in caches.items()
         if not cache.whole
     ]
+    if workload.faces > 1:
+        warnings.append(f"{display_name(workload.picture or '')}: {choice_in_words(workload.faces)}, to align it")
     model = workload.model
     facts = {
         "name": model.name,

@@ -98,6 +98,7 @@ class Workload:
         self.model = model
         self.picture = picture
         self.detector_name = detector
+        self.faces = 0  # found in the photograph, once somebody has looked
         self.gallery_size = gallery
         self.seed = seed
         self._made: dict[Any, Any] = {}
@@ -252,6 +253,7 @@ class Workload:
 
         pixels, name = self.pixels(), display_name(self.picture or "")
         faces = self.detector().detect(pixels)
+        self.faces = len(faces)
         face = choose_face(faces, (pixels.shape[0], pixels.shape[1]), name=name) if faces else None
         if face is None or face.landmarks is None:
             raise PictureError(f"{name}: no face found, so that there is nothing to align")

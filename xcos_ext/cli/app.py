@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Mapping
@@ -13,6 +15,7 @@ import click
 
 from xcos_ext import __version__
 from xcos_ext.io.errors import XCosError
+from xcos_ext.io.text import ENCODABLE
 
 from .console import INTERRUPTED, TROUBLE, note
 
@@ -49,6 +52,13 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(importlib.import_module(f".{module}", __package__), function)
         return command
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """As click does; of a word that is none, the command that it is nearest to is named."""
+        near = difflib.get_close_matches(args[0].lower(), self._table, 1)
+        if args[0] not in self._table and near:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
         shown = [
@@ -71,6 +81,7 @@ class GuardedGroup(LazyGroup):
     def main(self, *args: Any, standalone_mode: bool = True, **how: Any) -> Any:
         """Run and, as click does, end the process; ``standalone_mode=False`` returns the status instead."""
         _reopen_closed_streams()
+        _accept_all_characters()
         os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # read when OpenCV is imported
         status = self._guarded(*args, **how)
         if not standalone_mode:
@@ -109,6 +120,13 @@ def _reopen_closed_streams() -> None:
         except OSError:
             with contextlib.suppress(OSError):
                 os.open(os.devnull, os.O_RDONLY if descriptor == 0 else os.O_WRONLY)
+
+
+def _accept_all_characters() -> None:
+    """Have the standard streams replace what their encoding lacks, unless PYTHONIOENCODING says how."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape", "backslashreplace"):
+            stream.reconfigure(errors=ENCODABLE)
 
 
 def _settle(stream: Any) -> None:

@@ -15,7 +15,7 @@ from xcos_ext.io.optional import need
 from xcos_ext.io.text import display_name
 
 from . import options
-from .console import bar, note, one_line, print_json, table_console
+from .console import bar, echo, note, one_line, print_json, table_console
 from .inputs import check_model_path, chosen_device, is_graph, load, write_text
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ _STYLES = {"slower": "red", "faster": "green", "unclear": "yellow"}
     "--json",
     "json_file",
     metavar="FILE|-",
-    type=options.written(".json", dash=True),
+    type=options.Written(".json", dash=True),
     help="Write all figures and samples; - prints them instead of tables.",
 )
 @options.quiet
@@ -167,7 +167,7 @@ def run(
     if not silent:
         for title, path in (("all figures", json_file), ("picture", plot)):
             if path is not None:
-                click.echo(f"{title}: {display_name(path)}")
+                echo(f"{title}: {display_name(path)}")
     return 0
 
 

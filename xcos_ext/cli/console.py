@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 #: Exit statuses: 0 success (verify: the same person), 1 only from verify (different people), 2 anything wrong.
 SAME, DIFFERENT, TROUBLE, INTERRUPTED = 0, 1, 2, 130
+_UNLIKE = "it does not look like a face, so its scores say nothing about a person"
 
 
 def one_line(text: str) -> str:
@@ -28,13 +29,18 @@ def one_line(text: str) -> str:
     return printable(" ".join(text.split()))
 
 
+def echo(text: str, err: bool = False) -> None:
+    """Print a line on stdout, or on stderr, as that is: click itself would write UTF-8 where it is ASCII."""
+    click.echo(text, file=sys.stderr if err else sys.stdout)
+
+
 def note(message: str) -> None:
     """Say something on stderr that is not part of the result."""
     with contextlib.suppress(OSError, ValueError):
-        click.echo(f"xcos: {one_line(message)}", err=True)
+        echo(f"xcos: {one_line(message)}", err=True)
 
 
-def echo_some(lines: Collection[str], what: str, most: int = 20, say: Callable[[str], None] = click.echo) -> None:
+def echo_some(lines: Collection[str], what: str, most: int = 20, say: Callable[[str], None] = echo) -> None:
     """Print the first of many lines, and how many more there are."""
     for line in islice(lines, most):
         say(line)
@@ -47,6 +53,29 @@ def note_some(messages: Collection[str], what: str) -> None:
     echo_some(messages, f"{what} (--json lists them)", 5, note)
 
 
+def note_faces(found: Mapping[str, int], policy: str | None = None) -> dict[str, list[str]]:
+    """Say of which pictures one face of several was taken, and which do not look like a face at all.
+
+    Args:
+        found: pictures and how many faces each shows; 0: an aligned crop that looks like none.
+        policy: of the choice, where the command has ``--face`` and ``--strict``.
+
+    Returns:
+        The pictures' names, for JSON.
+    """
+    several = {name: faces for name, faces in found.items() if faces > 1}
+    unlike = [name for name, faces in found.items() if not faces]
+    if several:
+        from xcos_ext.faces import choice_in_words
+
+        hint = " (see --face)" if policy else ""
+        chosen = [f"{name}: {choice_in_words(faces, policy or 'prominent')}{hint}" for name, faces in several.items()]
+        note_some(chosen, "pictures with several faces")
+    hint = " (--strict refuses it)" if policy else ""
+    note_some([f"{name}: {_UNLIKE}{hint}" for name in unlike], "pictures that do not look like a face")
+    return {"several_faces": list(several), "not_like_a_face": unlike}
+
+
 def print_json(data: Any) -> None:
     """Print strict JSON (no NaN, no infinities) on stdout.
 
@@ -57,7 +86,7 @@ def print_json(data: Any) -> None:
         text = json.dumps(data, indent=2, allow_nan=False)
     except ValueError as error:
         raise XCosError("the result has a value that is not finite, which JSON cannot hold") from error
-    click.echo(text)
+    echo(text)
 
 
 def print_rows(*rows: Sequence[str], width: int = 10, gap: int = 1) -> None:
@@ -65,7 +94,7 @@ def print_rows(*rows: Sequence[str], width: int = 10, gap: int = 1) -> None:
     widths = [max(map(len, column)) + gap for column in zip(*rows, strict=True)]
     widths[0] = max(widths[0], width + gap)
     for row in rows:
-        click.echo("".join(map(str.ljust, row, widths)).rstrip())
+        echo("".join(map(str.ljust, row, widths)).rstrip())
 
 
 def table(title: str, columns: Sequence[str]) -> Table:
@@ -110,7 +139,7 @@ def say_written(*files: tuple[str, str | None]) -> None:
     """Say what was written where: titles and paths, None where there is no such file."""
     for title, path in files:
         if path is not None:
-            click.echo(f"{title}: {display_name(path)}")
+            echo(f"{title}: {display_name(path)}")
 
 
 def progress(items: Sequence[Any], title: str) -> Iterator[Any]:

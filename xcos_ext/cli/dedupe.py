@@ -11,7 +11,7 @@ import click
 from xcos_ext.io.text import few
 
 from . import options
-from .console import bar, echo_some, print_json
+from .console import bar, echo, echo_some, print_json
 from .inputs import check_model_path, load, open_gallery, write_text
 
 
@@ -22,7 +22,7 @@ from .inputs import check_model_path, load, open_gallery, write_text
 @click.option(
     "--threshold", type=options.finite, metavar="T", help="Pairs that score T or more; by default the model's."
 )
-@click.option("--out", metavar="CSV", type=options.written(".csv"), help="Write the pairs.")
+@click.option("--out", metavar="CSV", type=options.Written(".csv"), help="Write the pairs.")
 @options.quiet
 @options.as_json
 def run(
@@ -46,7 +46,7 @@ def run(
     groups = [f"{len(group)} alike: {few(map(repr, group), 6)}" for group in result.groups]
     echo_some(groups, "groups (--json or --out lists them)")
     across = [p for p in result.pairs if None not in p.persons and p.persons[0] != p.persons[1]]
-    click.echo(
+    echo(
         f"{len(result.pairs):,} of {result.compared:,} pairs score {result.threshold:.4f} or more, "
         f"{len(across):,} of them across persons; {len(result.groups):,} groups"
     )

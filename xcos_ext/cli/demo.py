@@ -7,13 +7,11 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from xcos_ext.io.atomic import OutputError, check_output
 from xcos_ext.io.errors import XCosError
 
 from . import options
-from .console import note, print_json, say_written, table, table_console
+from .console import echo, note, print_json, say_written, table, table_console
 from .inputs import chosen_device
 
 if TYPE_CHECKING:
@@ -204,7 +202,7 @@ def _draw(path: str) -> None:
 
 def _print(data: dict[str, Any]) -> None:
     where = f"{data['threads']} threads, {data['instruction_set']}" if data["device"] == "cpu" else data["device"]
-    click.echo(f"{data['data']}, {' x '.join(map(str, data['shape']))}, {data['dtype']}, {where}; medians")
+    echo(f"{data['data']}, {' x '.join(map(str, data['shape']))}, {data['dtype']}, {where}; medians")
     shown = table("", ["", "xcos_ext, ms", "plain torch, ms", "speed-up", "difference"])
     for entry in data["jobs"]:
         ours, plain = (entry[name]["median_ms"] for name in ("xcos_ext", "plain_torch"))
@@ -213,9 +211,9 @@ def _print(data: dict[str, Any]) -> None:
     table_console().print(shown)
     search = data["search"]
     first, others = search["top"][0], ", ".join(f"{entry['score']:.3f}" for entry in search["top"][1:])
-    click.echo(
+    echo(
         f"search: the planted face {search['planted']} is {'first' if search['found'] else 'NOT first'}: face "
         f"{first['face']} scores {first['score']:.3f}, the next {others}"
     )
-    click.echo(f"results agree: {'yes' if data['agree'] else 'NO'}")
+    echo(f"results agree: {'yes' if data['agree'] else 'NO'}")
     say_written(("picture", data.get("picture")))

@@ -13,7 +13,7 @@ from xcos_ext.io.tables import csv_rows
 from xcos_ext.io.text import composed, display_name
 
 from . import options
-from .console import TROUBLE, bar, note, note_some, print_json
+from .console import TROUBLE, bar, echo, note_faces, note_some, print_json
 from .inputs import check_model_path, described, detector_maker, load
 
 if TYPE_CHECKING:
@@ -83,23 +83,22 @@ def run(
         known: Literal["replace", "skip"] = "replace" if replace else "skip"
         result = enroll(opened, loaded, pictures, make_detector, on_duplicate=known, progress=tick, **how)
         size = len(opened)
+    noted = note_faces(result.several | dict.fromkeys(result.unlike, 0), how["policy"])
     if as_json:
         counts = {"faces": size, "enrolled": len(result.enrolled), "already_in": result.present}
-        named = {"skipped": result.skipped, "left_out": left_out, "changed": result.changed}
-        last = {"several_faces": result.several, "seconds": result.seconds, "model": described(loaded, path)}
+        named = {"skipped": result.skipped, "left_out": left_out, "changed": result.changed, **noted}
+        last = {"seconds": result.seconds, "model": described(loaded, path)}
         print_json({"gallery": display_name(gallery), **counts, **named, **last})
     else:
         if not quiet:
             rate = len(result.enrolled) / result.seconds if result.seconds > 0 else 0.0
-            click.echo(
+            echo(
                 f"{len(result.enrolled):,} enrolled ({rate:.0f}/s), {result.present:,} already in, "
                 f"{len(result.skipped):,} skipped; {size:,} faces in {display_name(gallery)}"
             )
         note_some([f"skipped {why}" for why in result.skipped.values()], "pictures skipped")
         note_some([f"left out {name}: {why}" for name, why in left_out.items()], "files left out")
         note_some([f"not enrolled {name}: {_CHANGED}" for name in result.changed], "changed pictures")
-        if result.several:
-            note(f"{len(result.several):,} pictures with several faces: took the {how['policy']} one (see --face)")
     return 0 if result.enrolled or result.present else TROUBLE
 
 

@@ -9,7 +9,7 @@ import click
 from xcos_ext.io.text import display_name, number, percent, signed
 
 from . import options
-from .console import note, print_json, print_rows
+from .console import echo, note, print_json, print_rows
 from .inputs import write_text
 from .verify import compare, draw, status
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.option(
     "--html",
     metavar="FILE",
-    type=options.written(".html", ".htm"),
+    type=options.Written(".html", ".htm"),
     help="Write a page: hover a cell to see what it did.",
 )
 @options.figure("--figure", "the decision")
@@ -39,7 +39,7 @@ def run(html: str | None, figure: str | None, as_json: bool, **pair: Any) -> int
     if as_json:
         print_json(explanation.as_dict())
     else:
-        click.echo("\n".join((str(explanation), "", *_table(explanation), "")))
+        echo("\n".join((str(explanation), "", *_table(explanation), "")))
         files = [(kind, display_name(path)) for kind, path in (("page", html), ("picture", figure)) if path is not None]
         print_rows(("model", explanation.as_dict()["model"]["name"]), *files)
     if explanation.same is None:

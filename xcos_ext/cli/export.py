@@ -30,7 +30,7 @@ _MIB = 1 << 20
     default="pair",
     help="Two pictures to score and maps; a picture to its template; two templates to score and maps.",
 )
-@click.option("--out", required=True, metavar="FILE", type=options.written(".onnx"), help="The graph to write: .onnx.")
+@click.option("--out", required=True, metavar="FILE", type=options.Written(".onnx"), help="The graph to write: .onnx.")
 @options.choice(
     "--dtype",
     values=["float32", "float16"],
@@ -87,7 +87,13 @@ def to_onnx(model: str | None, out: str, dtype: str, batch: int | None, quiet: b
 
 @options.command("tensorrt")
 @click.argument("onnx", type=click.Path(), metavar="GRAPH.onnx")
-@click.option("--out", required=True, metavar="FILE", type=click.Path(), help="The engine to write: .plan or .engine.")
+@click.option(
+    "--out",
+    required=True,
+    metavar="FILE",
+    type=options.Written(".plan", ".engine"),
+    help="The engine to write: .plan or .engine.",
+)
 @click.option(
     "--batch",
     "profiles",

@@ -15,7 +15,7 @@ from xcos_ext.io.errors import XCosError
 from xcos_ext.io.text import display_name
 
 from . import options
-from .console import bar, figure, note, note_some, print_json, say_written, table, table_console
+from .console import bar, echo, figure, note, note_faces, note_some, print_json, say_written, table, table_console
 from .inputs import check_model_path, load, load_recogniser, opened_pairs, write_text
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ if TYPE_CHECKING:
 @click.option(
     "--out",
     metavar="FILE",
-    type=options.written(".json"),
+    type=options.Written(".json"),
     help="Write all figures as JSON, anew after every protocol: .json.",
 )
 @options.quiet
@@ -127,7 +127,8 @@ def run(
         need(package, "evaluation")
     model_path = None if only_teacher else check_model_path(model)
     teacher_path = None if teacher is None else check_model_path(teacher)
-    listed, finder = opened_pairs(pairs, root, list_format, detector, aligned)
+    plots = [] if plot is None else [_numbered(plot, number) for number in range(2)]
+    listed, finder = opened_pairs(pairs, root, list_format, detector, aligned, *plots)
     from xcos_ext.evaluation.faithfulness import Faces, Settings, faithfulness
     from xcos_ext.evaluation.figures import plain
 
@@ -162,6 +163,7 @@ def run(
         )
         results.append(result)
     data = save(results, True)
+    note_faces({name: faces for result in results for name, faces in result.several.items()})
     if plot is not None:
         _draw(results, plot)
     if as_json:
@@ -171,10 +173,8 @@ def run(
         _print(result)
     if not quiet:
         if settings.replicates:
-            click.echo(
-                f"95 % intervals: bootstrap over people, {settings.replicates:,} replicates; thresholds stay fixed"
-            )
-        click.echo(f"{data['seconds']:.1f} s")
+            echo(f"95 % intervals: bootstrap over people, {settings.replicates:,} replicates; thresholds stay fixed")
+        echo(f"{data['seconds']:.1f} s")
         say_written(("curves", plot), ("all figures", out))
     return 0
 
@@ -204,20 +204,23 @@ def _models(model_path: str | None, teacher_path: str | None, device: str) -> It
             raise XCosError(f"{display_name(teacher_path)}: {error}") from error
 
 
+def _numbered(path: str, number: int) -> str:
+    base, suffix = os.path.splitext(path)
+    return f"{base}-{number + 1}{suffix}" if number else path
+
+
 def _draw(results: Sequence[Faithfulness], path: str) -> None:
     """One file a model: the second and later ones get a number before the suffix."""
     from xcos_ext.evaluation.faithfulness import faithfulness_figure
     from xcos_ext.explain import save_figure
 
     for number, result in enumerate(results):
-        base, suffix = os.path.splitext(path)
-        target = f"{base}-{number + 1}{suffix}" if number else path
         try:
             drawn = faithfulness_figure(result)
         except ValueError:
             note(f"{result.model}: nothing was measured that has curves, so nothing is drawn")
         else:
-            save_figure(drawn, target)
+            save_figure(drawn, _numbered(path, number))
 
 
 def _cell(estimate: Estimate, digits: int) -> str:
@@ -315,24 +318,24 @@ _TABLES: dict[str, Callable[[Any], Iterator[Table]]] = {
 
 def _print(result: Faithfulness) -> None:
     """Tables, what was left out, and what could not be used."""
-    click.echo(result.model)
+    echo(result.model)
     parts = {name: found for name in _TABLES if (found := getattr(result, name)) is not None}
     console = table_console()
     for name, found in parts.items():
         console.print(*_TABLES[name](found), sep="\n")
     console.print(*_time_tables(result))
     if result.threshold_from_pairs and result.threshold is not None:
-        click.echo(f"explained at the threshold {result.threshold:.4f}, the equal error rate's on these pairs")
+        echo(f"explained at the threshold {result.threshold:.4f}, the equal error rate's on these pairs")
     for name, why in result.skipped.items():
         note(f"{name} is left out: {why}")
     draws = () if result.region_swap is None else result.region_swap.draws
     parts.pop("region_swap", None)
     for name, found in [*((draw.direction, draw) for draw in draws), *parts.items()]:
         if found.passed_over:
-            click.echo(f"{name}: {found.passed_over} passed over, for want of a picture or a donor")
+            echo(f"{name}: {found.passed_over} passed over, for want of a picture or a donor")
     for draw in draws:
         if draw.controls < draw.pairs:
-            click.echo(f"{draw.direction}: {draw.controls} of {draw.pairs} pairs have a picture for the control")
+            echo(f"{draw.direction}: {draw.controls} of {draw.pairs} pairs have a picture for the control")
     if result.failures:
-        click.echo(f"{len(result.failures):,} pictures could not be used")
+        echo(f"{len(result.failures):,} pictures could not be used")
         note_some(result.failures.values(), "pictures")

@@ -8,7 +8,7 @@ from xcos_ext.io.errors import GalleryError
 from xcos_ext.io.text import byte_size
 
 from . import options
-from .console import TROUBLE, bar, echo_some, note, print_json, print_rows
+from .console import TROUBLE, bar, echo, echo_some, note, print_json, print_rows
 from .inputs import open_gallery
 
 
@@ -66,7 +66,7 @@ def remove(gallery: str, ids: tuple[str, ...], persons: tuple[str, ...], ids_fro
     if as_json:
         print_json({"removed": count, "faces": left})
     else:
-        click.echo(f"{count:,} removed, {left:,} left; xcos gallery compact deletes them from the disk")
+        echo(f"{count:,} removed, {left:,} left; xcos gallery compact deletes them from the disk")
     return 0
 
 
@@ -89,7 +89,7 @@ def compact(gallery: str, timeout: float, as_json: bool) -> int:
         print_json({**report, "faces": faces})
     else:
         before, after = byte_size(report["bytes_before"]), byte_size(report["bytes_after"])
-        click.echo(f"{faces:,} faces, {before} before, {after} now")
+        echo(f"{faces:,} faces, {before} before, {after} now")
     return 0
 
 
@@ -110,8 +110,8 @@ def verify(gallery: str, quiet: bool, as_json: bool) -> int:
         ]
         echo_some(damaged, "damaged faces (--json lists them)")
         for file in report["unreadable"]:
-            click.echo(f"unreadable: {file['reason']}")
+            echo(f"unreadable: {file['reason']}")
         for name in report["tiles_dropped"]:
-            click.echo(f"packed tiles {name} were damaged: deleted, the next search makes them again")
-        click.echo(f"{report['faces']:,} faces read: {'all as written' if report['ok'] else 'DAMAGED'}")
+            echo(f"packed tiles {name} were damaged: deleted, the next search makes them again")
+        echo(f"{report['faces']:,} faces read: {'all as written' if report['ok'] else 'DAMAGED'}")
     return 0 if report["ok"] else TROUBLE

@@ -145,12 +145,20 @@ def open_gallery(path: str, model: XCosModel | None = None) -> Gallery:
 
 
 def opened_pairs(
-    pairs: str, root: str | None, list_format: str | None, detector: str, aligned: bool
+    pairs: str, root: str | None, list_format: str | None, detector: str, aligned: bool, *plots: str | None
 ) -> tuple[PairList, Detector | None]:
-    """A list of pairs, and what finds the faces of its pictures; None where these are aligned crops."""
+    """A list of pairs, and what finds the faces of its pictures; None where these are aligned crops.
+
+    Raises:
+        OutputError: a figure that would be drawn over one of the pictures.
+    """
     from xcos_ext.evaluation.datasets import open_pairs
+    from xcos_ext.io.atomic import check_apart
 
     listed = open_pairs(pairs, root, format=list_format)
+    files = ((key, listed.file(key)) for key in listed.keys)
+    drawn = {"--plot" + " (2)" * number: path for number, path in enumerate(plots) if path is not None}
+    check_apart(drawn, ((f"the picture {display_name(key)}", file) for key, file in files if file is not None))
     if aligned or listed.aligned:
         return listed, None
     from xcos_ext.faces import create_detector

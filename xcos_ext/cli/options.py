@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -19,6 +19,7 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """As click does; ``device: expected ...`` becomes ``--device: expected ...``."""
+        self._check_apart(ctx.params)
         try:
             return super().invoke(ctx)
         except (ValueError, XCosError) as error:
@@ -29,6 +30,22 @@ class Command(click.Command):
                 if wrong and option.opts[0].startswith("--") and name in (option.name, option.opts[0][2:]):
                     error.args = (f"{option.opts[0]}:{why}",)
             raise
+
+    def _check_apart(self, given: Mapping[str, Any]) -> None:
+        """Refuse to write over what the command reads (:class:`Written` and ``click.Path`` options)."""
+        from xcos_ext.io.atomic import check_apart
+        from xcos_ext.io.shipped import weights_file
+
+        values = [(param, given.get(param.name or "")) for param in self.params]
+        outputs = {p.opts[0]: path for p, path in values if isinstance(p.type, Written) and path not in (None, "-")}
+        inputs: list[tuple[str, Any]] = []
+        for param, value in values if outputs else ():
+            if isinstance(param.type, click.Path):
+                title = param.human_readable_name if isinstance(param, click.Argument) else param.opts[0]
+                if param.name == "model":
+                    value = weights_file(value or None)
+                inputs += [(title, path) for path in (value if isinstance(value, tuple) else (value,)) if path]
+        check_apart(outputs, inputs)
 
 
 command = functools.partial(click.command, cls=Command)
@@ -83,7 +100,7 @@ def three(value: str) -> tuple[float, ...]:
     return numbers * (3 // len(numbers))
 
 
-def written(*suffixes: str, drawn: bool = False, dash: bool = False) -> Callable[[str], str]:
+class Written(click.ParamType):
     """A file to write, checked before anything is read or computed for it.
 
     Args:
@@ -92,20 +109,24 @@ def written(*suffixes: str, drawn: bool = False, dash: bool = False) -> Callable
         dash: whether ``-`` may stand for stdout.
     """
 
-    def check(value: str) -> str:
+    name = "file"
+
+    def __init__(self, *suffixes: str, drawn: bool = False, dash: bool = False) -> None:
+        self._suffixes, self._drawn, self._dash = suffixes, drawn, dash
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The path as it is."""
         from xcos_ext.io.atomic import check_output
         from xcos_ext.io.optional import need
 
         try:
-            if not (dash and value == "-"):
-                check_output(value, suffixes)
+            if not (self._dash and value == "-"):
+                check_output(value, self._suffixes)
         except XCosError as error:  # click would say of a ValueError only that the value is not valid
             raise click.ClickException(str(error)) from error
-        if drawn:
+        if self._drawn:
             need("matplotlib", "drawing")
         return value
-
-    return check
 
 
 DEVICES = "cpu|cuda|cuda:N|auto"
@@ -138,7 +159,7 @@ def number(
 
 def figure(name: str, what: str, default: str | None = None) -> Decorator:
     """An option for a file that is drawn."""
-    kind = written(".png", ".pdf", ".svg", drawn=True)
+    kind = Written(".png", ".pdf", ".svg", drawn=True)
     return click.option(name, metavar="FILE", type=kind, default=default, help=f"Draw {what}: .png, .pdf or .svg.")
 
 
@@ -151,7 +172,11 @@ model = click.option(
     "default: the shipped compact model; faithful and local are shipped too]",
 )
 detector = click.option(
-    "--detector", default="cascade", metavar="cascade|FILE.onnx", help="OpenCV's bundled cascades, or a YuNet network."
+    "--detector",
+    default="cascade",
+    metavar="cascade|FILE.onnx",
+    type=click.Path(),
+    help="OpenCV's bundled cascades, or a YuNet network.",
 )
 aligned = click.option(
     "--aligned", is_flag=True, help="The pictures are aligned crops already (112 x 112): detect nothing."
@@ -193,6 +218,7 @@ faces = several(
         default="prominent",
         help="Which of several faces: large and near the middle, the largest, the most central; or refuse.",
     ),
+    click.option("--strict", is_flag=True, help="Refuse aligned crops that do not look like a face."),
     device,
 )
 

@@ -12,13 +12,13 @@ from xcos_ext.io.errors import DeviceError, PictureError, XCosError
 from xcos_ext.io.text import display_name
 
 from . import options
-from .console import note, note_some, one_line, print_json, print_rows, progress
+from .console import echo, note, note_faces, note_some, one_line, print_json, print_rows, progress
 from .inputs import check_model_path, described, is_graph, load_recogniser
 
 if TYPE_CHECKING:
     from xcos_ext.backbones import Recogniser
     from xcos_ext.card.preprocessing import Preprocessing
-    from xcos_ext.faces import PersonFolder
+    from xcos_ext.faces import AlignedFace, PersonFolder
     from xcos_ext.model import XCosModel
 
 _LEAST_PEOPLE = 20
@@ -38,7 +38,12 @@ _PIXEL = 255  # what a pixel is divided by unless --scale says otherwise
     type=click.Path(),
     help="Aligned crops (112 x 112) of some hundred people: <person>/<picture>, in a folder or zip archive.",
 )
-@click.option("--out", metavar="FILE", type=click.Path(), help="The model to write: .safetensors or .onnx (a graph).")
+@click.option(
+    "--out",
+    metavar="FILE",
+    type=options.Written(".safetensors", ".onnx"),
+    help="The model to write: .safetensors or .onnx (a graph).",
+)
 @options.number("--project", metavar="K", help="Keep K principal axes per cell, e.g. 32.")
 @click.option(
     "--threshold", type=options.finite, metavar="T", help="The decision threshold; by default from the faces."
@@ -89,7 +94,8 @@ def run(
     if faces is None or out is None:
         missing = "--faces" if faces is None else "--out"
         raise click.UsageError(f"Missing option '{missing}'", click.get_current_context())
-    check_output(out, (".onnx",) if graph else (".safetensors", ".onnx"))
+    if graph:
+        check_output(out, (".onnx",))
     path = check_model_path(weights)
     folder, people = _people(faces, limit)
     import torch
@@ -104,14 +110,16 @@ def run(
     else:
         recogniser = load_recogniser(path, device)
     with torch.no_grad():
-        crops = [_aligned(folder, who, recogniser.preprocessing.size) for who in progress(people, "reading")]
+        faces_of = [_aligned(folder, who, recogniser.preprocessing.size) for who in progress(people, "reading")]
+        crops = [face.rgb for face in faces_of]
         model = plug(recogniser, crops, project=project, threshold=threshold, name=named)
         if graph:
             _check_alike(recogniser, crops)
         pairs = len(people) * (len(people) - 1) // 2
         _calibrate(model, crops, people, threshold, pairs)
         _write(model.cpu(), out)
-    _report(model, out, len(people), pairs, threshold, as_json)
+    noted = note_faces({face.name: face.found for face in faces_of})
+    _report(model, out, len(people), pairs, threshold, noted["not_like_a_face"], as_json)
     return 0
 
 
@@ -134,11 +142,11 @@ def _people(faces: str, limit: int) -> tuple[PersonFolder, list[str]]:
     return folder, people
 
 
-def _aligned(folder: PersonFolder, person: str, size: tuple[int, int]) -> Any:
+def _aligned(folder: PersonFolder, person: str, size: tuple[int, int]) -> AlignedFace:
     from xcos_ext.faces import extract_face
 
     key = folder.of(person)[0]
-    return extract_face(folder.read(key), None, name=f"{display_name(folder.path)}: {key}", size=size).rgb
+    return extract_face(folder.read(key), None, name=f"{display_name(folder.path)}: {key}", size=size)
 
 
 def _check_alike(recogniser: Recogniser, faces: list[Any]) -> None:
@@ -195,7 +203,9 @@ def _write(model: XCosModel, out: str) -> None:
     export_onnx(model, out, opset=None if opset is None else max(OPSET, opset))
 
 
-def _report(model: XCosModel, out: str, people: int, pairs: int, threshold: float | None, as_json: bool) -> None:
+def _report(
+    model: XCosModel, out: str, people: int, pairs: int, threshold: float | None, unlike: list[str], as_json: bool
+) -> None:
     split = _split_of(model)
     if as_json:
         data = {
@@ -205,6 +215,7 @@ def _report(model: XCosModel, out: str, people: int, pairs: int, threshold: floa
             "threshold": model.threshold,
             "decision_fmr": _DECISION_FMR if threshold is None and model.threshold is not None else None,
             "fmr_thresholds": {f"{rate:g}": t for rate, t in sorted(model.fmr_thresholds.items())},
+            "not_like_a_face": unlike,
         }
         print_json(data | ({"split": split} if split else {}))
         return
@@ -289,9 +300,9 @@ def _list_maps(weights: str, output: str | None, as_json: bool) -> int:
         name, op = one_line(m.name), one_line(m.op)  # a file may call them anything
         rows.append(("*" if m.chosen else "", name, shape, op, str(m.distance), "yes" if m.affine else "no"))
     print_rows(*rows, width=1, gap=2)
-    click.echo("* taken unless --tensor names another; behind it: operators up to the embedding")
+    echo("* taken unless --tensor names another; behind it: operators up to the embedding")
     if own is not None:
-        click.echo(f"the graph normalises its pictures itself: x * {_few(own.scale)} + {_few(own.shift)}")
+        echo(f"the graph normalises its pictures itself: x * {_few(own.scale)} + {_few(own.shift)}")
     return 0
 
 

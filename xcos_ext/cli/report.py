@@ -16,7 +16,7 @@ from .inputs import check_model_path, described, detector_maker, load
 
 @options.command("report")
 @click.argument("pairs", type=click.Path(), metavar="PAIRS.csv")
-@click.option("--html", required=True, metavar="FILE", type=options.written(".html", ".htm"), help="The page to write.")
+@click.option("--html", required=True, metavar="FILE", type=options.Written(".html", ".htm"), help="The page to write.")
 @click.option(
     "--root",
     metavar="DIR|ZIP",
@@ -51,12 +51,16 @@ def run(
     """
     from xcos_ext.explain.pairs_file import PairsFile, pictures_below
     from xcos_ext.explain.pairs_report import write_report
+    from xcos_ext.io.atomic import check_apart
     from xcos_ext.io.optional import need
 
     need("PIL.Image", "a page with pictures")
     path = check_model_path(model)
     listed = PairsFile(pairs)
-    read = pictures_below(os.path.dirname(os.path.abspath(pairs)) if root is None else root, max_pixels=max_pixels)
+    base = os.path.dirname(os.path.abspath(pairs)) if root is None else root
+    read = pictures_below(base, max_pixels=max_pixels)
+    files = (name for pair in listed for name in (pair.a, pair.b))
+    check_apart({"--html": html}, ((f"the picture {display_name(file)}", os.path.join(base, file)) for file in files))
     make_detector = detector_maker(detector, aligned)
     loaded = load(path, device)
     with bar("comparing", "pairs") as tick:
@@ -94,6 +98,8 @@ def run(
         note(f"pictures that could not be used: {summary.without_face:,}; their pairs are on the page with the reason")
     if summary.several_faces:
         note(f"pictures with several faces: {summary.several_faces:,}; took the {how['policy']} one (see --face)")
+    if summary.not_like_a_face:
+        note(f"pictures that do not look like a face: {summary.not_like_a_face:,}; their pairs are marked on the page")
     if summary.identical:
         note(f"pairs of identical pictures: {summary.identical:,}; their scores say nothing about the person")
     if not summary.compared:

@@ -13,7 +13,7 @@ from xcos_ext.io.optional import gallery_package
 from xcos_ext.io.text import display_name
 
 from . import options
-from .console import bar, note, note_some, print_json
+from .console import bar, echo, note, note_faces, note_some, print_json
 from .inputs import check_model_path, described, detector_maker, load, open_gallery
 
 
@@ -49,6 +49,7 @@ def run(
     detector: str,
     aligned: bool,
     policy: str,
+    strict: bool,
     device: str,
     threshold: float | None,
     fpir: float | None,
@@ -80,16 +81,18 @@ def run(
         fast = for_inference(loaded)
         crops: list[Any] = []
         names: list[str] = []
+        faces_on: dict[str, int] = {}
         note_some([f"left out {name}: {why}" for name, why in failures.items()], "files left out")
         with bar("reading", "pictures") as tick:
-            faces = read_faces(pictures, loaded.preprocessing.size, make_detector, policy=policy)
-            for done, (picture, crop, _, problem) in enumerate(faces, 1):
+            faces = read_faces(pictures, loaded.preprocessing.size, make_detector, policy=policy, strict=strict)
+            for done, (picture, crop, faces_here, problem) in enumerate(faces, 1):
                 if crop is None:
                     failures[picture.id] = problem or "no face"
                     note(f"left out {problem}")
                 else:
                     crops.append(crop)
                     names.append(picture.id)
+                    faces_on[picture.id] = faces_here
                 tick(done, len(pictures))
         if not crops:
             raise PictureError("no probe has a usable face")
@@ -109,22 +112,23 @@ def run(
             )
         seconds = time.perf_counter() - begin
         searched = len(opened)
+    noted = note_faces(faces_on, policy)
     titles = names if fusion is None else [f"{len(names)} pictures of one person ({fusion})"]
     if as_json:
         data = {name: getattr(hits, name) for name in ("version", "exact", "recall", "recall_probes")}
         data |= {"gallery": display_name(gallery), "faces": searched, "threshold": limit, "seconds": seconds}
-        data |= {"left_out": failures, "model": described(loaded, path)}
+        data |= {"left_out": failures, **noted, "model": described(loaded, path)}
         found = [{"probe": title, "hits": _candidates(hits, row, limit)} for row, title in enumerate(titles)]
         print_json(data | {"probes": found})
         return 0
     for row, title in enumerate(titles):
-        click.echo(title)
+        echo(title)
         if not hits.ids[row]:
-            click.echo("   nobody")
+            echo("   nobody")
         for rank, hit in enumerate(hits[row], 1):
             verdict = "" if limit is None else f"  {'over' if hit.score >= limit else 'below'} the threshold"
             who = "" if hit.person is None else f"  {display_name(hit.person)}"
-            click.echo(f"   {rank}  {hit.score:7.4f}  {display_name(hit.id)}{who}{verdict}")
+            echo(f"   {rank}  {hit.score:7.4f}  {display_name(hit.id)}{who}{verdict}")
     if not quiet:
         manner = "every face scored"
         if not hits.exact:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import click
 
@@ -27,16 +30,22 @@ def run(
     The folder gets a log (CSV), checkpoints that resume to the bit, and the model. Files for a start are in
     recipes/ of a checkout.
     """
+    from xcos_ext.io.atomic import check_apart
     from xcos_ext.training.tasks import create_task, load_experiment
 
     experiment = load_experiment(config, assignments)
     import torch
 
     from xcos_ext.training import train
+    from xcos_ext.training.engine import CHECKPOINT, EVALUATIONS, LOG
 
     if threads is not None:
         torch.set_num_threads(threads)
     folder = out if out is not None else os.path.join("runs", os.path.splitext(os.path.basename(config))[0])
+    written = (CHECKPOINT, LOG, EVALUATIONS, "model.safetensors")
+    check_apart(
+        {f"--out {name}": os.path.join(folder, name) for name in written}, [("CONFIG", config), *_read(experiment)]
+    )
     first = os.environ.get("RANK", "0") == "0"
     with bar("", "", quiet=not first) as tick:
         task = create_task(experiment, lambda what, done, total: tick(done, total, what))
@@ -59,3 +68,12 @@ def run(
         *(("written", str(file)) for file in result.files),
     )
     return 0
+
+
+def _read(settings: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """The settings that may name files: all texts."""
+    if isinstance(settings, str):
+        yield name, settings
+    elif dataclasses.is_dataclass(settings):
+        for field in dataclasses.fields(settings):
+            yield from _read(getattr(settings, field.name), f"{name}.{field.name}".lstrip("."))

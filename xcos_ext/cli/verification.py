@@ -12,7 +12,7 @@ from xcos_ext.io.errors import XCosError
 from xcos_ext.io.text import display_name
 
 from . import options
-from .console import figure, note_some, print_json, progress, say_written, table, table_console
+from .console import echo, figure, note_faces, note_some, print_json, progress, say_written, table, table_console
 from .inputs import check_model_path, described, load, load_recogniser, opened_pairs
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def run(
     need("sklearn", "evaluation")
     path = check_model_path(model)
     teacher_path = None if teacher is None else check_model_path(teacher)
-    listed, finder = opened_pairs(pairs, root, list_format, detector, aligned)
+    listed, finder = opened_pairs(pairs, root, list_format, detector, aligned, plot)
     from xcos_ext.evaluation import evaluate
 
     loaded = load(path, device)
@@ -101,10 +101,11 @@ def run(
     }
     thresholds = _at_thresholds(loaded, listed, result)
     sample = result.resampling
+    noted = note_faces(result.several)
     if not as_json:
         _print(loaded.name, listed, about, result)
         for line in _remarks(listed, result, replicates, flip, thresholds):
-            click.echo(line)
+            echo(line)
         say_written(("ROC curves", plot))
         note_some(result.failures.values(), "pictures")
         return 0
@@ -120,6 +121,7 @@ def run(
             "failed_pictures": [{"picture": key, "reason": why} for key, why in result.failures.items()],
             "failed_pairs": failed,
             "failed_pairs_count_as": _COUNTED,
+            "several_faces": noted["several_faces"],
         },
         "model": described(loaded, path) | {"threshold": loaded.threshold},
         "teacher": None if teacher is None else display_name(teacher),

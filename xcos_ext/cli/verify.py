@@ -8,7 +8,7 @@ from xcos_ext.io.errors import XCosError
 from xcos_ext.io.text import display_name
 
 from . import options
-from .console import DIFFERENT, SAME, TROUBLE, note, print_json, print_rows
+from .console import DIFFERENT, SAME, TROUBLE, note_faces, print_json, print_rows
 from .inputs import check_model_path, load_either
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 #: What ``--json`` prints of an explanation; ``xcos explain --json`` prints all of it.
 _KEYS = ("score", "threshold", "same", "fmr", "similarity", "attention", "contribution", "model", "a", "b")
-_PLAIN = {"prominent": "most prominent", "largest": "largest", "centre": "most central", "only": "only one"}
 
 
 @options.command("verify")
@@ -39,7 +38,9 @@ def run(out: str | None, as_json: bool, **pair: Any) -> int:
         ("threshold", f"{explanation.threshold:.4f}"),
         ("verdict", explanation.verdict),
     ]
-    if explanation.fmr is not None and explanation.curve is not None:
+    if 0 in (explanation.a.details["faces"], explanation.b.details["faces"]):
+        rows.append(("meaning", "none: a false match rate is one of faces"))
+    elif explanation.fmr is not None and explanation.curve is not None:
         people = "" if explanation.curve.people is None else f" of {explanation.curve.people:,} people"
         sample = f"{explanation.curve.pairs:,} impostor pairs{people}"
         rows.append(("meaning", f"false match rate at this score {explanation.fmr} ({sample})"))
@@ -58,6 +59,7 @@ def compare(
     detector: str,
     aligned: bool,
     policy: str,
+    strict: bool,
     device: str,
     threshold: float | None,
     max_pixels: int | None,
@@ -81,15 +83,13 @@ def compare(
             "that has one with xcos plug"
         )
     size = loaded.preprocessing.size
-    first, second = (extract_face(rgb, finder, name=name, policy=policy, size=size) for name, rgb in pictures)
-    for face in (first, second):
-        if face.found > 1:
-            note(f"{face.name}: {face.found} faces found, took the {_PLAIN[policy]} (see --face)")
-
+    first, second = (
+        extract_face(rgb, finder, name=name, policy=policy, size=size, strict=strict) for name, rgb in pictures
+    )
     from xcos_ext.explain import explain
 
     try:
-        return explain(
+        explanation = explain(
             loaded,
             first.rgb,
             second.rgb,
@@ -102,6 +102,8 @@ def compare(
         )
     except ValueError as error:
         raise XCosError(f"{display_name(path)}: the model gave an unusable result ({error})") from error
+    note_faces({face.name: face.found for face in (first, second)}, policy)
+    return explanation
 
 
 def draw(explanation: Explanation, path: str | None) -> None:
@@ -119,6 +121,8 @@ def status(explanation: Explanation) -> int:
 
 def _described(face: AlignedFace) -> dict[str, Any]:
     data: dict[str, Any] = {"faces": face.found}
+    if face.likelihood is not None:
+        data["face_likelihood"] = face.likelihood
     if face.face is not None:
         data["box"] = list(face.face.box)
         if face.face.landmarks is not None:

@@ -93,6 +93,7 @@ class Evaluation:
             generalised rates): a genuine one as a false non-match, an impostor one as rightly rejected.
         resampling: what the intervals come from, or None.
         corr_target: where the cosine for ``corr`` came from: ``"teacher"``, ``"embedding"`` or None.
+        several: pictures with more than one face, of which the most prominent was taken -> how many.
     """
 
     variants: dict[str, Variant]
@@ -101,6 +102,7 @@ class Evaluation:
     failed: NDArray[np.bool_]
     resampling: Resampling | None
     corr_target: str | None
+    several: dict[str, int]
 
 
 def evaluate(
@@ -165,6 +167,7 @@ def evaluate(
         model = [(model, pairs)]
     lists: list[PairList] = []
     found: list[Scores] = []
+    several_faces: dict[str, int] = {}
     target: str | None = None
     for scorer, part in model:
         shared = [fold for other in lists for fold in np.intersect1d(other.folds, part.folds)]
@@ -172,7 +175,7 @@ def evaluate(
             raise ValueError(f"parts: expected every fold in one part, got fold {shared[0]} in several")
         recogniser, target = _embedding(scorer, teacher, attentions)
         extract, scorers = extractor(scorer, recogniser, flip), scorers_of(scorer, attentions, recogniser is not None)
-        read = crops(part, detector, scorer.preprocessing.size)
+        read = crops(part, detector, scorer.preprocessing.size, several_faces)
         lists.append(part)
         found.append(score_pairs(part, extract, scorers, read=read, batch_size=batch_size, track=track))
     if not lists:
@@ -208,6 +211,7 @@ def evaluate(
         scored.failed,
         resampling,
         target if "corr" in attentions else None,
+        several_faces,
     )
 
 

@@ -133,10 +133,17 @@ def score_pairs(
     return Scores({name: values.get(name, np.full(count, np.nan)) for name in scorers}, failures, failed)
 
 
-def crops(pairs: PairList, detector: Detector | None, size: tuple[int, int]) -> Read:
-    """A reader of aligned crops."""
+def crops(pairs: PairList, detector: Detector | None, size: tuple[int, int], several: dict[str, int]) -> Read:
+    """A reader of aligned crops, which notes in ``several`` how many faces a picture shows of which it took one."""
     finder = None if pairs.aligned else detector
-    return lambda key: extract_face(pairs.read(key), finder, name=key, size=size).rgb
+
+    def read(key: str) -> NDArray[np.uint8]:
+        face = extract_face(pairs.read(key), finder, name=key, size=size, strict=None)
+        if face.found > 1:
+            several[key] = face.found
+        return face.rgb
+
+    return read
 
 
 def extractor(model: XCosModel, recogniser: Recogniser | None, flip: bool) -> Extract:

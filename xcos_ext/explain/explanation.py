@@ -44,7 +44,8 @@ class Face:
         rgb: the aligned crop, uint8 [height, width, 3], or None.
         name: of its picture, as it came.
         landmarks: five points in the crop [5, 2]; None: the template's are assumed.
-        details: what else is known of it, ready for JSON, e.g. ``box`` and ``detection_score``.
+        details: what else is known of it, ready for JSON, e.g. ``box`` and ``detection_score``; ``faces``: how many
+            were found, 0 where an aligned crop does not look like one.
     """
 
     rgb: np.ndarray | None = None
@@ -258,7 +259,11 @@ class Explanation:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What a reader must know beside the numbers, a sentence each."""
-        said = []
+        said = [
+            f"{printable(face.name)} does not look like a face: the score says nothing about a person."
+            for face in (self.a, self.b)
+            if face.details.get("faces") == 0
+        ]
         if self.identical == "pictures":
             said.append("Both crops are the same picture, pixel by pixel: the score says nothing about the person.")
         elif self.identical == "features":

@@ -64,6 +64,7 @@ class ReportSummary:
         pictures: different pictures that the list names.
         without_face: those that could not be used.
         several_faces: those with more than one face, of which one was taken.
+        not_like_a_face: aligned crops that do not look like a face, and were compared nevertheless.
         threshold: that decided, or None.
         seconds: for everything.
         bytes: of the page.
@@ -82,6 +83,7 @@ class ReportSummary:
     pictures: int = 0
     without_face: int = 0
     several_faces: int = 0
+    not_like_a_face: int = 0
     threshold: float | None = None
     seconds: float = 0.0
     bytes: int = 0
@@ -136,6 +138,7 @@ class _Report:
         self.places: dict[str, int] = {}  # picture -> number on the page, in the order of first use
         self.rows: list[int] = []  # number -> row of the spool; -1: no face
         self.why: dict[int, str] = {}
+        self.unlike: set[int] = set()  # pictures that do not look like a face
 
     # --- pictures
 
@@ -159,6 +162,9 @@ class _Report:
             if why is not None:
                 self.why[number] = reasons[number] = printable(why)
             self.summary.several_faces += found > 1
+            if why is None and found == 0:
+                self.summary.not_like_a_face += 1
+                self.unlike.add(number)
         self.summary.pictures += len(read)
         self.summary.without_face += len(reasons)
         yield {"kind": "names", "data": {"names": [printable(picture.id) for picture, *_ in read], "why": reasons}}
@@ -178,11 +184,14 @@ class _Report:
         shown: list[float | None] = [None] * len(pairs)
         rates: list[float | None] = [None] * len(pairs)
         identical: dict[int, str] = {}
+        unlike: list[int] = []
         if usable:
             scored = self._score([[self.rows[numbers[i][side]] for i in usable] for side in (0, 1)])
             for i, score, maps, alike, problem in zip(usable, *scored, strict=True):
                 if alike:
                     identical[i] = "same picture" if len(set(numbers[i])) == 1 else "same features"
+                if self.unlike.intersection(numbers[i]):
+                    unlike.append(i)
                 if problem is not None:
                     why[i] = problem
                     continue
@@ -205,6 +214,7 @@ class _Report:
             "fmr": rates,
             "why": why,
             "identical": identical,
+            "unlike": unlike,
             "maps": base64.b64encode(packed.tobytes()).decode("ascii"),
         }
         return {"kind": "pairs", "data": data}
@@ -255,6 +265,7 @@ def write_report(
     *,
     detector: Callable[[], Detector] | None = None,
     policy: str = "prominent",
+    strict: bool = False,
     threshold: float | None = None,
     title: str = "Pairs of faces",
     label_names: Sequence[str] = (),
@@ -281,7 +292,8 @@ def write_report(
         pairs: gone through twice, e.g. :class:`PairsFile` or a list.
         read: gives a picture by its name, uint8 RGB [H, W, 3], or raises PictureError; called from threads.
         detector: makes a face detector for each thread; None: the pictures are aligned crops.
-        policy: which of several faces; see :func:`xcos_ext.faces.choose_face`.
+        policy, strict: which of several faces, and whether aligned crops must look like one; see
+            :func:`xcos_ext.faces.extract_face`.
         threshold: instead of the model's.
         title: of the page.
         label_names: of the pairs' labels.
@@ -323,7 +335,8 @@ def write_report(
         def made() -> Generator[dict[str, Any], None, None]:
             pictures = (Picture(name, partial(read, name)) for name in report.places)
             size = model.preprocessing.size
-            reading: Any = read_faces(pictures, size, detector, policy=policy, threads=threads)  # type: ignore[arg-type]
+            how: Any = {"policy": policy, "strict": strict, "threads": threads}
+            reading: Any = read_faces(pictures, size, detector, **how)  # type: ignore[arg-type]
             with contextlib.closing(reading) as faces:
                 source = iter(pairs)
                 done = 0

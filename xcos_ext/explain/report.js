@@ -24,7 +24,7 @@
   const score = new Float64Array(count).fill(NaN), rate = new Float64Array(count).fill(NaN);
   const genuine = new Int8Array(count).fill(-1);
   const packed = new Uint16Array(count * 2 * cells);
-  const labels = [], reasons = new Map(), identical = new Map();
+  const labels = [], reasons = new Map(), identical = new Map(), unlike = new Set();
   {
     let at = 0;
     for (const block of document.querySelectorAll("script.pairs")) {
@@ -34,6 +34,7 @@
       for (let i = 0; 2 * i < bytes.length; i++) packed[base + i] = bytes.charCodeAt(2 * i) | (bytes.charCodeAt(2 * i + 1) << 8);
       for (const [place, reason] of Object.entries(part.why)) reasons.set(at + Number(place), reason);
       for (const [place, what] of Object.entries(part.identical)) identical.set(at + Number(place), what);
+      for (const place of part.unlike) unlike.add(at + place);
       part.a.forEach((a, i) => {
         first[at + i] = a;
         second[at + i] = part.b[i];
@@ -377,6 +378,7 @@
     if (genuine[pair] >= 0) top.append(element("span", { class: "chip" }, genuine[pair] ? "genuine" : "impostor"));
     if (wrong(pair)) top.append(element("span", { class: "chip wrong" }, same(pair) ? "false match" : "false non-match"));
     if (identical.has(pair)) top.append(element("span", { class: "chip" }, `${identical.get(pair)}: says nothing about the person`));
+    if (unlike.has(pair)) top.append(element("span", { class: "chip" }, "not like a face: says nothing about a person"));
     labels[pair].forEach((value, i) => { if (value) soft.push(`${settings.labels[i]}: ${value}`); });
     if (line[pair]) soft.push(`line ${line[pair]}`);
     if (reasons.has(pair)) made.append(element("p", { class: "reason" }, reasons.get(pair)));

@@ -7,12 +7,14 @@ from .cascade import CascadeDetector
 from .detector import Detector, Face
 from .folders import PersonFolder, PictureTree
 from .landmarks import LandmarkReader
+from .likeness import LIKELY, face_likelihood
 from .pictures import MAX_PIXELS, decode_picture, read_picture
-from .reader import POLICIES, AlignedFace, choose_face, create_detector, extract_face, read_face
+from .reader import POLICIES, AlignedFace, choice_in_words, choose_face, create_detector, extract_face, read_face
 from .yunet import YuNetDetector
 
 __all__ = [
     "ARCFACE_TEMPLATE",
+    "LIKELY",
     "MAX_PIXELS",
     "POLICIES",
     "AlignedFace",
@@ -25,11 +27,13 @@ __all__ = [
     "YuNetDetector",
     "align_face",
     "apply_transform",
+    "choice_in_words",
     "choose_face",
     "create_detector",
     "decode_picture",
     "display_name",
     "extract_face",
+    "face_likelihood",
     "read_face",
     "read_picture",
     "similarity_transform",

@@ -68,22 +68,24 @@ class Enrolment:
         enrolled: ids of new faces.
         present: number of pictures that were in the gallery already.
         skipped: id -> why, of pictures without a usable face.
-        several: ids of pictures with more than one face, of which one was taken.
+        several: ids of pictures with more than one face, of which one was taken -> how many.
         seconds: spent on reading, detecting, embedding and committing.
         changed: ids of pictures that were in the gallery, but from other files: replaced since, or of the same name.
             Their faces are left as they were; ``on_duplicate="replace"`` enrols them anew.
+        unlike: ids of aligned crops that do not look like a face, which are enrolled nevertheless.
 
     Example:
-        >>> Enrolment(["ann/0.png"], 0, {"wall.png": "no face found"}, [], 0.4).skipped
+        >>> Enrolment(["ann/0.png"], 0, {"wall.png": "no face found"}, {}, 0.4).skipped
         {'wall.png': 'no face found'}
     """
 
     enrolled: list[str]
     present: int
     skipped: dict[str, str]
-    several: list[str]
+    several: dict[str, int]
     seconds: float
     changed: list[str] = field(default_factory=list)
+    unlike: list[str] = field(default_factory=list)
 
 
 def find_pictures(
@@ -183,7 +185,8 @@ def _pictures_of(path: Path, person: str | None, left_out: dict[str, str]) -> li
     return found
 
 
-#: A picture, its aligned crop or None, the faces found, and why there is no crop.
+#: A picture, its aligned crop or None, the faces found (0: an aligned crop that does not look like one), and why there
+#: is no crop.
 ReadPicture = tuple[Picture, np.ndarray | None, int, str | None]
 
 
@@ -193,6 +196,7 @@ def read_faces(
     detector: Callable[[], Detector] | None,
     *,
     policy: str = "prominent",
+    strict: bool = False,
     threads: int = 2,
 ) -> Iterator[ReadPicture]:
     """Aligned faces of pictures, in order, read and detected in threads.
@@ -201,7 +205,8 @@ def read_faces(
         pictures: what to read.
         size: (height, width) of the crops.
         detector: makes a detector, one for each thread; None: the pictures are aligned crops.
-        policy: which of several faces; see :func:`xcos_ext.faces.choose_face`.
+        policy, strict: which of several faces, and whether aligned crops must look like one; see
+            :func:`xcos_ext.faces.extract_face`.
         threads: that read.
 
     Yields:
@@ -210,7 +215,7 @@ def read_faces(
     Example:
         >>> aligned = Picture("ann", lambda: np.zeros((112, 112, 3), np.uint8))
         >>> [(crop.shape, found, problem) for _, crop, found, problem in read_faces([aligned], (112, 112), None)]
-        [((112, 112, 3), 1, None)]
+        [((112, 112, 3), 0, None)]
     """
     local = threading.local()
 
@@ -221,7 +226,7 @@ def read_faces(
                 found = getattr(local, "detector", None)
                 if found is None:  # detectors keep working memory: they are not for several threads
                     found = local.detector = detector()
-            face = extract_face(picture.read(), found, name=picture.id, policy=policy, size=size)
+            face = extract_face(picture.read(), found, name=picture.id, policy=policy, size=size, strict=strict)
         except PictureError as error:
             return picture, None, 0, str(error)
         return picture, face.rgb, face.found, None
@@ -246,6 +251,7 @@ def enroll(
     detector: Callable[[], Detector] | None = None,
     *,
     policy: str = "prominent",
+    strict: bool = False,
     batch: int = 256,
     threads: int = 2,
     on_duplicate: Literal["skip", "replace", "error"] = "skip",
@@ -257,7 +263,7 @@ def enroll(
         gallery: opened with ``model`` or without.
         model: in evaluation mode; of the gallery's fingerprint.
         pictures: see :func:`find_pictures`.
-        detector, policy, threads: see :func:`read_faces`.
+        detector, policy, strict, threads: see :func:`read_faces`.
         batch: faces a commit.
         on_duplicate: about ids that are in the gallery: ``"skip"`` does not decode those pictures, but tells from the
             checksums of their files, which enrolling keeps in the metadata (``"file_xxh3"``), which have changed.
@@ -282,7 +288,8 @@ def enroll(
     fast = for_inference(model)
     enrolled: list[str] = []
     skipped: dict[str, str] = {}
-    several: list[str] = []
+    several: dict[str, int] = {}
+    unlike: list[str] = []
     chosen: list[tuple[Picture, np.ndarray]] = []
 
     def commit() -> None:
@@ -305,19 +312,21 @@ def enroll(
     tick = progress or quiet
     changed = _changed(gallery, known, there, lambda done: tick(done, len(pictures)))
     tick(present, len(pictures))
-    crops = read_faces(todo, model.preprocessing.size, detector, policy=policy, threads=threads)
+    crops = read_faces(todo, model.preprocessing.size, detector, policy=policy, strict=strict, threads=threads)
     for done, (picture, crop, faces, problem) in enumerate(crops, present + 1):
         if crop is None:
             skipped[picture.id] = problem or "no face"
         else:
             if faces > 1:
-                several.append(picture.id)
+                several[picture.id] = faces
+            elif not faces:
+                unlike.append(picture.id)
             chosen.append((picture, crop))
             if len(chosen) >= batch:
                 commit()
         tick(done, len(pictures))
     commit()
-    return Enrolment(enrolled, present, skipped, several, time.perf_counter() - begin, changed)
+    return Enrolment(enrolled, present, skipped, several, time.perf_counter() - begin, changed, unlike)
 
 
 def _checksum(picture: Picture) -> str | None:

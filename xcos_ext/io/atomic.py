@@ -6,14 +6,14 @@ import contextlib
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import BinaryIO
 
 from .errors import XCosError
 from .several import several
 from .text import display_name
 
-__all__ = ["OutputError", "check_output", "write_atomically"]
+__all__ = ["OutputError", "check_apart", "check_output", "write_atomically"]
 
 StrPath = str | os.PathLike[str]
 
@@ -50,6 +50,42 @@ def check_output(path: StrPath, suffixes: Sequence[str]) -> str:
     except (OSError, ValueError) as error:
         raise _cannot(path, error) from error
     return target
+
+
+def check_apart(outputs: Mapping[str, StrPath], inputs: Iterable[tuple[str, StrPath]] = ()) -> None:
+    """Check that nothing that is read would be written over, nor one result by another, whatever paths or links lead to
+    the file.
+
+    Args:
+        outputs: what names each, e.g. an option -> the file to write, which need not be there.
+        inputs: what names each, and the file, which need not be there either.
+
+    Raises:
+        OutputError: two of them are one file.
+
+    >>> check_apart({"--out": "photos/../a.png"}, [("A", "a.png")])
+    Traceback (most recent call last):
+    xcos_ext.io.atomic.OutputError: --out: expected a file that is not read as well, got photos/../a.png, which is A
+    """
+    taken: dict[object, str] = {}
+    for name, path in outputs.items():
+        other = taken.setdefault(_identity(path), name)
+        if other != name:
+            raise OutputError(f"{name}: expected another file than that of {other}, got {display_name(path)}")
+    for what, path in inputs if taken else ():
+        hit = taken.get(_identity(path))
+        if hit is not None:
+            got = f"got {display_name(outputs[hit])}, which is {what}"
+            raise OutputError(f"{hit}: expected a file that is not read as well, {got}")
+
+
+def _identity(path: StrPath) -> object:
+    """The same for every way to a file: its number on the disk, or its path once links are followed."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return os.path.realpath(path)
+    return found.st_dev, found.st_ino
 
 
 def write_atomically(path: StrPath, write: Callable[[BinaryIO], object]) -> None:

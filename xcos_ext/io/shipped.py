@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 
@@ -45,15 +46,26 @@ def weights_file(name: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
         name: a file, or one of :data:`SHIPPED`; None: the default model.
 
     Raises:
-        ModelError: the default model is missing from the installation.
+        ModelError: the default model is missing from the installation; a word that is neither a file nor such a name.
 
     >>> weights_file("faithful").name
     'xcos_faithful.safetensors'
+    >>> weights_file("Local")
+    Traceback (most recent call last):
+    xcos_ext.io.errors.ModelError: Local: no such file; did you mean local? The package ships compact, faithful, local
     """
     if name is None:
         return default_weights()
-    shipped = SHIPPED.get(os.fspath(name))
-    return name if shipped is None or os.path.exists(name) else DATA / shipped
+    word = os.fspath(name)
+    if os.path.exists(name):
+        return name
+    if word in SHIPPED:
+        return DATA / SHIPPED[word]
+    if os.path.basename(word) == word and "." not in word:
+        near = difflib.get_close_matches(word.lower(), SHIPPED, 1)
+        hint = f"did you mean {near[0]}? The" if near else "the"
+        raise ModelError(f"{display_name(name)}: no such file; {hint} package ships {', '.join(SHIPPED)}")
+    return name
 
 
 def readable_file(path: str | os.PathLike[str], what: str) -> Path:

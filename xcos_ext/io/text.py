@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import unicodedata
 from collections.abc import Iterable
 
 __all__ = [
+    "ENCODABLE",
     "byte_size",
     "composed",
     "display_name",
@@ -22,6 +24,22 @@ __all__ = [
     "signed",
     "span",
 ]
+
+#: What stands for the package's own characters beyond ASCII where a stream cannot hold them.
+_EQUIVALENTS = {"\u2212": "-", "\u2013": "-", "\u2026": "...", "\u00d7": "x", "\u2265": ">=", "\u2264": "<="}
+_EQUIVALENTS |= {"\u00b5": "u", "\u2191": "^", "\u2193": "v"}
+
+
+def _encodable(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    beyond = error.object[error.start : error.end]
+    return "".join(_EQUIVALENTS.get(c) or c.encode("ascii", "backslashreplace").decode() for c in beyond), error.end
+
+
+#: An error handler of encodings: the likeness in ASCII, or a backslash escape, for what they do not have.
+ENCODABLE = "xcos_ext.encodable"
+codecs.register_error(ENCODABLE, _encodable)
 
 _UNITS = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9))
 

@@ -174,6 +174,10 @@ class LFW(PairList):
             pictures=tree,
         )
 
+    def file(self, key: str) -> Path | None:
+        """As every list's; person folders may lie deeper."""
+        return super().file(self.pictures._names[key])
+
     def people_in_no_pair(self) -> tuple[str, ...]:
         """People with pictures here who appear in no pair of the file, in any fold; sorted.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,11 @@ class PairList:
     def __len__(self) -> int:
         """Number of pairs."""
         return self.genuine.size
+
+    def file(self, key: str) -> Path | None:
+        """Where a picture lies on the disk; None for one in an archive."""
+        root: Path | None = getattr(self.pictures, "path", None)
+        return None if root is None or root.is_file() else root / key
 
     def read(self, key: str) -> NDArray[np.uint8]:
         """Decode one picture: uint8 RGB [height, width, 3].

@@ -74,6 +74,7 @@ class Faces:
 
     Attributes:
         failures: key of a picture that cannot be used -> why.
+        several: key of a picture with more than one face, of which the most prominent is taken -> how many.
 
     Raises:
         ValueError: an unknown fold.
@@ -94,7 +95,8 @@ class Faces:
             raise ValueError(f"folds: expected some of {sorted(known)}, got {sorted(folds)}")
         self.chosen = np.flatnonzero(np.isin(pairs.folds, list(known if folds is None else folds)))
         self.failures: dict[str, str] = {}
-        self._read = lru_cache(_KEPT)(crops(pairs, detector, size))
+        self.several: dict[str, int] = {}
+        self._read = lru_cache(_KEPT)(crops(pairs, detector, size, self.several))
         self._person: dict[str, str] = {}
         self._pictures: dict[str, tuple[str, ...]] = {}
         if pairs.people is not None:

@@ -71,6 +71,7 @@ class Faithfulness:
         timings: explainer -> seconds for the maps of one pair, features included, one pair at a time.
         region_swap, deletion, identification, locality, patch: results; None where not asked for, or not yet.
         failures: pictures that could not be used -> why.
+        several: pictures with more than one face, of which the most prominent was taken -> how many.
         device: that it ran on.
         complete: whether all that was asked for is in.
     """
@@ -87,6 +88,7 @@ class Faithfulness:
     locality: Locality | None = None
     patch: Patch | None = None
     failures: dict[str, str] = field(default_factory=dict)
+    several: dict[str, int] = field(default_factory=dict)
     device: str = "cpu"
     complete: bool = False
 
@@ -98,8 +100,8 @@ class Faithfulness:
             for name, t in self.timings.items()
         }
         failed = [{"picture": key, "reason": why} for key, why in self.failures.items()]
-        del data["timings"], data["failures"]
-        return data | {"seconds_a_pair": timings, "failed_pictures": failed}
+        del data["timings"], data["failures"], data["several"]
+        return data | {"seconds_a_pair": timings, "failed_pictures": failed, "several_faces": list(self.several)}
 
 
 def _name(explainer: str | Explainer) -> str:
@@ -176,10 +178,10 @@ def faithfulness(
                 raise
             result = replace(result, skipped=result.skipped | {name: str(error)})
             continue
-        changes: dict[str, Any] = {name.replace("-", "_"): found, "failures": dict(faces.failures)}
-        result = replace(result, **changes)
+        changes: dict[str, Any] = {name.replace("-", "_"): found}
+        result = replace(result, **changes, failures=dict(faces.failures), several=dict(faces.several))
         save(result)
-    return replace(result, complete=True, failures=dict(faces.failures))
+    return replace(result, complete=True, failures=dict(faces.failures), several=dict(faces.several))
 
 
 @torch.no_grad()

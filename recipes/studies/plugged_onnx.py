@@ -1,6 +1,6 @@
 """A recogniser in an ONNX file, plugged in closed form, beside its own plain cosine: LFW and CFP.
 
-    python recipes/studies/plugged_onnx.py sface_2021dec_int8bq.onnx --faces celeb112.zip --lfw lfw112.zip \\
+    python -m recipes.studies.plugged_onnx sface_2021dec_int8bq.onnx --faces celeb112.zip --lfw lfw112.zip \\
         --pairs pairs.txt --cfp cfp_dev.zip --detector yunet.onnx --json benchmarks/results/models/sface.json
 
 The mean and the threshold come from one picture each of the people of ``--faces``, none of whom may be in LFW or CFP.

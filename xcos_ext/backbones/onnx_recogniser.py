@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 from collections.abc import Sequence
@@ -41,9 +40,8 @@ _SAME_HALF = 2e-2
 
 def _read(path: StrPath, size: tuple[int, int] | None = None) -> Graph:
     """The graph, for any number of pictures where that computes what it does for the number it was written for."""
-    proto, where = read_onnx(path), os.fspath(path)
-    written = copy.deepcopy(proto)
-    graph = Graph(proto, where)
+    where = os.fspath(path)
+    graph = Graph(read_onnx(path), where)
     number = graph.number or 1
     shape = (number + 1, 3, *(graph.size or size or ARCFACE.size))
     given = np.random.default_rng(0).uniform(-1, 1, shape).astype(graph.dtype)
@@ -54,7 +52,7 @@ def _read(path: StrPath, size: tuple[int, int] | None = None) -> Graph:
             return graph
     except ModelError:
         pass  # also where the file does not say for how many pictures it is
-    fixed = Graph(written, where, fixed=number)
+    fixed = Graph(read_onnx(path), where, fixed=number)
     alone = [fixed.run(np.repeat(image[None], number, 0)) for image in given[:2]]
     if together is None or not all(
         len(both) == len(given) and _close(both[i], one[0])

@@ -103,8 +103,8 @@ class Graph:
         """The only input that is one; the others are dropped."""
         given = self.proto.graph.input
         read = {name for node in self.nodes for name in _captured(node)}.union(self.outputs)
-        sparse = {tensor.values.name for tensor in self.proto.graph.sparse_initializer}
-        found = [value for value in given if value.name in read - sparse - self.weights.keys()]
+        read -= {tensor.values.name for tensor in self.proto.graph.sparse_initializer} | self.weights.keys()
+        found = [value for value in given if value.name in read]
         if len(found) != 1:
             names = few((repr(value.name) for value in found), 4) or "none"
             raise ModelError(f"{self.where}: expected a graph with one input, the pictures, got {names}")
@@ -181,7 +181,8 @@ class Graph:
             return node  # really empty
         # 0 copies the number from the input; it is kept first by all that is usual between maps and embeddings.
         name = f"{node.output[0]}/free"
-        self._store(name, np.array([0, *shape[1:]], np.int64))
+        if name not in self.weights:
+            self._store(name, np.array([0, *shape[1:]], np.int64))
         freed: onnx.NodeProto = self.onnx.NodeProto()
         freed.CopyFrom(node)
         freed.input[1] = name

@@ -25,7 +25,7 @@ onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
 helper = onnx.helper
 
-from onnx_graphs import CHANNELS, DIM, FLOAT, Net, images, residual, whole  # noqa: E402
+from onnx_graphs import CHANNELS, DIM, FLOAT, Net, images, quantised, residual, whole  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -249,6 +249,18 @@ def test_other_output_blocks_run_but_have_no_cells(op: str, settings: dict[str, 
     assert inner.obstacle is None
 
 
+def test_the_list_says_what_the_plug_in_finds(tmp_path: Path) -> None:
+    """Whether the block can be computed shows when it is."""
+    net = Net().start()
+    net.add("Conv", net.draw(CHANNELS, CHANNELS, 3, 3), auto_pad="SAME_UPPER")
+    net.add("Flatten")
+    net.gemm()
+    path = net.save(tmp_path / "net.onnx")
+    recogniser, maps = OnnxRecogniser(path, "map"), {m.name: m.affine for m in feature_maps(path)}
+    assert recogniser.obstacle == "Conv (which makes 't2'): its padding is not explicit"
+    assert not maps["map"] and maps["t2"]
+
+
 def test_a_product_of_two_branches_is_not_affine(tmp_path: Path) -> None:
     net = Net().start()
     net.add("Flatten")
@@ -365,16 +377,65 @@ def test_a_fixed_number_of_pictures_is_made_free(settings: dict[str, int], tmp_p
     assert recogniser(torch.zeros(0, 3, 112, 112)).shape == (0, DIM)
 
 
-def test_a_graph_that_is_for_one_picture_only_is_refused(tmp_path: Path) -> None:
-    net = Net(batch=1)
+def for_one_picture(**settings: Any) -> Net:
+    """Its first operators cannot take two."""
+    net = Net(**settings)
     net.add("Expand", net.weight(np.array([1, 3, 112, 112])))
     net.add("Reshape", net.weight(np.array([3, 112, 112])))
-    net.add("Unsqueeze", net.weight(np.array([0])))
-    net.start()
+    net.add("Unsqueeze", *([net.weight(np.array([0]))] if net.opset > 12 else []), **({} if net.opset > 12 else ZERO))
+    return net.start()
+
+
+ZERO = {"axes": [0]}
+
+
+@pytest.mark.parametrize(
+    ("batch", "opset", "op"), [(1, 17, "Gemm"), (1, 11, "Gemm"), (2, 17, "Gemm"), ("n", 17, "Gemm"), (1, 17, "Softmax")]
+)
+def test_a_graph_for_one_picture_runs_one_by_one(batch: Any, opset: int, op: str, tmp_path: Path) -> None:
+    """Also where the file says that any number will do, and behind the map."""
+    if batch == 2:
+        net = Net(batch=2)
+        net.add("Reshape", net.weight(np.array([6, 112, 112])))
+        net.add("Reshape", net.weight(np.array([-1, 3, 112, 112])))
+        net.add("Add", net.weight(np.zeros((2, 1, 1, 1))))
+        net.start()
+    else:
+        net = for_one_picture(batch=batch, opset=opset)
+    net.add("Reshape", net.weight(np.array([batch if batch == 2 else 1, CHANNELS * 49])))
+    net.gemm()
+    if op != "Gemm":
+        net.add(op)
+        net.add("Add", net.weight(np.zeros((1, DIM))))
+        net.add("Expand", net.weight(np.array([1, DIM])))
+        net.add("Reshape", net.weight(np.array([DIM])))
+        net.add("Reshape", net.weight(np.array([1, -1])))
+    path = net.save(tmp_path / "net.onnx")
+    recogniser = OnnxRecogniser(path)
+    assert recogniser.tensor == "map" and (recogniser.obstacle is None) is (op == "Gemm")
+    assert [m.name for m in feature_maps(path) if m.chosen] == ["map"]
+    given = images(3)
+    alone = [whole(path, image[None].repeat(batch if batch == 2 else 1, 0))[:1] for image in given]
+    np.testing.assert_allclose(recogniser(torch.from_numpy(given)).numpy(), np.concatenate(alone), rtol=1e-4, atol=1e-5)
+    again = pickle.loads(pickle.dumps(recogniser))
+    assert torch.equal(again(torch.from_numpy(given)), recogniser(torch.from_numpy(given)))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("opset", [17, 11])
+def test_a_graph_for_one_picture_is_exported_for_any_number(opset: int, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    from xcos_ext.deploy import OnnxModel, export_onnx
+
+    net = for_one_picture(batch=1, opset=opset)
     net.add("Flatten")
     net.gemm()
-    with pytest.raises(ModelError, match="onnxruntime cannot run it"):
-        OnnxRecogniser(net.save(tmp_path / "net.onnx"))
+    model = plug(OnnxRecogniser(net.save(tmp_path / "net.onnx")), [torch.from_numpy(images(8))])
+    export_onnx(model, tmp_path / "pair.onnx")
+    a, b = torch.from_numpy(images(6)).chunk(2)
+    with torch.no_grad():
+        expected = model(a, b).score.numpy()
+    np.testing.assert_allclose(OnnxModel(tmp_path / "pair.onnx").pair(a.numpy(), b.numpy()).score, expected, atol=1e-5)
 
 
 def test_pictures_that_influence_each_other_are_refused(tmp_path: Path) -> None:
@@ -420,15 +481,34 @@ def test_half_precision(tmp_path: Path) -> None:
             [("x", FLOAT, ["n", 3, 112, 112]), ("y", FLOAT, [1])],
             "expected a graph with one input, the pictures, got 'x', 'y'",
         ),
+        ([("x", FLOAT, ["n", "h", "w", 3])], r"expected pictures \[N, 3, height, width\], got \[\?, \?, \?, 3\]"),
         ([("x", FLOAT, ["n", 3, 112])], r"expected pictures \[N, 3, height, width\], got \[\?, 3, 112\]"),
     ],
 )
 def test_other_inputs_are_refused(inputs: list[Any], message: str, tmp_path: Path) -> None:
     net = Net()
     net.add("Cast", to=FLOAT)
+    if len(inputs) > 1:
+        net.add("Add", "y")
     path = net.save(tmp_path / "net.onnx", inputs=[helper.make_tensor_value_info(*i) for i in inputs])
     with pytest.raises(ModelError, match=message):
         OnnxRecogniser(path)
+
+
+@pytest.mark.parametrize(("ir_version", "made"), [(3, False), (8, False), (8, True)])
+def test_weights_among_the_inputs_and_in_int8(ir_version: int, made: bool, tmp_path: Path) -> None:
+    path = quantised(ir_version, tmp_path / "net.onnx", made=made)
+    maps = {m.name: m for m in feature_maps(path)}
+    assert maps["map"].chosen and maps["map"].affine and maps["bn"].affine
+    recogniser = OnnxRecogniser(path)
+    assert (recogniser.input, recogniser.tensor, recogniser.output, recogniser.obstacle) == ("x", "map", "emb", None)
+    given = images()
+    proto = onnx.load(path)
+    del proto.graph.input[1:]
+    onnx.save(proto, tmp_path / "one_input.onnx")
+    expected = np.concatenate([whole(tmp_path / "one_input.onnx", image[None]) for image in given])
+    np.testing.assert_allclose(recogniser(torch.from_numpy(given)).numpy(), expected, rtol=1e-4, atol=1e-5)
+    plug(recogniser, [torch.from_numpy(given)])
 
 
 # --- what the input means

@@ -153,13 +153,18 @@ def test_the_head_of_a_half_precision_graph_is_fp32(exported):
     assert sum(node.op_type == "Cast" for node in proto.graph.node) == 2
 
 
-def test_a_fixed_batch_is_kept(tmp_path):
-    export_onnx(model(), tmp_path / "g.onnx", dynamic_batch=False, batch_size=2)
+def test_a_fixed_batch_is_kept_and_met(tmp_path):
+    network = model()
+    export_onnx(network, tmp_path / "g.onnx", dynamic_batch=False, batch_size=2)
     graph = OnnxModel(tmp_path / "g.onnx")
     assert graph.batch_size == 2
-    assert graph.pair(pictures(2).numpy(), pictures(2, 9).numpy()).score.shape == (2,)
-    with pytest.raises(ValueError, match=r"images_a: expected a batch of 2, which this graph is for, got 3"):
-        graph.pair(pictures(3).numpy(), pictures(3).numpy())
+    for count in (1, 2, 5):  # in parts of two
+        a, b = pictures(count), pictures(count, 9)
+        with torch.no_grad():
+            expected = network(a, b)
+        for got, wanted in zip(graph.pair(a.numpy(), b.numpy()), expected, strict=True):
+            assert got.shape == tuple(wanted.shape)
+            np.testing.assert_allclose(got, wanted.numpy(), atol=1e-5)
 
 
 @pytest.mark.thorough

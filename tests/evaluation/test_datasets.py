@@ -146,6 +146,7 @@ def test_read_pairs(tmp_path: Path) -> None:
         ("", "line 1: expected '<folds> <pairs per kind>', got 'nothing'"),
         ("pairs\n", "line 1: expected '<folds> <pairs per kind>', got 'pairs'"),
         ("0\t5\n", "line 1: expected"),
+        ("2\nAnn\t1\nBob\t3\n", "expected a list of pairs, got a list of people"),
         (PAIRS[:-12], r"expected 4 pairs \(2 folds of 1 genuine and 1 impostor pairs\), got 3"),
         (PAIRS.replace("Ann\t1\t2", "Ann\t1"), "line 2: expected 'person number number', got 'Ann 1'"),
         (PAIRS.replace("Bob\t1\tCid\t1", "Bob\tone\tCid\t1"), "line 5: expected 'person number person number'"),
@@ -173,6 +174,7 @@ def test_lfw(people: Path, tmp_path: Path) -> None:
     assert lfw.people_in_no_pair() == ("Dee",)
     half = LFW(people, path, folds=[1])
     assert half.keys == FILES[:4] and half.folds.tolist() == [1, 1]
+    assert lfw.of_folds([1]).pairs == half.pairs and lfw.of_folds([1]).keys == half.keys
     assert half.people_in_no_pair() == ("Dee",)  # people of folds that are left out are still in a pair
     with pytest.raises(ValueError, match=r"folds: expected some of \[0, 1\], got \[2\]"):
         LFW(people, path, folds=[2])

@@ -378,6 +378,7 @@ def test_command(root: Path, files: dict[str, Path], tmp_path: Path) -> None:
         "pictures": 24,
         "people": 12,
         "folds": 3,
+        "only_folds": None,
         "folds_are_the_lists_own": True,
     }
     assert list(data["variants"]) == ["own", "corr", "teacher"] and data["corr_target"] == "teacher"
@@ -430,6 +431,19 @@ def test_command_says_which_pictures_show_several_faces(
     assert len(strict(result.stdout)["enrolment"]["several_faces"]) == 24
     assert "p00/1.png: 2 faces found, took the most prominent\n" in result.stderr
     assert "and 19 more pictures with several faces (--json lists them)" in result.stderr
+
+
+def test_command_on_some_folds(files: dict[str, Path], root: Path) -> None:
+    """The numbers of the CSV file, as `evaluate faithfulness` takes them."""
+    common = ("verification", "--pairs", root / "pairs.csv", "--root", root, "--aligned", "--model", files["model"])
+    known = sorted({int(line.rsplit(",", 1)[1]) for line in (root / "pairs.csv").read_text().split()[1:]})
+    chosen = ("--folds", f"{known[0]},{known[2]}", "--bootstrap", "0")
+    data = strict(run(*common, *chosen, "--json").stdout)
+    assert data["pairs"]["count"] == 16 and data["pairs"]["folds"] == 2
+    assert data["pairs"]["only_folds"] == [known[0], known[2]]
+    assert f"only folds {known[0]}, {known[2]}" in " ".join(run(*common, *chosen).stdout.split())
+    wrong = run(*common, "--folds", "99")
+    assert wrong.exit_code == 2 and f"--folds: expected some of {', '.join(map(str, known))}, got 99" in wrong.stderr
 
 
 def test_command_on_a_bin_file(files: dict[str, Path], root: Path, tmp_path: Path) -> None:

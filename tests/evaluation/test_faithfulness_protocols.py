@@ -28,7 +28,6 @@ from xcos_ext.evaluation.faithfulness import (
     deletion_verification,
     faithfulness,
     faithfulness_figure,
-    fold_numbers,
     locality,
     patch_replacement,
     region_swap,
@@ -462,7 +461,7 @@ def test_pictures_that_cannot_be_used_are_counted(root: Path, tmp_path: Path) ->
 
 def test_folds_and_their_people(root: Path) -> None:
     pairs = LFW(root / "crops", root / "pairs.txt")
-    assert fold_numbers(pairs) == {1: 0, 2: 1}
+    assert pairs.fold_numbers() == {1: 0, 2: 1}
     faces = Faces(pairs, folds=[1])
     assert faces.people == ("P4", "P5", "P6", "P7") and faces.of("P4") == tuple(f"P4/P4_000{i}.png" for i in (1, 2, 3))
     with pytest.raises(ValueError, match=r"folds: expected some of \[0, 1\], got \[2\]"):

@@ -43,6 +43,18 @@ def test_folds_are_dealt_out_by_kind() -> None:
     assert made_folds(np.array([True, False])).tolist() == [0, 0]
 
 
+def test_some_folds_of_a_list(people: Path, tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text(CSV)
+    whole = open_pairs(tmp_path / "pairs.csv", people)
+    part = whole.of_folds([4])
+    assert isinstance(part, CSVPairs) and named(part) == named(whole)[2:] and part.folds.tolist() == [4, 4]
+    assert part.genuine.tolist() == [True, False] and part.people == ("p1", "p1", "p2") and part.own_folds
+    assert len(whole) == 4 and part.read("p1/2.png")[0, 0].tolist() == [12, 24, 7]
+    for wrong in ([5], []):
+        with pytest.raises(ValueError, match=r"folds: expected some of \[3, 4\], got"):
+            whole.of_folds(wrong)
+
+
 # --- pictures by path
 
 
@@ -295,6 +307,53 @@ def test_cfp(cfp: Path) -> None:
     assert profile.read(profile.keys[profile.second[0]])[0, 0, 0] == 101
 
 
+def lower_case(root: Path) -> tuple[Path, Path]:
+    for letter in "FP":
+        os.rename(root / f"Protocol/Pair_list_{letter}.txt", root / f"Protocol/pair_list_{letter.lower()}.TXT")
+    for file in root.glob("Protocol/Split/*/*/*.txt"):
+        os.rename(file, file.with_name(file.name.capitalize()))
+    return root / "Protocol/Split", root
+
+
+def image_lists(root: Path) -> tuple[Path, Path]:
+    """The lists beside the splits, written on Windows."""
+    for letter in "FP":
+        text = (root / f"Protocol/Pair_list_{letter}.txt").read_text().replace("/", "\\").replace(" ", "\t")
+        (root / f"Protocol/Split/image_list_{letter}.txt").write_text("\ufeff" + text, encoding="utf-8")
+        (root / f"Protocol/Pair_list_{letter}.txt").unlink()
+    return root / "Protocol/Split", root
+
+
+def crops_elsewhere(root: Path) -> tuple[Path, Path]:
+    """Aligned crops of another format, without the folders above the people."""
+    for file in [*root.rglob("*.png")]:
+        new = root / "crops" / Path(*file.parts[-3:]).with_suffix(".bmp")
+        new.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(file, new)
+    return root / "Protocol/Split", root / "crops"
+
+
+def two_of_ten_folds(root: Path) -> tuple[Path, Path]:
+    for split in ("FF", "FP"):
+        os.rename(root / f"Protocol/Split/{split}/01", root / f"Protocol/Split/{split}/9")
+        os.rename(root / f"Protocol/Split/{split}/02", root / f"Protocol/Split/{split}/10")
+        (root / f"Protocol/Split/{split}/.ipynb_checkpoints").mkdir()
+    return root / "Protocol/Split", root
+
+
+@pytest.mark.parametrize("change", [lower_case, image_lists, crops_elsewhere, two_of_ten_folds])
+def test_cfp_as_people_have_it(cfp: Path, change: Callable[[Path], tuple[Path, Path]]) -> None:
+    expected = [open_pairs(cfp / "Protocol/Split" / kind, cfp) for kind in ("FF", "FP")]
+    splits, root = change(cfp)
+    for kind, before in zip(("FF", "FP"), expected, strict=True):
+        pairs = open_pairs(splits / kind, root)
+        assert [Path(key).parts[-3:-1] for key in pairs.keys] == [Path(key).parts[-3:-1] for key in before.keys]
+        assert pairs.genuine.tolist() == before.genuine.tolist() and pairs.people == before.people
+        for name in ("first", "second"):
+            assert getattr(pairs, name).tolist() == getattr(before, name).tolist()
+        assert pairs.fold_numbers() == ({9: 8, 10: 9} if change is two_of_ten_folds else {1: 0, 2: 1})
+
+
 def test_bad_cfp(cfp: Path, tmp_path: Path) -> None:
     split = cfp / "Protocol/Split/FF"
     with pytest.raises(ValueError, match=r"expected CFP's folder Split/FF or Split/FP"):
@@ -310,6 +369,9 @@ def test_bad_cfp(cfp: Path, tmp_path: Path) -> None:
         open_pairs(split, cfp)
     (cfp / "Protocol/Pair_list_F.txt").write_text("one ../x.png\n")
     with pytest.raises(ValueError, match=r"Pair_list_F.txt, line 1: expected 'number path'"):
+        open_pairs(split, cfp)
+    (cfp / "Protocol/Pair_list_F.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"Protocol: expected CFP's Pair_list_F.txt or image_list_F.txt in it"):
         open_pairs(split, cfp)
 
 

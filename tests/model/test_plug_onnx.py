@@ -194,3 +194,28 @@ def test_the_real_network(shared_data: Path, tmp_path: Path) -> None:
     data = json.loads(result.stdout)
     assert data["split"]["map"] == "grid (512x7x7)" and 0.15 < data["threshold"] < 0.35
     assert OnnxModel(tmp_path / "m.onnx").threshold == data["threshold"]
+
+
+@pytest.mark.thorough
+@pytest.mark.real_data
+def test_a_network_of_a_model_zoo(shared_data: Path, tmp_path: Path) -> None:
+    """SFace of OpenCV's zoo: int8 weights among the inputs, for one picture."""
+    from xcos_ext.backbones import OnnxRecogniser
+    from xcos_ext.deploy import OnnxModel
+
+    sface = shared_data / "sface_2021dec_int8bq.onnx"
+    result = run("plug", sface, "--list")
+    assert re.search(r"^\*  conv_14_relu +1024x7x7 +PRelu +5 +yes$", result.stdout, re.M)
+    assert "the graph normalises its pictures itself: x * 0.007812 + -0.9961" in result.stdout
+    faces = ("--faces", shared_data / "lfw112.zip", "--limit", "20", "--threshold", "0.3")
+    result = run("plug", sface, *faces, "--out", tmp_path / "m.onnx")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"^pixels +RGB 0 .. 255, which the graph normalises", result.stdout, re.M)
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 112, 112, 3), np.uint8)
+    cv2 = pytest.importorskip("cv2")
+    theirs = cv2.FaceRecognizerSF.create(str(sface), "")
+    expected = np.concatenate([theirs.feature(face[:, :, ::-1].copy()) for face in pictures])
+    recogniser = OnnxRecogniser(sface, threads=1)
+    got = recogniser(recogniser.preprocessing(list(pictures))).detach().numpy()
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-3)
+    assert OnnxModel(tmp_path / "m.onnx").pair(pictures[:2], pictures[2:]).score.shape == (2,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -61,20 +62,58 @@ class Net:
         return self.add("Gemm", self.draw(DIM, size), self.draw(DIM), output=output, transB=1)
 
     def save(
-        self, path: Path, *outputs: str, inputs: list[Any] | None = None, size: tuple[Any, Any] = (112, 112)
+        self,
+        path: Path,
+        *outputs: str,
+        inputs: list[Any] | None = None,
+        also: tuple[str, ...] = (),
+        size: tuple[Any, Any] = (112, 112),
+        ir_version: int = 8,
     ) -> Path:
+        """Write it; ``also`` are names that stand among the inputs, too."""
         kind = FLOAT16 if self.dtype == np.float16 else FLOAT
         given = inputs or [helper.make_tensor_value_info("x", kind, [self.batch, 3, *size])]
         made = [helper.make_tensor_value_info(name, kind, None) for name in outputs or (self.last,)]
         graph = helper.make_graph(self.nodes, "g", given, made, self.weights)
-        proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=8)
-        try:
+        proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=ir_version)
+        with contextlib.suppress(onnx.shape_inference.InferenceError):
             proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)  # outputs must have shapes
-        except onnx.shape_inference.InferenceError:
-            for value in proto.graph.output:
-                value.CopyFrom(helper.make_tensor_value_info(value.name, kind, ["n", DIM]))
+        for value in proto.graph.output:
+            if not value.type.tensor_type.HasField("shape"):
+                shape = ["n", CHANNELS, 7, 7] if value.name == "map" else ["n", DIM]
+                value.CopyFrom(helper.make_tensor_value_info(value.name, kind, shape))
+        stored = {tensor.name: (tensor.data_type, tensor.dims) for tensor in self.weights}
+        proto.graph.input.extend(helper.make_tensor_value_info(n, *stored.get(n, (kind, [1]))) for n in also)
         onnx.save(proto, path)
         return path
+
+
+def quantised(ir_version: int, path: Path, *, made: bool = False) -> Path:
+    """As model zoos keep them: for one picture, weights in int8 and among the inputs (``made``: also what nodes make of
+    them), inputs that nothing reads, a dropout and two outputs."""
+    net = Net(batch=1)
+    names = []
+
+    def weight(*shape: int) -> str:
+        scales = net.weight(net.random.uniform(0.002, 0.004, shape[0]))
+        whole = net.weight(net.random.integers(-127, 128, shape).astype(np.int8))
+        names.append(f"q{len(names)}")
+        net.nodes.append(helper.make_node("DequantizeLinear", [whole, scales], [names[-1]], axis=0))
+        return names[-1]
+
+    net.add("Conv", weight(CHANNELS, 3, 16, 16), strides=[16, 16])
+    net.add("Relu", output="map")
+    net.norm(CHANNELS, output="bn")
+    net.nodes.append(helper.make_node("Constant", [], ["ratio"], value_float=0.4))
+    net.add("Dropout", "ratio")
+    net.nodes.append(helper.make_node("Constant", [], ["one"], value_ints=[1]))
+    net.nodes.append(helper.make_node("Constant", [], ["rest"], value_ints=[-1]))
+    net.nodes.append(helper.make_node("Concat", ["one", "rest"], ["shape"], axis=0))
+    net.add("Reshape", "shape")
+    net.add("Gemm", weight(DIM, CHANNELS * 49), output="emb", transB=1)
+    weights = [tensor.name for tensor in net.weights]
+    also = (*weights, "conv_1_weight", "conv_2_weight", *(names if made else ()))
+    return net.save(path, "emb", "map", also=also, ir_version=ir_version)
 
 
 def images(count: int = 3, seed: int = 0) -> np.ndarray:

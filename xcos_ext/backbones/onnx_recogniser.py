@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +18,8 @@ from xcos_ext.onnx.files import contents_hash, read_onnx
 from xcos_ext.onnx.graph import BATCH, Graph
 from xcos_ext.onnx.pixels import check_range, normalisation_of
 from xcos_ext.onnx.session import Runner, check_threads
-from xcos_ext.onnx.tail import AffineTail, NotAffineError, first_obstacle
+from xcos_ext.onnx.splice import one_by_one
+from xcos_ext.onnx.tail import AffineTail, NotAffineError
 
 from .feature_map import FeatureMap, is_map_shape, shown, with_choice
 from .recogniser import Recogniser
@@ -36,8 +38,42 @@ _SAME = 1e-3  # relative: how far two ways of computing the same in fp32 may be 
 _SAME_HALF = 2e-2
 
 
-def _read(path: StrPath) -> Graph:
-    return Graph(read_onnx(path), os.fspath(path))
+def _read(path: StrPath, size: tuple[int, int] | None = None) -> Graph:
+    """The graph, for any number of pictures where that computes what it does for the number it was written for."""
+    where = os.fspath(path)
+    graph = Graph(read_onnx(path), where)
+    number = graph.number or 1
+    shape = (number + 1, 3, *(graph.size or size or ARCFACE.size))
+    given = np.random.default_rng(0).uniform(-1, 1, shape).astype(graph.dtype)
+    together: list[Any] | None = None
+    try:
+        together = graph.run(given)
+        if graph.number is None:
+            return graph
+    except ModelError:
+        pass  # also where the file does not say for how many pictures it is
+    fixed = Graph(read_onnx(path), where, fixed=number)
+    alone = [fixed.run(np.repeat(image[None], number, 0)) for image in given[:2]]
+    if together is None or not all(
+        len(both) == len(given) and _close(both[i], one[0])
+        for i, results in enumerate(alone)
+        for both, one in zip(together, results, strict=True)
+        if len(one) == number
+    ):
+        return fixed
+    return graph
+
+
+def _part(
+    graph: Graph,
+    nodes: Sequence[onnx.NodeProto],
+    given: str,
+    names: Sequence[str],
+    like: np.ndarray | None = None,
+) -> onnx.ModelProto:
+    """A part of the graph for any number of pictures."""
+    made = graph.part(nodes, [given], names, like)
+    return made if graph.fixed is None else one_by_one(made, graph.fixed, graph.where)
 
 
 def _embedding(graph: Graph, output: str | None, size: tuple[int, int]) -> str:
@@ -49,7 +85,7 @@ def _embedding(graph: Graph, output: str | None, size: tuple[int, int]) -> str:
     shapes = graph.shapes(graph.outputs, size)
     flat = [name for name, shape in shapes.items() if len(shape) > 1 and max(shape[1:]) == np.prod(shape[1:]) > 1]
     if len(flat) != 1:
-        found = ", ".join(f"{name!r} {list(shape)}" for name, shape in shapes.items())
+        found = ", ".join(f"{name!r} {list(shape)}" for name, shape in shapes.items()) or "none"
         raise ModelError(f"{graph.where}: expected one output [N, D], the embedding, got {found}; name it as output=")
     return flat[0]
 
@@ -83,8 +119,11 @@ def _candidates(graph: Graph, output: str, size: tuple[int, int]) -> list[Featur
         shape = shapes.get(name)
         if shape is None or not is_map_shape(shape):
             continue
-        behind = graph.tail([vector], name)
-        affine = first_obstacle(graph, behind, name) is None
+        try:
+            AffineTail(graph, name, vector)(torch.zeros(1, *shape[1:]))
+            affine = True
+        except NotAffineError:
+            affine = False
         distance = len(graph.between(name, output))
         op = graph.producer[name].op_type
         maps.append(FeatureMap(name, (shape[1], shape[2], shape[3]), op, distance, affine))
@@ -148,7 +187,7 @@ class OnnxRecogniser(Recogniser):
     ) -> None:
         super().__init__()
         check_threads(threads)
-        graph = _read(path)
+        graph = _read(path, None if preprocessing is None else preprocessing.size)
         self.architecture = "onnx"
         self.where = graph.where
         self.input, self.opset = graph.input, graph.opset
@@ -159,14 +198,14 @@ class OnnxRecogniser(Recogniser):
         self.output = _before_normalisation(graph, whole)
         self.tensor = self._tensor(graph, tensor, whole, size)
 
-        body = graph.part(graph.before([self.tensor]), [graph.input], [self.tensor])
+        body = _part(graph, graph.before([self.tensor]), graph.input, [self.tensor])
         self._body = Runner(body, graph.where, threads)
         maps = self._maps(graph.dtype)
         self.grid_shape = maps.shape[1:]
         self.body_dtype = str(maps.dtype)
         self._proto = body
         names = [self.output, whole] if whole != self.output else [self.output]
-        tail = graph.part(graph.tail(names, self.tensor), [self.tensor], names, maps.dtype)
+        tail = _part(graph, graph.tail(names, self.tensor), self.tensor, names, maps)
         # Of the graphs, so that weights that are not torch's still have a fingerprint; as numbers 0..255.
         digest = hashlib.sha256(f"{contents_hash(body)} {contents_hash(tail)}".encode()).digest()
         self.contents = nn.Parameter(torch.tensor(list(digest), dtype=torch.float32), requires_grad=False)
@@ -240,10 +279,7 @@ class OnnxRecogniser(Recogniser):
         coarse = generator.integers(0, 256, (2, -(-height // 8), -(-width // 8), 3), dtype=np.uint8)
         pictures = coarse.repeat(8, 1).repeat(8, 2)[:, :height, :width]
         images = self.preprocessing.array(pictures).astype(dtype)
-        try:
-            together: np.ndarray = self._body(images)[0]
-        except ModelError as error:
-            raise ModelError(f"{error}: is it for a fixed number of pictures? Export it with a free batch") from error
+        together: np.ndarray = self._body(images)[0]
         alone = np.concatenate([self._body(image[None])[0] for image in images])
         if together.shape != alone.shape or not _close(together, alone):
             raise ModelError(f"{self.where}: {self.tensor!r} of a picture depends on the other pictures of the batch")

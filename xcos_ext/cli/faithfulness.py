@@ -21,7 +21,6 @@ from .inputs import check_model_path, load, load_recogniser, opened_pairs, write
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from xcos_ext.evaluation.datasets import PairList
     from xcos_ext.evaluation.faithfulness import Deletion, Faithfulness, Locality, Patch, RegionSwap
     from xcos_ext.evaluation.figures import Estimate
     from xcos_ext.explain.explainers import PairModel
@@ -29,12 +28,6 @@ if TYPE_CHECKING:
 
 @options.command("faithfulness")
 @options.pair_list
-@click.option(
-    "--folds",
-    type=options.integers,
-    metavar="N,N",
-    help="Only pairs of these folds, e.g. 7,8: a CSV file's numbers, else from 1.",
-)
 @options.aligned
 @options.model
 @options.detector
@@ -128,11 +121,10 @@ def run(
     model_path = None if only_teacher else check_model_path(model)
     teacher_path = None if teacher is None else check_model_path(teacher)
     plots = [] if plot is None else [_numbered(plot, number) for number in range(2)]
-    listed, finder = opened_pairs(pairs, root, list_format, detector, aligned, *plots)
+    listed, finder = opened_pairs(pairs, root, list_format, folds, detector, aligned, *plots)
     from xcos_ext.evaluation.faithfulness import Faces, Settings, faithfulness
     from xcos_ext.evaluation.figures import plain
 
-    kept = None if folds is None else _folds(listed, folds)
     # Of options that are repeated the same word may come twice.
     settings = Settings(**chosen | {name: tuple(dict.fromkeys(chosen[name])) for name in ("sizes", "fills")})
     started = time.perf_counter()
@@ -151,7 +143,7 @@ def run(
     for explained in _models(model_path, teacher_path, device):
         size = explained.preprocessing.size
         if size not in crops:
-            crops[size] = Faces(listed, size, detector=finder, folds=kept)
+            crops[size] = Faces(listed, size, detector=finder)
         result = faithfulness(
             explained,
             crops[size],
@@ -172,22 +164,13 @@ def run(
     for result in results:
         _print(result)
     if not quiet:
+        if folds is not None:
+            click.echo(f"only folds {', '.join(map(str, folds))}")
         if settings.replicates:
             echo(f"95 % intervals: bootstrap over people, {settings.replicates:,} replicates; thresholds stay fixed")
         echo(f"{data['seconds']:.1f} s")
         say_written(("curves", plot), ("all figures", out))
     return 0
-
-
-def _folds(pairs: PairList, wanted: Sequence[int]) -> list[int]:
-    """The folds that a list's numbers stand for."""
-    from xcos_ext.evaluation.faithfulness import fold_numbers
-
-    numbers = fold_numbers(pairs)
-    for number in wanted:
-        if number not in numbers:
-            raise XCosError(f"--folds: expected some of {', '.join(map(str, numbers))}, got {number}")
-    return [numbers[number] for number in wanted]
 
 
 def _models(model_path: str | None, teacher_path: str | None, device: str) -> Iterator[PairModel]:

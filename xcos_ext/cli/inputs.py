@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from xcos_ext.io.errors import DeviceError, ModelError
+from xcos_ext.io.errors import DeviceError, ModelError, XCosError
 from xcos_ext.io.text import display_name
 
 from .console import note, notes_for_warnings
@@ -145,12 +145,20 @@ def open_gallery(path: str, model: XCosModel | None = None) -> Gallery:
 
 
 def opened_pairs(
-    pairs: str, root: str | None, list_format: str | None, detector: str, aligned: bool, *plots: str | None
+    pairs: str,
+    root: str | None,
+    list_format: str | None,
+    folds: Sequence[int] | None,
+    detector: str,
+    aligned: bool,
+    *plots: str | None,
 ) -> tuple[PairList, Detector | None]:
-    """A list of pairs, and what finds the faces of its pictures; None where these are aligned crops.
+    """A list of pairs, or some of its folds, and what finds the faces of its pictures; None where these are aligned
+    crops.
 
     Raises:
         OutputError: a figure that would be drawn over one of the pictures.
+        XCosError: a fold that is not there.
     """
     from xcos_ext.evaluation.datasets import open_pairs
     from xcos_ext.io.atomic import check_apart
@@ -159,6 +167,12 @@ def opened_pairs(
     files = ((key, listed.file(key)) for key in listed.keys)
     drawn = {"--plot" + " (2)" * number: path for number, path in enumerate(plots) if path is not None}
     check_apart(drawn, ((f"the picture {display_name(key)}", file) for key, file in files if file is not None))
+    if folds is not None:
+        numbers = listed.fold_numbers()
+        for number in folds:
+            if number not in numbers:
+                raise XCosError(f"--folds: expected some of {', '.join(map(str, numbers))}, got {number}")
+        listed = listed.of_folds([numbers[number] for number in folds])
     if aligned or listed.aligned:
         return listed, None
     from xcos_ext.faces import create_detector

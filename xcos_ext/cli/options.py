@@ -244,4 +244,10 @@ pair_list = several(
         values=["lfw", "cfp", "bin", "csv"],
         help="Of the pairs; by default told from the file.",
     ),
+    click.option(
+        "--folds",
+        type=integers,
+        metavar="N,N",
+        help="Only pairs of these folds, e.g. 7,8: a CSV file's numbers, else from 1.",
+    ),
 )

@@ -47,6 +47,7 @@ def run(
     pairs: str,
     root: str | None,
     list_format: str | None,
+    folds: tuple[int, ...] | None,
     aligned: bool,
     model: str | None,
     detector: str,
@@ -64,7 +65,7 @@ def run(
     need("sklearn", "evaluation")
     path = check_model_path(model)
     teacher_path = None if teacher is None else check_model_path(teacher)
-    listed, finder = opened_pairs(pairs, root, list_format, detector, aligned, plot)
+    listed, finder = opened_pairs(pairs, root, list_format, folds, detector, aligned, plot)
     from xcos_ext.evaluation import evaluate
 
     loaded = load(path, device)
@@ -96,7 +97,8 @@ def run(
         "genuine": int(listed.genuine.sum()),
         "pictures": len(listed.keys),
         "people": None if listed.people is None else len(set(listed.people)),
-        "folds": int(listed.folds.max() - listed.folds.min() + 1) if len(set(listed.folds.tolist())) > 1 else 1,
+        "folds": len(set(listed.folds.tolist())),
+        "only_folds": folds,
         "folds_are_the_lists_own": listed.own_folds,
     }
     thresholds = _at_thresholds(loaded, listed, result)
@@ -173,7 +175,9 @@ def _at_thresholds(model: XCosModel, pairs: PairList, result: Evaluation) -> dic
 
 
 def _print(name: str, pairs: PairList, about: dict[str, Any], result: Evaluation) -> None:
-    folds = f"{about['folds']} folds" + ("" if pairs.own_folds else " (made, so people may be in several)")
+    only = about["only_folds"]
+    count = f"{about['folds']} folds" if only is None else f"only folds {', '.join(map(str, only))}"
+    folds = count + ("" if pairs.own_folds else " (made, so people may be in several)")
     teacher = ["correlation with the teacher"] if "teacher" in result.variants else []
     shown = table(
         f"{name}: {len(pairs):,} pairs, {about['genuine']:,} genuine, {folds}",

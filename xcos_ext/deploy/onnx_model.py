@@ -40,7 +40,7 @@ class OnnxModel:
     Attributes:
         card: the file's metadata.
         kind, name, preprocessing, threshold, fmr_curve: the card's own.
-        batch_size: the batch that every run must have; None: any.
+        batch_size: the batch that the graph is for, so that others are run in parts of it; None: any.
 
     Raises:
         ModelError: a file that cannot be read as a graph, one without xcos_ext's metadata, one whose graph was
@@ -95,8 +95,7 @@ class OnnxModel:
 
         Raises:
             RuntimeError: a graph of another kind.
-            TypeError, ValueError: another dtype or shape, another batch than the graph's, or pixels that were not
-                normalised.
+            TypeError, ValueError: another dtype or shape, or pixels that were not normalised.
         """
         self._need("pair")
         a, b = self._images(images_a, "images_a"), self._images(images_b, "images_b")
@@ -115,7 +114,7 @@ class OnnxModel:
 
         Raises:
             RuntimeError: a graph of another kind.
-            TypeError, ValueError: another dtype or shape, or another batch than the graph's.
+            TypeError, ValueError: another dtype or shape.
         """
         self._need("score")
         given = {"templates_a": templates_a, "templates_b": templates_b}
@@ -143,9 +142,8 @@ class OnnxModel:
 
     def compare(self, a: np.ndarray, b: np.ndarray) -> tuple[PairMaps, float]:
         """Two aligned crops, uint8 RGB [height, width, 3]: the maps of (A, B), and the score of (B, A)."""
-        batches = [np.repeat(face[None], self.batch_size or 1, 0) for face in (a, b)]
-        maps = PairMaps(*(values[:1] for values in self.pair(*batches)))
-        turned = maps if self.card.symmetric else self.pair(*batches[::-1])
+        maps = self.pair(a[None], b[None])
+        turned = maps if self.card.symmetric else self.pair(b[None], a[None])
         return maps, float(turned.score[0])
 
     def _need(self, kind: Kind) -> None:
@@ -183,11 +181,15 @@ class OnnxModel:
 
     def _run(self, **given: np.ndarray) -> list[Any]:
         name, count = next((name, len(value)) for name, value in given.items())
-        if self.batch_size is not None and count != self.batch_size:
-            raise ValueError(f"{name}: expected a batch of {self.batch_size}, which this graph is for, got {count}")
         if count == 0:
             raise ValueError(f"{name}: expected at least one, got an empty batch")
-        return run_graph(self._session, {k: np.ascontiguousarray(v) for k, v in given.items()}, self._where)
+        size = self.batch_size or count
+        if size == count:
+            return run_graph(self._session, {k: np.ascontiguousarray(v) for k, v in given.items()}, self._where)
+        # A last part that is too small sees its last one again.
+        rows = np.minimum(np.arange(count + -count % size), count - 1).reshape(-1, size)
+        parts = [run_graph(self._session, {k: v[i] for k, v in given.items()}, self._where) for i in rows]
+        return [np.concatenate(values)[:count] for values in zip(*parts, strict=True)]
 
     def __repr__(self) -> str:
         return (

@@ -118,6 +118,15 @@ def _parsed(path: StrPath) -> tuple[Any, Path, onnx.ModelProto]:
     return library, file, proto
 
 
+def _drop_made_inputs(graph: onnx.GraphProto) -> None:
+    """Inputs that nodes make are none; quantisers leave them, and neither onnx nor onnxruntime takes such a graph."""
+    made = {name for node in graph.node for name in node.output}
+    kept = [value for value in graph.input if value.name not in made]
+    if len(kept) < len(graph.input):
+        del graph.input[:]
+        graph.input.extend(kept)
+
+
 def read_onnx(path: StrPath) -> onnx.ModelProto:
     """An ONNX model with all its weights in memory.
 
@@ -135,6 +144,7 @@ def read_onnx(path: StrPath) -> onnx.ModelProto:
         for tensor in tensors_of(proto):
             if tensor.data_location == outside:
                 _load_external(tensor, file, library.TensorProto.DEFAULT)
+        _drop_made_inputs(proto.graph)
         library.checker.check_model(proto)
     except ModelError:
         raise

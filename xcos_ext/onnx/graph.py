@@ -9,6 +9,7 @@ import numpy as np
 
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.optional import need
+from xcos_ext.io.text import few
 
 from .session import run_graph, session_of
 
@@ -41,40 +42,54 @@ def _captured(node: onnx.NodeProto) -> Iterator[str]:
             yield from (value.name for value in graph.output if value.name not in own)
 
 
+def _is_random(node: onnx.NodeProto) -> bool:
+    return node.op_type.startswith("Random") or node.op_type in ("Bernoulli", "Multinomial")
+
+
 class Graph:
-    """A recogniser's graph: one input, pictures [N, 3, height, width].
+    """A recogniser's graph: pictures [N, 3, height, width] and what is made of them.
+
+    Inputs that are initialisers or that nothing reads are no inputs. What is made of weights alone
+    (dequantised weights, constants, shapes) is computed once by onnxruntime and is a weight from then on. The
+    optimisers of onnxruntime and onnxscript do so too, but they also rewrite the rest: tensors that ``--tensor`` names
+    are gone afterwards, and by default both leave DequantizeLinear as it is.
 
     Args:
-        proto: with its weights; it is changed: the number of pictures becomes free.
+        proto: with its weights; it is changed.
         where: the file, for messages.
+        fixed: the number of pictures that it keeps; None: the number becomes free, also in reshapes.
 
     Attributes:
         proto: the graph.
         input: name of the pictures.
         size: (height, width) of the pictures; None: any.
         opset: of the standard operators.
+        number: of pictures, as the file has it; None: any.
+        fixed: as given.
 
     Raises:
-        ModelError: other inputs than one batch of RGB pictures.
+        ModelError: other inputs than one batch of RGB pictures, or weights that onnxruntime cannot compute.
     """
 
-    def __init__(self, proto: onnx.ModelProto, where: str) -> None:
+    def __init__(self, proto: onnx.ModelProto, where: str, *, fixed: int | None = None) -> None:
         from .flow import Flow  # loads networkx
 
         self.onnx: Any = need("onnx", _PURPOSE, extra="onnx")
-        self.proto, self.where = proto, where
+        self.proto, self.where, self.fixed = proto, where, fixed
         self.opset = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
+        proto.ir_version = max(proto.ir_version, 4)  # in older ones initialisers must be inputs too
         graph = proto.graph
         self.weights = {tensor.name: tensor for tensor in graph.initializer}
         self.nodes: list[onnx.NodeProto] = list(graph.node)
-        self.producer = {name: node for node in self.nodes for name in node.output if name}
         self.outputs = [value.name for value in graph.output]
-        pictures = [value for value in graph.input if value.name not in self.weights]
-        if len(pictures) != 1:
-            names = ", ".join(repr(value.name) for value in pictures) or "none"
-            raise ModelError(f"{where}: expected a graph with one input, the pictures, got {names}")
-        self.input = pictures[0].name
-        self.size = self._free(pictures[0])
+        pictures = self._pictures()
+        self.input = pictures.name
+        self.size = self._free(pictures)
+        self._fold()
+        self.producer = {name: node for node in self.nodes for name in node.output if name}
+        self.outputs = [name for name in self.outputs if name in self.producer]
+        if fixed is None and self.number is not None:
+            self._free_reshapes()
         self._shapes: dict[tuple[int, int], dict[str, tuple[int, ...]]] = {}
         # Nodes that ask the pictures for nothing but their number: no information runs through them.
         self._counts = {id(node) for node in self.nodes if self._only_counts(node)}
@@ -84,11 +99,27 @@ class Graph:
 
     # --- the input
 
+    def _pictures(self) -> onnx.ValueInfoProto:
+        """The only input that is one; the others are dropped."""
+        given = self.proto.graph.input
+        read = {name for node in self.nodes for name in _captured(node)}.union(self.outputs)
+        read -= {tensor.values.name for tensor in self.proto.graph.sparse_initializer} | self.weights.keys()
+        found = [value for value in given if value.name in read]
+        if len(found) != 1:
+            names = few((repr(value.name) for value in found), 4) or "none"
+            raise ModelError(f"{self.where}: expected a graph with one input, the pictures, got {names}")
+        pictures = self.onnx.ValueInfoProto()
+        pictures.CopyFrom(found[0])
+        del given[:]
+        given.append(pictures)
+        only: onnx.ValueInfoProto = given[0]
+        return only
+
     def _free(self, value: onnx.ValueInfoProto) -> tuple[int, int] | None:
-        """Make the number of pictures free; gives their size."""
+        """Make the number of pictures free, or what is asked for; gives their size."""
         kind = value.type.tensor_type
         shape = [d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]
-        if len(shape) != 4 or shape[1] not in (3, None):
+        if len(shape) != 4 or shape[1] not in (3, None) or (shape[1] is None and shape[3] == 3):
             got = ", ".join("?" if d is None else str(d) for d in shape)
             raise ModelError(
                 f"{self.where}: input {value.name!r}: expected pictures [N, 3, height, width], got [{got}]"
@@ -98,57 +129,81 @@ class Graph:
             name = self.onnx.TensorProto.DataType.Name(kind.elem_type).lower()
             raise ModelError(f"{self.where}: input {value.name!r}: expected float or float16 pictures, got {name}")
         self.dtype = np.dtype(np.float32 if kind.elem_type == floats[0] else np.float16)
-        fixed = shape[0]
-        kind.shape.dim[0].Clear()
-        kind.shape.dim[0].dim_param = BATCH
-        if fixed is not None:
-            self._free_reshapes(fixed)
+        self.number = shape[0]
+        batch = kind.shape.dim[0]
+        batch.Clear()
+        if self.fixed is None:
+            batch.dim_param = BATCH
+        else:
+            batch.dim_value = self.fixed
         height, width = shape[2:]
         return None if height is None or width is None else (height, width)
 
-    def _free_reshapes(self, fixed: int) -> None:
-        """Let reshapes of a graph for ``fixed`` pictures keep whatever number there is."""
-        helper = self.onnx.numpy_helper
-        for i, node in enumerate(self.nodes):
-            shape = self.constant(node.input[1]) if node.op_type == "Reshape" and len(node.input) > 1 else None
-            if shape is None or shape.ndim != 1 or len(shape) < 2 or shape[0] != fixed:
-                continue
-            if 0 in shape and any(a.name == "allowzero" and a.i for a in node.attribute):
-                continue  # really empty
-            freed = shape.astype(np.int64)
-            # 0 copies the number from the input; it is kept first by all that is usual between maps and embeddings.
-            freed[0] = 0
-            name = f"{node.input[1]}/free/{i}"
-            tensor = self.proto.graph.initializer.add()
-            tensor.CopyFrom(helper.from_array(freed, name))
-            self.weights[name] = tensor
-            node.input[1] = name
-            kept = [attribute for attribute in node.attribute if attribute.name != "allowzero"]
-            del node.attribute[:]
-            node.attribute.extend(kept)
+    def _fold(self) -> None:
+        """Compute what no picture has a part in."""
+        varying, found, constant = [], {self.input}, []
+        for node in self.nodes:
+            if _is_random(node) or not found.isdisjoint(_captured(node)):
+                varying.append(node)
+                found.update(node.output)
+            else:
+                constant.append(node)
+        wanted = {name for node in varying for name in _captured(node)} & {n for node in constant for n in node.output}
+        needed, parts = set(wanted), list[Any]()
+        for node in reversed(constant):
+            if not needed.isdisjoint(node.output):
+                parts.append(node)
+                needed.update(_captured(node))
+        if wanted:
+            names = sorted(wanted)
+            made = self.part(parts[::-1], [], names)
+            results = run_graph(session_of(made, self.where), {}, self.where)
+            for name, value in zip(names, results, strict=True):
+                self._store(name, np.asarray(value))
+        del self.proto.graph.node[:]
+        self.proto.graph.node.extend(varying)
+        self.nodes = list(self.proto.graph.node)
+
+    def _store(self, name: str, value: np.ndarray) -> None:
+        """Keep a weight."""
+        tensor = self.proto.graph.initializer.add()
+        tensor.CopyFrom(self.onnx.numpy_helper.from_array(value, name))
+        self.weights[name] = tensor
+
+    def freed(self, node: onnx.NodeProto) -> onnx.NodeProto:
+        """A reshape for a fixed number of pictures as one that keeps whatever number there is; other nodes as they
+        are."""
+        shape = self.constant(node.input[1]) if node.op_type == "Reshape" and len(node.input) > 1 else None
+        number = self.number if self.fixed is None else self.fixed
+        if shape is None or shape.ndim != 1 or len(shape) < 2 or number is None or shape[0] != number:
+            return node
+        if 0 in shape and any(a.name == "allowzero" and a.i for a in node.attribute):
+            return node  # really empty
+        # 0 copies the number from the input; it is kept first by all that is usual between maps and embeddings.
+        name = f"{node.output[0]}/free"
+        if name not in self.weights:
+            self._store(name, np.array([0, *shape[1:]], np.int64))
+        freed: onnx.NodeProto = self.onnx.NodeProto()
+        freed.CopyFrom(node)
+        freed.input[1] = name
+        kept = [attribute for attribute in node.attribute if attribute.name != "allowzero"]
+        del freed.attribute[:]
+        freed.attribute.extend(kept)
+        return freed
+
+    def _free_reshapes(self) -> None:
+        for node in self.nodes:
+            node.CopyFrom(self.freed(node))
         del self.proto.graph.value_info[:]
         for value in self.proto.graph.output:
             value.type.tensor_type.ClearField("shape")
 
     def constant(self, name: str) -> np.ndarray | None:
-        """The value of a tensor that depends on nothing, if it is stored as such."""
-        if name in self.weights:
-            value: np.ndarray = self.onnx.numpy_helper.to_array(self.weights[name])
-            return value
-        node = self.producer.get(name)
-        if node is None or node.op_type not in ("Constant", "Identity"):
+        """The value of a tensor that depends on nothing."""
+        if name not in self.weights:
             return None
-        if node.op_type == "Identity":
-            return self.constant(node.input[0])
-        for attribute in node.attribute:
-            found = self.onnx.helper.get_attribute_value(attribute)
-            if attribute.name == "value":
-                return np.asarray(self.onnx.numpy_helper.to_array(found))
-            if attribute.name in ("value_float", "value_floats"):
-                return np.asarray(found, np.float32)
-            if attribute.name in ("value_int", "value_ints"):
-                return np.asarray(found, np.int64)
-        return None
+        value: np.ndarray = self.onnx.numpy_helper.to_array(self.weights[name])
+        return value
 
     # --- what leads where
 
@@ -224,7 +279,7 @@ class Graph:
         nodes: Sequence[onnx.NodeProto],
         inputs: Sequence[str],
         outputs: Sequence[str],
-        dtype: np.dtype[Any] | None = None,
+        like: np.ndarray | None = None,
     ) -> onnx.ModelProto:
         """A graph of its own from some nodes, with the weights that they read.
 
@@ -232,7 +287,7 @@ class Graph:
             nodes: in order.
             inputs: tensors that it is given.
             outputs: tensors that it gives.
-            dtype: of its inputs, where they are not those of the whole graph.
+            like: values [N, ...] of an input that is not the whole graph's, for its type and shape.
         """
         used = {name for node in nodes for name in _captured(node)} | set(outputs)
         made: onnx.ModelProto = self.onnx.ModelProto()
@@ -244,14 +299,25 @@ class Graph:
         graph.node.extend(nodes)
         graph.initializer.extend(tensor for name, tensor in self.weights.items() if name in used)
         helper = self.onnx.helper
-        kind = helper.np_dtype_to_tensor_dtype(self.dtype if dtype is None else dtype)
+        kind = helper.np_dtype_to_tensor_dtype(self.dtype if like is None else like.dtype)
+        shape = None if like is None else [self.fixed or BATCH, *like.shape[1:]]
         for name in inputs:
-            graph.input.append(own[name] if name in own else helper.make_tensor_value_info(name, kind, None))
+            graph.input.append(own[name] if name in own else helper.make_tensor_value_info(name, kind, shape))
         graph.output.extend(self.onnx.ValueInfoProto(name=name) for name in outputs)
         return made
 
+    def run(self, images: np.ndarray) -> list[Any]:
+        """Every output that depends on the pictures.
+
+        Raises:
+            ModelError: onnxruntime cannot load or run it.
+        """
+        made = self.part(self.before(self.outputs), [self.input], self.outputs)
+        return run_graph(session_of(made, self.where), {self.input: images}, self.where)
+
     def shapes(self, names: Iterable[str], size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        """Shapes of tensors for two pictures of a size: inferred, or else found by running the graph on grey ones.
+        """Shapes of tensors for two pictures of a size (or as many as are fixed): inferred, or else found by running
+        the graph on grey ones.
 
         Raises:
             ModelError: the graph cannot be run.
@@ -263,21 +329,20 @@ class Graph:
         unknown = [name for name in wanted if name not in found]
         if unknown:
             made = self.part(self.before(unknown), [self.input], unknown)
-            grey = np.full((2, 3, *size), 0.5, self.dtype)
+            grey = np.full((self.fixed or 2, 3, *size), 0.5, self.dtype)
             results = run_graph(session_of(made, self.where), {self.input: grey}, self.where)
             found.update({name: tuple(np.shape(result)) for name, result in zip(unknown, results, strict=True)})
         return {name: found[name] for name in wanted}
 
     def _infer(self, size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-        """The shapes that follow from the graph alone, for two pictures."""
+        """The shapes that follow from the graph alone."""
         proto = self.onnx.ModelProto()
         proto.CopyFrom(self.proto)
-        for value in proto.graph.input:
-            if value.name == self.input:
-                dims = value.type.tensor_type.shape.dim
-                for dim, number in zip(dims, (2, 3, *size), strict=True):
-                    dim.Clear()
-                    dim.dim_value = number
+        for dim, number in zip(
+            proto.graph.input[0].type.tensor_type.shape.dim, (self.fixed or 2, 3, *size), strict=True
+        ):
+            dim.Clear()
+            dim.dim_value = number
         for value in proto.graph.output:  # another size than the file says may be meant
             value.type.tensor_type.ClearField("shape")
         del proto.graph.value_info[:]

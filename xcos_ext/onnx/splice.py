@@ -1,4 +1,4 @@
-"""Joining the graph of a backbone that is ONNX itself with the graph of a head."""
+"""Putting graphs together: that of a backbone which is ONNX itself with a head's, one for one picture in a loop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from xcos_ext.io.optional import need
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["with_body"]
+__all__ = ["one_by_one", "with_body"]
 
 
 def with_body(
@@ -62,4 +62,60 @@ def with_body(
     graph.node.insert(0, before)
     graph.node.append(after)
     made: onnx.ModelProto = library.compose.merge_models(body, head, list(zip(maps, names, strict=True)))
+    return made
+
+
+def one_by_one(part: onnx.ModelProto, number: int, where: str) -> onnx.ModelProto:
+    """A graph for a fixed number of pictures as one for any number, by ONNX's own loop (Scan).
+
+    Each picture goes through by itself, as often as the graph wants pictures, and the first of each output is kept.
+
+    Args:
+        part: one input [number, ...], and outputs [number, ...].
+        number: of pictures.
+        where: the file, for messages.
+
+    Returns:
+        A graph with the same names whose input and outputs are [N, ...].
+
+    Raises:
+        ModelError: an opset before 9, which has another Scan.
+    """
+    library = need("onnx", "a recogniser in an ONNX file", extra="onnx")
+    helper = library.helper
+    opset = next((entry.version for entry in part.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    if opset < 9:
+        raise ModelError(
+            f"{where}: expected opset 9 or later in a graph that works for {number} pictures only, got {opset}; export "
+            "it with a free batch"
+        )
+    made = library.ModelProto()
+    made.CopyFrom(part)
+    given, names = part.graph.input[0], [value.name for value in part.graph.output]
+    kind = given.type.tensor_type
+    sizes = [dim.dim_value or dim.dim_param or None for dim in kind.shape.dim[1:]]
+    axes = helper.make_tensor("axis", library.TensorProto.INT64, [1], [0])
+    first = helper.make_tensor("first", library.TensorProto.INT64, [], [0])
+    old = opset < 13  # axes were an attribute
+    inner = helper.make_graph(
+        [
+            helper.make_node(
+                "Unsqueeze", ["one"] if old else ["one", "axis"], ["row"], **({"axes": [0]} if old else {})
+            ),
+            helper.make_node("Concat", ["row"] * number, [given.name], axis=0),
+            *part.graph.node,
+            *(helper.make_node("Gather", [name, "first"], [f"{name}/first"], axis=0) for name in names),
+        ],
+        "picture",
+        [helper.make_tensor_value_info("one", kind.elem_type, sizes)],
+        [library.ValueInfoProto(name=f"{name}/first") for name in names],
+        [*part.graph.initializer, first, *([] if old else [axes])],
+    )
+    # Names in a loop must not be those around it.
+    inner = library.compose.add_prefix_graph(inner, "each/")
+    graph = made.graph
+    for field in (graph.node, graph.initializer, graph.input, graph.value_info):
+        del field[:]
+    graph.input.append(helper.make_tensor_value_info(given.name, kind.elem_type, ["batch", *sizes]))
+    graph.node.append(helper.make_node("Scan", [given.name], names, body=inner, num_scan_inputs=1))
     return made

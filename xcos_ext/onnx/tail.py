@@ -213,7 +213,7 @@ _OPERATORS: dict[str, _Operator] = {
 _MAY_DEPEND = {"Add": 2, "Sub": 2, "Mul": 2, "MatMul": 2, "Concat": 1 << 30}
 
 
-def first_obstacle(graph: Graph, nodes: Sequence[onnx.NodeProto], tensor: str) -> str | None:
+def _first_obstacle(graph: Graph, nodes: Sequence[onnx.NodeProto], tensor: str) -> str | None:
     """The first operator, and its output, that keeps nodes behind ``tensor`` from being affine; None: none does."""
     dependent = {tensor}
     for node in nodes:
@@ -242,8 +242,8 @@ class AffineTail(nn.Module):
 
     def __init__(self, graph: Graph, tensor: str, output: str) -> None:
         super().__init__()
-        nodes = graph.tail([output], tensor)
-        obstacle = first_obstacle(graph, nodes, tensor)
+        nodes = [graph.freed(node) for node in graph.tail([output], tensor)]
+        obstacle = _first_obstacle(graph, nodes, tensor)
         if obstacle is not None:
             raise NotAffineError(obstacle)
         self._start, self._output = tensor, output
@@ -254,9 +254,6 @@ class AffineTail(nn.Module):
         for node in nodes:
             for name in node.input:
                 self._keep(graph, name)
-            if graph.constant(node.output[0]) is not None and node.op_type in ("Constant", "Identity"):
-                self._keep(graph, node.output[0])
-                continue
             if node.op_type not in _OPERATORS:
                 raise NotAffineError(f"{node.op_type} (which makes {node.output[0]!r})")
             settings = {a.name: get(a) for a in node.attribute}

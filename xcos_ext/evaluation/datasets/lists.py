@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from xcos_ext.explain.pairs_file import PairsFile
 from xcos_ext.faces.folders import PersonFolder, PictureTree
@@ -15,6 +15,9 @@ from xcos_ext.io.text import composed, few
 
 from .insightface import InsightfaceBin
 from .pairs import PairList
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["CFP", "FORMATS", "LFW", "CSVPairs", "Pair", "open_pairs", "read_pairs"]
 
@@ -28,7 +31,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def _lines(file: Path) -> list[tuple[int, str]]:
-    """Numbered lines with something on them."""
+    """Numbered lines with something on them; a byte order mark is none of the first."""
     try:
         text = composed(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
@@ -98,6 +101,8 @@ def read_pairs(path: str | os.PathLike[str]) -> list[Pair]:
     except (IndexError, ValueError) as error:
         first = " ".join(rows[0][1]) if rows else "nothing"
         raise ValueError(f"{file}, line 1: expected '<folds> <pairs per kind>', got {first!r}") from error
+    if body and all(len(fields) < 3 for _, fields in body):
+        raise ValueError(f"{file}: expected a list of pairs, got a list of people")
     if len(body) != 2 * folds * per_kind:
         raise ValueError(
             f"{file}: expected {2 * folds * per_kind} pairs ({folds} folds of {per_kind} genuine and "
@@ -178,6 +183,12 @@ class LFW(PairList):
         """As every list's; person folders may lie deeper."""
         return super().file(self.pictures._names[key])
 
+    def of_folds(self, folds: Sequence[int]) -> Self:
+        """:meth:`PairList.of_folds`."""
+        part = super().of_folds(folds)
+        part.pairs = [pair for pair in self.pairs if pair.fold in set(folds)]
+        return part
+
     def people_in_no_pair(self) -> tuple[str, ...]:
         """People with pictures here who appear in no pair of the file, in any fold; sorted.
 
@@ -191,8 +202,11 @@ class CFP(PairList):
     """The CFP protocol as it is distributed.
 
     ``Protocol/Split/FF`` (or ``FP``) has a folder per fold with ``same.txt`` and ``diff.txt``, lines ``i,j``;
-    ``Protocol/Pair_list_F.txt`` and ``Pair_list_P.txt`` say which picture has which number:
-    ``17 ../Data/Images/002/frontal/07.jpg``. The person is the folder above ``frontal`` and ``profile``.
+    ``Pair_list_F.txt`` and ``Pair_list_P.txt`` (or ``image_list_F.txt`` and ``_P``), in ``Protocol``, ``Split`` or
+    beside the folds, say which picture has which number: ``17 ../Data/Images/002/frontal/07.jpg``. Names of lists may
+    be in small or capital letters. Folds are numbered as their folders are, 01 being 0. A picture is looked for by
+    its path, or else by its last three parts whatever the suffix (aligned crops, another root). The person is the
+    folder above ``frontal`` and ``profile``.
 
     Args:
         root: folder or zip archive that holds ``Data/Images``; paths start there.
@@ -213,10 +227,14 @@ class CFP(PairList):
         if kind not in _CFP_LISTS or not folder.is_dir():
             raise ValueError(f"{folder}: expected CFP's folder Split/FF or Split/FP")
         tree = PictureTree(root)
-        numbered = {name: _numbered(folder / f"../../Pair_list_{name}.txt") for name in dict.fromkeys(_CFP_LISTS[kind])}
+        numbered = {name: _numbered(_cfp_list(folder, name)) for name in dict.fromkeys(_CFP_LISTS[kind])}
+        tails: dict[tuple[str, ...], list[str]] = {}
+        for name in tree.names:
+            tails.setdefault(_tail(name), []).append(name)
 
         def find(path: str) -> str | None:
-            name = tree.find(path)
+            alike = tails.get(_tail(path), [])
+            name = tree.find(path) or (alike[0] if len(alike) == 1 else None)
             return name if name is not None and len(PurePosixPath(name).parts) >= 3 else None
 
         keys = _located(folder, tree, (path for paths in numbered.values() for path in paths.values()), find)
@@ -224,22 +242,44 @@ class CFP(PairList):
         named: list[tuple[str, str]] = []
         genuine: list[bool] = []
         folds: list[int] = []
-        parts = sorted(part for part in folder.iterdir() if part.is_dir())
+        parts = sorted((int(part.name), part) for part in folder.iterdir() if part.is_dir() and part.name.isdecimal())
         if not parts:
             raise ValueError(f"{folder}: expected a folder per fold (01, 02, ...) with same.txt and diff.txt")
-        for fold, part in enumerate(parts):
+        for fold, part in parts:
             for name, same in (("same.txt", True), ("diff.txt", False)):
-                for number, line in _lines(part / name):
+                file = _in_any_case([part], [name]) or part / name
+                for number, line in _lines(file):
                     try:
-                        a, b = (int(field) for field in line.split(","))
+                        a, b = (int(field) for field in line.replace(",", " ").split())
                         named.append((keys[first[a]], keys[second[b]]))
                     except (KeyError, ValueError) as error:
                         raise ValueError(
-                            f"{part / name}, line {number}: expected two numbers of the pair lists, got {line!r}"
+                            f"{file}, line {number}: expected two numbers of the pair lists, got {line!r}"
                         ) from error
                     genuine.append(same)
-                    folds.append(fold)
+                    folds.append(fold - 1)
         super().__init__(named, genuine, folds, lambda key: PurePosixPath(key).parts[-3], pictures=tree)
+
+
+def _in_any_case(folders: Iterable[Path], names: Iterable[str]) -> Path | None:
+    """The first file of one of these names, in small or capital letters."""
+    wanted = {name.lower() for name in names}
+    return next((file for folder in folders for file in sorted(folder.iterdir()) if file.name.lower() in wanted), None)
+
+
+def _cfp_list(split: Path, letter: str) -> Path:
+    """The list of frontal or profile pictures that belongs to a split."""
+    names = [f"Pair_list_{letter}.txt", f"image_list_{letter}.txt"]
+    folder = split.resolve()
+    found = _in_any_case((folder.parent.parent, folder.parent, folder), names)
+    if found is None:
+        raise FileNotFoundError(f"{folder.parent.parent}: expected CFP's {' or '.join(names)} in it, got neither")
+    return found
+
+
+def _tail(path: str) -> tuple[str, ...]:
+    """``.../002/frontal/07.jpg`` -> ("002", "frontal", "07")."""
+    return tuple(path.lower().rsplit(".", 1)[0].split("/")[-3:])
 
 
 def _numbered(file: Path) -> dict[int, str]:
@@ -247,11 +287,11 @@ def _numbered(file: Path) -> dict[int, str]:
     found: dict[int, str] = {}
     for line_number, line in _lines(file):
         try:
-            number, path = line.split(maxsplit=1)
+            number, path = re.split(r"[\s,]+", line, maxsplit=1)
             index = int(number)
         except ValueError as error:
             raise ValueError(f"{file}, line {line_number}: expected 'number path', got {line!r}") from error
-        found[index] = re.sub(r"^(\.\./)+", "", path.replace("\\", "/"))
+        found[index] = re.sub(r"^(\.{0,2}/)+", "", path.replace("\\", "/"))
     return found
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from xcos_ext.io.several import several
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["PairList", "made_folds"]
 
@@ -74,6 +78,40 @@ class PairList:
         """Where a picture lies on the disk; None for one in an archive."""
         root: Path | None = getattr(self.pictures, "path", None)
         return None if root is None or root.is_file() else root / key
+
+    def fold_numbers(self) -> dict[int, int]:
+        """The number that a fold has on the command line -> in ``folds``: a CSV file's own numbers, else from 1.
+
+        >>> PairList([("a", "b"), ("a", "c")], [True, False], folds=[0, 4]).fold_numbers()
+        {1: 0, 5: 4}
+        """
+        first = 0 if self.format == "csv" and self.own_folds else 1
+        return {int(fold) + first: int(fold) for fold in np.unique(self.folds)}
+
+    def of_folds(self, folds: Sequence[int]) -> Self:
+        """The same list with the pairs of some folds only, and the pictures of these.
+
+        Args:
+            folds: numbers as in ``folds``.
+
+        Raises:
+            ValueError: none, or one that is not there.
+
+        >>> PairList([("a", "b"), ("a", "c")], [True, False], folds=[0, 4]).of_folds([4]).keys
+        ('a', 'c')
+        """
+        known = set(self.folds.tolist())
+        several(folds, "folds", "numbers")
+        if not folds or not set(folds) <= known:
+            raise ValueError(f"folds: expected some of {sorted(known)}, got {sorted(folds)}")
+        chosen = np.isin(self.folds, list(folds))
+        used, places = np.unique(np.stack((self.first[chosen], self.second[chosen])), return_inverse=True)
+        part = copy.copy(self)
+        part.first, part.second = places.reshape(2, -1)
+        part.genuine, part.folds = self.genuine[chosen], self.folds[chosen]
+        part.keys = tuple(self.keys[i] for i in used)
+        part.people = None if self.people is None else tuple(self.people[i] for i in used)
+        return part
 
     def read(self, key: str) -> NDArray[np.uint8]:
         """Decode one picture: uint8 RGB [height, width, 3].

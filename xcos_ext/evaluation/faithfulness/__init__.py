@@ -36,7 +36,7 @@ All of them, or some, with the controls and what each explainer costs:
 """
 
 from .deletion import Deletion, deletion_identification, deletion_verification
-from .faces import Faces, TooFewError, fold_numbers
+from .faces import Faces, TooFewError
 from .locality import Locality, locality
 from .maps import areas, to_cells, to_pixels
 from .measure import CONTROLS, PROTOCOLS, Faithfulness, faithfulness
@@ -66,7 +66,6 @@ __all__ = [
     "deletion_verification",
     "faithfulness",
     "faithfulness_figure",
-    "fold_numbers",
     "locality",
     "paste",
     "patch_replacement",

@@ -18,7 +18,7 @@ from xcos_ext.faces.detector import Detector
 from xcos_ext.io.errors import PictureError, XCosError
 from xcos_ext.io.several import several
 
-__all__ = ["Drawn", "Faces", "TooFewError", "fold_numbers"]
+__all__ = ["Drawn", "Faces", "TooFewError"]
 
 _KEPT = 2048  # crops in memory: 77 MB of 112x112
 
@@ -40,16 +40,6 @@ class Drawn(NamedTuple):
     b: str
     donor: str | None = None
     own: str | None = None
-
-
-def fold_numbers(pairs: PairList) -> dict[int, int]:
-    """The number that a fold has on the command line -> in ``pairs.folds``: a CSV file's own numbers, else from 1.
-
-    >>> fold_numbers(PairList([("a", "b"), ("a", "c")], [True, False], folds=[0, 4]))
-    {1: 0, 5: 4}
-    """
-    first = 0 if pairs.format == "csv" and pairs.own_folds else 1
-    return {int(fold) + first: int(fold) for fold in np.unique(pairs.folds)}
 
 
 class Faces:

@@ -12,6 +12,8 @@ from torch import fx, nn
 
 from xcos_ext.io.errors import ModelError
 
+from .plain import altered
+
 __all__ = ["BATCH_NORMS", "Followed", "follow"]
 
 #: Modules that a map is taken from in front of: as in the networks of the package, they belong to the output block.
@@ -136,6 +138,10 @@ class Followed:
 
 
 def follow(module: nn.Module) -> Followed | None:
+    """The network as a graph; None where it cannot be followed, or does more when it is called than its class says:
+    torch.fx follows the class's forward, and would leave hooks of the network itself out."""
+    if altered(module):
+        return None
     try:
         return Followed(module)
     except ModelError:

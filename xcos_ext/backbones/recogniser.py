@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from xcos_ext.card.preprocessing import ARCFACE, Preprocessing
 
-__all__ = ["Recogniser", "SplitRecogniser"]
+__all__ = ["Recogniser", "SplitRecogniser", "in_type_of"]
+
+
+def in_type_of(module: nn.Module, images: Tensor) -> Tensor:
+    """Pictures in the floating-point type of a network's first weight: pictures come in fp32, whatever a network was
+    brought to with ``.half()`` or ``.double()``. While a graph is made they stay as they are.
+
+    >>> in_type_of(nn.Conv2d(3, 8, 3).double(), torch.zeros(1, 3, 4, 4)).dtype
+    torch.float64
+    """
+    if torch.compiler.is_compiling() or not isinstance(images, Tensor):
+        return images
+    weight = next((p for p in module.parameters() if p.is_floating_point()), images)
+    return images.to(weight.dtype)
 
 
 class Recogniser(nn.Module):
@@ -56,8 +70,9 @@ class Recogniser(nn.Module):
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [N, 3, H, W], normalised -> embedding [N, embedding_size], not normalised to unit length."""
-        return self.embed(self.grid(images))
+        """Images [N, 3, H, W], normalised, of any float type -> embedding [N, embedding_size], not normalised to unit
+        length, in the network's type."""
+        return self.embed(self.grid(in_type_of(self, images)))
 
     def _require_output(self) -> None:
         if self.embedding_size is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
 from xcos_ext.card.preprocessing import ARCFACE
 
@@ -24,6 +26,15 @@ def _initialised(*convolutions: nn.Conv2d) -> tuple[nn.Conv2d, ...]:
 
 def _with_relu(conv: nn.Conv2d) -> nn.Sequential:
     return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), nn.ReLU(inplace=True))
+
+
+@fx.wrap  # one step of a graph, as it looks at the number of pictures
+def _squares_as_channels(images: Tensor) -> Tensor:
+    """2x2 pixels to channels, of no pictures too, which torch's operator gives back as they came."""
+    if not torch.jit.is_tracing() and images.shape[0] == 0:
+        n, channels, height, width = images.shape
+        return images.reshape(n, 4 * channels, height // 2, width // 2)
+    return F.pixel_unshuffle(images, 2)
 
 
 class _Block(nn.Module):
@@ -54,12 +65,11 @@ class _StagedNet(Recogniser):
         self.architecture = architecture
         self.grid_shape = (channels, 7, 7)
         self.preprocessing = ARCFACE
-        self.fold = nn.PixelUnshuffle(2)
         self.stages = nn.ModuleList(stages)
 
     def maps(self, images: Tensor) -> tuple[Tensor, ...]:
         """The stages' maps of normalised RGB [N, 3, 112, 112]: [N, C, 28, 28], [N, C, 14, 14], [N, C, 7, 7]."""
-        x = self.fold(images)
+        x = _squares_as_channels(images)
         made = []
         for stage in self.stages:
             x = stage(x)

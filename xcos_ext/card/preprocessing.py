@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -75,6 +76,32 @@ class Preprocessing:
         pixels = np.stack(items).transpose(0, 3, 1, 2).astype(np.float32)
         mean, std = (np.array(values, np.float32).reshape(1, 3, 1, 1) for values in (self.mean, self.std))
         return np.ascontiguousarray((pixels / np.float32(255) - mean) / std)
+
+    def check_normalised(self, least: float, most: float, argument: str, hint: str) -> None:
+        """Refuse pixels that no preprocessing like this one gives, such as 0..255.
+
+        Args:
+            least: the least pixel.
+            most: the largest; infinite and NaN ones pass, and become NaN scores.
+            argument: that they are of.
+            hint: what to do instead.
+
+        Raises:
+            ValueError: pixels outside by more than four times the range, which noise, interpolation and attacks on a
+                network leave a little.
+
+        >>> ARCFACE.check_normalised(0, 255, "images", "call preprocessing(faces)")
+        Traceback (most recent call last):
+        ValueError: images: expected pixels normalised to -1 .. 1, got 0 .. 255; call preprocessing(faces)
+        """
+        ends = [((end - mean) / std) for end in (0, 1) for mean, std in zip(self.mean, self.std, strict=True)]
+        low, high = min(ends), max(ends)
+        slack = 4 * (high - low)
+        if math.isfinite(least) and math.isfinite(most) and (least < low - slack or most > high + slack):
+            raise ValueError(
+                f"{argument}: expected pixels normalised to {low:.3g} .. {high:.3g}, got {least:.3g} .. {most:.3g}; "
+                f"{hint}"
+            )
 
     def __call__(self, faces: Sequence[np.ndarray] | np.ndarray) -> Tensor:
         """:meth:`array` as a tensor on the CPU."""

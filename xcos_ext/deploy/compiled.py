@@ -169,14 +169,14 @@ class CompiledModel:
         """Grid features of aligned pictures, some at a time.
 
         Args:
-            pictures: N >= 1, uint8 RGB [height, width, 3], of the size that ``preprocessing`` expects.
+            pictures: N >= 0, uint8 RGB [height, width, 3], of the size that ``preprocessing`` expects.
             batch_size: pictures per forward pass; the example's is the fastest.
 
         Returns:
             F [N, C, 7, 7].
         """
         several(pictures, "pictures", "pictures")
-        starts = range(0, len(pictures), batch_size)
+        starts = range(0, max(1, len(pictures)), batch_size)
         batches = (self.preprocessing(pictures[i : i + batch_size]) for i in starts)
         return torch.cat([self.features(batch.to(self.device)) for batch in batches])
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xcos_ext.backbones.plain import altered_part, batch_statistics
 from xcos_ext.backbones.recogniser import Recogniser
 from xcos_ext.card.card import TemplateLayout
 from xcos_ext.model.attention import XCosAttention
@@ -31,9 +32,20 @@ def attention_of(head: XCosHead | ClosedFormHead) -> XCosAttention | str:
 
 
 def check_exportable(model: XCosModel) -> None:
-    """Raises ValueError for a model that has no graph of standard operators: in training, or with matched cells."""
-    if model.training or any(isinstance(m, nn.BatchNorm2d) and m.training for m in model.modules()):
+    """Refuse a model that has no graph of standard operators which computes what it does.
+
+    Raises:
+        ValueError: it is in training mode, matches cells, normalises by the statistics of a batch, or has hooks or
+            methods of the user's own: an exporter writes layers down, not what happens around them.
+    """
+    if any(module.training for module in model.modules()):
         raise ValueError("model: expected evaluation mode, got training mode; call .eval() first")
+    attention = model.head.attention
+    found = altered_part(model) or (None if attention is None else attention.altered(folding=True))
+    if found := found or model.head._other_score() or batch_statistics(model):
+        raise ValueError(
+            f"model: expected one without hooks, methods and layers of its own, got {found}; undo this first"
+        )
     if model.head.radius:
         raise ValueError(
             f"model: expected a head that compares cells in their places, got radius {model.head.radius}; call "

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from xcos_ext.backbones.plain import altered, altered_part, batch_statistics
 from xcos_ext.backbones.recogniser import Recogniser
 from xcos_ext.model.head import ClosedFormHead, XCosHead
 from xcos_ext.model.model import XCosModel
@@ -120,9 +121,10 @@ def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> tuple[str, tupl
     """oneDNN's name of an activation with its numbers, or None for one that it does not fuse here."""
     if node.op == "call_module":
         module = modules.get(str(node.target))  # None: packed already, with an addition
-        if isinstance(module, nn.ReLU):
+        if type(module) is nn.ReLU:
             return "relu", ()
-        if isinstance(module, nn.Hardtanh):  # ReLU6 is one
+        if type(module) in (nn.Hardtanh, nn.ReLU6):
+            assert isinstance(module, nn.Hardtanh)
             return "hardtanh", (float(module.min_val), float(module.max_val))
     elif (node.op == "call_method" and node.target in ("relu", "relu_")) or (
         node.op == "call_function" and node.target in (torch.relu, F.relu)
@@ -246,7 +248,15 @@ class _Prepared(nn.Module):
 def _folded_head(head: XCosHead | ClosedFormHead) -> XCosHead | ClosedFormHead:
     """The head with the batch norm of its 1x1 block folded; everything else is the head's own."""
     block = getattr(head, "conv1x1", None)
-    if block is None or not isinstance(block[1], nn.BatchNorm2d):
+    kinds = ((nn.Conv2d,), (nn.BatchNorm2d,), (nn.PReLU,))
+    if (
+        block is None
+        or altered_part(block)
+        or type(block) is not nn.Sequential
+        or len(block) != len(kinds)
+        or any(altered(layer, kind) for layer, kind in zip(block, kinds, strict=True))
+        or block[1].running_mean is None
+    ):
         return head
     conv = nn.utils.fuse_conv_bn_eval(copy.deepcopy(block[0]), block[1])
     folded = copy.copy(head)
@@ -262,7 +272,8 @@ def for_inference(model: XCosModel, dtype: torch.dtype | None = torch.float32, *
     weights in oneDNN's own layout, with ReLU, ReLU6 and residual additions fused in, and a batch goes through in pieces
     small enough for memory to be used again. The head computes in fp32 in any case. The copy cannot be trained, saved
     or asked for a plain embedding; gradients to the images go through unpacked weights. Of a backbone that torch.fx
-    cannot follow (``traceable`` is False) the copy computes as the model does, in its types.
+    cannot follow (``traceable`` is False), or that has hooks, a ``forward`` set on one of its modules, or batch norms
+    without running statistics, the copy computes as the model does, in its types.
 
     Args:
         model: in evaluation mode.
@@ -283,14 +294,14 @@ def for_inference(model: XCosModel, dtype: torch.dtype | None = torch.float32, *
     """
     from torch.fx.experimental.optimization import fuse
 
-    if model.training:
+    if any(module.training for module in model.modules()):
         raise ValueError("model: expected evaluation mode, got training mode; call .eval() first")
     device = next(model.parameters()).device
     if dtype is None:
         dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
     if dtype not in FLOATS:
         raise ValueError(f"dtype: expected float32, bfloat16, float16 or None, got {dtype}")
-    if not getattr(model.backbone, "traceable", True):
+    if not getattr(model.backbone, "traceable", True) or altered_part(model.backbone) or batch_statistics(model):
         return copy.deepcopy(model).requires_grad_(False)
     body = fuse(_Body(copy.deepcopy(model.backbone))).to(dtype).requires_grad_(False).eval()
     body.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -300,5 +311,8 @@ def for_inference(model: XCosModel, dtype: torch.dtype | None = torch.float32, *
     if device.type == "cpu":
         prepared.prepare_cpu(model.preprocessing.size, packed)
     ready.backbone = prepared
-    ready.head = _folded_head(model.head)
+    head = model.head
+    if any(p.is_floating_point() and p.dtype != torch.float32 for p in (*head.parameters(), *head.buffers())):
+        head = copy.deepcopy(head).float()
+    ready.head = _folded_head(head)
     return ready

@@ -79,8 +79,8 @@ def export_onnx(
         The file's metadata.
 
     Raises:
-        ValueError: a model in training mode or with matched cells, an unknown kind, a batch size below 1, or an opset
-            that cannot be written.
+        ValueError: a model in training mode, with matched cells, with hooks or methods of the user's own, an unknown
+            kind, a batch size below 1, or an opset that cannot be written.
         TypeError: not a model, or another dtype.
         OutputError: the file cannot be written.
         ModelError: a graph that does not compute what the model does.

@@ -162,22 +162,14 @@ class OnnxModel:
             return self.preprocessing.array(images)
         if images.ndim != 4 or images.shape[1:] != (3, height, width):
             raise ValueError(f"{argument}: expected float32 [N, 3, {height}, {width}], got {list(images.shape)}")
-        self._check_range(images, argument)
-        return images
-
-    def _check_range(self, images: np.ndarray, argument: str) -> None:
-        """Refuse pixels that no preprocessing like the model's gives, such as 0..255."""
-        mean, std = (np.array(values) for values in (self.preprocessing.mean, self.preprocessing.std))
-        low, high = float((-mean / std).min()), float(((1 - mean) / std).max())
-        if not images.size or not np.isfinite(images).all():
-            return  # NaN in, NaN out
-        slack = 4 * (high - low)  # noise and interpolation may leave the range a little
-        least, most = float(images.min()), float(images.max())
-        if least < low - slack or most > high + slack:
-            raise ValueError(
-                f"{argument}: expected pixels normalised to {low:.3g} .. {high:.3g}, got {least:.3g} .. {most:.3g}; "
-                "give uint8 crops, or call preprocessing.array(faces)"
+        if images.size:
+            self.preprocessing.check_normalised(
+                float(images.min()),
+                float(images.max()),
+                argument,
+                "give uint8 crops, or call preprocessing.array(faces)",
             )
+        return images
 
     def _run(self, **given: np.ndarray) -> list[Any]:
         name, count = next((name, len(value)) for name, value in given.items())

@@ -15,7 +15,7 @@ from xcos_ext.ops.templates import AttentionParameters, Templates
 from xcos_ext.ops.xcos_matrix import AllPairs
 from xcos_ext.ops.xcos_topk import score_blocks
 
-from .hits import Duplicate, Duplicates
+from .hits import Duplicate, Duplicates, within_one
 from .layout import Layout, iter_slices
 from .snapshot import Snapshot
 from .stream import Tile, stream
@@ -113,7 +113,9 @@ def _grouped(snapshot: Snapshot, best: dict[tuple[int, int], float], threshold: 
 
     for (one, two), score in sorted(best.items()):
         i, j = at[one], at[two]
-        pairs.append(Duplicate((positions[i], positions[j]), (ids[i], ids[j]), (persons[i], persons[j]), score))
+        pairs.append(
+            Duplicate((positions[i], positions[j]), (ids[i], ids[j]), (persons[i], persons[j]), within_one(score))
+        )
         low, high = sorted((find(i), find(j)))
         root[high] = low
     groups: dict[int, list[str]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,24 @@ from torch import Tensor
 __all__ = ["Duplicate", "Duplicates", "Hit", "HitMaps", "Hits"]
 
 
+def within_one(score: float) -> float:
+    """A score for people and files: 1 or -1 where rounding alone put it beyond, as it does between equal faces.
+
+    Cells stored in half precision are up to a thousandth longer than 1. What is computed with stays as it is.
+
+    >>> within_one(1.0001), within_one(0.5), within_one(-math.inf)
+    (1.0, 0.5, -inf)
+    """
+    return math.copysign(1.0, score) if 1 < abs(score) < 1.01 else score
+
+
 @dataclass(frozen=True)
 class Hit:
     """One candidate of one probe.
 
     Attributes:
-        score: of the face, or of the person in a search by person.
+        score: of the face, or of the person in a search by person; at most 1, even where rounding left
+            :attr:`Hits.scores` above.
         position: of the face in the gallery, from 0; of the person's best face in a search by person.
         id: of that face.
         person: of that face; None: not known.
@@ -102,7 +115,13 @@ class Hits:
         scores, positions = self.scores[probe].tolist(), self.positions[probe].tolist()
         metadata = None if self.metadata is None else self.metadata[probe]
         return [
-            Hit(scores[i], positions[i], ids[i], self.persons[probe][i], None if metadata is None else metadata[i])
+            Hit(
+                within_one(scores[i]),
+                positions[i],
+                ids[i],
+                self.persons[probe][i],
+                None if metadata is None else metadata[i],
+            )
             for i in range(len(ids))
         ]
 

@@ -121,9 +121,14 @@ def _torch_load(file: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         wanted = _wanted(error)
         what = f"it asks for {wanted!r}" if wanted else "it holds more than tensors"
+        own = wanted is not None and wanted.startswith("xcos_ext.model.")
+        advice = (
+            "Expected a file of xcos_ext.model.save_model(model, ...), which keeps how the model was built"
+            if own
+            else "Expected a plain state dict; have it saved again with torch.save(model.state_dict(), ...)"
+        )
         raise ModelError(
-            f"{file}: refused, because the pickle could run code ({what}); nothing in it was executed. "
-            "Expected a plain state dict; have it saved again with torch.save(model.state_dict(), ...)"
+            f"{file}: refused, because the pickle could run code ({what}); nothing in it was executed. {advice}"
         ) from error
     except Exception as error:  # torch raises many types for damaged archives
         raise ModelError(f"{file}: damaged or truncated PyTorch file ({first_line(error)})") from error

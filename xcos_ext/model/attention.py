@@ -9,7 +9,9 @@ from typing import Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from xcos_ext.backbones.plain import Kinds, altered, backward_hook, hooked_globally
 from xcos_ext.ops.templates import (
     EPS,
     AttentionParameters,
@@ -46,11 +48,9 @@ def _min_shift(logits: Tensor) -> Tensor:
 def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution with the batch norm behind it, as it is in evaluation mode."""
     if norm is None:
-        assert conv.bias is not None
-        return conv.weight.to(dtype), conv.bias.to(dtype)
+        return conv.weight.to(dtype), (conv.weight.new_zeros(1) if conv.bias is None else conv.bias).to(dtype)
     mean, variance = norm.running_mean, norm.running_var
-    if mean is None or variance is None:
-        raise RuntimeError("templates: expected batch norms with running statistics, got track_running_stats=False")
+    assert mean is not None and variance is not None
     scale = (variance.to(dtype) + norm.eps).rsqrt()
     shift = -mean.to(dtype) if conv.bias is None else conv.bias.to(dtype) - mean.to(dtype)
     if norm.weight is not None:
@@ -61,17 +61,48 @@ def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype) ->
     return conv.weight.to(dtype) * scale.view(-1, 1, 1, 1), shift
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module computes what its class says: no subclass, no parametrisation, no hook waiting for the call."""
-    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+_CONV, _SEQUENTIAL = (nn.Conv2d,), (nn.Sequential,)
+_BLOCK = (_CONV, (nn.BatchNorm2d, nn.SyncBatchNorm), (nn.PReLU,))
+#: The layers of both networks, without and with ``residual``.
+_NETWORKS = (
+    (("embedding_net", _BLOCK), ("attention", _BLOCK * 2)),
+    (("embedding_net", _BLOCK), ("attention", (*_BLOCK, _CONV))),
+)
+#: How a convolution goes over the map.
+_GEOMETRY = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
+#: Methods that make W; templates and the fused head stand for these.
+_METHODS = frozenset(("forward", "logits", "embed", "_orders", "_weights", "_norm_logits"))
+
+
+def _other_geometry(conv: nn.Module, shape: tuple[int, ...]) -> str | None:
+    """What a convolution is or does other than one of the attention network, in words, or None."""
+    own = conv.__dict__
+    weight = own["_parameters"].get("weight")
+    weight = conv.weight if weight is None else weight  # parametrised: made when it is asked for
+    if (
+        weight.shape == shape  # type: ignore[union-attr]
+        and own["padding"] == own["stride"] == own["dilation"] == (1, 1)
+        and own["groups"] == 1
+        and own["padding_mode"] == "zeros"
+    ):
+        return None
+    for name, expected in _GEOMETRY.items():
+        if own[name] != expected:
+            return f"expected {name} {expected!r}, got {own[name]!r}"
+    return f"expected a weight {list(shape)}, got {list(weight.shape)}"  # type: ignore[union-attr, arg-type]
+
+
+def _parametrised(layer: nn.Module, kinds: Kinds) -> bool:
+    """Whether a layer is one of the kinds but for what :mod:`torch.nn.utils.parametrize` makes of its tensors."""
+    kind = type(layer)
+    return parametrize.type_before_parametrizations(layer) in kinds and altered(layer, (kind,)) is None
 
 
 def _head_layer(conv: nn.Module, norm: nn.Module, activation: nn.Module) -> HeadLayer | None:
-    """A layer as xcos_head reads it; None where it is not as the constructor made it, or in training mode."""
-    if not (is_plain(conv, nn.Conv2d) and is_plain(norm, nn.BatchNorm2d) and is_plain(activation, nn.PReLU)):
-        return None
+    """A layer as xcos_head reads it; None where that operator has no place for what it holds, or in training mode."""
     # Straight from the dictionaries: a dozen look-ups by attribute would cost as much as a pair.
     convolved, normed, running = conv._parameters, norm._parameters, norm._buffers
+    slope = activation._parameters["weight"]
     tensors = (
         convolved["weight"],
         convolved["bias"],
@@ -79,9 +110,11 @@ def _head_layer(conv: nn.Module, norm: nn.Module, activation: nn.Module) -> Head
         normed["bias"],
         running["running_mean"],
         running["running_var"],
-        activation._parameters["weight"],
+        slope,
     )
     if norm.training or any(t is None for t in tensors) or normed["weight"].dtype != convolved["weight"].dtype:  # type: ignore[union-attr]
+        return None
+    if slope.numel() != 1:  # type: ignore[union-attr]
         return None
     return HeadLayer(*tensors, norm.eps)  # type: ignore[arg-type]
 
@@ -164,20 +197,18 @@ class XCosAttention(nn.Module):
     @property
     def fusable(self) -> bool:
         """Whether W is softmax(logits / T), which ``xcos_score(..., logits=True)`` computes itself."""
-        return self.normalize == "softmax" and not self.symmetric
+        return self.normalize == "softmax" and not self.symmetric and self._altered_itself() is None
 
     def head_parameters(self) -> HeadParameters | None:
         """The network's tensors as :func:`xcos_ext.xcos_head` reads them, not copied.
 
         Returns:
             None where that operator cannot stand for this module: another normaliser or hidden width, batch norms in
-            training mode or in another precision than the convolutions, modules that were replaced or carry hooks.
+            training mode or in another precision than the convolutions, or anything that :meth:`altered` finds.
         """
-        if self.normalize != "softmax" or self.hidden != HEAD_HIDDEN:
+        if self.normalize != "softmax" or self.hidden != HEAD_HIDDEN or self.altered() is not None:
             return None
         embedding, attention = self._modules["embedding_net"], self._modules["attention"]
-        if not (is_plain(embedding, nn.Sequential) and is_plain(attention, nn.Sequential)):  # type: ignore[arg-type]
-            return None
         behind = list(attention._modules.values())  # type: ignore[union-attr]
         embed, first = _head_layer(*embedding._modules.values()), _head_layer(*behind[:3])  # type: ignore
         if embed is None or first is None:
@@ -185,10 +216,64 @@ class XCosAttention(nn.Module):
         if not self.residual:
             last = _head_layer(*behind[3:])  # type: ignore[arg-type]
             return None if last is None else HeadParameters(embed, first, last)
-        conv = behind[3]
-        if not is_plain(conv, nn.Conv2d):  # type: ignore[arg-type]
+        tensors = behind[3]._parameters  # type: ignore[union-attr]
+        bias = tensors["bias"]
+        return None if bias is None else HeadParameters(embed, first, (tensors["weight"], bias))  # type: ignore[arg-type]
+
+    def altered(self, *, folding: bool = False) -> str | None:
+        """What was done to the network so that it computes something else than its tensors, folded, would: the layer
+        and what was found there. Whatever stands for the network (the fused head, templates, exported graphs) asks.
+
+        Hooks, also those of all modules, methods and classes of the user's own, layers replaced or added, and
+        convolutions of another geometry or size count; values of tensors and the settings of :meth:`config` do not.
+
+        Args:
+            folding: for those who read weights as attributes, which serves :mod:`torch.nn.utils.parametrize` too, and
+                let gradients through, so that backward hooks count.
+
+        >>> attention = XCosAttention()
+        >>> attention.embedding_net[0].dilation = 2, 2
+        >>> attention.altered()
+        'embedding_net.0: expected dilation (1, 1), got (2, 2)'
+        """
+        if found := hooked_globally() or self._altered_itself():
+            return found
+        modules, hidden = self._modules, self.hidden
+        inputs = self.channels
+        for net, expected in _NETWORKS[self.residual]:
+            sequence = modules[net]
+            if found := altered(sequence, _SEQUENTIAL):  # type: ignore[arg-type]
+                return f"{net}: expected Sequential as it was built, got {found}"
+            layers = sequence._modules  # type: ignore[union-attr]
+            if len(layers) != len(expected):
+                return f"{net}: expected {len(expected)} layers, got {len(layers)}"
+            outputs = hidden
+            for (name, layer), kinds in zip(layers.items(), expected, strict=True):
+                found = altered(layer, kinds)  # type: ignore[arg-type]
+                if found is not None and not (folding and _parametrised(layer, kinds)):  # type: ignore[arg-type]
+                    return f"{net}.{name}: expected {kinds[0].__name__} as it was built, got {found}"
+                if kinds is _CONV:
+                    if found := _other_geometry(layer, (outputs, inputs, 3, 3)):  # type: ignore[arg-type]
+                        return f"{net}.{name}: {found}"
+                    inputs, outputs = hidden, 1
+            inputs = 2 * hidden
+        if folding:
+            for name, part in self.named_modules():
+                if found := backward_hook(part):
+                    return f"{name or 'attention'}: expected as it was built, got {found}"
+        return None
+
+    def _altered_itself(self) -> str | None:
+        """Of :meth:`altered`, what concerns this module without its layers."""
+        if found := altered(self):
+            return f"attention: expected as it was built, got {found}"
+        kind, own = type(self), self.__dict__
+        if kind is XCosAttention and own.keys().isdisjoint(_METHODS):
             return None
-        return HeadParameters(embed, first, (conv._parameters["weight"], conv._parameters["bias"]))  # type: ignore
+        for name in sorted(_METHODS):
+            if name in own or getattr(kind, name) is not getattr(XCosAttention, name):
+                return f"attention: expected XCosAttention's {name}, got another one ({kind.__name__})"
+        return None
 
     def config(self) -> dict[str, int | float | bool | str]:
         """The constructor's arguments, as plain values."""
@@ -278,7 +363,8 @@ class XCosAttention(nn.Module):
             :class:`xcos_ext.Templates`.
 
         Raises:
-            RuntimeError: a batch norm is in training mode, so there are no fixed statistics to fold.
+            RuntimeError: a batch norm is in training mode, so there are no fixed statistics to fold; or the network
+                computes more than its tensors say, through a hook or a layer of another kind (:meth:`altered`).
             ValueError: a wrong shape or role.
             TypeError: not a tensor, or a dtype that is not floating-point.
         """
@@ -287,12 +373,7 @@ class XCosAttention(nn.Module):
         check_role(role, where)
         storage = features.dtype if dtype is None else dtype
         check_storage(storage, "dtype", where)
-        if any(norm.training for norm in self._norms()):
-            raise RuntimeError(
-                "templates: expected batch norms in evaluation mode, got training mode: a template folds their "
-                "statistics, which change with every batch there; call .eval() first, which fixes the statistics and "
-                "leaves all parameters trainable"
-            )
+        self._check_foldable(where)
         exact = torch.promote_types(torch.promote_types(features.dtype, storage), torch.float32)
         for parameter in self.parameters():
             exact = torch.promote_types(exact, parameter.dtype)
@@ -312,6 +393,30 @@ class XCosAttention(nn.Module):
         )
         grid = (features.shape[2], features.shape[3])
         return Templates(unit, norms, grid, parameters, role, projection, bias)
+
+    def _check_foldable(self, where: str) -> None:
+        """Refuse a network that templates and graphs, which fold its tensors, would not compute as it does.
+
+        Raises:
+            RuntimeError: it was altered, or a batch norm is in training mode or without running statistics.
+        """
+        if found := self.altered(folding=True):
+            raise RuntimeError(
+                f"{where}: {found}: a template folds the attention network's tensors and does not call its layers; "
+                "undo this first, or score pairs with head.score, which calls them"
+            )
+        for norm in self._norms():
+            if norm.training:
+                raise RuntimeError(
+                    f"{where}: expected batch norms in evaluation mode, got training mode: a template folds their "
+                    "statistics, which change with every batch there; call .eval() first, which fixes the statistics "
+                    "and leaves all parameters trainable"
+                )
+            if norm.running_mean is None or norm.running_var is None:
+                raise RuntimeError(
+                    f"{where}: expected batch norms with running statistics, got track_running_stats=False: a template "
+                    "folds their statistics, which are those of every batch there"
+                )
 
     def _norms(self) -> list[nn.BatchNorm2d]:
         norms = [self.embedding_net[1], self.attention[1], *(() if self.residual else (self.attention[4],))]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from xcos_ext.backbones.modes import kept_modes
+from xcos_ext.backbones.plain import altered
 from xcos_ext.backbones.recogniser import Recogniser
 from xcos_ext.io.errors import ModelError
 
@@ -62,6 +63,11 @@ def cell_matrices(recogniser: Recogniser) -> CellMatrices:
     """
     if recogniser.embedding_size is None:
         raise ModelError(f"{recogniser.architecture}: no output block, so there are no cells to take from it")
+    if found := altered(recogniser):
+        raise ModelError(
+            f"{recogniser.architecture}: expected a recogniser whose embedding is embed(grid(images)), got {found}, "
+            "which the closed form would pass over; remove it first"
+        )
     block = _OutputBlock(recogniser)
     prefixes = tuple(f"recogniser.{p}" for p in recogniser.output_prefixes) or ("recogniser.",)
     state = {

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # also of several processes
 
+from xcos_ext.backbones.plain import altered, hooked_globally
 from xcos_ext.ops import XCosScore, xcos_score
 from xcos_ext.ops._library import forward_mode
 from xcos_ext.ops.grid_match import MATCH_TEMPERATURE, MATCHES, MOST_RADIUS, Match
 from xcos_ext.ops.templates import FixedAttention, Role, Templates, check_features, check_role
 from xcos_ext.ops.xcos_head import HEAD_MOST_CELLS, HeadParameters, xcos_head
 
-from .attention import XCosAttention, is_plain
+from .attention import XCosAttention
 from .projection import CellProjection, Cells
 
 __all__ = ["ClosedFormHead", "Head", "XCosHead"]
@@ -82,7 +83,8 @@ class Head(nn.Module):
         """xCos of two batches of grid features.
 
         Without gradients and in evaluation mode, learned attention (softmax, 16 hidden channels, at most 64 cells) goes
-        through :func:`xcos_ext.xcos_head`, up to rounding the same.
+        through :func:`xcos_ext.xcos_head`, up to rounding the same. Where its layers have hooks or are not those that
+        were built (:meth:`XCosAttention.altered`), they are called.
 
         Args:
             features_a: F of the first faces [N, C, H, W].
@@ -124,8 +126,9 @@ class Head(nn.Module):
             :class:`xcos_ext.Templates`, differentiable to ``features``.
 
         Raises:
-            RuntimeError: the head is in training mode, where batch norms have no fixed statistics to fold, or it
-                matches cells with their neighbourhoods.
+            RuntimeError: the head is in training mode, where batch norms have no fixed statistics to fold; it matches
+                cells with their neighbourhoods; or it, or its attention, has hooks, methods or layers of the user's
+                own, which all-pairs scoring would pass over.
             ValueError: a wrong shape or role.
             TypeError: not a tensor, or a dtype that is not floating-point.
         """
@@ -134,6 +137,11 @@ class Head(nn.Module):
                 f"templates: expected a head that compares cells in their places, got radius {self.radius}: all-pairs "
                 "scoring does not match cells with their neighbourhoods; score pairs with head.score, or call "
                 "head.set_matching(0) first"
+            )
+        if found := self._other_score():
+            raise RuntimeError(
+                f"templates: expected a head whose pairs are scored by Head.score, got {found}: scores of templates "
+                "would not be those of the head; undo this first, or score pairs with the head itself"
             )
         if any(isinstance(module, _BatchNorm) and module.training for module in self.modules()):
             raise RuntimeError(
@@ -147,6 +155,15 @@ class Head(nn.Module):
             check_role(role, "templates")
             return Templates.from_features(features, dtype, self.fixed_attention)
         return self.attention.templates(features, role, dtype)
+
+    def _other_score(self) -> str | None:
+        """What makes this head score pairs otherwise than :meth:`score` of this class does, in words; or None."""
+        if found := hooked_globally() or altered(self):
+            return found
+        for name in ("score", "forward"):
+            if name in self.__dict__ or getattr(type(self), name) is not getattr(Head, name):
+                return f"a {name} of its own ({type(self).__name__})"
+        return None
 
     def _fused(self, attention: XCosAttention, a: Tensor, b: Tensor) -> HeadParameters | None:
         """The attention's tensors where the operator xcos_head can do all of :meth:`score`; else None.
@@ -174,7 +191,7 @@ class Head(nn.Module):
             or dtype == torch.float64
             or dtype != b.dtype
             or a.device != b.device
-            or not is_plain(attention, XCosAttention)
+            or not isinstance(attention, XCosAttention)
         ):
             return None
         return attention.head_parameters()

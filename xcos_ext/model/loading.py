@@ -157,6 +157,11 @@ def _as_recogniser(state: State, path: StrPath) -> Recogniser:
         inner = _sub(state, "backbone.")
         if not others and (name := recogniser_name(inner, path)) is not None:
             state = inner
+    if name is None and any(key.startswith("backbone.") for key in state) and any(k.startswith("head.") for k in state):
+        raise ModelError(
+            f"{path}: the state dict of an XCosModel, without how it was built and what its scores mean; expected a "
+            "file of xcos_ext.model.save_model(model, ...)"
+        )
     if name is None:
         raise ModelError(
             f"{path}: no known layout ({len(state)} tensors, first: {few(state)}); supported are xcos_ext "

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from xcos_ext.backbones.recogniser import Recogniser
+from xcos_ext.backbones.recogniser import Recogniser, in_type_of
 from xcos_ext.card.calibration import Calibration, FMRCurve
 from xcos_ext.card.preprocessing import ARCFACE, Preprocessing
 from xcos_ext.devices import module_device
@@ -106,32 +106,54 @@ class XCosModel(nn.Module):
                 f"{argument}: expected normalised floating-point images, got {images.dtype}; "
                 "call model.preprocessing(faces) first"
             )
+        if self._looks_at_pixels(images):
+            least, most = (float(end) for end in torch.aminmax(images.detach()))
+            self.preprocessing.check_normalised(least, most, argument, "call model.preprocessing(faces) first")
 
-    def _features(self, images: Tensor, argument: str) -> Tensor:
+    def _looks_at_pixels(self, images: Tensor) -> bool:
+        """Whether the range of pixels is checked: where users' own pictures come in, and looking costs next to nothing.
+
+        That is evaluation on the CPU (10 microseconds a picture, of milliseconds). On a GPU the host would have to wait
+        for it, training augments pictures as it likes, and no graph may depend on values.
+        """
+        return (
+            not self.training
+            and not torch.compiler.is_compiling()
+            and type(images) in (Tensor, nn.Parameter)  # no stand-ins without values
+            and images.device.type == "cpu"
+            and images.shape[0] > 0
+            and not torch.jit.is_tracing()
+            and not torch._C._are_functorch_transforms_active()
+        )
+
+    def _grid(self, images: Tensor, argument: str) -> Tensor:
         self._check_images(images, argument)
-        grid = self.backbone.grid(images) if isinstance(self.backbone, Recogniser) else self.backbone(images)
-        return self.head.features(grid)
+        images = in_type_of(self.backbone, images)
+        made: Tensor = self.backbone.grid(images) if isinstance(self.backbone, Recogniser) else self.backbone(images)
+        return made
 
     def features(self, images: Tensor) -> Tensor:
         """Grid feature F of each face.
 
         Args:
-            images: [N, 3, height, width], normalised by ``preprocessing``; floating point.
+            images: [N, 3, height, width], normalised by ``preprocessing``; of any floating-point type, they are
+                brought to that of the backbone's weights. N may be 0.
 
         Returns:
             F [N, C, 7, 7]: C = 32 for a trained head, the embedding's length for closed-form cells.
 
         Raises:
-            ValueError: a wrong shape.
+            ValueError: a wrong shape, or, in evaluation mode on the CPU, pixels far outside what ``preprocessing``
+                gives, such as 0..255.
             TypeError: an integer dtype.
         """
-        return self._features(images, "images")
+        return self.head.features(self._grid(images, "images"))
 
     def features_of(self, pictures: Sequence[NDArray[np.uint8]], batch_size: int = 32) -> Tensor:
         """Grid features of aligned pictures, some at a time, on the model's device.
 
         Args:
-            pictures: N >= 1, uint8 RGB [height, width, 3], of the size that ``preprocessing`` expects.
+            pictures: N >= 0, uint8 RGB [height, width, 3], of the size that ``preprocessing`` expects.
             batch_size: pictures per forward pass.
 
         Returns:
@@ -139,7 +161,7 @@ class XCosModel(nn.Module):
         """
         several(pictures, "pictures", "pictures")
         device = module_device(self)
-        parts = (pictures[i : i + batch_size] for i in range(0, len(pictures), batch_size))
+        parts = (pictures[i : i + batch_size] for i in range(0, max(1, len(pictures)), batch_size))
         return torch.cat([self.features(self.preprocessing(part).to(device)) for part in parts])
 
     @overload
@@ -176,7 +198,8 @@ class XCosModel(nn.Module):
             :class:`xcos_ext.Templates`.
 
         Raises:
-            RuntimeError: the head is in training mode, or matches cells with their neighbourhoods.
+            RuntimeError: the head is in training mode, matches cells with their neighbourhoods, or was altered so that
+                all-pairs scoring would answer otherwise; see :meth:`XCosHead.templates`.
             ValueError: a wrong shape or role.
             TypeError: not a tensor, or a dtype that is not floating-point.
         """
@@ -184,9 +207,8 @@ class XCosModel(nn.Module):
 
     def forward(self, images_a: Tensor, images_b: Tensor) -> XCosScore:
         """Two batches of images [N, 3, height, width] -> score [N], similarity and attention [N, H, W]."""
-        features_a = self._features(images_a, "images_a")
-        features_b = self._features(images_b, "images_b")
-        return self.score(features_a, features_b, return_maps=True)
+        maps: XCosScore = self.head(self._grid(images_a, "images_a"), self._grid(images_b, "images_b"))
+        return maps
 
     def embedding(self, images: Tensor) -> Tensor:
         """The recogniser's own embedding [N, D], for the plain cosine beside the explainable score.

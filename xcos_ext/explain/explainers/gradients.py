@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xcos_ext.backbones import Recogniser
+from xcos_ext.backbones.recogniser import in_type_of
 from xcos_ext.explain.decision import check_threshold
 from xcos_ext.io.optional import need
 
@@ -199,12 +199,12 @@ class GradCAM(GradientExplainer):
         to_map: Callable[[Tensor], Tensor] = model.features
         to_features: Callable[[Tensor], Tensor] = nn.Identity()
         if isinstance(model, XCosPairs):
-            backbone = model.model.backbone
-            to_map = backbone.grid if isinstance(backbone, Recogniser) else backbone
-            to_features = model.model.head.features
+            xcos = model.model
+            to_map, to_features = lambda images: xcos._grid(images, "a"), xcos.head.features
         elif isinstance(model, EmbeddingCosine):
             recogniser = model.recogniser
-            to_map, to_features = recogniser.grid, lambda grid: F.normalize(recogniser.embed(grid), dim=1)
+            to_map = lambda images: recogniser.grid(in_type_of(recogniser, images))  # noqa: E731
+            to_features = lambda grid: F.normalize(recogniser.embed(grid), dim=1)  # noqa: E731
         elif features_b.dim() != 4:
             raise ValueError(
                 f"model: expected features that are a map [N, C, h, w], got {list(features_b.shape)} ({model.name})"

@@ -112,7 +112,8 @@ class EmbeddingCosine:
 
     def embedding(self, images: Tensor) -> Tensor:
         """Normalised images [N, 3, H, W] -> the recogniser's embeddings [N, D], not of unit length."""
-        return cast(Tensor, self.recogniser(images))
+        found: Tensor = self.recogniser(images)
+        return found
 
     def features(self, images: Tensor) -> Tensor:
         """Normalised images [N, 3, H, W] -> unit embeddings [N, D]."""

@@ -298,7 +298,7 @@ def places(tmp_path: Path) -> Path:
 
 
 def _found(path: str) -> Any:
-    return of("gallery.enroll", "find_pictures")([path])[0].read
+    return of("gallery.enroll", "find_pictures")([path])[0][0].read
 
 
 #: What is made of a relative path -> the shade that it gives later.

@@ -223,6 +223,8 @@ def test_bad_settings(folder):
         OnnxModel(folder / "pair.onnx", threads=0)
     with pytest.raises(ValueError, match=r"providers: expected some of .*CPUExecutionProvider.*, got Quantum"):
         OnnxModel(folder / "pair.onnx", providers=["Quantum"])
+    with pytest.raises(TypeError, match="providers: expected a sequence of texts, got one text, 'CPUExe"):
+        OnnxModel(folder / "pair.onnx", providers="CPUExecutionProvider")
 
 
 def test_flat_templates_of_another_length_are_refused(folder):

@@ -24,7 +24,7 @@ from PIL import Image
 import xcos_ext
 from xcos_ext import backbones
 from xcos_ext.cli.app import xcos
-from xcos_ext.io.errors import ModelError
+from xcos_ext.io.errors import ModelError, PictureError
 from xcos_ext.model import load_model, plug, save_model
 
 
@@ -468,6 +468,19 @@ def test_plug_finds_a_threshold(
 
 
 @pytest.mark.thorough
+def test_plug_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from xcos_ext.cli.plug import _people
+
+    (tmp_path / "ann").mkdir()
+    for name in ("ann/1.png", "ann/2.heic", "loose.png"):
+        (tmp_path / name).touch()
+    with pytest.raises(PictureError, match="at least 20 people"):
+        _people(str(tmp_path), 1000)
+    told = capsys.readouterr().err
+    assert "xcos: left out ann/2.heic: not a picture by its suffix" in told
+    assert "xcos: left out loose.png: a picture in no person's folder" in told
+
+
 def test_plug_trouble(recogniser: Path, model: Path, people: Path, photos: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "m.safetensors"
     trouble(run("plug", recogniser, "--faces", people, "--out", tmp_path / "m.pt"), "m.pt: expected a file ending in")

@@ -124,7 +124,7 @@ def test_who_was_chosen_and_what_is_no_face_are_said(photos: Path, crops: Path, 
     found = run("search", gallery, photos / "team.png", "--json")
     assert "team.png: 2 faces found, took the most prominent (see --face)" in found.stderr
     data = strict(found.stdout)
-    assert (data["several_faces"], data["not_like_a_face"]) == (["team.png"], [])
+    assert (data["several_faces"], data["not_like_a_face"]) == ([str(photos / "team.png")], [])
     assert unlike in run("search", gallery, noise, "--aligned").stderr
     refused = run("search", gallery, noise, "--aligned", "--strict")
     assert refused.exit_code == 2 and refused.stdout == ""

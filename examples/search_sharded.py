@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from xcos_ext.faces import create_detector
+from xcos_ext.faces import choice_in_words, create_detector
 from xcos_ext.gallery import ShardedGallery
 from xcos_ext.gallery.enroll import find_probes, read_faces
 from xcos_ext.io.errors import XCosError
@@ -37,9 +37,11 @@ def read_probes(paths: list[str], model: XCosModel) -> tuple[list[str], torch.Te
         features = next(iter(load_file(path).values()))
     else:
         faces = list(read_faces(find_probes(paths)[0], model.preprocessing.size, lambda: create_detector("cascade")))
-        for *_, problem in faces:
+        for picture, _, count, problem in faces:
             if problem is not None:
                 print(f"left out {problem}", file=sys.stderr)
+            elif count > 1:
+                print(f"{picture.id}: {choice_in_words(count)}", file=sys.stderr)
         found = [(picture.id, crop) for picture, crop, *_ in faces if crop is not None]
         if not found:
             raise XCosError("probes: expected a usable face, got none")

@@ -23,6 +23,7 @@ import xcos_ext
 from xcos_ext.card.calibration import FMRCurve
 from xcos_ext.gallery import FaissIndex, Gallery, identification_threshold
 from xcos_ext.gallery import stream as streams
+from xcos_ext.gallery.hits import Hits
 from xcos_ext.gallery.layout import Layout
 from xcos_ext.gallery.tiles import TileFile
 from xcos_ext.io.errors import GalleryError

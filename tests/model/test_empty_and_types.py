@@ -92,7 +92,7 @@ def test_a_recogniser_of_another_float_type_takes_pictures() -> None:
 
 
 def test_pixels_that_were_never_normalised_are_refused() -> None:
-    model = XCosModel(TinyBackbone(), XCosHead(6, 4)).eval()
+    model = XCosModel(TinyBackbone(), XCosHead(6, 4)).eval().requires_grad_(False)
     fine, raw = torch.randn(1, 3, 112, 112), torch.randint(0, 256, (1, 3, 112, 112)).float()
     message = r"expected pixels normalised to -1 \.\. 1, got 0 \.\. 255; call model\.preprocessing\(faces\) first"
     with pytest.raises(ValueError, match=f"^images_b: {message}"):

@@ -26,6 +26,7 @@ import xcos_ext
 from xcos_ext.card.calibration import FMRCurve
 from xcos_ext.gallery import FaissIndex, Gallery, ShardedGallery, identification_threshold
 from xcos_ext.gallery import stream as streams
+from xcos_ext.gallery.hits import Hits
 from xcos_ext.gallery.layout import Layout
 from xcos_ext.gallery.snapshot import Snapshot
 from xcos_ext.gallery.tiles import TileFile
@@ -776,6 +777,15 @@ def test_threshold_for_a_rate() -> None:
         identification_threshold(curve, 1.0, 1)
     with pytest.raises(GalleryError, match="expected a calibrated model"):
         identification_threshold(None, 0.1, 1)
+
+
+def test_a_score_is_shown_within_one() -> None:
+    hits = Hits.__new__(Hits)
+    values = {"scores": torch.tensor([[1.0002, -1.0001, 0.5]]), "positions": torch.tensor([[0, 1, 2]])}
+    values |= {"ids": [["a", "b", "c"]], "persons": [[None] * 3], "metadata": None}
+    for name, value in values.items():
+        object.__setattr__(hits, name, value)
+    assert [hit.score for hit in hits[0]] == [1.0, -1.0, 0.5]
 
 
 def test_the_format_is_plain(enrolled: Enrolled) -> None:

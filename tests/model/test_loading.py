@@ -359,6 +359,14 @@ def test_code_in_a_pickle_is_refused_and_never_run(tmp_path: Path, how: str) -> 
         assert ran.exists()
 
 
+def test_a_model_saved_otherwise_is_told_how_to_save(tmp_path: Path) -> None:
+    model = XCosModel(backbones.create("compact", output=False), XCosHead(128, 32, attention="norm"))
+    for what in (model, model.state_dict()):
+        torch.save(what, tmp_path / "model.pt")
+        with pytest.raises(ModelError, match=r"xcos_ext\.model\.save_model\(model, \.\.\.\)"):
+            load_model(tmp_path / "model.pt")
+
+
 def test_whole_modules_are_refused(tmp_path: Path) -> None:
     torch.save(torch.nn.Linear(2, 2), tmp_path / "net.pt")
     with pytest.raises(ModelError, match=r"refused.*torch.nn.modules.linear.Linear.*Expected a plain state dict"):

@@ -258,7 +258,8 @@ def _folded_head(head: XCosHead | ClosedFormHead) -> XCosHead | ClosedFormHead:
         or block[1].running_mean is None
     ):
         return head
-    conv = nn.utils.fuse_conv_bn_eval(copy.deepcopy(block[0]), block[1])
+    first, norm = cast(nn.Conv2d, copy.deepcopy(block[0])), cast(nn.BatchNorm2d, block[1])
+    conv = nn.utils.fuse_conv_bn_eval(first, norm)
     folded = copy.copy(head)
     folded._modules = {**head._modules, "conv1x1": nn.Sequential(conv.requires_grad_(False), block[2]).eval()}
     return folded

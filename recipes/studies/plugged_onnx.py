@@ -81,6 +81,7 @@ def main() -> None:
         for name, (pairs, finder) in lists.items():
             say(f"{name}: {len(pairs):,} pairs")
             result = evaluate(model, pairs, teacher=recogniser, detector=finder)
+            assert model.threshold is not None  # calibrated above
             accepted = result.variants["own"].scores >= model.threshold
             found[name] = {
                 "pairs": len(pairs),

@@ -50,15 +50,16 @@ build() { # name, flags
 }
 
 # CPython keeps memory until its end and past it, so leaks are not looked for.
-export ASAN_OPTIONS=detect_leaks=0:log_path=$work/report UBSAN_OPTIONS=print_stacktrace=1:log_path=$work/report
+export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 # What torch does with its own threads is not ours to judge, nor could it be: it is not instrumented.
-export TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1:log_path=$work/report
+export TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1
 runtime() { g++ "-print-file-name=lib$1.so"; }
+# What sanitizers write on stderr is wanted, also by a process that they end: nothing is captured.
 run_tests() { # build, instruction set, preloaded libraries, arguments of pytest
   local name=$1 isa=$2 preload=$3
   shift 3
   (cd "$work/tests" && PYTHONPATH=$work/$name XCOS_CPU_ISA=$isa "${unrandomised[@]}" env LD_PRELOAD="$preload" \
-    python -m pytest -q -x -p no:cacheprovider --show-capture=no "$@")
+    python -m pytest -q -x -p no:cacheprovider --capture=no "$@")
 }
 
 # A line of xcos_topk.cpp, which is compiled once and quickly, is changed; the tests must fail with these words.
@@ -75,27 +76,21 @@ path.write_text(text.replace(line, fault))
 PYTHON
   ninja -C "$work/$1/build" >"$work/$1/log" 2>&1 || { tail -n 40 "$work/$1/log"; exit 1; }
   if run_tests "$1" "$used" "$2" ops/test_xcos_topk.py -k exclusions -m "not thorough" >"$work/$1/log" 2>&1 ||
-    ! grep -qs "$5" "$work"/report.*; then
-    cat "$work/$1/log" "$work"/report.* 2>/dev/null
+    ! grep -q "$5" "$work/$1/log"; then
+    cat "$work/$1/log"
     echo "a planted fault was not reported: $5" >&2
     exit 1
   fi
-  rm -f "$work"/report.*
   cp "$work/kept.cpp" "$file"
   echo "planted: $5, reported"
 }
 
 rows=()
 check() { # build, sanitizers in words, instruction set, preloaded libraries, arguments of pytest
-  local name=$1 words=$2 isa=$3 preload=$4 status=0
+  local name=$1 words=$2 isa=$3 preload=$4
   shift 4
   echo "--- $words: $isa"
-  run_tests "$name" "$isa" "$preload" "$@" 2>&1 | tee "$work/tests.log" || status=$?
-  if compgen -G "$work/report.*" >/dev/null; then
-    cat "$work"/report.*
-    status=1
-  fi
-  [ "$status" = 0 ] || exit "$status"
+  run_tests "$name" "$isa" "$preload" "$@" 2>&1 | tee "$work/tests.log"
   rows+=("| $words | $isa | $(date +%F) | ${processor:-$(uname -m)} | $(tail -n 1 "$work/tests.log") |")
 }
 

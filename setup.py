@@ -54,6 +54,13 @@ class CMakeBuild(build_ext):
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        jobs = os.environ.get("XCOS_BUILD_JOBS") or str(os.cpu_count() or 1)
+        if not jobs.isdecimal() or int(jobs) < 1:
+            raise SystemExit(f"XCOS_BUILD_JOBS: expected a whole number from 1 on, got {jobs!r}")
+        try:
+            further = shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        except ValueError as error:
+            raise SystemExit(f"CMAKE_ARGS: expected arguments as in a shell, got {error}") from None
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         arguments = [
@@ -65,13 +72,12 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
-            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+            *further,
         ]
         ninja = shutil.which("ninja")
         if ninja is not None:
             # Each isolated build brings its own, and the folder remembers the one of the build before, which is gone.
             arguments.insert(0, f"-DCMAKE_MAKE_PROGRAM={ninja}")
-        jobs = os.environ.get("XCOS_BUILD_JOBS", str(os.cpu_count() or 1))
         configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *arguments]
         configured = subprocess.run(configure, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         print(configured.stdout)

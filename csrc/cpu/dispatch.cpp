@@ -27,12 +27,20 @@ const char* isa_name(Isa isa) {
 }
 
 bool isa_compiled(Isa isa) {
+  switch (isa) {
 #if defined(XCOS_HAVE_X86_ISAS)
-  (void)isa;
-  return true;
-#else
-  return isa == Isa::baseline;
+    case Isa::avx512vnni:
+      return avx512vnni::grid_cosine != nullptr;
+    case Isa::avx512:
+      return avx512::grid_cosine != nullptr;
+    case Isa::avx2:
+      return avx2::grid_cosine != nullptr;
 #endif
+    case Isa::baseline:
+      return baseline::grid_cosine != nullptr;
+    default:
+      return false;
+  }
 }
 
 bool isa_supported(Isa isa) {
@@ -55,19 +63,16 @@ namespace {
 
 Isa choose_isa() {
   const Isa all[] = {Isa::avx512vnni, Isa::avx512, Isa::avx2, Isa::baseline};
-  const char* wanted = std::getenv("XCOS_CPU_ISA");
-  if (wanted == nullptr || *wanted == '\0') {
-    for (Isa isa : all)
-      if (isa_supported(isa)) return isa;
-  }
+  const char* variable = std::getenv("XCOS_CPU_ISA");
+  const std::string wanted = variable == nullptr ? "" : variable;
+  std::string available;
   for (Isa isa : all) {
-    if (std::string(wanted) != isa_name(isa)) continue;
-    if (isa_supported(isa)) return isa;
-    throw std::runtime_error(std::string("XCOS_CPU_ISA: ") + wanted + " is not available: " +
-                             (isa_compiled(isa) ? "this processor lacks it" : "not built"));
+    if (!isa_supported(isa)) continue;
+    if (wanted.empty() || wanted == isa_name(isa)) return isa;
+    available += (available.empty() ? "" : ", ") + std::string(isa_name(isa));
   }
-  throw std::runtime_error(std::string("XCOS_CPU_ISA: expected baseline, avx2, avx512 or avx512vnni, got ") +
-                           wanted);
+  throw std::invalid_argument("XCOS_CPU_ISA: expected one that this build and this processor have (" +
+                              available + "), got " + (wanted.empty() ? "none" : wanted));
 }
 
 }  // namespace

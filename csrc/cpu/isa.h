@@ -10,7 +10,7 @@ namespace xcos::cpu {
 enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512vnni = 3 };
 
 // The best set that both this build and this processor have; the environment variable XCOS_CPU_ISA (baseline,
-// avx2, avx512, avx512vnni) lowers it. Read once. Throws std::runtime_error when the variable names an
+// avx2, avx512, avx512vnni) lowers it. Read once. Throws std::invalid_argument when the variable names an
 // unknown or unavailable set.
 Isa selected_isa();
 
@@ -24,25 +24,20 @@ bool isa_supported(Isa isa);
 
 }  // namespace xcos::cpu
 
+// Weak: null where a build leaves the set out (CMakeLists.txt, XCOS_CPU_ISAS).
+#define XCOS_CPU_KERNEL_OF(isa, name, parameters) \
+  namespace isa {                                 \
+  __attribute__((weak)) void name parameters;     \
+  }
 #if defined(XCOS_HAVE_X86_ISAS)
-#define XCOS_CPU_KERNEL(name, parameters) \
-  namespace baseline {                    \
-  void name parameters;                   \
-  }                                       \
-  namespace avx2 {                        \
-  void name parameters;                   \
-  }                                       \
-  namespace avx512 {                      \
-  void name parameters;                   \
-  }                                       \
-  namespace avx512vnni {                  \
-  void name parameters;                   \
-  }                                       \
+#define XCOS_CPU_KERNEL(name, parameters)          \
+  XCOS_CPU_KERNEL_OF(baseline, name, parameters)   \
+  XCOS_CPU_KERNEL_OF(avx2, name, parameters)       \
+  XCOS_CPU_KERNEL_OF(avx512, name, parameters)     \
+  XCOS_CPU_KERNEL_OF(avx512vnni, name, parameters) \
   void name parameters;
 #else
-#define XCOS_CPU_KERNEL(name, parameters) \
-  namespace baseline {                    \
-  void name parameters;                   \
-  }                                       \
+#define XCOS_CPU_KERNEL(name, parameters)        \
+  XCOS_CPU_KERNEL_OF(baseline, name, parameters) \
   void name parameters;
 #endif

@@ -30,7 +30,7 @@ from xcos_ext.gallery.layout import Layout
 from xcos_ext.gallery.snapshot import Snapshot
 from xcos_ext.gallery.stream import even_parts, stream
 from xcos_ext.gallery.tiles import TileCache
-from xcos_ext.io.errors import GalleryError, LostRankError
+from xcos_ext.io.errors import GalleryError, LostRankError, XCosError
 
 pytestmark = [pytest.mark.process, pytest.mark.usefixtures("one_thread")]
 
@@ -243,6 +243,9 @@ def test_without_a_process_group_it_is_one_process(gallery_path: Path, monkeypat
             assert_same(gallery.search(probes(), **options), alone.search(probes(), **options), "alone")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(GalleryError, match=r"group: expected a process group, got none; call torch.distributed.init"):
+        ShardedGallery.open(gallery_path)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(XCosError, match=r"^WORLD_SIZE: expected a whole number from 1 on, got 'two'$"):
         ShardedGallery.open(gallery_path)
 
 

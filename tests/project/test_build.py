@@ -111,6 +111,41 @@ def test_scripts_of_versions_say_how_they_are_called(script):
     assert done.returncode == 2 and f"tests/{script} VERSION [FOLDER]" in done.stderr and done.stdout == ""
 
 
+def test_sanitizers_say_how_they_are_called():
+    done = subprocess.run([str(REPOSITORY / "tests" / "sanitizers.sh"), "--all"], capture_output=True, text=True)
+    assert done.returncode == 2 and "tests/sanitizers.sh [--short]" in done.stderr and done.stdout == ""
+
+
+def test_unknown_instruction_sets_are_refused(tmp_path):
+    result = configure(tmp_path, "-DXCOS_CUDA=off", "-DXCOS_CPU_ISAS=baseline;sse9")
+    assert result.returncode != 0 and "XCOS_CPU_ISAS: expected sets from" in result.stderr
+    assert "got sse9" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("XCOS_BUILD_JOBS", "two", "XCOS_BUILD_JOBS: expected a whole number from 1 on, got 'two'"),
+        ("XCOS_BUILD_JOBS", "0", "XCOS_BUILD_JOBS: expected a whole number from 1 on, got '0'"),
+        ("CMAKE_ARGS", "'-DA", "CMAKE_ARGS: expected arguments as in a shell, got No closing quotation"),
+    ],
+)
+def test_settings_of_a_build_are_named(name, value, message, tmp_path):
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-lib",
+        str(tmp_path),
+        "--build-temp",
+        str(tmp_path),
+    ]
+    environment = {**os.environ, name: value}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
+    assert done.returncode != 0 and done.stderr.splitlines()[-1] == message
+
+
 def test_another_torch_to_build_against(tmp_path):
     """XCOS_TORCH_DIR stands for the installed one, and is named where it is none."""
     code = f"import os, runpy; os.environ['XCOS_TORCH_DIR'] = {str(tmp_path)!r}; import setuptools; "

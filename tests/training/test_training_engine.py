@@ -25,7 +25,7 @@ from xcos_ext.io.errors import ModelError, XCosError
 from xcos_ext.training import BatchIndex, TrainConfig, train
 from xcos_ext.training.engine import warmup_cosine
 from xcos_ext.training.optimiser import MuonAdamW, orthogonalised
-from xcos_ext.training.parallel import prefetch
+from xcos_ext.training.parallel import prefetch, processes
 from xcos_ext.training.settings import ConfigError
 from xcos_ext.training.state import averaged_model
 
@@ -439,3 +439,20 @@ def test_muon_is_torchs_but_for_its_bfloat16() -> None:
             parameter.grad = gradient.clone()
             optimiser.step()
     assert float((ours - theirs).detach().norm() / (ours.detach() - start).norm()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("WORLD_SIZE", "two", "WORLD_SIZE: expected a whole number from 1 on, got 'two'"),
+        ("WORLD_SIZE", "0", "WORLD_SIZE: expected a whole number from 1 on, got '0'"),
+        ("RANK", "2", "RANK: expected a whole number from 0 to 1, got '2'"),  # torch would wait for ever
+        ("LOCAL_RANK", "-1", "LOCAL_RANK: expected a whole number from 0 on, got '-1'"),
+    ],
+)
+def test_variables_of_torchrun_are_named(name: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(XCosError) as error, processes(torch.device("cpu")):
+        pass
+    assert str(error.value) == expected

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from xcos_ext.io.text import first_line
+
 from . import options
 from .console import TROUBLE, print_json, print_rows
 
@@ -65,6 +67,8 @@ def collect() -> dict[str, Any]:
 def _try(probe: Callable[[], Any]) -> Any:
     try:
         return probe()
+    except ValueError as error:  # it names what is wrong: a variable of the environment
+        return {"error": first_line(error, None)}
     except Exception as error:
         text = str(error).splitlines()
         return {"error": f"{type(error).__name__}: {text[0]}" if text else type(error).__name__}

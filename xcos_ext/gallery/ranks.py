@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from xcos_ext.io.environment import whole_number
 from xcos_ext.io.errors import GalleryError, LostRankError
 from xcos_ext.io.text import first_line
 
@@ -50,7 +51,7 @@ class Ranks:
         self._broken: GalleryError | None = None
         self.rank, self.world = 0, 1
         if group is None and not (dist.is_available() and dist.is_initialized()):
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            if whole_number("WORLD_SIZE", 1, least=1) > 1:
                 call = "torch.distributed.init_process_group()"
                 raise GalleryError(f"{_WHO}: group: expected a process group, got none; call {call} first")
             return

@@ -60,6 +60,7 @@ def _load() -> Any:
             f"the compiled part of xcos_ext could not be loaded ({error}). Build it against this torch "
             f"({torch.__version__}) from the source folder:  pip install --force-reinstall --no-deps ."
         ) from error
+    _C.build_info()  # a wrong XCOS_CPU_ISA is said now (ValueError): torch would make it a RuntimeError of an operator
     return _C
 
 

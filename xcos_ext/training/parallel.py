@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +11,8 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from xcos_ext.io.environment import whole_number
 
 __all__ = ["Processes", "mean_over_processes", "prefetch", "processes"]
 
@@ -68,15 +69,22 @@ class Processes(NamedTuple):
 
 @contextlib.contextmanager
 def processes(device: torch.device) -> Iterator[Processes]:
-    """Joins the group that ``torchrun`` describes in the environment (NCCL for CUDA, gloo else); alone without it."""
+    """Joins the group that ``torchrun`` describes in the environment (NCCL for CUDA, gloo else); alone without it.
+
+    Raises:
+        XCosError: ``WORLD_SIZE``, ``RANK`` or ``LOCAL_RANK`` holds no number that it may hold.
+    """
     joined = dist.is_available() and dist.is_initialized()
-    if not joined and os.environ.get("WORLD_SIZE", "1") == "1":
-        yield Processes()
-        return
+    local = whole_number("LOCAL_RANK", 0)
     if not joined:
+        world = whole_number("WORLD_SIZE", 1, least=1)
+        if world == 1:
+            yield Processes()
+            return
+        whole_number("RANK", 0, below=world)  # torch itself says which variables are not set
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+        yield Processes(dist.get_rank(), dist.get_world_size(), local)
         if not joined:  # nobody hangs up while another still reads what was last said
             with contextlib.suppress(RuntimeError):  # with the work done, who is gone may be
                 dist.barrier()

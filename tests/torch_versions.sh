@@ -46,9 +46,8 @@ echo "--- test"
 cd "$source/tests"
 status=0
 PATH=$folder/bin:$PATH "$python" -m pytest -q -p no:cacheprovider --show-capture=no \
-  -o pythonpath=support \
   ops/test_{grid_cosine,grid_match,xcos_score,xcos_matrix,xcos_topk,xcos_maps,xcos_head,all_pairs_operators}.py \
-  ops/test_{templates,contracts,numpy,tracing}.py \
+  ops/test_{templates,contracts,numpy,tracing,forward_mode}.py \
   model/test_nn_{attention,matching,model,residual}.py deploy/test_nn_{compiled,inference}.py 2>&1 | tee "$folder/tests.log" || status=$?
 
 echo "| $("$python" -c 'import torch; print(torch.__version__)') | $("$python" -c 'import platform; print(platform.python_version())') \

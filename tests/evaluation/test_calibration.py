@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from drawn import background, draw_face
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,7 @@ from xcos_ext import backbones
 from xcos_ext import evaluation as ev
 from xcos_ext.card import Calibration, FMRCurve
 from xcos_ext.cli.app import xcos
+from xcos_ext.faces import align_face
 from xcos_ext.io.errors import ModelError
 from xcos_ext.model import PlugStatistics, XCosModel, load_model, plug, save_model
 
@@ -133,9 +135,8 @@ def test_bad_calibrations_in_a_file(saved: Path, key: str, value: str) -> None:
 
 
 def verify(model: Path, folder: Path, *more: str) -> Any:
-    rng = np.random.default_rng(0)
-    crop = folder / "crop.png"
-    Image.fromarray(rng.integers(0, 256, (112, 112, 3), dtype=np.uint8)).save(crop)
+    crop, photograph = folder / "crop.png", background(240, 240)
+    Image.fromarray(align_face(photograph, draw_face(photograph, (120, 120), 120))).save(crop)
     arguments = ["verify", str(crop), str(crop), "--aligned", "--model", str(model), *more]
     return CliRunner(env={"XCOS_MODEL": None}).invoke(xcos, arguments)
 

@@ -114,7 +114,8 @@ class XCosModel(nn.Module):
         """Whether the range of pixels is checked: where users' own pictures come in, and looking costs next to nothing.
 
         That is evaluation on the CPU (10 microseconds a picture, of milliseconds). On a GPU the host would have to wait
-        for it, training augments pictures as it likes, and no graph may depend on values.
+        for it, training augments pictures as it likes, networks that are trained through this one draw what they draw,
+        and no graph may depend on values.
         """
         return (
             not self.training
@@ -122,6 +123,7 @@ class XCosModel(nn.Module):
             and type(images) in (Tensor, nn.Parameter)  # no stand-ins without values
             and images.device.type == "cpu"
             and images.shape[0] > 0
+            and not images.requires_grad
             and not torch.jit.is_tracing()
             and not torch._C._are_functorch_transforms_active()
         )

@@ -87,8 +87,8 @@ class Preprocessing:
             hint: what to do instead.
 
         Raises:
-            ValueError: pixels outside by more than four times the range, which noise, interpolation and attacks on a
-                network leave a little.
+            ValueError: pixels outside by more than 16 times the range, which noise, interpolation and networks that draw leave
+                a little; 0..255 is 127 times that of -1..1.
 
         >>> ARCFACE.check_normalised(0, 255, "images", "call preprocessing(faces)")
         Traceback (most recent call last):
@@ -96,7 +96,7 @@ class Preprocessing:
         """
         ends = [((end - mean) / std) for end in (0, 1) for mean, std in zip(self.mean, self.std, strict=True)]
         low, high = min(ends), max(ends)
-        slack = 4 * (high - low)
+        slack = 16 * (high - low)
         if math.isfinite(least) and math.isfinite(most) and (least < low - slack or most > high + slack):
             raise ValueError(
                 f"{argument}: expected pixels normalised to {low:.3g} .. {high:.3g}, got {least:.3g} .. {most:.3g}; "

@@ -115,3 +115,10 @@ def test_a_file_of_a_shipped_models_name_comes_first(tmp_path: Path, monkeypatch
     assert weights_file("local") == "local"
     assert weights_file("other.pt") == "other.pt"
     assert weights_file(None) == default_weights()
+
+
+def test_loading_leaves_random_numbers_alone() -> None:
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    load_model()
+    assert torch.equal(torch.random.get_rng_state(), before)

@@ -136,6 +136,15 @@ def test_errors_name_argument_expected_and_got() -> None:
         XCosModel(backbones.create("mobilefacenet", output=False), XCosHead()).eval().embedding(good)
     with pytest.raises(ValueError, match="threshold: expected a finite number or None"):
         XCosModel(TinyBackbone(), HEADS["norm"](), threshold=float("nan"))
+    model = XCosModel(TinyBackbone(), HEADS["norm"](), threshold=np.float32(0.5))
+    assert type(model.threshold) is float
+    for wrong, error in ((float("inf"), ValueError), ("0.3", TypeError), (True, TypeError)):
+        with pytest.raises(error, match=r"threshold: expected a (finite )?number or None, got"):
+            model.threshold = wrong
+    assert model.threshold == 0.5
+    for nothing in (np.zeros((1, 3, 28, 28), np.float32), None, []):
+        with pytest.raises(TypeError, match=r"images: expected a tensor \[N, 3, 112, 112\], got"):
+            model.features(nothing)
     with pytest.raises(ValueError, match=r"grid: expected \[N, 6, H, W\]"):
         XCosHead(6, 4, attention="uniform").features(torch.randn(1, 5, 7, 7))
     with pytest.raises(ValueError, match="attention: expected 4 channels, got one for 32"):

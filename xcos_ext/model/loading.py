@@ -79,7 +79,7 @@ def _checked(key: str, value: Tensor, path: StrPath) -> Tensor:
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Leaves out what modules do to fill their parameters."""
+    """Leaves out what modules do to fill their parameters, so that the caller's random numbers stay as they are."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -89,6 +89,8 @@ class _Uninitialised(TorchFunctionMode):
             return args[0] if args else kwargs["tensor"]
         if func in (Tensor.normal_, Tensor.uniform_):
             return args[0]
+        if func is torch.randn:
+            return torch.zeros(*args, **kwargs)
         return func(*args, **kwargs)
 
 

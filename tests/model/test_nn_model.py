@@ -142,6 +142,15 @@ def test_errors_name_argument_expected_and_got() -> None:
         with pytest.raises(error, match=r"threshold: expected a (finite )?number or None, got"):
             model.threshold = wrong
     assert model.threshold == 0.5
+    a, b = torch.zeros(1, 4, 7, 7), torch.zeros(2, 4, 7, 7)
+    with pytest.raises(ValueError, match=r"features_b: expected shape \[1, 4, 7, 7\] like features_a, got \[2, 4, 7"):
+        HEADS["symmetric"]().score(a, b)
+    with pytest.raises(TypeError, match="features_a, features_b: expected tensors"):
+        model.score(a.numpy(), b.numpy())  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+        model.features_of([], batch_size=0)
+    with pytest.raises(ValueError, match="in_channels, channels: expected positive integers, got 4 and 0"):
+        XCosHead(4, 0)
     for nothing in (np.zeros((1, 3, 28, 28), np.float32), None, []):
         with pytest.raises(TypeError, match=r"images: expected a tensor \[N, 3, 112, 112\], got"):
             model.features(nothing)

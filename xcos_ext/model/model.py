@@ -161,8 +161,13 @@ class XCosModel(nn.Module):
 
         Returns:
             F [N, C, 7, 7].
+
+        Raises:
+            TypeError, ValueError: pictures of another type or size, or a batch of none.
         """
-        several(pictures, "pictures", "pictures")
+        pictures = list(several(pictures, "pictures", "pictures"))
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         device = module_device(self)
         parts = (pictures[i : i + batch_size] for i in range(0, max(1, len(pictures)), batch_size))
         return torch.cat([self.features(self.preprocessing(part).to(device)) for part in parts])

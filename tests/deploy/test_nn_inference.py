@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import nn
 
 import xcos_ext
 from xcos_ext import backbones
@@ -165,3 +168,25 @@ def test_a_convolution_that_onednn_refuses_leaves_plain_weights(monkeypatch: pyt
         torch.testing.assert_close(ready.features(images), model.features(images), rtol=1e-3, atol=1e-3)
     with torch.backends.mkldnn.flags(enabled=False):
         assert not can_pack()
+
+
+def test_models_are_prepared_in_threads_while_others_run() -> None:
+    """While torch.fx follows a network, it patches nn.Module for every thread."""
+    model, images = make("compact"), torch.randn(1, 3, 112, 112)
+    call = nn.Module.__call__
+    with torch.no_grad():
+        wanted = [m.features(images) for m in (model, for_inference(model))]
+
+    def work(i: int) -> torch.Tensor:
+        with torch.no_grad():
+            return (for_inference(model) if i % 2 else model).features(images)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(made, wanted[i % 2]) for i, made in enumerate(pool.map(work, range(12))))
+    assert nn.Module.__call__ is call
+
+
+def test_prepared_models_can_be_pickled() -> None:
+    ready, images = for_inference(make("compact"), packed=False), torch.randn(1, 3, 112, 112)
+    with torch.no_grad():
+        torch.testing.assert_close(pickle.loads(pickle.dumps(ready)).features(images), ready.features(images))

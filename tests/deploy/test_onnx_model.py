@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 
@@ -55,6 +56,7 @@ def test_the_card_is_the_model_s(folder, network):
     assert card.fmr_thresholds == network.fmr_thresholds and card.fmr_curve.pairs == 1000
     assert (card.attention, card.symmetric, card.dtype, card.opset) == ("learned", False, "float32", 18)
     assert "published" in repr(graph)
+    assert pickle.loads(pickle.dumps(graph)).card == card
 
 
 @pytest.mark.thorough

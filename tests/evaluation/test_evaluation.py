@@ -309,6 +309,40 @@ def test_bootstrap_of_pairs_covers_and_repeats() -> None:
     assert found == ev.bootstrap(scores, genuine, ev.Resampling(200), folds, fmrs=(0.1,), replicates=40)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"genuine": [0.5, 1] * 20}, "genuine: expected booleans or 0 and 1"),
+        ({"genuine": ["no", "yes"] * 20}, "genuine: expected booleans or 0 and 1"),
+        ({"scores": np.zeros((40, 1))}, "scores, genuine: expected two equal lengths"),
+        ({"resampling": ev.Resampling(41)}, "scores: expected 41, as many as resampling has pairs, got 40"),
+        ({"fmrs": [0.1, 2]}, r"fmrs: expected rates in \(0, 1\), got 2"),
+        ({"folds": [0] * 40}, "folds: expected 40, at least two of them different"),
+        ({"folds": [0, 1]}, r"folds: expected 40, at least two of them different, got \(2,\)"),
+    ],
+)
+def test_bootstrap_refuses_what_the_figures_refuse(change: dict[str, object], message: str) -> None:
+    given = {"scores": np.linspace(0, 1, 40), "genuine": [0, 1] * 20, "resampling": ev.Resampling(40)} | change
+    with pytest.raises(ValueError, match=message):
+        ev.bootstrap(**given, replicates=20)  # type: ignore[arg-type]
+
+
+def test_nonsense_is_named() -> None:
+    with pytest.raises(ValueError, match="weights: expected 2 numbers that are not negative"):
+        ev.error_curves([0.9, 0.1], [1, 0], [-1, 1])
+    with pytest.raises(ValueError, match=r"people: expected two sides of 3, one a pair, got lengths \[3, 2\]"):
+        ev.Resampling(3, (np.zeros(3, np.int64), np.zeros(2, np.int64)))
+    with pytest.raises(ValueError, match="impostors: expected at least one pair, got 0"):
+        ev.roc_figure({}, 0)
+    with pytest.raises(TypeError, match="score: expected a number, got str"):
+        ev.fmr_curve([0.1, 0.2]).at("x")  # type: ignore[arg-type]
+    model, cells = XCosModel(nn.Identity(), XCosHead(4, 4, attention="norm")).eval(), torch.randn(60, 4, 7, 7)
+    people = [str(i) for i in range(60)]
+    with pytest.raises(ValueError, match=r"decision_fmr, fmrs: expected rates in \(0, 1\), got 0"):
+        ev.calibrate(model, cells, people, decision_fmr=0)
+    assert not ev.calibrate(model, cells, people, decision_fmr=0.05, fmrs=()).fmr
+
+
 def test_bootstrap_of_people() -> None:
     first, second = np.array([0, 1, 0, 2]), np.array([0, 1, 1, 0])
     resampling = ev.Resampling(4, (first, second))

@@ -500,3 +500,19 @@ def test_real_pairs(shared_data: Path) -> None:
     mean = {name: float(np.mean([drop[name] for drop in drops])) for name in drops[0]}
     lower = mean["mouth"] + mean["chin"]
     assert lower > 0 and lower > mean["forehead"]
+
+
+@pytest.mark.parametrize("threshold", [np.float32(0.25), np.float64(0.25), 0, 1e17])
+def test_numbers_of_numpy_and_extreme_thresholds_are_drawn_and_written(threshold: Any) -> None:
+    card = ModelCard("toy", None, "0123", "learned")
+    s, w = np.full((2, 2), 0.5, np.float16), np.full((2, 2), 0.25, np.float16)
+    e = Explanation(s, w, np.float16(0.5), threshold, Face(), Face(), card)
+    assert json.loads(e.to_json())["same"] is bool(threshold < 1)
+    assert e.figure() and e.to_html()
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(TypeError, match="model: expected an XCosModel or an OnnxModel, got NoneType"):
+        explain(None, crop(1), crop(2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="names: expected two, of a and b, got 1"):
+        explain(toy(), crop(1), crop(2), names=("a",))  # type: ignore[arg-type]

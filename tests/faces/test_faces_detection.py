@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from drawn import background, draw_face, portrait
 from PIL import Image
 
@@ -324,3 +326,13 @@ def test_import_is_light() -> None:
     code = "import sys, xcos_ext.faces; print([m for m in ('cv2', 'PIL', 'torch', 'matplotlib') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+def test_detectors_leave_torch_alone_and_can_be_pickled() -> None:
+    before = torch.random.get_rng_state()
+    with torch.device("meta"):
+        made = CascadeDetector()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    picture = portrait()
+    (again,), (wanted,) = pickle.loads(pickle.dumps(made)).detect(picture), made.detect(picture)
+    assert again.box == wanted.box

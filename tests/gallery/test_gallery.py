@@ -720,6 +720,10 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         ({"where": "nonsense = ("}, "where: expected an SQL condition"),
         ({"where": "no_column = 1"}, "where: expected an SQL condition"),
         ({"where": 3}, "where: expected a filter"),
+        *(
+            ({"where": f"person = 'p1'{more}"}, "where: expected an SQL condition")
+            for more in ("; person = 'p2'", " person", " LIMIT 1", " ORDER BY id", ")", " WHERE id = 'f1'")
+        ),
         ({"groups": ["a"]}, "groups: expected 9 labels like probes, got 1"),
         ({"groups": ["a"] * 9, "fusion": "min"}, "fusion: expected 'max' or 'mean', got 'min'"),
         ({"by": "face", "person_fusion": "sum"}, "person_fusion: expected 'max' or 'mean', got 'sum'"),
@@ -727,6 +731,8 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         ({"rerank": 3}, "rerank: expected an int from k = 10 to 2048, got 3"),
         ({"rerank": 100, "coarse": "learned"}, "coarse: expected 'uniform', 'norm' or an index, got 'learned'"),
         ({"rerank": 100, "by": "person"}, "rerank: expected None in a search by person"),
+        ({"groups": [["a"]] * 9}, "groups: expected labels such as texts or numbers, got list"),
+        ({"exclude": [None] * 9}, "exclude: expected ids, or a list of ids for each probe"),
         ({"exclude": [["f1"]]}, "exclude: expected ids, or 9 lists like probes, got 1 lists"),
         ({"attention": "learned"}, "attention: expected"),
         ({"attention": torch.ones(2, 2)}, "attention"),
@@ -735,8 +741,42 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_arguments_of_a_search(enrolled: Enrolled, options: dict[str, Any], message: str) -> None:
-    with pytest.raises((GalleryError, RuntimeError), match=re.escape(message)):
+    with pytest.raises((GalleryError, RuntimeError, TypeError), match=re.escape(message)):
         enrolled.gallery.search(enrolled.probes, **{"k": 10, **options})
+
+
+def test_conditions_may_have_comments_and_lines(enrolled: Enrolled) -> None:
+    wanted = enrolled.gallery.search(enrolled.probes, 3, where="person = 'p1'").ids
+    for where in ("person = 'p1' -- a note", "person\n= 'p1'\n", "(person = 'p1')", "person = 'p1' /* ; */"):
+        assert enrolled.gallery.search(enrolled.probes, 3, where=where).ids == wanted
+
+
+def test_arguments_that_would_be_taken_for_others(enrolled: Enrolled) -> None:
+    gallery = enrolled.gallery
+    with pytest.raises(TypeError, match="positions: expected integers, got float64"):
+        gallery.templates_at([1.5])
+    with pytest.raises(GalleryError, match=r"gallery.ids_of: person: expected text, got int"):
+        gallery.ids_of(5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"gallery.dedupe: threshold: expected a number, got str"):
+        gallery.dedupe("x")  # type: ignore[arg-type]
+    labels = [0, 0, 1, 1, 2, 2, 3, 3, 4]
+    fused = gallery.search(enrolled.probes, 2, groups=labels)
+    assert gallery.search(enrolled.probes, 2, groups=torch.tensor(labels)).ids == fused.ids  # type: ignore[arg-type]
+    assert gallery.search(enrolled.probes, 2, exclude=iter(["f1"])).ids  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("setting", ["autocast", "default device"])
+def test_torch_s_settings_are_the_caller_s(enrolled: Enrolled, tmp_path: Path, setting: str) -> None:
+    """A gallery's rows are on the CPU, whatever the default device is; fp16 is fp16 under autocast."""
+    gallery, options = enrolled.gallery, {"groups": [0] * 9, "explain": True, "exclude": ["f7"]}
+    with torch.autocast("cpu", torch.bfloat16) if setting == "autocast" else torch.device("meta"):
+        copied = Gallery.create(tmp_path / "copy", enrolled.faces)
+        copied.add(names(300), enrolled.faces, persons=enrolled.persons)
+        found = [copied.search(enrolled.probes, 3, **more) for more in ({}, options, {"by": "person"})]
+        assert copied.verify()["ok"] and len(copied.get(["f3"])[0]) == 1
+    wanted = [gallery.search(enrolled.probes, 3, **more) for more in ({}, options, {"by": "person"})]
+    assert [hits.ids for hits in found] == [hits.ids for hits in wanted]
+    copied.close()
 
 
 def test_wrong_roles(enrolled: Enrolled) -> None:

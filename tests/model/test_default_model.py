@@ -115,3 +115,26 @@ def test_a_file_of_a_shipped_models_name_comes_first(tmp_path: Path, monkeypatch
     assert weights_file("local") == "local"
     assert weights_file("other.pt") == "other.pt"
     assert weights_file(None) == default_weights()
+
+
+def test_loading_leaves_random_numbers_alone() -> None:
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    load_model()
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_what_cannot_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    model, file = load_model(), tmp_path / "kept.safetensors"
+    save_model(model, file)
+    before = file.read_bytes()
+    model.fmr_thresholds = {0.1: float("nan")}
+    with pytest.raises(ModelError, match="model: fmr_thresholds: expected rates"):
+        save_model(model, file)
+    model.fmr_thresholds = {}
+    next(model.parameters()).data.fill_(float("nan"))
+    with pytest.raises(ModelError, match="model: expected finite weights, got NaN or infinity in 1 tensors: backbone"):
+        save_model(model, file)
+    assert file.read_bytes() == before
+    with pytest.raises(TypeError, match="path: expected the path of a weights file or a shipped model's name, got int"):
+        load_model(5)  # type: ignore[arg-type]

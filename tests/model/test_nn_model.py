@@ -136,6 +136,24 @@ def test_errors_name_argument_expected_and_got() -> None:
         XCosModel(backbones.create("mobilefacenet", output=False), XCosHead()).eval().embedding(good)
     with pytest.raises(ValueError, match="threshold: expected a finite number or None"):
         XCosModel(TinyBackbone(), HEADS["norm"](), threshold=float("nan"))
+    model = XCosModel(TinyBackbone(), HEADS["norm"](), threshold=np.float32(0.5))
+    assert type(model.threshold) is float
+    for wrong, error in ((float("inf"), ValueError), ("0.3", TypeError), (True, TypeError)):
+        with pytest.raises(error, match=r"threshold: expected a (finite )?number or None, got"):
+            model.threshold = wrong
+    assert model.threshold == 0.5
+    a, b = torch.zeros(1, 4, 7, 7), torch.zeros(2, 4, 7, 7)
+    with pytest.raises(ValueError, match=r"features_b: expected shape \[1, 4, 7, 7\] like features_a, got \[2, 4, 7"):
+        HEADS["symmetric"]().score(a, b)
+    with pytest.raises(TypeError, match="features_a, features_b: expected tensors"):
+        model.score(a.numpy(), b.numpy())  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
+        model.features_of([], batch_size=0)
+    with pytest.raises(ValueError, match="in_channels, channels: expected positive integers, got 4 and 0"):
+        XCosHead(4, 0)
+    for nothing in (np.zeros((1, 3, 28, 28), np.float32), None, []):
+        with pytest.raises(TypeError, match=r"images: expected a tensor \[N, 3, 112, 112\], got"):
+            model.features(nothing)
     with pytest.raises(ValueError, match=r"grid: expected \[N, 6, H, W\]"):
         XCosHead(6, 4, attention="uniform").features(torch.randn(1, 5, 7, 7))
     with pytest.raises(ValueError, match="attention: expected 4 channels, got one for 32"):

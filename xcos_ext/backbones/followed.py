@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from xcos_ext.io.errors import ModelError
 
 from .plain import altered
 
-__all__ = ["BATCH_NORMS", "Followed", "follow"]
+__all__ = ["BATCH_NORMS", "Followed", "follow", "graph_of"]
 
 #: Modules that a map is taken from in front of: as in the networks of the package, they belong to the output block.
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.Identity)
@@ -34,21 +35,67 @@ _AFFINE_FUNCTIONS = (
 _AFFINE_METHODS = ("flatten", "view", "reshape", "mean", "squeeze", "size", "contiguous", "permute", "dim")
 
 
-class _Tracer(fx.Tracer):
+_TRACING = threading.RLock()
+
+
+class _OneThread(fx.Tracer):
+    """Follows what its own thread calls, and nothing else.
+
+    While torch.fx traces, ``nn.Module`` itself is patched, for every thread: another one that runs a model then would
+    be traced, too, and two that trace could leave the patch behind for good.
+    """
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """As fx does it, one at a time."""
+        with _TRACING:
+            self._owner = threading.get_ident()
+            graph = super().trace(root, concrete_args)
+        for node in graph.nodes:
+            if isinstance(node.type, str):  # of postponed annotations; a graph with them cannot be pickled
+                node.type = None
+        return graph
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Others' modules are called."""
+        if threading.get_ident() != self._owner:
+            return forward(*args, **kwargs)
+        return self.follow_module(m, forward, args, kwargs)
+
+    def follow_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What is done with a module of this thread."""
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Others get what they asked for."""
+        if threading.get_ident() != self._owner:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+def graph_of(module: nn.Module) -> fx.GraphModule:
+    """``torch.fx.symbolic_trace`` for programs with several threads; the result can be pickled."""
+    return fx.GraphModule(module, _OneThread().trace(module), type(module).__name__)
+
+
+class _Tracer(_OneThread):
     """Follows a network, keeps whole what cannot be followed, and remembers what every submodule gave."""
 
     def __init__(self) -> None:
         super().__init__()
         self.given: dict[str, list[Any]] = {}
 
-    def call_module(
+    def follow_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """As fx does it, but a submodule whose forward cannot be followed becomes one node."""
         path = self.path_of_module(m)
         known, stack = set(self.graph.nodes), self.module_stack.copy()
         try:
-            made = super().call_module(m, forward, args, kwargs)
+            made = super().follow_module(m, forward, args, kwargs)
         except Exception:  # whatever a network does with a value that is not there
             for node in reversed([n for n in self.graph.nodes if n not in known]):
                 self.graph.erase_node(node)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Calibration", "FMRAtScore", "FMRCurve"]
+__all__ = ["Calibration", "FMRAtScore", "FMRCurve", "check_threshold"]
 
 
 class FMRAtScore(NamedTuple):
@@ -95,9 +95,14 @@ class FMRCurve:
         """The rate at which pairs of different people reach a score.
 
         Raises:
+            TypeError: not a number.
             ValueError: a score that is not finite.
         """
-        if not math.isfinite(score):
+        try:
+            finite = math.isfinite(score)
+        except TypeError:
+            raise TypeError(f"score: expected a number, got {type(score).__name__}") from None
+        if not finite:
             raise ValueError(f"score: expected a finite number, got {score}")
         if score > self.scores[-1]:
             return FMRAtScore(self.smallest, self.smallest, False)
@@ -136,6 +141,22 @@ def checked_thresholds(data: Mapping[Any, Any]) -> dict[float, float]:
     if ordered != sorted(ordered):
         raise ValueError("expected thresholds that rise as the rate falls")
     return found
+
+
+def check_threshold(threshold: float | None) -> float | None:
+    """A decision threshold, or None.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: not finite.
+    """
+    if threshold is None:
+        return None
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float | np.number):
+        raise TypeError(f"threshold: expected a number or None, got {type(threshold).__name__}")
+    if not math.isfinite(threshold):
+        raise ValueError(f"threshold: expected a finite number or None, got {threshold}")
+    return float(threshold)
 
 
 @dataclass(frozen=True)

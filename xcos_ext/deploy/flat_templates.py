@@ -43,8 +43,8 @@ def from_flat(card: OnnxCard, templates: np.ndarray | torch.Tensor, role: Role =
     known = card.pair_weights
     try:
         parameters = AttentionParameters(
-            weight=torch.tensor(known["weight"], dtype=torch.float32),
-            slope=torch.tensor([known["slope"]], dtype=torch.float32),
+            weight=torch.tensor(known["weight"], dtype=torch.float32, device="cpu"),
+            slope=torch.tensor([known["slope"]], dtype=torch.float32, device="cpu"),
             temperature=float(known["temperature"]),
             normalize=known["normalize"],
             symmetric=bool(known["symmetric"]),

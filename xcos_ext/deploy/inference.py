@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from xcos_ext.backbones.followed import graph_of
 from xcos_ext.backbones.plain import altered, altered_part, batch_statistics
 from xcos_ext.backbones.recogniser import Recogniser
 from xcos_ext.model.head import ClosedFormHead, XCosHead
@@ -213,7 +214,7 @@ class _Prepared(nn.Module):
 
     def prepare_cpu(self, size: tuple[int, int], packed: bool) -> None:
         """Find how many pictures to take at a time, and pack the weights where oneDNN can."""
-        images = torch.zeros(1, 3, *size, dtype=self.dtype).to(memory_format=torch.channels_last)
+        images = torch.zeros(1, 3, *size, dtype=self.dtype, device="cpu").to(memory_format=torch.channels_last)
         largest = max(made.nbytes for made in _Shapes(self.body, images).found.values())
         self.piece = max(1, _LARGEST_ALLOCATION // max(1, largest))
         if packed and can_pack(self.dtype):
@@ -304,7 +305,8 @@ def for_inference(model: XCosModel, dtype: torch.dtype | None = torch.float32, *
         raise ValueError(f"dtype: expected float32, bfloat16, float16 or None, got {dtype}")
     if not getattr(model.backbone, "traceable", True) or altered_part(model.backbone) or batch_statistics(model):
         return copy.deepcopy(model).requires_grad_(False)
-    body = fuse(_Body(copy.deepcopy(model.backbone))).to(dtype).requires_grad_(False).eval()
+    graph = graph_of(_Body(copy.deepcopy(model.backbone)))
+    body = fuse(graph, inplace=True, no_trace=True).to(dtype).requires_grad_(False).eval()
     body.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ready = copy.copy(model)
     ready._modules = dict(model._modules)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -80,6 +81,11 @@ class OnnxModel:
         if missing:
             raise ValueError(f"providers: expected some of {', '.join(known)}, got {', '.join(missing)}")
         self._session, self._where = session_of(proto, where, threads, chosen), where
+        self._made_from = partial(type(self), os.path.abspath(where), threads=threads, providers=providers)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, also in another process, reads the file for itself."""
+        return self._made_from, ()
 
     def fingerprint(self) -> str:
         """Of the model that the graph was made of."""

@@ -12,7 +12,7 @@ from xcos_ext.io.optional import need
 from xcos_ext.io.several import several
 
 from .figures import Estimate, Interval
-from .verification import ErrorCurves, crossing, error_curves
+from .verification import ErrorCurves, checked_scores, crossing, error_curves
 
 __all__ = ["Estimator", "Resampling", "accept_rate", "bootstrap", "check_resampling", "percentile_interval"]
 
@@ -48,9 +48,16 @@ class Resampling:
     Args:
         pairs: number of pairs.
         people: integers [N], [N]: the two people of every pair, or None.
+
+    Raises:
+        ValueError: people of another number of pairs.
     """
 
     def __init__(self, pairs: int, people: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None) -> None:
+        if people is not None and [len(side) for side in people] != [pairs, pairs]:
+            lengths = [len(side) for side in people]
+            raise ValueError(f"people: expected two sides of {pairs}, one a pair, got lengths {lengths}")
+        self.pairs = pairs
         self.unit = "pairs" if people is None else "people"
         sides = [np.arange(pairs)] * 2 if people is None else people
         names, inverse = np.unique(np.concatenate(sides), return_inverse=True)
@@ -141,16 +148,23 @@ def bootstrap(
         ``"accuracy"`` (with folds), ``"auc"``, ``"eer"`` and ``"tar@<rate>"`` -> interval.
 
     Raises:
-        ValueError: fewer than 20 replicates, a confidence outside (0, 1), or pairs too few to be resampled.
+        ValueError: scores or labels as there, another number of them than ``resampling`` draws, fewer than 20
+            replicates, a confidence outside (0, 1), or pairs too few to be resampled.
     """
     if replicates < 20:
         raise ValueError(f"replicates: expected at least 20, got {replicates}")
     check_resampling(replicates, confidence)
-    several(fmrs, "fmrs", "numbers")
-    values, labels = np.asarray(scores, np.float64), np.asarray(genuine, bool)
+    for rate in several(fmrs, "fmrs", "numbers"):
+        if not 0 < rate < 1:
+            raise ValueError(f"fmrs: expected rates in (0, 1), got {rate}")
+    values, labels = checked_scores(scores, genuine)
+    if values.size != resampling.pairs:
+        raise ValueError(f"scores: expected {resampling.pairs}, as many as resampling has pairs, got {values.size}")
     prepared: list[_Fold] = []
     if folds is not None:
         names = np.unique(np.asarray(folds))
+        if np.shape(folds) != values.shape or names.size < 2:
+            raise ValueError(f"folds: expected {values.size}, at least two of them different, got {np.shape(folds)}")
         rows = np.broadcast_to(np.asarray(scores if fold_scores is None else fold_scores), (names.size, values.size))
         prepared = [_Fold(row, labels, np.asarray(folds) == name) for name, row in zip(names, rows, strict=True)]
     area = need("sklearn.metrics", "evaluation").auc

@@ -173,18 +173,22 @@ def calibrate(
         The calibration, for :meth:`xcos_ext.XCosModel.set_calibration` or :class:`~xcos_ext.model.PlugStatistics`.
 
     Raises:
-        ValueError: too few impostor pairs for the smallest rate (fewer than 30 expected false matches).
+        ValueError: a rate outside (0, 1), or too few impostor pairs for the smallest (fewer than 30 expected false
+            matches).
     """
-    several(fmrs, "fmrs", "numbers")
+    rates = [decision_fmr, *several(fmrs, "fmrs", "numbers")]
+    for rate in rates:
+        if not 0 < rate < 1:
+            raise ValueError(f"decision_fmr, fmrs: expected rates in (0, 1), got {rate}")
     scores, genuine = all_pair_scores(model, features, people)
     impostors = scores[~genuine]
-    smallest = min(decision_fmr, *fmrs)
+    smallest = min(rates)
     if impostors.size * smallest < _EXPECTED_MATCHES:
         raise ValueError(
             f"people: {impostors.size} impostor pairs cannot tell a false match rate of {smallest:g}; "
             f"at least {int(np.ceil(_EXPECTED_MATCHES / smallest))} are needed"
         )
-    at = {rate: fmr_threshold(impostors, rate) for rate in {*fmrs, decision_fmr}}
+    at = {rate: fmr_threshold(impostors, rate) for rate in set(rates)}
     _, ids = np.unique(np.asarray(people), return_inverse=True)
     first, second = (ids[side][~genuine] for side in np.triu_indices(len(people), 1))
     return Calibration(

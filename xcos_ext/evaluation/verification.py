@@ -48,7 +48,8 @@ __all__ = [
 Floats = NDArray[np.float64]
 
 
-def _split(scores: ArrayLike, genuine: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
+def checked_scores(scores: ArrayLike, genuine: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
+    """Scores and labels that figures can be made of; the module's docstring says which."""
     values = np.asarray(scores, dtype=np.float64)
     labels = np.asarray(genuine)
     if values.ndim != 1 or labels.shape != values.shape:
@@ -88,7 +89,9 @@ def error_curves(scores: ArrayLike, genuine: ArrayLike, weights: ArrayLike | Non
     >>> [part.tolist() for part in curves]
     [[0.1, 0.6, 0.7, 0.9, inf], [1.0, 0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5, 1.0]]
     """
-    values, labels = _split(scores, genuine)
+    values, labels = checked_scores(scores, genuine)
+    if weights is not None and (np.shape(weights) != values.shape or not (np.asarray(weights) >= 0).all()):
+        raise ValueError(f"weights: expected {values.size} numbers that are not negative")
     fpr, tpr, thresholds = need("sklearn.metrics", "evaluation").roc_curve(
         labels, values, sample_weight=weights, drop_intermediate=False
     )
@@ -101,7 +104,7 @@ def auc(scores: ArrayLike, genuine: ArrayLike) -> float:
     >>> auc([0.9, 0.6, 0.7, 0.1], [1, 1, 0, 0])
     0.75
     """
-    values, labels = _split(scores, genuine)
+    values, labels = checked_scores(scores, genuine)
     return float(need("sklearn.metrics", "evaluation").roc_auc_score(labels, values))
 
 
@@ -142,7 +145,7 @@ def best_threshold(scores: ArrayLike, genuine: ArrayLike) -> float:
     >>> round(best_threshold([0.9, 0.7, 0.3, 0.1], [1, 1, 0, 0]), 3)
     0.5
     """
-    values, labels = _split(scores, genuine)
+    values, labels = checked_scores(scores, genuine)
     distinct = np.unique(values)
     ends = np.nextafter(distinct[[0, -1]], [-np.inf, np.inf])
     options = np.concatenate((ends[:1], (distinct[:-1] + distinct[1:]) / 2, ends[1:]))
@@ -195,7 +198,7 @@ def kfold_accuracy(scores: ArrayLike, genuine: ArrayLike, folds: ArrayLike) -> K
         raise ValueError(f"folds: expected at least two, got {names.size}")
     thresholds, accuracies = [], []
     for name, row in zip(names, rows, strict=True):
-        values, labels = _split(row, genuine)
+        values, labels = checked_scores(row, genuine)
         test = fold == name
         threshold = best_threshold(values[~test], labels[~test])
         thresholds.append(threshold)
@@ -293,7 +296,7 @@ def operating_point(scores: ArrayLike, genuine: ArrayLike, fmr: float) -> Operat
     >>> point.tar, point.fmr, point.resolved
     (1.0, 0.5, True)
     """
-    values, labels = _split(scores, genuine)
+    values, labels = checked_scores(scores, genuine)
     impostors = values[~labels]
     threshold = fmr_threshold(impostors, fmr)
     false_matches = int((impostors >= threshold).sum())
@@ -359,7 +362,7 @@ def verification(
         ValueError: as in the single functions.
     """
     several(fmrs, "fmrs", "numbers")
-    values, labels = _split(scores, genuine)
+    values, labels = checked_scores(scores, genuine)
     equal = eer(values, labels)
     return VerificationReport(
         pairs=int(values.size),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Maps", "check_threshold", "contribution", "one_pair"]
+__all__ = ["Maps", "contribution", "one_pair"]
 
 
 class Maps(NamedTuple):
@@ -16,22 +15,6 @@ class Maps(NamedTuple):
     score: float
     similarity: np.ndarray
     attention: np.ndarray
-
-
-def check_threshold(threshold: float | None) -> float | None:
-    """A decision threshold, or None.
-
-    Raises:
-        TypeError: not a number.
-        ValueError: not finite.
-    """
-    if threshold is None:
-        return None
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float | np.number):
-        raise TypeError(f"threshold: expected a number or None, got {type(threshold).__name__}")
-    if not math.isfinite(threshold):
-        raise ValueError(f"threshold: expected a finite number or None, got {threshold}")
-    return float(threshold)
 
 
 def contribution(similarity: np.ndarray, attention: np.ndarray, threshold: float) -> np.ndarray:

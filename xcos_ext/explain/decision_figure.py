@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xcos_ext.card.calibration import check_threshold
 from xcos_ext.io.optional import need
 from xcos_ext.io.text import number, shorten, signed
 
-from .decision import Maps, check_threshold, contribution, one_pair
+from .decision import Maps, contribution, one_pair
 from .plotting import AGAINST, FAINT, FOR, INK, RDBU, YLGN, Scale, bare_axes, check_face, colour_map, ink, new_figure
 
 if TYPE_CHECKING:

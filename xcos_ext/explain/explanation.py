@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from xcos_ext.card.calibration import check_threshold
 from xcos_ext.deploy.onnx_model import OnnxModel
 from xcos_ext.devices import module_device
 from xcos_ext.io.several import several
 from xcos_ext.io.text import percent, printable, short_name, signed
 
-from .decision import check_threshold, one_pair
 from .decision import contribution as contribution_of
+from .decision import one_pair
 from .regions import Region, cell_parts, checked_landmarks, summarise
 
 if TYPE_CHECKING:
@@ -180,8 +181,9 @@ class Explanation:
         score = math.fsum((attention * similarity).ravel().tolist())
         if abs(score - self.model_score) > slack * max(1.0, float(np.abs(similarity).max())):
             raise ValueError(f"model_score: expected {score:.9g}, which sum W * S gives, got {self.model_score:.9g}")
-        decided = check_threshold(self.threshold) is not None
-        origin = self.threshold or 0.0
+        threshold = check_threshold(self.threshold)
+        decided = threshold is not None
+        origin = threshold or 0.0
         added = contribution_of(similarity, attention, origin)
         margin = math.fsum(added.ravel().tolist())
         if abs(margin - (score - origin)) > _ROUNDING * max(1.0, abs(score), abs(origin)):
@@ -193,6 +195,8 @@ class Explanation:
         size = (112, 112) if picture is None else picture.shape[:2]
         parts = cell_parts(similarity.shape, size, np.mean(known, axis=0) if known else None)
         computed = {
+            "threshold": threshold,
+            "model_score": maps.score,
             "similarity": similarity,
             "attention": attention,
             "score": score,
@@ -455,9 +459,11 @@ def explain(
         :class:`Explanation`; ``.figure()``, ``.to_html()``, ``.to_json()``.
 
     Raises:
-        TypeError: a face that is not a uint8 array.
+        TypeError: something else than a model, or a face that is not a uint8 array.
         ValueError: a face of another shape, a model in training mode, or one that gives values that are not finite.
     """
+    if not hasattr(model, "preprocessing"):
+        raise TypeError(f"model: expected an XCosModel or an OnnxModel, got {type(model).__name__}")
     if model.training:
         raise ValueError("model: expected evaluation mode, got training mode; call .eval() first")
     size = model.preprocessing.size
@@ -468,7 +474,8 @@ def explain(
             )
         if face.shape != (*size, 3):
             raise ValueError(f"{argument}: expected an aligned face [{size[0]}, {size[1]}, 3], got {list(face.shape)}")
-    several(names, "names")
+    if len(several(names, "names")) != 2:
+        raise ValueError(f"names: expected two, of a and b, got {len(names)}")
     chosen = check_threshold(threshold)
     points = [
         None if p is None else checked_landmarks(p, size, f"landmarks_{which}")

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from xcos_ext.card.calibration import check_threshold
 from xcos_ext.devices import module_device
 from xcos_ext.io.atomic import check_output, write_atomically
 from xcos_ext.io.optional import need
 from xcos_ext.io.several import several
 from xcos_ext.io.text import printable
 
-from .decision import check_threshold
 from .explanation import ModelCard, features_of_faces
 from .page import picture_uri, render
 from .pairs_file import ReportPair

@@ -88,7 +88,8 @@ class Scale:
 
     def place(self, value: float) -> float:
         """Where a number lies: 0 at the low end, 1 at the high one."""
-        return (value - self.low) / (self.high - self.low)
+        span = self.high - self.low
+        return (value - self.low) / span if span > 0 else 0.5  # the ends differ by less than rounding
 
     def at(self, place: float) -> str:
         """The colour at a place between the ends."""

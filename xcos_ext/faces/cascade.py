@@ -65,6 +65,10 @@ class CascadeBoxes:
     def __init__(self) -> None:
         self._cascades = {name: _load(name) for name in _BOXES}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, also in another process, loads OpenCV's objects for itself."""
+        return type(self), ()
+
     def find(self, grey: np.ndarray, search: Search, roll: float = 0.0) -> np.ndarray:
         """Rough transforms from the picture to the template, one for each box, [N, 2, 3].
 

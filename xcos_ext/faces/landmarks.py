@@ -142,7 +142,9 @@ def load_network(path: str | os.PathLike[str]) -> LandmarkNetwork:
     if found != (_FORMAT, _VERSION):
         raise ModelError(f"{path}: expected landmark weights of version {_VERSION}, got {found[0]!r} of {found[1]!r}")
     try:
-        network = LandmarkNetwork(**json.loads(metadata["network"]))
+        # The caller's random numbers stay as they are, and his default device and dtype are his.
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            network = LandmarkNetwork(**json.loads(metadata["network"])).float()
         network.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in tensors.items()})
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ class YuNetDetector:
     def __init__(self, path: str | os.PathLike[str], *, min_score: float = 0.6) -> None:
         if not 0 < min_score < 1:
             raise ValueError(f"min_score: expected a number between 0 and 1, got {min_score}")
+        self._made_from = os.path.abspath(path), min_score
         file = readable_file(path, "a YuNet .onnx file")
         try:
             network = np.frombuffer(file.read_bytes(), np.uint8)
@@ -64,6 +66,11 @@ class YuNetDetector:
             raise ModelError(
                 f"{display_name(path)}: not a YuNet network that OpenCV {cv2.__version__} can run"
             ) from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, also in another process, reads the file for itself."""
+        path, min_score = self._made_from
+        return partial(type(self), path, min_score=min_score), ()
 
     def _run(self, bgr: np.ndarray) -> np.ndarray:
         self._net.setInputSize((bgr.shape[1], bgr.shape[0]))

@@ -20,6 +20,7 @@ from xcos_ext.io.errors import GalleryError
 from xcos_ext.io.optional import gallery_package
 from xcos_ext.io.several import several
 from xcos_ext.model.model import XCosModel
+from xcos_ext.ops._checks import checked_number
 from xcos_ext.ops.templates import Templates
 
 from .dedupe import find_duplicates, symmetric
@@ -224,7 +225,12 @@ class Gallery(Searcher):
             yield from batch.column("id").to_pylist()
 
     def ids_of(self, person: str) -> list[str]:
-        """Ids of a person's faces, by position."""
+        """Ids of a person's faces, by position.
+
+        Raises:
+            GalleryError: not a text.
+        """
+        checked_text(person, "gallery.ids_of: person")
         theirs = gallery_package("pyarrow.compute").field("person") == person
         return [name for b in self.snapshot.scan(["id"], filter=theirs) for name in b.column("id").to_pylist()]
 
@@ -259,6 +265,7 @@ class Gallery(Searcher):
         """Stored templates by their positions, of role "gallery" [N].
 
         Raises:
+            TypeError: a position that is no integer.
             GalleryError: a position outside.
         """
         snapshot = self.snapshot
@@ -487,6 +494,7 @@ class Gallery(Searcher):
             progress: is told (pairs scored, all).
 
         Raises:
+            TypeError: a threshold that is no number.
             GalleryError: no threshold is known; or the head's attention is not symmetric and the gallery was opened
                 without its model, which has to make probes of the stored faces.
 
@@ -498,7 +506,7 @@ class Gallery(Searcher):
             >>> gallery.dedupe(0.9).groups
             [['a', 'a again']]
         """
-        t = self.layout.threshold if threshold is None else float(threshold)
+        t = self.layout.threshold if threshold is None else checked_number("gallery.dedupe", "threshold", threshold)
         if t is None or not math.isfinite(t):
             raise GalleryError(f"gallery.dedupe: threshold: expected a finite number, got {threshold}")
         if self._model is None and not symmetric(self.layout):
@@ -507,7 +515,10 @@ class Gallery(Searcher):
 
 
 def _places(snapshot: Snapshot, positions: Sequence[int]) -> np.ndarray:
-    chosen = np.asarray(positions, np.int64).reshape(-1)
+    given = np.asarray(positions)
+    if given.size and given.dtype.kind not in "iu":
+        raise TypeError(f"positions: expected integers, got {given.dtype}")
+    chosen = given.astype(np.int64).reshape(-1)
     if len(chosen) and not (chosen.min() >= 0 and chosen.max() < snapshot.rows):
         raise GalleryError(f"positions: expected 0 to {snapshot.rows - 1}, got {chosen.min()} to {chosen.max()}")
     return snapshot.places_of(chosen)

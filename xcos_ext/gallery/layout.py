@@ -204,8 +204,8 @@ class Layout:
             if not isinstance(attention, str):
                 wide = result_dtype(dtype)
                 attention = AttentionParameters(
-                    weight=torch.tensor(attention["weight"], dtype=wide),
-                    slope=torch.tensor(attention["slope"], dtype=wide),
+                    weight=torch.tensor(attention["weight"], dtype=wide, device="cpu"),
+                    slope=torch.tensor(attention["slope"], dtype=wide, device="cpu"),
                     temperature=float(attention["temperature"]),
                     normalize=attention["normalize"],
                     symmetric=bool(attention["symmetric"]),
@@ -234,7 +234,7 @@ class Layout:
 
     def empty(self) -> Templates:
         """No faces, of this kind."""
-        return self.assemble({c.name: torch.empty(0, *c.shape, dtype=c.dtype) for c in self.columns})
+        return self.assemble({c.name: torch.empty(0, *c.shape, dtype=c.dtype, device="cpu") for c in self.columns})
 
     def assemble(self, tensors: Mapping[str, Tensor]) -> Templates:
         """Templates of arrays by column name."""
@@ -273,7 +273,7 @@ class Layout:
         """GalleryError for NaN or infinity, whose scores are no hits: such a face would be stored and never found."""
         arrays = [getattr(templates, column.name) for column in self.columns]
         # The extremes are one quick pass, and are not finite where any value is not.
-        if not len(templates) or all(bool(torch.stack(array.aminmax()).isfinite().all()) for array in arrays):
+        if not len(templates) or all(bool(end.isfinite()) for array in arrays for end in array.aminmax()):
             return
         finite = torch.stack([array.isfinite().flatten(1).all(1) for array in arrays]).all(0)
         wrong = (~finite).nonzero().squeeze(1).tolist()
@@ -346,7 +346,7 @@ def column_tensor(array: pa.FixedSizeListArray, column: Column) -> Tensor:
     """A column's values as a tensor [N, *shape] on the same memory."""
     address, size = column_span(array, column)
     if size == 0:
-        return torch.empty(len(array), *column.shape, dtype=column.dtype)
+        return torch.empty(len(array), *column.shape, dtype=column.dtype, device="cpu")
     # Not through NumPy: torch warns of its read-only arrays, and nobody writes here.
     memory = (ctypes.c_char * size).from_address(address)
     memory._arrow = array  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from types import SimpleNamespace
@@ -173,8 +173,11 @@ class Search:
         checked_k(request.k, WHERE)
         min_score = checked_score(request.min_score, WHERE)
         attention, groups, exclude = request.attention, request.groups, request.exclude
-        several(() if groups is None else groups, f"{WHERE}: groups", "labels")
-        several(() if exclude is None else exclude, f"{WHERE}: exclude", "ids")
+        if groups is not None:
+            # Elements of tensors are equal to nothing, not even to themselves.
+            groups = groups.tolist() if isinstance(groups, Tensor) else groups
+            groups = [_hashable(label) for label in several(groups, f"{WHERE}: groups", "labels")]
+        exclude = None if exclude is None else list(several(exclude, f"{WHERE}: exclude", "ids"))
         for name in ("fusion", "person_fusion"):
             if getattr(request, name) not in ("max", "mean"):
                 raise GalleryError(f"{WHERE}: {name}: expected 'max' or 'mean', got {getattr(request, name)!r}")
@@ -194,7 +197,7 @@ class Search:
         AllPairs(WHERE, probes, snapshot.layout.empty().to(probes.device), attention)
         selected = None if request.where is None else snapshot.select(request.where)
         each = None
-        if exclude is not None and len(exclude):
+        if exclude:
             if all(isinstance(one, str) for one in exclude):
                 hidden = np.sort(snapshot.places_of(np.array(list(snapshot.find(exclude).values()), np.int64)))
                 everyone = np.arange(snapshot.places) if selected is None else selected
@@ -304,7 +307,7 @@ class Search:
     def _members(self, row: int) -> Tensor:
         """Probes of a row of the result."""
         if self.groups is None:
-            return torch.tensor([row])
+            return torch.tensor([row], device="cpu")
         return (self.groups.codes == row).nonzero().squeeze(1)
 
     def _scores(self, row: int, faces: Templates) -> Tensor:
@@ -343,7 +346,7 @@ class Search:
         count = min(count, rows)
         if count <= 0 or rows == 0:
             return None, 0
-        chosen = torch.linspace(0, rows - 1, count).round().to(torch.int64).unique()
+        chosen = torch.linspace(0, rows - 1, count, device="cpu").round().to(torch.int64).unique()
         each = [self._members(int(row)) for row in chosen]
         members, labels = torch.cat(each), [row for row, part in enumerate(each) for _ in part]
         exact = dataclasses.replace(
@@ -397,13 +400,14 @@ class Search:
             raise GalleryError(f"{WHERE}: threshold: expected a finite number or None, got {t}")
         rows, k = found.indices.shape
         height, width = self.snapshot.layout.grid
-        out = [torch.full((rows, k, height, width), math.nan, dtype=found.values.dtype) for _ in range(3)]
+        dtype = found.values.dtype
+        out = [torch.full((rows, k, height, width), math.nan, dtype=dtype, device="cpu") for _ in range(3)]
         for row in range(rows):
             places = found.indices[row][found.indices[row] >= 0].cpu().numpy()
             if len(places) == 0:
                 continue
             members = self._members(row)
-            grid = torch.cartesian_prod(torch.arange(len(members)), torch.arange(len(places)))
+            grid = torch.cartesian_prod(*(torch.arange(len(side), device="cpu") for side in (members, places)))
             attention = attention_of(self.attention, members)
             maps = xcos_maps(
                 self.probes[members], self._gather(places), grid.to(self.probes.device), attention, threshold=t
@@ -421,8 +425,20 @@ class Search:
         return HitMaps(similarity, attended, None if t is None else contribution)
 
 
+def _hashable(label: Any) -> Any:
+    """A label of a probe."""
+    try:
+        hash(label)
+    except TypeError:
+        kind = type(label).__name__
+        raise TypeError(f"{WHERE}: groups: expected labels such as texts or numbers, got {kind}") from None
+    return label
+
+
 def _padded(snapshot: Snapshot, lists: Sequence[Sequence[str]]) -> Tensor:
     """A list of ids for each probe as places, int64 [P, E]; ids that are not in the gallery are -1."""
+    if not all(isinstance(ids, Collection) and all(isinstance(one, str) for one in ids) for ids in lists):
+        raise GalleryError(f"{WHERE}: exclude: expected ids, or a list of ids for each probe, got something else")
     known = snapshot.find(one for ids in lists for one in ids)
     width = max((len(ids) for ids in lists), default=0)
     table = np.full((len(lists), max(width, 1)), -1, np.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ __all__ = ["DATA", "Fragment", "Snapshot", "engine_failed", "first_line", "range
 DATA = "templates.lance"
 
 _IO_BYTES = 128 << 20  # read ahead of what is being used
+#: Parts of an SQL condition in which a parenthesis means nothing: texts, names, comments.
+_TEXTS = re.compile(r"""'[^']*'|"[^"]*"|`[^`]*`|--[^\n]*|/\*.*?\*/""", re.DOTALL)
 _IDS_AT_ONCE = 4096  # that are looked up, or whose labels are
 
 
@@ -109,8 +112,12 @@ class Snapshot:
         """Places of the rows that a filter selects, ascending; GalleryError where it cannot be understood."""
         if not isinstance(where, str):
             raise GalleryError(f"where: expected a filter like \"person = 'Ann'\", got {type(where).__name__}")
+        if _closes_too_early(where):
+            raise GalleryError(f"where: expected an SQL condition, got {where!r}: a parenthesis too many is closed")
         try:
-            addresses = self._addresses(filter=where)
+            # In parentheses: Lance takes the condition that a text begins with, and would pass over what follows it
+            # (a semicolon and another condition, LIMIT, a word too many). The line ends a comment.
+            addresses = self._addresses(filter=f"({where}\n)")
         except BaseException as error:
             if not engine_failed(error):
                 raise
@@ -265,6 +272,16 @@ def ranges(positions: Sequence[int], most: int = 8) -> str:
             runs.append([position, position])
     words = [str(a) if a == b else f"{a}-{b}" for a, b in runs[:most]]
     return ", ".join(words) + (", ..." if len(runs) > most else "") or "(deleted rows only)"
+
+
+def _closes_too_early(where: str) -> bool:
+    """Whether a condition closes a parenthesis that it has not opened."""
+    open_ones = 0
+    for sign in _TEXTS.sub("", where):
+        open_ones += (sign == "(") - (sign == ")")
+        if open_ones < 0:
+            return True
+    return False
 
 
 def first_line(error: BaseException) -> str:

@@ -199,7 +199,7 @@ def _upload(
         def sent(name: str, source: Tensor, buffer: dict[str, Tensor] = buffer) -> Tensor:
             pinned = buffer.get(name)
             if pinned is None or len(pinned) < len(source):
-                pinned = buffer[name] = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+                pinned = buffer[name] = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=True)
             return pinned[: len(source)].copy_(source).to(device, non_blocking=True)
 
         excluded = _excluded(snapshot, selected, piece.first, rows)

@@ -204,7 +204,7 @@ def gather(snapshot: Snapshot, cache: TileCache, places: np.ndarray) -> Template
     if len(places) > 1 and (np.diff(places) < 0).any():
         order = np.argsort(places, kind="stable")
         return gather(snapshot, cache, places[order])[torch.from_numpy(np.argsort(order, kind="stable"))]
-    result = {c.name: torch.empty(len(places), *c.shape, dtype=c.dtype) for c in layout.columns}
+    result = {c.name: torch.empty(len(places), *c.shape, dtype=c.dtype, device="cpu") for c in layout.columns}
 
     def copy(batch: pa.RecordBatch, rows: np.ndarray, part: slice) -> None:
         chosen, faces = torch.from_numpy(rows), layout.templates(batch)

@@ -56,6 +56,10 @@ def weights_file(name: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
     """
     if name is None:
         return default_weights()
+    if not isinstance(name, (str, os.PathLike)):
+        raise TypeError(
+            f"path: expected the path of a weights file or a shipped model's name, got {type(name).__name__}"
+        )
     word = os.fspath(name)
     if os.path.exists(name):
         return name

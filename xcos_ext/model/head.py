@@ -93,8 +93,17 @@ class Head(nn.Module):
 
         Returns:
             Scores [N], or ``XCosScore(score [N], similarity [N, H, W], attention [N, H, W])``.
+
+        Raises:
+            TypeError: not tensors.
+            ValueError: other shapes.
         """
         attention, a, b = self.attention, features_a, features_b
+        if not (hasattr(a, "dim") and hasattr(b, "dim")):
+            kinds = f"{type(a).__name__} and {type(b).__name__}"
+            raise TypeError(f"features_a, features_b: expected tensors [N, C, H, W], got {kinds}")
+        if isinstance(a, Tensor) and a.shape != b.shape:
+            raise ValueError(f"features_b: expected shape {list(a.shape)} like features_a, got {list(b.shape)}")
         options: dict[str, Any] = {"return_maps": True} if return_maps else {}
         weights: Tensor | Literal["norm"] | None
         if attention is None:
@@ -242,6 +251,8 @@ class XCosHead(Head):
         projection: CellProjection | Literal["shared", "none"] = "shared",
     ) -> None:
         super().__init__()
+        if not all(isinstance(size, int) and size > 0 for size in (in_channels, channels)):
+            raise ValueError(f"in_channels, channels: expected positive integers, got {in_channels!r} and {channels!r}")
         self.in_channels = in_channels
         self.channels = channels
         self.cells: CellProjection | None = None
@@ -326,6 +337,8 @@ class XCosHead(Head):
 
     def features(self, grid: Tensor) -> Tensor:
         """The backbone's map [N, in_channels, H, W] -> grid feature F [N, channels, H, W]."""
+        if not hasattr(grid, "dim"):
+            raise TypeError(f"grid: expected a tensor [N, {self.in_channels}, H, W], got {type(grid).__name__}")
         if grid.dim() != 4 or grid.shape[1] != self.in_channels:
             raise ValueError(f"grid: expected [N, {self.in_channels}, H, W], got {list(grid.shape)} (XCosHead)")
         if self.cells is not None:

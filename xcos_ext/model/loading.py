@@ -79,7 +79,7 @@ def _checked(key: str, value: Tensor, path: StrPath) -> Tensor:
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Leaves out what modules do to fill their parameters."""
+    """Leaves out what modules do to fill their parameters, so that the caller's random numbers stay as they are."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -89,6 +89,8 @@ class _Uninitialised(TorchFunctionMode):
             return args[0] if args else kwargs["tensor"]
         if func in (Tensor.normal_, Tensor.uniform_):
             return args[0]
+        if func is torch.randn:
+            return torch.zeros(*args, **kwargs)
         return func(*args, **kwargs)
 
 
@@ -228,7 +230,8 @@ def save_model(model: XCosModel, path: StrPath, *, dtype: torch.dtype | None = N
         dtype: to store floating-point tensors in, e.g. float16 for half the size; None: as they are.
 
     Raises:
-        ModelError: a backbone that cannot be built again by name, or weights that ``dtype`` cannot hold.
+        ModelError: what :func:`load_model` would refuse: a backbone that cannot be built again by name, weights that
+            are not finite or that ``dtype`` cannot hold, thresholds at rates that are none. Nothing is written.
         OutputError: the file cannot be written.
         TypeError: not a model, or not a floating-point dtype.
 
@@ -254,6 +257,10 @@ def save_model(model: XCosModel, path: StrPath, *, dtype: torch.dtype | None = N
             "loaded again; add it with xcos_ext.backbones.register"
         )
     assert isinstance(model.backbone, Recogniser)
+    try:
+        fmr_thresholds = checked_thresholds(model.fmr_thresholds)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"model: fmr_thresholds: {error}") from error
     metadata = {
         "xcos_format": _FORMAT,
         "version": _VERSION,
@@ -264,10 +271,13 @@ def save_model(model: XCosModel, path: StrPath, *, dtype: torch.dtype | None = N
         "head": json.dumps(model.head.config()),
         "preprocessing": json.dumps(asdict(model.preprocessing)),
         "threshold": json.dumps(model.threshold),
-        "fmr_thresholds": json.dumps({repr(rate): t for rate, t in model.fmr_thresholds.items()}),
+        "fmr_thresholds": json.dumps({repr(rate): t for rate, t in fmr_thresholds.items()}),
         "fmr_curve": json.dumps(None if model.fmr_curve is None else model.fmr_curve.as_dict()),
     }
     state = model.state_dict()
+    wrong = [key for key, t in state.items() if t.is_floating_point() and not t.isfinite().all()]
+    if wrong:
+        raise ModelError(f"model: expected finite weights, got NaN or infinity in {len(wrong)} tensors: {few(wrong)}")
     if dtype is not None:
         state = {key: t.to(dtype) if t.is_floating_point() else t for key, t in state.items()}
         lost = [key for key, t in state.items() if t.is_floating_point() and not t.isfinite().all()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Literal, overload
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from xcos_ext.backbones.recogniser import Recogniser, in_type_of
-from xcos_ext.card.calibration import Calibration, FMRCurve
+from xcos_ext.card.calibration import Calibration, FMRCurve, check_threshold
 from xcos_ext.card.preprocessing import ARCFACE, Preprocessing
 from xcos_ext.devices import module_device
 from xcos_ext.io.fingerprint import fingerprint_state
@@ -25,17 +24,6 @@ from xcos_ext.ops.templates import Role, Templates
 from .head import ClosedFormHead, XCosHead
 
 __all__ = ["Preprocessing", "XCosModel"]
-
-
-def checked_threshold(threshold: float) -> float:
-    """A decision threshold.
-
-    Raises:
-        ValueError: it is not finite.
-    """
-    if not math.isfinite(threshold):
-        raise ValueError(f"threshold: expected a finite number or None, got {threshold}")
-    return float(threshold)
 
 
 class XCosModel(nn.Module):
@@ -56,7 +44,8 @@ class XCosModel(nn.Module):
             ``fmr_thresholds`` from one sample.
 
     Raises:
-        ValueError: a threshold that is not finite.
+        TypeError: a threshold, also one that is set later, that is no number.
+        ValueError: one that is not finite.
 
     >>> model = XCosModel(nn.Conv2d(3, 64, 16, 16), XCosHead(64, 32)).eval()
     >>> score, similarity, attention = model(torch.randn(2, 3, 112, 112), torch.randn(2, 3, 112, 112))
@@ -81,14 +70,23 @@ class XCosModel(nn.Module):
         if preprocessing is None:
             preprocessing = backbone.preprocessing if isinstance(backbone, Recogniser) else ARCFACE
         self.preprocessing: Preprocessing = preprocessing
-        self.threshold: float | None = None if threshold is None else checked_threshold(threshold)
+        self.threshold = threshold
         self.name = name
         self.fmr_thresholds: dict[float, float] = dict(fmr_thresholds or {})
         self.fmr_curve = fmr_curve
 
+    @property
+    def threshold(self) -> float | None:
+        """The decision threshold; None: unknown."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, threshold: float | None) -> None:
+        self._threshold = check_threshold(threshold)
+
     def set_calibration(self, calibration: Calibration) -> None:
         """Take the decision threshold, the thresholds at false match rates and the curve of a calibration."""
-        self.threshold = checked_threshold(calibration.threshold)
+        self.threshold = calibration.threshold
         self.fmr_thresholds = dict(calibration.fmr)
         self.fmr_curve = calibration.curve
 
@@ -99,6 +97,11 @@ class XCosModel(nn.Module):
 
     def _check_images(self, images: Tensor, argument: str) -> None:
         height, width = self.preprocessing.size
+        if not isinstance(images, Tensor):
+            raise TypeError(
+                f"{argument}: expected a tensor [N, 3, {height}, {width}], got {type(images).__name__}; "
+                "call model.preprocessing(faces) first"
+            )
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, height, width):
             raise ValueError(f"{argument}: expected [N, 3, {height}, {width}], got {list(images.shape)}")
         if not images.is_floating_point():
@@ -147,7 +150,7 @@ class XCosModel(nn.Module):
         Raises:
             ValueError: a wrong shape, or, in evaluation mode on the CPU, pixels far outside what ``preprocessing``
                 gives, such as 0..255.
-            TypeError: an integer dtype.
+            TypeError: not a tensor, or one of integers.
         """
         return self.head.features(self._grid(images, "images"))
 
@@ -160,8 +163,13 @@ class XCosModel(nn.Module):
 
         Returns:
             F [N, C, 7, 7].
+
+        Raises:
+            TypeError, ValueError: pictures of another type or size, or a batch of none.
         """
-        several(pictures, "pictures", "pictures")
+        pictures = list(several(pictures, "pictures", "pictures"))
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         device = module_device(self)
         parts = (pictures[i : i + batch_size] for i in range(0, max(1, len(pictures)), batch_size))
         return torch.cat([self.features(self.preprocessing(part).to(device)) for part in parts])

@@ -13,7 +13,7 @@ from xcos_ext.io.weights import StrPath
 
 from .cells import CellMatrices, cell_matrices, separate, spread_matrix
 from .head import ClosedFormHead
-from .model import XCosModel, checked_threshold
+from .model import XCosModel
 from .statistics import Faces, PlugStatistics, compute_statistics, find_statistics
 
 __all__ = ["DEFAULT_SPREAD", "plug", "plug_statistics"]
@@ -150,7 +150,7 @@ def plug(
     if calibration is not None:
         model.set_calibration(calibration)
     if threshold is not None:
-        model.threshold = checked_threshold(threshold)
+        model.threshold = threshold
     return model.eval()
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xcos_ext.backbones.recogniser import in_type_of
-from xcos_ext.explain.decision import check_threshold
+from xcos_ext.card.calibration import check_threshold
 from xcos_ext.io.optional import need
 
 from .base import GradientExplainer, split, threshold_of

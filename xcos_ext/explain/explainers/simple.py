@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from xcos_ext.explain.decision import check_threshold
+from xcos_ext.card.calibration import check_threshold
 
 from .base import BatchedExplainer, threshold_of
 from .interface import PairModel, Saliency, XCosPairs

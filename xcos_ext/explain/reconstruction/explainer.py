@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from xcos_ext.explain.decision import check_threshold
+from xcos_ext.card.calibration import check_threshold
 from xcos_ext.explain.explainers.base import BatchedExplainer, check_count, threshold_of
 from xcos_ext.explain.explainers.interface import PairModel, Saliency, XCosPairs
 from xcos_ext.explain.fills import blurred

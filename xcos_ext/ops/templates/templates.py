@@ -260,7 +260,8 @@ class Templates:
             face %= self.faces
             return self._map(lambda t: t[face : face + 1])
         if array or isinstance(index, (list, range)):
-            index = torch.as_tensor(index) if len(index) else torch.empty(0, dtype=torch.int64)
+            index = torch.as_tensor(index if len(index) else range(0), device="cpu")
+            index = index if index.numel() else index.long()
         if not isinstance(index, Tensor):
             raise TypeError(f"Templates: index: expected int, slice, list or tensor, got {type(index).__name__}")
         if index.dtype not in (torch.int64, torch.int32, torch.bool) or index.dim() > 1:

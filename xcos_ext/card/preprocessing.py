@@ -87,8 +87,8 @@ class Preprocessing:
             hint: what to do instead.
 
         Raises:
-            ValueError: pixels outside by more than 16 times the range, which noise, interpolation and networks that draw
-                leave a little; 0..255 is 127 times that of -1..1.
+            ValueError: pixels outside by more than 16 times the range, which noise and networks that draw leave
+                a little; 0..255 is 127 times that of -1..1.
 
         >>> ARCFACE.check_normalised(0, 255, "images", "call preprocessing(faces)")
         Traceback (most recent call last):

@@ -218,6 +218,20 @@ def test_pictures_that_have_changed(crops: Path, tmp_path: Path) -> None:
         assert changed(first) == []  # a face whose file is not known: nothing to say
 
 
+def test_what_another_process_enrolled_meanwhile_is_counted_as_such(tmp_path: Path) -> None:
+    model = load_model()
+
+    def read(first: bool = False) -> np.ndarray:
+        if first:
+            with Gallery.open(tmp_path / "g", model) as other:
+                enroll(other, model, [Picture("a", read)])
+        return portrait()[:112, :112]
+
+    with Gallery.create(tmp_path / "g", model) as gallery:
+        found = enroll(gallery, model, [Picture("a", lambda: read(True))])
+        assert (found.enrolled, found.present, len(gallery)) == ([], 1, 1)
+
+
 def test_names_of_single_files(tmp_path: Path) -> None:
     first, second = tmp_path / "a" / "1.png", tmp_path / "b" / "1.png"
     for path in (first, second):

@@ -299,6 +299,8 @@ def enroll(
         with torch.inference_mode():
             features = fast.features_of([crop for _, crop in chosen])
             templates = fast.templates(features, "gallery", gallery.layout.dtype)
+        # Another process may have enrolled some of them meanwhile.
+        others = gallery.refresh().positions(p.id for p in some) if on_duplicate == "skip" else {}
         gallery.add(
             [p.id for p in some],
             templates,
@@ -306,7 +308,7 @@ def enroll(
             metadata=[_with_checksum(p) for p in some],
             on_duplicate=on_duplicate,
         )
-        enrolled.extend(p.id for p in some)
+        enrolled.extend(p.id for p in some if p.id not in others)
         chosen.clear()
 
     tick = progress or quiet
@@ -326,6 +328,7 @@ def enroll(
                 commit()
         tick(done, len(pictures))
     commit()
+    present = len(pictures) - len(enrolled) - len(skipped)
     return Enrolment(enrolled, present, skipped, several, time.perf_counter() - begin, changed, unlike)
 
 

@@ -365,6 +365,7 @@ class Gallery(Searcher):
             if taken and on_duplicate == "skip":
                 kept = [i for i, name in enumerate(names) if name not in taken]
                 if not kept:
+                    self.refresh()  # as after every writing
                     return 0
                 stored, names = stored[kept], [names[i] for i in kept]
                 people, texts = [people[i] for i in kept], [texts[i] for i in kept]

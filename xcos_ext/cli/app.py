@@ -231,8 +231,8 @@ xcos = GuardedGroup(
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
     help="""Explainable face similarity: a score, and the map of what it is made of.
 
-    Messages go to stderr. Exit status: 0 success, 2 trouble; verify and explain: 0 the same person, 1 different
-    people, 2 trouble. XCOS_DEBUG=1 shows tracebacks.
+    Messages go to stderr. Exit status: 0 success, 2 trouble, 130 Ctrl-C; verify and explain: 0 the same person, 1
+    different people, 2 trouble. XCOS_DEBUG=1 shows tracebacks.
     """,
 )
 click.version_option(__version__, message="xcos %(version)s", help="Show the version and exit.")(xcos)

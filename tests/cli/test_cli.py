@@ -298,6 +298,18 @@ def test_nothing_that_is_read_is_written_over(
         (["evaluate", "verificaton"], "Did you mean 'verification'?"),
         (["demo", "one.jpg"], "unexpected extra argument"),
         (["plug", "w.pt"], "Missing option"),
+        # An empty path, which a variable that was not set gives, is the working folder to the file system.
+        (["enroll", "", "a.jpg"], "'GALLERY': expected a path, got an empty text"),
+        (["search", "g", "a.jpg", ""], "'PROBES...': expected a path, got an empty text"),
+        (["verify", "a.jpg", ""], "'B': expected a path, got an empty text"),
+        (["verify", "a.jpg", "b.jpg", "--model", ""], "'--model': expected a path, got an empty text"),
+        (["train", "x.toml", "--out", ""], "'--out': expected a path, got an empty text"),
+        (["report", "x.csv", "--html", ""], "'--html': expected a path, got an empty text"),
+        (["gallery", "compact", "g", "--timeout", "nan"], "expected a finite number, got nan"),
+        (["gallery", "compact", "g", "--timeout", "1e999"], "expected a finite number, got 1e999"),
+        (["bench", "--threads", "9" * 30], "not in the range 1<=x<=1024"),
+        (["export", "onnx", "--out", "a.onnx", "--opset", "9" * 30], "of at most 64 bits"),
+        (["verify", "a.jpg", "b.jpg", "--max-pixels", "1e6"], "'1e6' is not a valid integer"),
     ],
 )
 def test_usage_errors(arguments: list[str], words: str) -> None:
@@ -535,6 +547,22 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.endswith("\n[]\n")
 
 
+def test_a_working_folder_that_is_gone_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("os.getcwd", lambda: os.stat(tmp_path / "gone"))
+    trouble(run("info"), "the working folder cannot be used (No such file or directory)")
+
+
+@pytest.mark.parametrize("name", ["pipe", "device"])
+def test_what_is_no_regular_file_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "pipe" if name == "pipe" else Path("/dev/zero")
+    if name == "pipe":
+        os.mkfifo(path)
+    trouble(run("train", path), f"{path}: expected a TOML file, got something that is not a regular file")
+    trouble(run("evaluate", "verification", "--pairs", path), f"{path}: expected a list of pairs, got something")
+    trouble(run("plug", "faithful", "--faces", path, "--out", tmp_path / "m.safetensors"), "zip archive, got something")
+
+
 def test_version_and_no_arguments() -> None:
     assert run("--version").stdout == f"xcos {xcos_ext.__version__}\n"
     assert run().exit_code == 0
@@ -609,15 +637,17 @@ def test_closed_full_and_broken_stdout(photos: dict[str, str], model: Path, tmp_
         return subprocess.run(["bash", "-c", text], capture_output=True, text=True, env=env, timeout=120)
 
     closed = shell(f"{command} {verify} >&-")
-    assert (closed.returncode, closed.stderr) == (0, "")
+    assert closed.returncode == 0 and closed.stderr.endswith("(--strict refuses it)\n")  # noise is no face
     assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")  # nothing was printed into it
     assert shell(f"{command} {verify} 2>&- >&- <&-").returncode == 0
+    silent = shell(f"{command} verify none.jpg none.jpg --json 2>&-")
+    assert (silent.returncode, silent.stdout) == (2, "")  # what is said on stderr is no JSON
     broken = shell(f"{command} info | true; exit ${{PIPESTATUS[0]}}")
     assert (broken.returncode, broken.stderr) == (2, "")
     if os.path.exists("/dev/full"):
         full = shell(f"{command} info > /dev/full")
         assert full.returncode == 2
-        assert full.stderr == "xcos: No space left on device\n"
+        assert full.stderr == "xcos: stdout: cannot be written: No space left on device\n"
 
 
 @pytest.mark.process
@@ -643,6 +673,28 @@ def test_ctrl_c() -> None:
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=30)
     assert (child.returncode, out, err) == (130, "", "")
+
+
+@pytest.mark.process
+@pytest.mark.skipif(sys.platform == "win32", reason="signals differ there")
+def test_sigterm_leaves_no_temporary_file(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; import xcos_ext.cli.info as i; from xcos_ext.io.atomic import write_atomically; "
+        "wait = lambda file: (print('ready', flush=True), time.sleep(60)); "
+        "i.run.callback = lambda as_json: write_atomically(sys.argv.pop(), wait); "
+        "sys.argv = ['xcos', 'info', sys.argv[1]]; from xcos_ext.cli.app import xcos; xcos(['info'])"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "a.txt")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None and child.stdout.readline() == "ready\n"
+    assert len(list(tmp_path.iterdir())) == 1
+    child.terminate()
+    _, err = child.communicate(timeout=30)
+    assert (child.returncode, err, list(tmp_path.iterdir())) == (-signal.SIGTERM, "", [])
 
 
 @pytest.mark.process

@@ -93,6 +93,7 @@ def test_photographs_from_enrolment_to_deletion(photos: Path, tmp_path: Path) ->
     assert np.sum(hit["contribution"]) == pytest.approx(hit["score"] - data["threshold"], abs=2e-3)
     fused = strict(run("search", gallery, photos / "bob", "--json", "--fuse", "mean", "--by-person", "-k", "2").stdout)
     assert len(fused["probes"]) == 1 and fused["probes"][0]["hits"][0]["person"] == "bob"
+    trouble(run("search", gallery, photos / "bob", "--rerank", "1"), "xcos: --rerank: expected an int from k")
     near = strict(run("search", gallery, photos / "bob", "--json", "--rerank", "7", "-k", "2").stdout)
     assert near["exact"] is False and near["recall"] == 1.0
     nobody = run("search", gallery, photos / "ann" / "0.png", "--where", "person = 'eve'")
@@ -157,9 +158,12 @@ def test_crops_labels_and_archives(crops: Path, tmp_path: Path) -> None:
 
     same = run("enroll", tmp_path / "g", archive, "--aligned", "--replace", "--person", "everybody", "-q")
     assert same.exit_code == 0 and same.stdout == ""
+    for arguments in (("gallery", "verify", tmp_path / "g"), ("dedupe", tmp_path / "g", "--threshold", "9")):
+        assert run(*arguments, "-q").output == "" and run(*arguments).output
     ids = tmp_path / "ids.txt"
     ids.write_bytes(b"\xef\xbb\xbfperson0/00.png\r\nperson1/01.png\r\n")  # as Windows writes it
     assert "2 removed, 38 left" in run("gallery", "remove", tmp_path / "g", "--ids-from", ids).stdout
+    trouble(run("gallery", "remove", tmp_path / "g", "--ids-from", "/dev/zero"), "one of 65,536 characters")
 
 
 def test_nothing_is_left_out_without_a_word(crops: Path, tmp_path: Path) -> None:
@@ -212,6 +216,20 @@ def test_pictures_that_have_changed(crops: Path, tmp_path: Path) -> None:
         templates, _ = gallery.get(["1.png"])
         gallery.add(["1.png"], templates, on_duplicate="replace")
         assert changed(first) == []  # a face whose file is not known: nothing to say
+
+
+def test_what_another_process_enrolled_meanwhile_is_counted_as_such(tmp_path: Path) -> None:
+    model = load_model()
+
+    def read(first: bool = False) -> np.ndarray:
+        if first:
+            with Gallery.open(tmp_path / "g", model) as other:
+                enroll(other, model, [Picture("a", read)])
+        return portrait()[:112, :112]
+
+    with Gallery.create(tmp_path / "g", model) as gallery:
+        found = enroll(gallery, model, [Picture("a", lambda: read(True))])
+        assert (found.enrolled, found.present, len(gallery)) == ([], 1, 1)
 
 
 def test_names_of_single_files(tmp_path: Path) -> None:

@@ -544,7 +544,7 @@ def test_open_pairs(people: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         open_pairs(tmp_path / "none")
     path.write_text(CSV)
-    with pytest.raises(ValueError, match=r"root: .* names pictures; give the folder or zip archive"):
+    with pytest.raises(ValueError, match=r"root: expected the folder or .* that .* names, got none"):
         open_pairs(path)
     with pytest.raises(ValueError, match="expected a file, got a folder"):
         open_pairs(people, people, format="csv")

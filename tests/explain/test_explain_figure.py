@@ -174,7 +174,7 @@ def test_formats(tmp_path: Path, suffix: str, start: bytes) -> None:
 
 @pytest.mark.thorough
 def test_same_decision_same_file(tmp_path: Path) -> None:
-    for suffix in ("png", "pdf"):
+    for suffix in ("png", "pdf", "svg"):
         for name in "ab":
             save_figure(verification_figure(*faces(), result(), 0.2), tmp_path / f"{name}.{suffix}")
         assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()

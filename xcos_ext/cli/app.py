@@ -7,8 +7,10 @@ import difflib
 import importlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import click
@@ -83,13 +85,15 @@ class GuardedGroup(LazyGroup):
         _reopen_closed_streams()
         _accept_all_characters()
         os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")  # read when OpenCV is imported
-        status = self._guarded(*args, **how)
         if not standalone_mode:
-            return status
+            return self._guarded(*args, **how)
+        with _ended_as_by_ctrl_c(signal.SIGTERM):
+            status = self._guarded(*args, **how)
         sys.exit(status)
 
     def _guarded(self, *args: Any, **how: Any) -> int:
         try:
+            _check_working_folder()
             result = super().main(*args, standalone_mode=False, **how)  # type: ignore[call-overload]
             if sys.stdout is not None:
                 sys.stdout.flush()  # now, while failing still changes the exit status
@@ -112,14 +116,49 @@ class GuardedGroup(LazyGroup):
         return TROUBLE
 
 
+@contextlib.contextmanager
+def _ended_as_by_ctrl_c(number: int) -> Iterator[None]:
+    """A signal that would end the process does so once what was begun is undone, as after Ctrl-C: no temporary file
+    stays. A second one ends it at once. The parent sees a process that the signal ended, as without this."""
+    came = False
+
+    def interrupt(*_: Any) -> None:
+        nonlocal came
+        came = True
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(number) is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(number, signal.SIG_DFL)
+        if came:
+            signal.raise_signal(number)
+
+
+def _check_working_folder() -> None:
+    """Say where the working folder was deleted: libraries that are loaded later would fail for it, each in its way."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise XCosError(f"the working folder cannot be used ({error.strerror}): change to one that is there") from error
+
+
 def _reopen_closed_streams() -> None:
-    """Give closed standard streams a place, or the next file opened would take theirs and receive their output."""
-    for descriptor in (0, 1, 2):
+    """Give closed standard streams a place, or the next file opened would take theirs and receive their output, and
+    what is said on stderr would go to stdout."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(descriptor)
         except OSError:
             with contextlib.suppress(OSError):
                 os.open(os.devnull, os.O_RDONLY if descriptor == 0 else os.O_WRONLY)
+                if getattr(sys, name) is None:
+                    setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))
 
 
 def _accept_all_characters() -> None:
@@ -192,8 +231,8 @@ xcos = GuardedGroup(
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
     help="""Explainable face similarity: a score, and the map of what it is made of.
 
-    Messages go to stderr. Exit status: 0 success, 2 trouble; verify and explain: 0 the same person, 1 different
-    people, 2 trouble. XCOS_DEBUG=1 shows tracebacks.
+    Messages go to stderr. Exit status: 0 success, 2 trouble, 130 Ctrl-C; verify and explain: 0 the same person, 1
+    different people, 2 trouble. XCOS_DEBUG=1 shows tracebacks.
     """,
 )
 click.version_option(__version__, message="xcos %(version)s", help="Show the version and exit.")(xcos)

@@ -46,7 +46,7 @@ _STYLES = {"slower": "red", "faster": "green", "unclear": "yellow"}
 @click.option(
     "--batch",
     "batches",
-    type=click.IntRange(1, 65_536),
+    type=options.Whole(1, options.MOST_AT_ONCE),
     multiple=True,
     metavar="N",
     help="Pictures, pairs or probes a call; may be repeated. [default: 1, 4 and 16]",
@@ -68,10 +68,10 @@ _STYLES = {"slower": "red", "faster": "green", "unclear": "yellow"}
     default=("fp32",),
     help="Of the backbone and of searched templates; may be repeated.",
 )
-@options.number("--threads", help="Threads of every runtime. [default: torch's]")
+@options.number("--threads", most=options.MOST_THREADS, help="Threads of every runtime. [default: torch's]")
 @click.option(
     "--seconds",
-    type=click.FloatRange(0.01, 3600),
+    type=options.Real(0.01, 3600),
     default=0.5,
     show_default=True,
     metavar="S",
@@ -90,7 +90,7 @@ _STYLES = {"slower": "red", "faster": "green", "unclear": "yellow"}
 )
 @click.option(
     "--minimum",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=options.Real(0, 1, max_open=True),
     metavar="X",
     help="The smallest change that counts. [default: 0.05]",
 )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from xcos_ext.io.atomic import OutputError
 from xcos_ext.io.errors import XCosError
 from xcos_ext.io.text import display_name, printable
 
@@ -31,7 +32,12 @@ def one_line(text: str) -> str:
 
 def echo(text: str, err: bool = False) -> None:
     """Print a line on stdout, or on stderr, as that is: click itself would write UTF-8 where it is ASCII."""
-    click.echo(text, file=sys.stderr if err else sys.stdout)
+    try:
+        click.echo(text, file=sys.stderr if err else sys.stdout)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{'stderr' if err else 'stdout'}: cannot be written: {error.strerror or error}") from error
 
 
 def note(message: str) -> None:

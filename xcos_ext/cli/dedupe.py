@@ -46,6 +46,8 @@ def run(
     groups = [f"{len(group)} alike: {few(map(repr, group), 6)}" for group in result.groups]
     echo_some(groups, "groups (--json or --out lists them)")
     across = [p for p in result.pairs if None not in p.persons and p.persons[0] != p.persons[1]]
+    if quiet:
+        return 0
     echo(
         f"{len(result.pairs):,} of {result.compared:,} pairs score {result.threshold:.4f} or more, "
         f"{len(across):,} of them across persons; {len(result.groups):,} groups"

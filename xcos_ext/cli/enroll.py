@@ -43,7 +43,7 @@ _CHANGED = (
 @options.choice(
     "--dtype", values=["float16", "bfloat16", "float32"], default="float16", help="Of the templates, for a new gallery."
 )
-@options.number("--batch", default=256, help="Faces a commit.")
+@options.number("--batch", default=256, most=options.MOST_AT_ONCE, help="Faces a commit.")
 @click.option("--replace", is_flag=True, help="Enrol pictures again that are in; by default they are skipped.")
 @options.threads
 @options.quiet

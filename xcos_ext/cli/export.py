@@ -37,8 +37,8 @@ _MIB = 1 << 20
     default="float32",
     help="Of the backbone inside; the head, inputs and outputs are float32.",
 )
-@options.number("--batch", help="A fixed batch; by default any.")
-@click.option("--opset", type=int, metavar="N", help="Of the standard operators. [default: 18]")
+@options.number("--batch", most=options.MOST_AT_ONCE, help="A fixed batch; by default any.")
+@click.option("--opset", type=options.Whole(), metavar="N", help="Of the standard operators. [default: 18]")
 @options.quiet
 @options.as_json
 def to_onnx(model: str | None, out: str, dtype: str, batch: int | None, quiet: bool, as_json: bool, **how: Any) -> int:
@@ -74,6 +74,8 @@ def to_onnx(model: str | None, out: str, dtype: str, batch: int | None, quiet: b
         data |= {"fingerprint": card.fingerprint, "threshold": card.threshold, "dtype": card.dtype}
         data |= {"opset": card.opset, "attention": card.attention, "preprocessing": asdict(card.preprocessing)}
         print_json(data | {"batch": batch, "templates": asdict(card.layout) | {"size": card.layout.size}})
+        return 0
+    if quiet:
         return 0
     print_rows(
         ("graph", f"{display_name(out)} ({size / 1e6:.2f} MB)"),

@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 @options.number("--top", default=1, metavar="K", help="Identification: explain against the K best.")
 @options.number("--seed", default=0, least=0, help="Of all draws.")
 @options.bootstrap
-@options.number("--batch", "batch_size", default=32, help="Pairs at once.")
+@options.number("--batch", "batch_size", default=32, most=options.MOST_AT_ONCE, help="Pairs at once.")
 @options.device
 @options.figure("--plot", "the curves")
 @click.option(
@@ -165,7 +165,7 @@ def run(
         _print(result)
     if not quiet:
         if folds is not None:
-            click.echo(f"only folds {', '.join(map(str, folds))}")
+            echo(f"only folds {', '.join(map(str, folds))}")
         if settings.replicates:
             echo(f"95 % intervals: bootstrap over people, {settings.replicates:,} replicates; thresholds stay fixed")
         echo(f"{data['seconds']:.1f} s")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import click
 
 from xcos_ext.io.errors import GalleryError
@@ -10,6 +12,8 @@ from xcos_ext.io.text import byte_size
 from . import options
 from .console import TROUBLE, bar, echo, echo_some, note, print_json, print_rows
 from .inputs import open_gallery
+
+_LONGEST = 1 << 16  # characters of an id
 
 
 @options.command("info")
@@ -50,7 +54,11 @@ def remove(gallery: str, ids: tuple[str, ...], persons: tuple[str, ...], ids_fro
     if ids_from is not None:
         try:
             with click.open_file(ids_from, encoding="utf-8-sig") as file:
-                chosen += [line.rstrip("\r\n") for line in file if line.rstrip("\r\n")]
+                for line in iter(partial(file.readline, _LONGEST), ""):
+                    if len(line) == _LONGEST:
+                        raise GalleryError(f"{ids_from}: expected an id a line, got one of {_LONGEST:,} characters")
+                    if line.rstrip("\r\n"):
+                        chosen.append(line.rstrip("\r\n"))
         except (OSError, UnicodeDecodeError) as error:
             raise GalleryError(f"{ids_from}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     with open_gallery(gallery) as opened:
@@ -74,7 +82,7 @@ def remove(gallery: str, ids: tuple[str, ...], persons: tuple[str, ...], ids_fro
 @options.gallery
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0),
+    type=options.Real(min=0),
     default=30.0,
     metavar="SECONDS",
     help="To wait for readers of old versions.",
@@ -113,5 +121,6 @@ def verify(gallery: str, quiet: bool, as_json: bool) -> int:
             echo(f"unreadable: {file['reason']}")
         for name in report["tiles_dropped"]:
             echo(f"packed tiles {name} were damaged: deleted, the next search makes them again")
-        echo(f"{report['faces']:,} faces read: {'all as written' if report['ok'] else 'DAMAGED'}")
+        if not (quiet and report["ok"]):
+            echo(f"{report['faces']:,} faces read: {'all as written' if report['ok'] else 'DAMAGED'}")
     return 0 if report["ok"] else TROUBLE

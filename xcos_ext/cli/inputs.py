@@ -32,7 +32,7 @@ def check_model_path(path: str | None) -> str:
     """
     from xcos_ext.io.shipped import readable_file, weights_file
 
-    return str(readable_file(weights_file(path or None), "a weights file"))
+    return str(readable_file(weights_file(path), "a weights file"))
 
 
 def is_graph(path: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,21 @@ from xcos_ext.io.errors import XCosError
 
 Decorator = Callable[[Any], Any]
 
+_EMPTY = "expected a path, got an empty text"
+
 
 class Command(click.Command):
-    """A command whose options are named as such where the library says which argument is wrong."""
+    """A command whose options are named as such where the library says which argument is wrong, and whose paths are
+    not empty."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does; an empty path is refused: a variable that was not set would name the working folder."""
+        rest = super().parse_args(ctx, args)
+        for param in () if ctx.resilient_parsing else self.params:
+            value = ctx.params.get(param.name or "")
+            if isinstance(param.type, click.Path) and "" in (value if isinstance(value, tuple) else (value,)):
+                raise click.BadParameter(_EMPTY, ctx, param)
+        return rest
 
     def invoke(self, ctx: click.Context) -> Any:
         """As click does; ``device: expected ...`` becomes ``--device: expected ...``."""
@@ -23,12 +36,11 @@ class Command(click.Command):
         try:
             return super().invoke(ctx)
         except (ValueError, XCosError) as error:
-            name, colon, why = str(error).partition(":")
             # What is said of a file starts with its name, which may be that of an option.
-            wrong = colon and why.startswith(" expected")
+            found = re.match(r"(?:[a-z]+\.[a-z]+: )?(\w+)(: expected .*)", str(error), re.DOTALL)
             for option in self.params:
-                if wrong and option.opts[0].startswith("--") and name in (option.name, option.opts[0][2:]):
-                    error.args = (f"{option.opts[0]}:{why}",)
+                if found and option.opts[0].startswith("--") and found[1] in (option.name, option.opts[0][2:]):
+                    error.args = (option.opts[0] + found[2],)
             raise
 
     def _check_apart(self, given: Mapping[str, Any]) -> None:
@@ -43,7 +55,7 @@ class Command(click.Command):
             if isinstance(param.type, click.Path):
                 title = param.human_readable_name if isinstance(param, click.Argument) else param.opts[0]
                 if param.name == "model":
-                    value = weights_file(value or None)
+                    value = weights_file(value)
                 inputs += [(title, path) for path in (value if isinstance(value, tuple) else (value,)) if path]
         check_apart(outputs, inputs)
 
@@ -71,6 +83,32 @@ def finite(value: str) -> float:
     if not math.isfinite(number):
         raise click.BadParameter(f"expected a finite number, got {value}")
     return number
+
+
+class Whole(click.IntRange):
+    """An integer, small enough for what counts with 64 bits."""
+
+    name = "integer"  # in messages
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click does."""
+        number = super().convert(value, param, ctx)
+        if abs(number) >= 1 << 63:
+            self.fail(f"expected an integer of at most 64 bits, got {value}", param, ctx)
+        return number
+
+
+class Real(click.FloatRange):
+    """A number in a range; NaN, which is in none, and infinities are refused."""
+
+    name = "number"  # in messages
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click does."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"expected a finite number, got {value}", param, ctx)
+        return number
 
 
 def integers(value: str) -> tuple[int, ...]:
@@ -119,6 +157,8 @@ class Written(click.ParamType):
         from xcos_ext.io.atomic import check_output
         from xcos_ext.io.optional import need
 
+        if not value:
+            self.fail(_EMPTY, param, ctx)
         try:
             if not (self._dash and value == "-"):
                 check_output(value, self._suffixes)
@@ -130,6 +170,8 @@ class Written(click.ParamType):
 
 
 DEVICES = "cpu|cuda|cuda:N|auto"
+MOST_THREADS = 1024
+MOST_AT_ONCE = 65_536  # pictures, pairs or templates
 
 
 def several(*options: Decorator) -> Decorator:
@@ -154,7 +196,7 @@ def number(
     *names: str, help: str, default: int | None = None, least: int = 1, most: int | None = None, metavar: str = "N"
 ) -> Decorator:
     """An option for an integer."""
-    return click.option(*names, type=click.IntRange(least, most), default=default, metavar=metavar, help=help)
+    return click.option(*names, type=Whole(least, most), default=default, metavar=metavar, help=help)
 
 
 def figure(name: str, what: str, default: str | None = None) -> Decorator:
@@ -195,7 +237,7 @@ threshold = click.option(
     "--threshold", type=finite, metavar="T", help="The same person if score >= T; by default the model's."
 )
 max_pixels = number("--max-pixels", help="Refuse larger pictures. [default: 100 million]")
-threads = number("--threads", default=2, help="Threads that read.")
+threads = number("--threads", default=2, most=MOST_THREADS, help="Threads that read.")
 bootstrap = click.option(
     "--bootstrap",
     "replicates",

@@ -20,7 +20,7 @@ from .console import bar, note, print_json, print_rows
 )
 @click.option("--out", metavar="DIR", type=click.Path(), help="Folder for the results.  [default: runs/CONFIG's name]")
 @click.option("--resume", is_flag=True, help="Go on from the folder's checkpoint.")
-@options.number("--threads", help="Threads of torch's operators.")
+@options.number("--threads", most=options.MOST_THREADS, help="Threads of torch's operators.")
 @options.as_json
 def run(
     config: str, assignments: tuple[str, ...], out: str | None, resume: bool, threads: int | None, as_json: bool

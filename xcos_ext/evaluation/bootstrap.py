@@ -181,7 +181,7 @@ def bootstrap(
             for rate in fmrs:
                 found[f"tar@{rate:g}"].append(accept_rate(curves, rate))
     if len(found["auc"]) < 0.9 * replicates:
-        raise ValueError(f"scores: {values.size} pairs are too few to be resampled")
+        raise ValueError(f"replicates: expected 0, or more pairs: {values.size} pairs are too few to be resampled")
     return {name: percentile_interval(drawn, confidence) for name, drawn in found.items()}
 
 

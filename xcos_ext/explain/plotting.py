@@ -184,9 +184,10 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150)
     """
     target = check_figure_path(path)
     kind = os.path.splitext(target if target.lower().endswith(FIGURE_SUFFIXES) else os.fspath(path))[1][1:].lower()
-    # Without a date the same decision gives the same file.
+    # Without a date, and with names that are not drawn by chance, the same decision gives the same file.
     metadata = {"png": {}, "pdf": {"CreationDate": None}, "svg": {"Date": None}}[kind]
-    with warnings.catch_warnings():
+    context = need("matplotlib", "drawing").rc_context({"svg.hashsalt": "xcos_ext"})
+    with warnings.catch_warnings(), context:
         # Names in scripts that the font lacks are drawn as boxes; that is no reason to alarm anyone.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         write_atomically(target, lambda file: figure.savefig(file, format=kind, dpi=dpi, metadata=metadata))

@@ -66,6 +66,8 @@ class PictureTree:
         self._place = self.path.absolute()  # pictures are read later, wherever os.chdir has gone
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path}: no such folder or archive")
+        if not self.path.is_file() and not self.path.is_dir():
+            raise ValueError(f"{self.path}: expected a folder or a zip archive, got something else")
         self._zipped = self.path.is_file()
         self._local = threading.local()
         self.left_out: dict[str, str] = {}

@@ -299,14 +299,16 @@ def enroll(
         with torch.inference_mode():
             features = fast.features_of([crop for _, crop in chosen])
             templates = fast.templates(features, "gallery", gallery.layout.dtype)
-        gallery.add(
-            [p.id for p in some],
-            templates,
-            persons=[p.person for p in some],
-            metadata=[_with_checksum(p) for p in some],
-            on_duplicate=on_duplicate,
+        # Not all of them, where another process has enrolled some meanwhile.
+        enrolled.extend(
+            gallery._add_named(
+                [p.id for p in some],
+                templates,
+                [p.person for p in some],
+                [_with_checksum(p) for p in some],
+                on_duplicate,
+            )
         )
-        enrolled.extend(p.id for p in some)
         chosen.clear()
 
     tick = progress or quiet
@@ -326,6 +328,7 @@ def enroll(
                 commit()
         tick(done, len(pictures))
     commit()
+    present = len(pictures) - len(enrolled) - len(skipped)
     return Enrolment(enrolled, present, skipped, several, time.perf_counter() - begin, changed, unlike)
 
 

@@ -326,6 +326,17 @@ class Gallery(Searcher):
             GalleryBusyError: another process is writing.
             TypeError: other types.
         """
+        return len(self._add_named(ids, templates, persons, metadata, on_duplicate))
+
+    def _add_named(
+        self,
+        ids: Sequence[str],
+        templates: Any,
+        persons: Sequence[str | None] | None,
+        metadata: Sequence[Mapping[str, Any] | None] | None,
+        on_duplicate: str,
+    ) -> list[str]:
+        """:meth:`add`; returns the ids of the faces written."""
         where = "gallery.add"
         if on_duplicate not in ("error", "skip", "replace"):
             raise GalleryError(f"{where}: on_duplicate: expected 'error', 'skip' or 'replace', got {on_duplicate!r}")
@@ -357,7 +368,7 @@ class Gallery(Searcher):
         ]
         self.layout.check_finite(stored, "templates", where, names)
         if not names:
-            return 0
+            return []
         with self._writing():
             newest, lock = self._store.snapshot()
             try:
@@ -372,13 +383,14 @@ class Gallery(Searcher):
             if taken and on_duplicate == "skip":
                 kept = [i for i, name in enumerate(names) if name not in taken]
                 if not kept:
-                    return 0
+                    self.refresh()  # as after every writing
+                    return []
                 stored, names = stored[kept], [names[i] for i in kept]
                 people, texts = [people[i] for i in kept], [texts[i] for i in kept]
             table = self.layout.batch(stored, names, people, texts)
             self._store.add(table, replace=bool(taken) and on_duplicate == "replace")
         self.refresh()
-        return len(names)
+        return names
 
     def remove(self, ids: Sequence[str]) -> int:
         """Delete faces, all of them or none, in one commit; returns their number.

@@ -43,6 +43,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         ConfigError: missing, unreadable, or not TOML; the message names line and column.
     """
     file = Path(path)
+    if file.exists() and not file.is_file():
+        raise ConfigError(f"{file}: expected a TOML file, got something that is not a regular file")
     try:
         return tomllib.loads(file.read_text(encoding="utf-8-sig"))  # with the mark that some editors write
     except OSError as error:

@@ -382,11 +382,13 @@ def open_pairs(
     where = Path(path)
     if not where.exists():
         raise FileNotFoundError(f"{where}: no such file or folder")
+    if not where.is_file() and not where.is_dir():
+        raise ValueError(f"{where}: expected a list of pairs, got something that is not a regular file")
     kind = format or _detected(where)
     if kind == "bin":
         return InsightfaceBin(where)
     if root is None:
-        raise ValueError(f"root: {where} names pictures; give the folder or zip archive that they are in")
+        raise ValueError(f"root: expected the folder or zip archive of the pictures that {where} names, got none")
     if kind != "cfp" and where.is_dir():
         raise ValueError(f"{where}: expected a file, got a folder")
     return {"lfw": LFW, "cfp": CFP, "csv": CSVPairs}[kind](root, where)

@@ -165,7 +165,7 @@ def run(
         _print(result)
     if not quiet:
         if folds is not None:
-            click.echo(f"only folds {', '.join(map(str, folds))}")
+            echo(f"only folds {', '.join(map(str, folds))}")
         if settings.replicates:
             echo(f"95 % intervals: bootstrap over people, {settings.replicates:,} replicates; thresholds stay fixed")
         echo(f"{data['seconds']:.1f} s")

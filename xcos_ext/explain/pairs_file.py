@@ -165,4 +165,4 @@ def _from_archive(tree: PictureTree, name: str, limit: int, path: str) -> np.nda
     key = tree.find(path)
     if key is None:
         raise PictureError(f"{path}: not in {name}")
-    return decode_picture(tree.contents(key), printable(path), max_pixels=limit)
+    return decode_picture(tree.contents(key, max_pixels=limit), printable(path), max_pixels=limit)

@@ -47,7 +47,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(file.read_text(encoding="utf-8-sig"))  # with the mark that some editors write
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{file}: not a TOML file ({error})") from error
 
 
@@ -68,7 +68,7 @@ def override(tables: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
             raise ConfigError(f"--set {assignment}: expected table.key=value")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (tomllib.TOMLDecodeError, RecursionError):
             value = text.strip()
         table = result
         for key in keys[:-1]:

@@ -478,6 +478,14 @@ def test_what_is_no_gallery(tmp_path: Path, gallery: Gallery) -> None:
         Gallery.open(tmp_path / "newer")
 
 
+def test_a_pipe_in_place_of_the_log_is_not_waited_for(gallery: Gallery) -> None:
+    (gallery.path / "commits.log").unlink()
+    os.mkfifo(gallery.path / "commits.log")
+    with Gallery.open(gallery.path) as other:
+        other.remove(names(1))
+        assert len(other) == 199
+
+
 def test_creation_that_was_interrupted(tmp_path: Path) -> None:
     (tmp_path / "g" / "templates.lance").mkdir(parents=True)
     (tmp_path / "g" / "writer.lock").touch()

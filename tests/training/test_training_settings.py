@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -74,6 +75,14 @@ def test_assignments() -> None:
             override(tables, [wrong])
     with pytest.raises(ConfigError, match="task is a value, not a table"):
         override(tables, ["task.x=1"])
+
+
+def test_deep_and_endless_files(tmp_path: Path) -> None:
+    (tmp_path / "deep.toml").write_text("a = " + "[" * 100_000)
+    os.mkfifo(tmp_path / "pipe.toml")
+    for name, message in (("deep", "not a TOML file"), ("pipe", "expected a TOML file, got something that is not a")):
+        with pytest.raises(ConfigError, match=rf"{name}\.toml: {message}"):
+            read_toml(tmp_path / f"{name}.toml")
 
 
 def test_files(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ class PictureTree:
         self._place = self.path.absolute()  # pictures are read later, wherever os.chdir has gone
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path}: no such folder or archive")
-        self._zipped = self.path.is_file()
+        self._zipped = not self.path.is_dir()
         self._local = threading.local()
         self.left_out: dict[str, str] = {}
         # The name as it is shown and asked for -> as the folder or archive has it.
@@ -88,7 +88,7 @@ class PictureTree:
         self._top = f"{tops.pop()}/" if len(tops) == 1 else ""
 
     def _entries(self) -> list[tuple[str, str]]:
-        if not zipfile.is_zipfile(self.path):
+        if not self.path.is_file() or not zipfile.is_zipfile(self.path):  # a pipe would be waited for
             raise ValueError(f"{self.path}: expected a folder or a zip archive")
         try:
             with zipfile.ZipFile(self.path) as archive:

@@ -44,6 +44,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path)
     try:
+        if file.exists() and not file.is_file():  # a pipe would be waited for, a device read without end
+            raise ConfigError(f"{file}: expected a TOML file, got something that is not a regular file")
         return tomllib.loads(file.read_text(encoding="utf-8-sig"))  # with the mark that some editors write
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from error

@@ -360,6 +360,21 @@ def test_json_refuses_what_it_cannot_hold() -> None:
         print_json({"a": float("nan")})
 
 
+def test_names_in_what_is_printed_cannot_steer_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    from xcos_ext.cli.console import echo, note, print_rows, table, table_console
+
+    name = "\x1b]0;mine\x07\n\u202e[/red]"
+    echo(name)
+    print_rows(("model", name))
+    table_console().print(table(f"{name}: 3 pairs", ["a"]))
+    note("x" * 10_000 + name)
+    printed = capsys.readouterr()
+    assert all(line.isprintable() for line in (printed.out + printed.err).splitlines())
+    # The title of a narrow table goes over several lines.
+    assert "".join(printed.out.split()).count(r"\x1b]0;mine\x07\n\u202e[/red]") == 3
+    assert len(printed.err) < 5000
+
+
 # --- info, demo, plug
 
 

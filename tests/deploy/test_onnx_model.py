@@ -161,6 +161,7 @@ def test_a_changed_graph_is_refused(folder, tmp_path):
         ("xcos.threshold", "__import__('os')", "damaged metadata"),
         ("xcos.templates", '{"grid": [7, 0], "channels": 32, "hidden": 16}', "damaged metadata"),
         ("xcos.templates", "[]", "damaged metadata"),
+        ("xcos.templates", "[" * 100_000, "damaged metadata"),
         ("xcos.preprocessing", '{"size": [112, 112], "std": [0, 1, 1]}', "damaged metadata"),
         ("xcos.fmr_curve", '{"scores": []}', "damaged metadata"),
         ("xcos.fmr_thresholds", '{"0.1": 0.5, "0.01": 0.1}', "damaged metadata"),

@@ -548,5 +548,11 @@ def test_open_pairs(people: Path, tmp_path: Path) -> None:
         open_pairs(path)
     with pytest.raises(ValueError, match="expected a file, got a folder"):
         open_pairs(people, people, format="csv")
+    os.mkfifo(tmp_path / "pipe")
+    for kind in (None, "lfw", "cfp", "bin"):
+        with pytest.raises((ValueError, FileNotFoundError), match=r"pipe: "):
+            open_pairs(tmp_path / "pipe", people, format=kind)
+    with pytest.raises(ValueError, match=r"pipe: expected a folder or a zip archive"):
+        open_pairs(path, tmp_path / "pipe")
     with pytest.raises(FileNotFoundError, match="no such folder or archive"):
         open_pairs(path, tmp_path / "none")

@@ -10,6 +10,7 @@ import socket
 import struct
 import sys
 import time
+import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -342,6 +343,26 @@ def test_decompression_bomb_is_refused_from_its_header(tmp_path: Path) -> None:
     path.write_bytes(png(40_000, 40_000, bytes(1000)))
     with within(2):
         refused(path, "too large", "1,600,000,000 pixels", "at most 100,000,000")
+
+
+def test_archives_that_unpack_to_more_than_any_picture_fill_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("xcos_ext.faces.pictures.MAX_PIXELS", 1000)
+    path, long = tmp_path / "p.zip", 30 << 20
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(8001))
+        archive.writestr("lying.png", bytes(long))
+    path.write_bytes(path.read_bytes().replace(struct.pack("<I", long), struct.pack("<I", 8000)))
+    tree = PictureTree(path)
+    with pytest.raises(PictureError, match=r"a\.png: too large: 8,001 bytes, at most 8,000 are accepted"):
+        tree.contents("a.png", max_pixels=1)
+    tracemalloc.start()
+    with pytest.raises(PictureError, match="cannot be read from the archive"):
+        tree.contents("lying.png", max_pixels=1)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 8 << 20
 
 
 def test_size_limit_can_be_set(tmp_path: Path) -> None:

@@ -478,6 +478,17 @@ def test_what_is_no_gallery(tmp_path: Path, gallery: Gallery) -> None:
         Gallery.open(tmp_path / "newer")
 
 
+def test_pipes_in_place_of_log_and_tiles_are_not_waited_for(gallery: Gallery) -> None:
+    expect(gallery, faces(200))
+    for path in (gallery.path / "commits.log", *(gallery.path / "tiles").iterdir()):
+        path.unlink()
+        os.mkfifo(path)
+    reads(gallery, faces(200))
+    with Gallery.open(gallery.path) as other:
+        other.remove(names(1))
+        assert len(other) == 199
+
+
 def test_creation_that_was_interrupted(tmp_path: Path) -> None:
     (tmp_path / "g" / "templates.lance").mkdir(parents=True)
     (tmp_path / "g" / "writer.lock").touch()

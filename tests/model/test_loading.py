@@ -246,6 +246,9 @@ def test_save_refusals(tmp_path: Path) -> None:
         ({"head": '{"grid_shape": [512, 7, 8]}'}, "damaged metadata"),
         ({"threshold": "NaN"}, "damaged metadata"),
         ({"preprocessing": '{"std": [0, 0, 0]}'}, "damaged metadata"),
+        ({"preprocessing": '{"std": [1e-320, 1, 1]}'}, "damaged metadata"),
+        ({"head": "[" * 100_000}, "damaged metadata"),
+        ({"fmr_curve": "[" * 100_000}, "damaged metadata"),
         ({"embedding_size": "64"}, "of another shape: backbone.linear.weight"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
@@ -457,6 +460,17 @@ def test_weights_that_are_not_numbers(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "x.pt")
     with pytest.raises(ModelError, match=r"x.pt: bn.running_var: negative variance"):
         load_model(tmp_path / "x.pt")
+
+
+def test_weights_of_a_small_file_fill_no_memory(tmp_path: Path) -> None:
+    for name, value in (("expanded", torch.zeros(()).expand(10**12)), ("deep", torch.zeros([1] * 70))):
+        torch.save({"input_layer.0.weight": value}, tmp_path / f"{name}.pt")
+        with pytest.raises(ModelError, match=rf"{name}\.pt: .*expected"):
+            load_model(tmp_path / f"{name}.pt")
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(70 << 20))
+    with pytest.raises(ModelError, match=r"bomb\.pt: .* got one of [\d,]+ bytes that unpacks"):
+        load_model(tmp_path / "bomb.pt")
 
 
 @pytest.mark.thorough

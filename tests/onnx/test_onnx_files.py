@@ -82,6 +82,16 @@ def test_a_link_that_leaves_the_folder_is_refused(outside, tmp_path):
         read_onnx(file)
 
 
+def test_weights_that_all_name_the_same_bytes_fill_no_memory(outside, tmp_path):
+    file = outside(length=1 << 30)
+    os.truncate(file.parent / "w.bin", 1 << 30)  # takes no space on the disk
+    proto = onnx.load_model(str(file), load_external_data=False)
+    proto.graph.initializer.extend([proto.graph.initializer[0]] * 2)
+    file.write_bytes(proto.SerializeToString())
+    with pytest.raises(ModelError, match=r"m\.onnx: expected weights of at most 2 GiB, got 3,221,225,472 bytes"):
+        read_onnx(file)
+
+
 def test_a_model_that_is_itself_a_link_is_read_from_where_it_lies(outside, tmp_path):
     file = outside()
     (tmp_path / "link.onnx").symlink_to(file)

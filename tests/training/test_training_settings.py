@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -74,6 +75,24 @@ def test_assignments() -> None:
             override(tables, [wrong])
     with pytest.raises(ConfigError, match="task is a value, not a table"):
         override(tables, ["task.x=1"])
+
+
+def test_deep_and_endless_files(tmp_path: Path) -> None:
+    for name, text in (
+        ("deep", "a = " + "[" * 100_000),
+        ("dotted", f"a{'.a' * 3000} = 1"),
+        ("long", "a = " + "9" * 9999),
+    ):
+        (tmp_path / f"{name}.toml").write_text(text)
+        with pytest.raises(ConfigError, match=rf"{name}\.toml: not a TOML file"):
+            read_toml(tmp_path / f"{name}.toml")
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(
+        ConfigError, match=r"pipe\.toml: expected a TOML file, got something that is not a regular file"
+    ):
+        read_toml(tmp_path / "pipe.toml")
+    with pytest.raises(ConfigError, match=r"--set a\.a.*: expected table\.key=value"):
+        override({}, [f"a{'.a' * 3000}=1"])
 
 
 def test_files(tmp_path: Path) -> None:

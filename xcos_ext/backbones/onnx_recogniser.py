@@ -44,7 +44,10 @@ def _read(path: StrPath, size: tuple[int, int] | None = None) -> Graph:
     graph = Graph(read_onnx(path), where)
     number = graph.number or 1
     shape = (number + 1, 3, *(graph.size or size or ARCFACE.size))
-    given = np.random.default_rng(0).uniform(-1, 1, shape).astype(graph.dtype)
+    try:
+        given = np.random.default_rng(0).uniform(-1, 1, shape).astype(graph.dtype)
+    except (MemoryError, ValueError, OverflowError) as error:
+        raise ModelError(f"{where}: expected pictures of a size that fits in memory, got {list(shape)}") from error
     together: list[Any] | None = None
     try:
         together = graph.run(given)

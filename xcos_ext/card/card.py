@@ -177,5 +177,5 @@ class OnnxCard:
                 fmr_curve=None if curve is None else FMRCurve.from_dict(curve),
                 **values,
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ModelError(f"{where}: damaged metadata ({type(error).__name__}: {error})") from error

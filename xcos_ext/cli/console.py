@@ -14,7 +14,7 @@ import click
 
 from xcos_ext.io.atomic import OutputError
 from xcos_ext.io.errors import XCosError
-from xcos_ext.io.text import display_name, printable
+from xcos_ext.io.text import display_name, printable, shorten
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 #: Exit statuses: 0 success (verify: the same person), 1 only from verify (different people), 2 anything wrong.
 SAME, DIFFERENT, TROUBLE, INTERRUPTED = 0, 1, 2, 130
+_LONGEST = 4000  # characters of a message: a damaged file may call things by names of any length
 _UNLIKE = "it does not look like a face, so its scores say nothing about a person"
 
 
@@ -31,9 +32,12 @@ def one_line(text: str) -> str:
 
 
 def echo(text: str, err: bool = False) -> None:
-    """Print a line on stdout, or on stderr, as that is: click itself would write UTF-8 where it is ASCII."""
+    """Print a line on stdout, or on stderr, as that is: click itself would write UTF-8 where it is ASCII.
+
+    Names in it may be anybody's (a file's, a model's, a person's): what is not printable is shown as an escape.
+    """
     try:
-        click.echo(text, file=sys.stderr if err else sys.stdout)
+        click.echo(printable(text), file=sys.stderr if err else sys.stdout)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -43,7 +47,7 @@ def echo(text: str, err: bool = False) -> None:
 def note(message: str) -> None:
     """Say something on stderr that is not part of the result."""
     with contextlib.suppress(OSError, ValueError):
-        echo(f"xcos: {one_line(message)}", err=True)
+        echo(f"xcos: {shorten(one_line(message), _LONGEST)}", err=True)
 
 
 def echo_some(lines: Collection[str], what: str, most: int = 20, say: Callable[[str], None] = echo) -> None:
@@ -92,11 +96,12 @@ def print_json(data: Any) -> None:
         text = json.dumps(data, indent=2, allow_nan=False)
     except ValueError as error:
         raise XCosError("the result has a value that is not finite, which JSON cannot hold") from error
-    echo(text)
+    click.echo(text, file=sys.stdout)  # many lines, of ASCII
 
 
 def print_rows(*rows: Sequence[str], width: int = 10, gap: int = 1) -> None:
     """Print names and values, or more columns, a line each; the first column is at least so wide."""
+    rows = tuple([printable(cell) for cell in row] for row in rows)
     widths = [max(map(len, column)) + gap for column in zip(*rows, strict=True)]
     widths[0] = max(widths[0], width + gap)
     for row in rows:
@@ -106,8 +111,9 @@ def print_rows(*rows: Sequence[str], width: int = 10, gap: int = 1) -> None:
 def table(title: str, columns: Sequence[str]) -> Table:
     """A table to be filled; numbers are to the right, the first column is to the left."""
     from rich.table import Table
+    from rich.text import Text
 
-    made = Table(title=title, title_justify="left")
+    made = Table(title=Text(printable(title), "table.title"), title_justify="left")  # no markup in a model's name
     for place, column in enumerate(columns):
         made.add_column(column, justify="right" if place else "left")
     return made

@@ -39,7 +39,8 @@ def run(html: str | None, figure: str | None, as_json: bool, **pair: Any) -> int
     if as_json:
         print_json(explanation.as_dict())
     else:
-        echo("\n".join((str(explanation), "", *_table(explanation), "")))
+        for line in (*str(explanation).splitlines(), "", *_table(explanation), ""):
+            echo(line)
         files = [(kind, display_name(path)) for kind, path in (("page", html), ("picture", figure)) if path is not None]
         print_rows(("model", explanation.as_dict()["model"]["name"]), *files)
     if explanation.same is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -90,7 +91,7 @@ class PairsFile:
 
     def _places(self, header: list[str], line: int) -> tuple[int, int, int | None]:
         lower = [column.lower() for column in header]
-        doubled = sorted({column for column in lower if column and lower.count(column) > 1})
+        doubled = [column for column, count in Counter(lower).items() if column and count > 1]
         if "a" not in lower or "b" not in lower or doubled:
             got = ", ".join(repr(column) for column in header) or "nothing"
             raise PairsFileError(
@@ -165,4 +166,4 @@ def _from_archive(tree: PictureTree, name: str, limit: int, path: str) -> np.nda
     key = tree.find(path)
     if key is None:
         raise PictureError(f"{path}: not in {name}")
-    return decode_picture(tree.contents(key), printable(path), max_pixels=limit)
+    return decode_picture(tree.contents(key, max_pixels=limit), printable(path), max_pixels=limit)

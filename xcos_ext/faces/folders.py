@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -22,8 +21,9 @@ from .pictures import (
     decode_picture,
     is_system_file,
     named_as_picture,
-    open_regular,
+    read_contents,
     read_picture,
+    read_whole,
     why_unreadable,
 )
 
@@ -90,7 +90,7 @@ class PictureTree:
         self._top = f"{tops.pop()}/" if len(tops) == 1 else ""
 
     def _entries(self) -> list[tuple[str, str]]:
-        if not zipfile.is_zipfile(self.path):
+        if not self.path.is_file() or not zipfile.is_zipfile(self.path):  # a pipe would be waited for
             raise ValueError(f"{self.path}: expected a folder or a zip archive")
         try:
             with zipfile.ZipFile(self.path) as archive:
@@ -132,31 +132,35 @@ class PictureTree:
         """
         if not self._zipped:
             return read_picture(self._place / self._known[name], max_pixels=max_pixels, name=self._label(name))
-        return decode_picture(self.contents(name), self._label(name), max_pixels=max_pixels)
+        return decode_picture(self.contents(name, max_pixels=max_pixels), self._label(name), max_pixels=max_pixels)
 
     def _label(self, name: str) -> str:
         return display_name(self.path) + (": " if self._zipped else "/") + display_name(name)
 
-    def contents(self, name: str) -> bytes:
-        """The undecoded file of one picture; raises as :meth:`read` does."""
+    def contents(self, name: str, *, max_pixels: int = MAX_PIXELS) -> bytes:
+        """The undecoded file of one picture; raises as :meth:`read` does.
+
+        Files are refused that are larger than any picture of ``max_pixels``, whatever an archive says of their size.
+        """
         own, label = self._known[name], self._label(name)
+        if not self._zipped:
+            return read_contents(self._place / own, name=label)
         try:
-            with self._open(own, label) as file:
-                return file.read()
+            archive = self._archive()
+            with archive.open(own) as file:
+                return read_whole(file, label, archive.getinfo(own).file_size, max_pixels=max_pixels)
         except PictureError:
             raise
         except Exception as error:  # zipfile and its decompressors raise nearly anything on damaged data
-            place = "read from the archive" if self._zipped else "read"
-            raise PictureError(f"{label}: cannot be {place} ({why_unreadable(error)})") from error
+            raise PictureError(f"{label}: cannot be read from the archive ({why_unreadable(error)})") from error
 
-    def _open(self, own: str, label: str) -> BinaryIO:
-        if not self._zipped:
-            return open_regular(self._place / own, label)
-        # One handle per thread and process: they must not share a file position, not even across a fork.
+    def _archive(self) -> zipfile.ZipFile:
+        """One handle per thread and process: they must not share a file position, not even across a fork."""
         if getattr(self._local, "pid", None) != os.getpid():
             self._local.archive = zipfile.ZipFile(self._place)
             self._local.pid = os.getpid()
-        return io.BytesIO(self._local.archive.read(own))
+        archive: zipfile.ZipFile = self._local.archive
+        return archive
 
 
 def _name_of(entry: zipfile.ZipInfo) -> str:

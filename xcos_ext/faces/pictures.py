@@ -10,7 +10,7 @@ import posixpath
 import re
 import stat
 import warnings
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
@@ -27,6 +27,7 @@ __all__ = [
     "open_regular",
     "read_contents",
     "read_picture",
+    "read_whole",
     "why_unreadable",
 ]
 
@@ -34,6 +35,9 @@ StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 #: Pictures of more pixels are refused from their header, before anything is decoded (RGB takes 3 bytes a pixel).
 MAX_PIXELS = 100_000_000
+
+# Of a file: more than a picture of so many pixels can need, four channels of 16 bits.
+_BYTES_A_PIXEL = 8
 
 # Formats that hold photographs. Left out on purpose: those that Pillow hands to other programs (EPS) or that
 # are containers of something else.
@@ -113,9 +117,28 @@ def read_contents(path: StrPath, *, name: str | None = None) -> bytes:
     name = display_name(path) if name is None else name
     with open_regular(path, name) as file:
         try:
-            return file.read()
+            return read_whole(file, name, os.fstat(file.fileno()).st_size)
         except OSError as error:
             raise PictureError(f"{name}: cannot be read ({error.strerror or error})") from error
+
+
+def read_whole(file: IO[bytes], name: str, size: int, *, max_pixels: int = MAX_PIXELS) -> bytes:
+    """All of a picture file; PictureError if that is more than any accepted picture takes, before it fills the memory.
+
+    Args:
+        file: opened for reading; it may unpack what it reads.
+        name: of the picture, for messages.
+        size: of the file as its folder or archive states it.
+        max_pixels: that will be accepted.
+    """
+    most = _BYTES_A_PIXEL * max(max_pixels, MAX_PIXELS)
+    if size > most:
+        raise PictureError(f"{name}: too large: {size:,} bytes, at most {most:,} are accepted")
+    content = bytearray()
+    # A piece at a time: zipfile unpacks all of what it has read, and leaves out what is over the stated size then.
+    while piece := file.read(1 << 12):
+        content += piece
+    return bytes(content)
 
 
 def decode_picture(data: bytes, name: str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -58,10 +58,9 @@ class CommitLog:
         return bool(self._lines())
 
     def _lines(self) -> list[str]:
-        try:
-            return self.path.read_bytes().decode("ascii", "replace").splitlines()
-        except FileNotFoundError:
+        if not self.path.is_file():  # a pipe that came with a copy would be waited for
             return []
+        return self.path.read_bytes().decode("ascii", "replace").splitlines()
 
     def add(self, version: int, manifest: str, deletions: str) -> None:
         """Write a line down, for good."""

@@ -223,7 +223,7 @@ class Layout:
                 threshold=data["threshold"],
                 fmr_curve=None if curve is None else FMRCurve.from_dict(curve),
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             if isinstance(error, GalleryError):
                 raise
             raise GalleryError(f"format: damaged description ({type(error).__name__}: {error})") from error

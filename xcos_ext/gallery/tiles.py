@@ -70,6 +70,8 @@ class TileFile:
         self._layout, self._rows = layout, fragment.rows
         self.checked: set[int] = set()  # tiles that this process has compared with their checksums, or has written
         self.tiles = -(-fragment.rows // layout.tile_rows)
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("not a regular file")
         # The memory stays mapped as long as it is used, the file is not kept open: there may be thousands.
         with pa.memory_map(str(path)) as file:
             self._reader = pa.ipc.open_file(pa.BufferReader(file.read_buffer()))

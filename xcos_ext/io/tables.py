@@ -57,6 +57,8 @@ def csv_rows(
                 yield line, header
                 for row in rows:
                     line = rows.line_num
+                    if any("\0" in value for value in row):  # csv itself says so in Python 3.10 only
+                        raise refuse(f"{name}, line {line}: not CSV (line contains NUL)")
                     if row and len(row) != len(header):
                         raise refuse(
                             f"{name}, line {line}: expected {len(header)} columns as in the header, got {len(row)}"

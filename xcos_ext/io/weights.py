@@ -7,6 +7,7 @@ import pickle
 import re
 import struct
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -104,6 +105,20 @@ def _wanted(error: BaseException) -> str | None:
     return found.group(1) if found else None
 
 
+def _check_unpacked(file: Path) -> None:
+    """Refuse an archive that unpacks to far more than it is: torch.save does not compress, and torch reads it whole."""
+    size = file.stat().st_size
+    try:
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
+        return  # torch says what is wrong
+    if unpacked > size + (64 << 20):
+        raise ModelError(
+            f"{file}: expected a file of torch.save, got one of {size:,} bytes that unpacks to {unpacked:,}"
+        )
+
+
 def _torch_load(file: Path) -> dict[str, Any]:
     def read(load: Callable[[BinaryIO], Any]) -> Any:
         # A stream, because torch would choose the reader by the file's name.
@@ -111,6 +126,7 @@ def _torch_load(file: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # torch warns about archives that it then refuses anyway
             return load(stream)
 
+    _check_unpacked(file)
     try:
         try:
             contents = read(lambda stream: torch.load(stream, map_location="cpu", weights_only=True))

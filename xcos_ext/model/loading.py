@@ -19,7 +19,7 @@ from xcos_ext.card.preprocessing import Preprocessing
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.fingerprint import fingerprint_weights
 from xcos_ext.io.shipped import weights_file
-from xcos_ext.io.text import few
+from xcos_ext.io.text import few, first_line
 from xcos_ext.io.weights import StrPath, read_weights, write_safetensors
 
 from .attention import XCosAttention
@@ -33,6 +33,7 @@ __all__ = ["load_model", "load_recogniser", "save_model"]
 
 _FORMAT = "xcos_ext.model"
 _VERSION = "1"
+_MOST_CLAIMED = 1 << 30
 _NESTED = ("state_dict", "model_state_dict", "state_dict_backbone", "model", "net", "weights")
 
 State = dict[str, Tensor]
@@ -60,10 +61,23 @@ def _state_dict(contents: Mapping[str, Any], path: StrPath) -> State:
         tensors[key] = value
     if not tensors:
         raise ModelError(f"{path}: holds no weights (keys: {few(map(str, contents)) or 'none'})")
+    claimed = sum(_claimed(value) for value in tensors.values())
+    if claimed > _MOST_CLAIMED:
+        raise ModelError(
+            f"{path}: expected weights that the file holds, got shapes of {claimed:,} bytes that it does not"
+        )
     prefix = "module."
     if all(key.startswith(prefix) for key in tensors):
         tensors = {key[len(prefix) :]: value for key, value in tensors.items()}
     return {key: _checked(key, value, path) for key, value in tensors.items()}
+
+
+def _claimed(value: Tensor) -> int:
+    """Bytes that a tensor's shape would take beyond those it has: a pickle of a few bytes may expand a number to any
+    shape."""
+    if value.layout != torch.strided:
+        return 0
+    return max(0, value.numel() * value.element_size() - value.untyped_storage().nbytes())
 
 
 def _checked(key: str, value: Tensor, path: StrPath) -> Tensor:
@@ -71,7 +85,11 @@ def _checked(key: str, value: Tensor, path: StrPath) -> Tensor:
         raise ModelError(f"{path}: {key}: expected a plain dense tensor")
     if not value.is_floating_point():
         return value
-    if not torch.isfinite(value).all():
+    try:
+        finite = bool(torch.isfinite(value).all())
+    except RuntimeError as error:  # more dimensions than torch computes with
+        raise ModelError(f"{path}: {key}: expected a plain dense tensor ({first_line(error)})") from error
+    if not finite:
         raise ModelError(f"{path}: {key}: {int((~torch.isfinite(value)).sum())} values are NaN or infinite")
     if key.endswith("running_var") and value.numel() and float(value.min()) < 0:
         raise ModelError(f"{path}: {key}: negative variance")
@@ -316,7 +334,7 @@ def _calibrated(
     try:
         data = json.loads(metadata.get(key, "null"))
         return None if data is None else read(data)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path}: damaged metadata: {key}: {error}") from error
 
 
@@ -346,7 +364,7 @@ def _from_own(state: State, metadata: Mapping[str, str], path: StrPath) -> XCosM
             fmr_thresholds=_calibrated("fmr_thresholds", metadata, checked_thresholds, path),
             fmr_curve=_calibrated("fmr_curve", metadata, FMRCurve.from_dict, path),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, ModelError):
             raise
         raise ModelError(f"{path}: damaged metadata ({type(error).__name__}: {error})") from error

@@ -136,7 +136,7 @@ class PlugStatistics:
                 faces=int(metadata.get("faces", "0")),
                 note=metadata.get("note", ""),
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"{path}: damaged metadata ({error})") from error
 
 

@@ -141,9 +141,12 @@ def read_onnx(path: StrPath) -> onnx.ModelProto:
     library, file, proto = _parsed(path)
     outside = library.TensorProto.EXTERNAL
     try:
-        for tensor in tensors_of(proto):
-            if tensor.data_location == outside:
-                _load_external(tensor, file, library.TensorProto.DEFAULT)
+        beside = [tensor for tensor in tensors_of(proto) if tensor.data_location == outside]
+        # All tensors may name the same bytes. Beyond this no message holds them, and they would be read for nothing.
+        if (total := sum(_external(tensor, file)[2] for tensor in beside)) > MOST_BYTES:
+            raise ModelError(f"{file}: expected weights of at most 2 GiB, got {total:,} bytes of external data")
+        for tensor in beside:
+            _load_external(tensor, file, library.TensorProto.DEFAULT)
         _drop_made_inputs(proto.graph)
         library.checker.check_model(proto)
     except ModelError:

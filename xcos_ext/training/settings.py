@@ -32,6 +32,10 @@ SETTINGS = ConfigDict(extra="forbid", allow_inf_nan=False)
 NONE = BeforeValidator(lambda value: None if value == "none" else value)
 
 
+# Names in a row that an assignment may have; no settings lie so deep.
+_DEEPEST = 16
+
+
 class ConfigError(XCosError, ValueError):
     """A setting that cannot be used; the message names its key, what was expected and what came."""
 
@@ -46,10 +50,13 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     if file.exists() and not file.is_file():
         raise ConfigError(f"{file}: expected a TOML file, got something that is not a regular file")
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8-sig"))  # with the mark that some editors write
+        if file.exists() and not file.is_file():  # a pipe would be waited for, a device read without end
+            raise ConfigError(f"{file}: expected a TOML file, got something that is not a regular file")
+        # With the mark that some editors write; dotted keys nest without a bracket, so the copy is what may fail.
+        return copy.deepcopy(tomllib.loads(file.read_text(encoding="utf-8-sig")))
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of too many digits, and what nests too deep
         raise ConfigError(f"{file}: not a TOML file ({error})") from error
 
 
@@ -66,11 +73,11 @@ def override(tables: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
     for assignment in several(assignments, "assignments"):
         name, equals, text = assignment.partition("=")
         keys = [key.strip() for key in name.split(".")]
-        if not equals or not all(keys):
+        if not equals or not all(keys) or len(keys) > _DEEPEST:
             raise ConfigError(f"--set {assignment}: expected table.key=value")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             value = text.strip()
         table = result
         for key in keys[:-1]:

@@ -97,7 +97,7 @@ class Checkpoint(NamedTuple):
             for key, tensor in stored.items():
                 group, _, name = key.partition("/")
                 tensors[group][name] = tensor
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, RecursionError) as error:
             raise ModelError(f"{path}: damaged checkpoint ({type(error).__name__}: {error})") from error
         settings = _flat(result.must_match), _flat(json.loads(json.dumps(must_match)))
         shapes = _shapes(tensors["module"]), _shapes(module.state_dict())

@@ -337,7 +337,7 @@ def load_decoder(path: StrPath) -> FeatureDecoder:
         decoder = FeatureDecoder(
             config["shape"], fingerprint=metadata["fingerprint"], widths=config["widths"], name=str(config["name"])
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: damaged decoder's file: its metadata cannot be used ({error})") from error
     wanted = decoder.state_dict()
     wrong = sorted(wanted.keys() ^ tensors.keys()) or [n for n, t in wanted.items() if tensors[n].shape != t.shape]

@@ -46,8 +46,7 @@ class Preprocessing:
         if len(std) != 3 or not np.all(np.isfinite(std)) or min(std) <= 0:
             raise ValueError(f"std: expected three positive numbers (R, G, B), got {std}")
         with np.errstate(all="ignore"):  # as array() computes them
-            ends = np.array([[0], [1]], np.float32) - np.array(mean, np.float32)
-            ends = ends / np.array(std, np.float32)
+            ends = (np.array([[0], [1]], np.float32) - np.array(mean, np.float32)) / np.array(std, np.float32)
         if not np.isfinite(ends).all():
             raise ValueError(f"mean, std: expected numbers with which 0 and 1 stay finite in fp32, got {mean}, {std}")
         object.__setattr__(self, "size", tuple(int(s) for s in size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from functools import partial
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from xcos_ext.io.errors import ModelError
-from xcos_ext.io.optional import need
+from xcos_ext.io.optional import MissingPackageError, need
 from xcos_ext.io.shipped import readable_file
 from xcos_ext.io.text import display_name
+from xcos_ext.onnx.files import read_onnx
 
 from .alignment import ARCFACE_TEMPLATE, apply_transform, compose, invert, similarity_transform, warp
 from .detector import Face, check_picture, scaled_copy
@@ -52,6 +54,13 @@ class YuNetDetector:
             raise ValueError(f"min_score: expected a number between 0 and 1, got {min_score}")
         self._made_from = os.path.abspath(path), min_score
         file = readable_file(path, "a YuNet .onnx file")
+        # OpenCV's reader ends the process on some damaged graphs. Where onnx is not installed, it is left to that.
+        try:
+            with contextlib.suppress(MissingPackageError):
+                read_onnx(file)
+        except ModelError as error:
+            why = str(error).removeprefix(f"{file}: ")
+            raise ModelError(f"{display_name(path)}: not a YuNet network: {why}") from error
         try:
             network = np.frombuffer(file.read_bytes(), np.uint8)
         except OSError as error:

@@ -29,7 +29,7 @@ from .labels import checked_metadata, checked_text
 from .layout import Layout
 from .search import WHERE, Progress, Search, Searcher, Shard, quiet
 from .snapshot import Snapshot
-from .store import Store, folder_bytes
+from .store import Store, folder_bytes, lance
 from .stream import Tile, stream
 from .tiles import TileCache, gather
 from .verify import verify
@@ -203,6 +203,7 @@ class Gallery(Searcher):
         snapshot = self._seen
         if snapshot is None:
             raise GalleryError(f"{self.path}: expected an open gallery, got one that was closed; open it again")
+        lance()  # refuses a forked process
         return snapshot
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:

@@ -23,11 +23,31 @@ from .snapshot import DATA, Snapshot, engine_failed, first_line
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Store", "folder_bytes"]
+__all__ = ["Store", "folder_bytes", "lance"]
 
 _STORAGE_VERSION = "2.2"
 _NEWEST = 2**64 - 1  # Lance names manifests by their distance from here, so that the newest is listed first
 _INDEXED_FROM = 20_000  # faces; fewer ids are read in no time
+
+
+_user: int | None = None  # the process whose threads Lance has started
+
+
+def lance() -> Any:
+    """The package, in a process that has its threads.
+
+    Raises:
+        GalleryError: this one was forked from a process that used galleries, and would wait for those threads for ever.
+    """
+    global _user
+    package = gallery_package("lance")
+    if _user not in (None, os.getpid()):
+        raise GalleryError(
+            "gallery: expected a process of its own, got one that was forked after galleries had been used, which Lance"
+            " does not survive; start it by spawn or forkserver (DataLoader: multiprocessing_context='spawn')"
+        )
+    _user = os.getpid()
+    return package
 
 
 class Store:
@@ -52,7 +72,7 @@ class Store:
             with writer_lock(folder, 10.0):
                 store._refuse_existing()  # another process may have been faster
                 (folder / READERS).mkdir(exist_ok=True)
-                dataset = gallery_package("lance").write_dataset(
+                dataset = lance().write_dataset(
                     layout.schema().empty_table(), store.data, mode="create", data_storage_version=_STORAGE_VERSION
                 )
                 sync([*store._files(), store.data / "_versions", store.data, folder, folder.parent])
@@ -92,7 +112,7 @@ class Store:
         failed: BaseException | None = None
         for number in chosen():
             try:
-                return gallery_package("lance").dataset(str(self.data), version=number)
+                return lance().dataset(str(self.data), version=number)
             except BaseException as error:
                 if not engine_failed(error):
                     raise
@@ -239,20 +259,20 @@ class Store:
 
     def add(self, table: pa.Table, *, replace: bool) -> None:
         """Add rows in one commit, or put them in the place of those with the same ids; the caller is the writer."""
-        lance = gallery_package("lance")
+        package = lance()
         with self._changing() as (dataset, settle):
             if replace:
                 builder = dataset.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
                 change, version = builder.execute_uncommitted(table)[0], None
             else:
-                change = lance.LanceOperation.Append(lance.fragment.write_fragments(table, dataset, mode="append"))
+                change = package.LanceOperation.Append(package.fragment.write_fragments(table, dataset, mode="append"))
                 version = dataset.version
             settle()
-            lance.LanceDataset.commit(dataset, change, read_version=version)
+            package.LanceDataset.commit(dataset, change, read_version=version)
 
     def delete(self, snapshot: Snapshot, places: np.ndarray) -> None:
         """Delete rows of the newest version in one commit; the caller is the writer."""
-        lance = gallery_package("lance")
+        package = lance()
         places = np.sort(places)
         parts = np.split(places, np.searchsorted(places, [f.first for f in snapshot.fragments[1:]]))
         with self._changing() as (dataset, settle):
@@ -267,8 +287,8 @@ class Store:
                 else:
                     changed.append(left)
             settle()
-            operation = lance.LanceOperation.Delete(changed, emptied, "by row")
-            lance.LanceDataset.commit(dataset, operation, read_version=dataset.version)
+            operation = package.LanceOperation.Delete(changed, emptied, "by row")
+            package.LanceDataset.commit(dataset, operation, read_version=dataset.version)
 
     def compact(self, timeout: float, tick: Callable[[str], None]) -> dict[str, int]:
         """Rewrite without the deleted rows, then delete every file of older versions; the caller is the writer.

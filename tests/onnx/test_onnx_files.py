@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from xcos_ext.io.errors import ModelError
-from xcos_ext.onnx.files import contents_hash, onnx_hash, read_onnx
+from xcos_ext.onnx.files import contents_hash, metadata, onnx_hash, read_onnx
 
 WEIGHTS = np.arange(4, dtype=np.float32).tobytes()
 
@@ -196,3 +196,11 @@ def test_the_hash_of_the_contents_ignores_notes_only():
     assert contents_hash(small(np.array([0, 1, 2, 4], np.float32))) != before
     proto.graph.node[0].op_type = "Sub"
     assert contents_hash(proto) != before
+
+
+def test_notes_that_are_no_text_are_none() -> None:
+    whole = onnx.ModelProto()
+    onnx.helper.set_model_props(whole, {"kind": "pair", "named": "x"})
+    damaged = onnx.ModelProto()
+    damaged.ParseFromString(whole.SerializeToString().replace(b"named", b"n\xff\xfeed"))
+    assert metadata(damaged) == {"kind": "pair"}

@@ -210,4 +210,6 @@ def metadata(proto: onnx.ModelProto) -> dict[str, str]:
     >>> metadata(proto)
     {'xcos.kind': 'pair'}
     """
-    return {entry.key: entry.value for entry in proto.metadata_props}
+    notes = ((entry.key, entry.value) for entry in proto.metadata_props)
+    # What is not UTF-8 comes as bytes.
+    return {key: value for key, value in notes if isinstance(key, str) and isinstance(value, str)}

@@ -497,7 +497,7 @@ def test_bench_where_nothing_can_be_measured_is_trouble():
     [
         (("--stage", "lunch"), "Invalid value for '--stage'"),
         (("--batch", "0"), "Invalid value for '--batch'"),
-        (("--seconds", "nan"), "seconds: expected 0.01 to 3600"),
+        (("--seconds", "nan"), "expected a finite number, got nan"),
         (("--minimum", "0.1"), "--minimum: expected --compare with it"),
         (("new.json",), "named by --compare OLD.json, which is missing"),
         (("--compare", "none.json"), "none.json: no such file"),

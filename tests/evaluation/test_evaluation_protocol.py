@@ -470,7 +470,7 @@ def test_command_trouble(root: Path, files: dict[str, Path], tmp_path: Path) -> 
     pairs, model = ("--pairs", root / "pairs.csv"), ("--model", files["model"])
     trouble("Missing option '--pairs'", *model)
     trouble("no such file or folder", "--pairs", tmp_path / "none", *model)
-    trouble("give the folder or zip archive", *pairs, *model)
+    trouble("expected the folder or zip archive", *pairs, *model)
     trouble("no such folder or archive", *pairs, *model, "--root", tmp_path / "none")
     trouble("pictures are not in", *pairs, *model, "--root", tmp_path)
     trouble("roc.gif: expected a file ending in .png", *pairs, *model, "--root", root, "--plot", tmp_path / "roc.gif")

@@ -60,7 +60,7 @@ def _check_pairs(pairs: Tensor, probes: Templates, gallery: Templates) -> Tensor
         )
     if pairs.dtype != torch.int64:
         raise RuntimeError(f"{_OP}: index_pairs: expected dtype int64, got {_checks.dtype_name(pairs.dtype)}")
-    if pairs.is_meta or pairs.layout != torch.strided:
+    if pairs.device.type == "meta" or pairs.layout != torch.strided:
         raise RuntimeError(
             f"{_OP}: index_pairs: expected a dense tensor with values, got {pairs.layout}, {pairs.device}"
         )

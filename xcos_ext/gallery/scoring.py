@@ -44,7 +44,7 @@ class Groups:
         """Groups of probes with equal labels."""
         codes: dict[Any, int] = {}
         each = [codes.setdefault(label, len(codes)) for label in labels]
-        return cls(tuple(codes), torch.tensor(each, dtype=torch.int64, device=device), fusion)
+        return cls(tuple(codes), torch.tensor(each, dtype=torch.int64, device="cpu").to(device), fusion)
 
     @functools.cached_property
     def _rounds(self) -> list[tuple[Tensor, Tensor]]:

@@ -133,14 +133,14 @@ def score_pairs(
     return Scores({name: values.get(name, np.full(count, np.nan)) for name in scorers}, failures, failed)
 
 
-def crops(pairs: PairList, detector: Detector | None, size: tuple[int, int], several: dict[str, int]) -> Read:
-    """A reader of aligned crops, which notes in ``several`` how many faces a picture shows of which it took one."""
+def crops(pairs: PairList, detector: Detector | None, size: tuple[int, int], noted: dict[str, int]) -> Read:
+    """A reader of aligned crops, which says in ``noted`` how many faces a picture shows of which it took one."""
     finder = None if pairs.aligned else detector
 
     def read(key: str) -> NDArray[np.uint8]:
         face = extract_face(pairs.read(key), finder, name=key, size=size, strict=None)
         if face.found > 1:
-            several[key] = face.found
+            noted[key] = face.found
         return face.rgb
 
     return read

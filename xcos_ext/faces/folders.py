@@ -66,7 +66,7 @@ class PictureTree:
         self._place = self.path.absolute()  # pictures are read later, wherever os.chdir has gone
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path}: no such folder or archive")
-        if not self.path.is_file() and not self.path.is_dir():
+        if not self.path.is_file() and not self.path.is_dir():  # a pipe would be waited for
             raise ValueError(f"{self.path}: expected a folder or a zip archive, got something else")
         self._zipped = self.path.is_file()
         self._local = threading.local()
@@ -90,7 +90,7 @@ class PictureTree:
         self._top = f"{tops.pop()}/" if len(tops) == 1 else ""
 
     def _entries(self) -> list[tuple[str, str]]:
-        if not self.path.is_file() or not zipfile.is_zipfile(self.path):  # a pipe would be waited for
+        if not zipfile.is_zipfile(self.path):
             raise ValueError(f"{self.path}: expected a folder or a zip archive")
         try:
             with zipfile.ZipFile(self.path) as archive:

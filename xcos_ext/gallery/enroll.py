@@ -145,8 +145,9 @@ def find_probes(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Picture],
     for path in several(paths, "find_probes: paths", "paths"):
         where = display_name(path)
         others: dict[str, str] = {}
+        single = _single(Path(path))
         for picture in _pictures_of(Path(path), None, others):
-            pictures.append(replace(picture, id=where if _single(Path(path)) else f"{where.rstrip('/')}/{picture.id}"))
+            pictures.append(replace(picture, id=where if single else f"{where.rstrip('/')}/{picture.id}"))
         left_out |= {f"{where.rstrip('/')}/{name}": why for name, why in others.items()}
     return pictures, left_out
 
@@ -288,7 +289,7 @@ def enroll(
     fast = for_inference(model)
     enrolled: list[str] = []
     skipped: dict[str, str] = {}
-    several: dict[str, int] = {}
+    several_faces: dict[str, int] = {}
     unlike: list[str] = []
     chosen: list[tuple[Picture, np.ndarray]] = []
 
@@ -320,7 +321,7 @@ def enroll(
             skipped[picture.id] = problem or "no face"
         else:
             if faces > 1:
-                several[picture.id] = faces
+                several_faces[picture.id] = faces
             elif not faces:
                 unlike.append(picture.id)
             chosen.append((picture, crop))
@@ -329,7 +330,7 @@ def enroll(
         tick(done, len(pictures))
     commit()
     present = len(pictures) - len(enrolled) - len(skipped)
-    return Enrolment(enrolled, present, skipped, several, time.perf_counter() - begin, changed, unlike)
+    return Enrolment(enrolled, present, skipped, several_faces, time.perf_counter() - begin, changed, unlike)
 
 
 def _checksum(picture: Picture) -> str | None:

@@ -47,8 +47,6 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         ConfigError: missing, unreadable, or not TOML; the message names line and column.
     """
     file = Path(path)
-    if file.exists() and not file.is_file():
-        raise ConfigError(f"{file}: expected a TOML file, got something that is not a regular file")
     try:
         if file.exists() and not file.is_file():  # a pipe would be waited for, a device read without end
             raise ConfigError(f"{file}: expected a TOML file, got something that is not a regular file")

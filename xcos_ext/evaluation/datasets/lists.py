@@ -342,8 +342,6 @@ def _folder(name: str) -> str:
 def _detected(path: Path) -> str:
     if path.is_dir():
         return "cfp"
-    if not path.is_file():  # a pipe would be waited for
-        raise ValueError(f"{path}: expected a list of pairs, got something that is not a regular file")
     if path.suffix.lower() == ".bin":
         return "bin"
     with path.open("rb") as stream:
@@ -384,14 +382,13 @@ def open_pairs(
     where = Path(path)
     if not where.exists():
         raise FileNotFoundError(f"{where}: no such file or folder")
-    if not where.is_file() and not where.is_dir():
+    if not where.is_file() and not where.is_dir():  # a pipe would be waited for
         raise ValueError(f"{where}: expected a list of pairs, got something that is not a regular file")
     kind = format or _detected(where)
     if kind == "bin":
         return InsightfaceBin(where)
     if root is None:
         raise ValueError(f"root: expected the folder or zip archive of the pictures that {where} names, got none")
-    if kind != "cfp" and not where.is_file():
-        got = "a folder" if where.is_dir() else "something that is not a regular file"
-        raise ValueError(f"{where}: expected a file, got {got}")
+    if kind != "cfp" and where.is_dir():
+        raise ValueError(f"{where}: expected a file, got a folder")
     return {"lfw": LFW, "cfp": CFP, "csv": CSVPairs}[kind](root, where)

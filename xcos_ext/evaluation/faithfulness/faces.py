@@ -78,22 +78,16 @@ class Faces:
         detector: Detector | None = None,
         folds: Sequence[int] | None = None,
     ) -> None:
-        self.pairs = pairs
-        known = set(pairs.folds.tolist())
-        several(() if folds is None else folds, "folds", "numbers")
-        if folds is not None and not (folds and set(folds) <= known):
-            raise ValueError(f"folds: expected some of {sorted(known)}, got {sorted(folds)}")
-        self.chosen = np.flatnonzero(np.isin(pairs.folds, list(known if folds is None else folds)))
+        self.pairs = pairs = pairs if folds is None else pairs.of_folds(folds)
         self.failures: dict[str, str] = {}
         self.several: dict[str, int] = {}
         self._read = lru_cache(_KEPT)(crops(pairs, detector, size, self.several))
         self._person: dict[str, str] = {}
         self._pictures: dict[str, tuple[str, ...]] = {}
         if pairs.people is not None:
-            used = np.unique(np.concatenate((pairs.first[self.chosen], pairs.second[self.chosen])))
             found: dict[str, list[str]] = {}
-            for index in used.tolist():
-                found.setdefault(pairs.people[index], []).append(pairs.keys[index])
+            for person, key in zip(pairs.people, pairs.keys, strict=True):
+                found.setdefault(person, []).append(key)
             if isinstance(pairs, LFW):
                 found = {person: list(pairs.pictures.of(person)) for person in found}
             self._pictures = {person: tuple(keys) for person, keys in sorted(found.items())}
@@ -189,7 +183,7 @@ class Faces:
             TooFewError: the list has fewer pairs of the kind, or none that can be used.
         """
         kind = "genuine" if genuine else "impostor"
-        rows = self.chosen[self.pairs.genuine[self.chosen] == genuine]
+        rows = np.flatnonzero(self.pairs.genuine == genuine)
         if not 1 <= count <= rows.size:
             raise TooFewError(f"count: expected 1..{rows.size}, the {kind} pairs that there are, got {count}")
         found: list[Drawn] = []

@@ -144,7 +144,7 @@ class Study:
         if self.settings.count is not None:
             return self.settings.count
         if most is None:
-            most = int(np.bincount(self.faces.pairs.genuine[self.faces.chosen], minlength=2).min())
+            most = int(np.bincount(self.faces.pairs.genuine, minlength=2).min())
         return max(1, min(_COUNT, most))
 
     @property

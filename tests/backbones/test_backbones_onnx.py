@@ -166,6 +166,8 @@ def test_both_halves_make_the_whole_and_have_exact_cells(name: str, tmp_path: Pa
     expected = whole(path, given).reshape(3, -1)
     np.testing.assert_allclose(recogniser.embed(grid).numpy(), expected, rtol=1e-4, atol=1e-5)
     assert recogniser.embedding_size == expected.shape[1]
+    nobody = torch.zeros(0, 3, 112, 112)
+    assert recogniser(nobody).shape == recogniser.embed(grid[:0].requires_grad_()).shape == (0, expected.shape[1])
     cells = cell_matrices(recogniser)
     made = torch.einsum("dchw,nchw->nd", cells.matrices, grid.double()) + cells.constant
     np.testing.assert_allclose(made.numpy(), expected, rtol=1e-4, atol=1e-5)
@@ -243,6 +245,7 @@ def test_other_output_blocks_run_but_have_no_cells(op: str, settings: dict[str, 
     np.testing.assert_allclose(recogniser(torch.from_numpy(images())).numpy(), expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(ModelError, match=rf"not affine over the feature map 'map', or not known to be: {op}"):
         plug(recogniser, centre=False)
+    assert recogniser(torch.zeros(0, 3, 112, 112)).shape == (0, expected.shape[1])
     # a trained head needs the map alone
     assert XCosModel(recogniser, XCosHead(CHANNELS)).eval().features(torch.from_numpy(images())).shape == (3, 32, 7, 7)
     inner = OnnxRecogniser(tmp_path / "net.onnx", output=net.nodes[-2].output[0])

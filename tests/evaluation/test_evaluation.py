@@ -184,6 +184,10 @@ def test_errors() -> None:
         ev.kfold_accuracy(scores, genuine, np.zeros(60))
     with pytest.raises(ValueError, match=r"folds: expected shape \(60,\)"):
         ev.kfold_accuracy(scores, genuine, np.zeros(3))
+    with pytest.raises(ValueError, match="folds: expected at least two, got 0"):
+        ev.kfold_accuracy([], [], [])
+    with pytest.raises(ValueError, match="pairs: expected at least one, got 0"):
+        ev.Resampling(0)
     with pytest.raises(ValueError, match=r"fmr: expected a rate in \(0, 1\), got 0"):
         ev.operating_point(scores, genuine, 0)
     with pytest.raises(ValueError, match="false_matches, impostors"):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from xcos_ext import backbones
 from xcos_ext import evaluation as ev
 from xcos_ext.cli.app import xcos
-from xcos_ext.evaluation.datasets import CSVPairs, open_pairs
+from xcos_ext.evaluation.datasets import CSVPairs, PairList, open_pairs
 from xcos_ext.io.errors import PictureError
 from xcos_ext.model import XCosAttention, XCosHead, XCosModel, plug, save_model
 from xcos_ext.ops import xcos_score
@@ -255,6 +255,24 @@ def test_corr_attention() -> None:
     assert weights[0] / weights[3] == pytest.approx(1 / np.sqrt(2), abs=0.05)
     with pytest.raises(ValueError, match="no cell's similarity correlates"):
         ev.corr_attention(-target[:, None], target)
+    for similarity, cosine in ((s[:0], target[:0]), (s.reshape(500, 2, 2), target), (s[:3], target)):
+        with pytest.raises(ValueError, match=r"^similarity, target: expected \[N, cells\] and \[N\] of at"):
+            ev.corr_attention(similarity, cosine)
+
+
+def test_no_pairs() -> None:
+    nobody = PairList([], [])
+    model = plug(network(), centre=False)
+    with pytest.raises(PictureError, match=r"^no genuine or no impostor pair can be scored: 0 of 0 pairs are genuine$"):
+        ev.evaluate(model, nobody)
+    for given, name in ((None, "NoneType"), ([("a", "b")], "list")):
+        with pytest.raises(TypeError, match=f"^pairs: expected a PairList, got {name}$"):
+            ev.evaluate(model, given)  # type: ignore[arg-type]
+    scored = ev.score_pairs(nobody, lambda _: {}, {"cosine": ("mean", torch.cosine_similarity)})
+    assert scored.values["cosine"].shape == scored.failed.shape == (0,) and not scored.failures
+    features = torch.zeros(0, 4, 7, 7)
+    with pytest.raises(ValueError, match=r"^people: 0 impostor pairs cannot tell a false match rate of 0\.001"):
+        ev.calibrate(XCosModel(torch.nn.Identity(), XCosHead(4, 4, attention="norm")).eval(), features, [])
 
 
 def test_corr_needs_a_target_and_folds(pairs: CSVPairs, root: Path, tmp_path: Path) -> None:

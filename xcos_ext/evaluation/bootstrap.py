@@ -50,10 +50,12 @@ class Resampling:
         people: integers [N], [N]: the two people of every pair, or None.
 
     Raises:
-        ValueError: people of another number of pairs.
+        ValueError: no pairs, or people of another number of pairs.
     """
 
     def __init__(self, pairs: int, people: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None) -> None:
+        if pairs < 1:
+            raise ValueError(f"pairs: expected at least one, got {pairs}")
         if people is not None and [len(side) for side in people] != [pairs, pairs]:
             lengths = [len(side) for side in people]
             raise ValueError(f"people: expected two sides of {pairs}, one a pair, got lengths {lengths}")

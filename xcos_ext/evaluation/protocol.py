@@ -42,8 +42,11 @@ def corr_attention(similarity: Floats, target: Floats) -> Floats:
         [cells], non-negative, summing to 1.
 
     Raises:
-        ValueError: no cell correlates.
+        ValueError: other shapes, no pairs, or no cell that correlates.
     """
+    if similarity.ndim != 2 or target.shape != similarity.shape[:1] or not target.size:
+        got = f"{list(similarity.shape)} and {list(target.shape)}"
+        raise ValueError(f"similarity, target: expected [N, cells] and [N] of at least one pair, got {got}")
     s, t = similarity - similarity.mean(0), target - target.mean()
     scale = np.sqrt((s**2).sum(0) * (t @ t))
     weights = np.clip(np.divide(t @ s, scale, out=np.zeros_like(scale), where=scale > 0), 0, None)
@@ -154,6 +157,7 @@ def evaluate(
         PictureError: so many pictures could not be enrolled that no genuine or no impostor pair is left.
         ValueError: an unknown attention, ``corr`` without a target or with a single fold, scores that are not finite,
             no models, or a fold with two of them.
+        TypeError: no list of pairs.
     """
     attentions = tuple(dict.fromkeys(several(attentions, "attentions")))
     several(fmrs, "fmrs", "numbers")
@@ -161,8 +165,8 @@ def evaluate(
     if unknown or not attentions:
         raise ValueError(f"attentions: expected some of {', '.join(ATTENTIONS)}, got {', '.join(unknown) or 'none'}")
     if isinstance(model, XCosModel):
-        if pairs is None:
-            raise ValueError("pairs: expected a list for the model, got none")
+        if not isinstance(pairs, PairList):
+            raise TypeError(f"pairs: expected a PairList, got {type(pairs).__name__}")
         _check_folds(attentions, pairs.folds)  # before the work, not after it
         model = [(model, pairs)]
     lists: list[PairList] = []
@@ -240,7 +244,7 @@ def _joined(parts: Sequence[Scores], genuine: NDArray[np.bool_]) -> Scores:
     failures = {key: why for part in parts for key, why in part.failures.items()}
     failed = np.concatenate([part.failed for part in parts])
     if np.unique(genuine[~failed]).size < 2:
-        reason = next(iter(failures.values()), "the list has pairs of one kind only")
+        reason = next(iter(failures.values()), f"{int(genuine.sum())} of {genuine.size} pairs are genuine")
         raise PictureError(f"no genuine or no impostor pair can be scored: {reason}")
     for name, found in values.items():
         bad = int((~np.isfinite(found[~failed])).sum())

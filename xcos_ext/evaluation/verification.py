@@ -191,11 +191,11 @@ def kfold_accuracy(scores: ArrayLike, genuine: ArrayLike, folds: ArrayLike) -> K
     rows = np.asarray(scores, dtype=np.float64)
     if rows.ndim == 2 and len(rows) != names.size:
         raise ValueError(f"scores: expected a row for each of {names.size} folds, got {len(rows)}")
-    rows = np.broadcast_to(rows, (names.size, *rows.shape[-1:])) if rows.ndim in (1, 2) else rows[None]
-    if fold.shape != rows[0].shape:
-        raise ValueError(f"folds: expected shape {rows[0].shape}, got {fold.shape}")
+    if rows.ndim not in (1, 2) or fold.shape != rows.shape[-1:]:
+        raise ValueError(f"folds: expected shape {rows.shape[-1:]}, got {fold.shape}")
     if names.size < 2:
         raise ValueError(f"folds: expected at least two, got {names.size}")
+    rows = np.broadcast_to(rows, (names.size, *rows.shape[-1:]))
     thresholds, accuracies = [], []
     for name, row in zip(names, rows, strict=True):
         values, labels = checked_scores(row, genuine)

@@ -272,6 +272,8 @@ class AffineTail(nn.Module):
 
     def forward(self, grid: Tensor) -> Tensor:
         """Map [N, C, H, W] -> embedding [N, D]."""
+        if not len(grid):  # a graph's -1 cannot be told from no elements
+            return self.forward(grid.new_zeros(1, *grid.shape[1:]) + grid.sum())[:0]
         values: dict[str, Any] = {self._start: grid, "": None, **self._lists}
         for name, place in self._places.items():
             values[name] = getattr(self, place)

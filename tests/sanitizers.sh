@@ -15,6 +15,7 @@ if [ $# -gt 1 ] || { [ $# -eq 1 ] && [ "$1" != --short ]; }; then
 fi
 short=${1:-}
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export XCOS_SHARED_DATA=${XCOS_SHARED_DATA:-$repo/../shared/data}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$repo"

@@ -303,9 +303,31 @@ def test_quick_search_of_a_stranger_rate(crops: Path, tmp_path: Path) -> None:
     one = strict(run("search", tmp_path / "g", probe, "--aligned", "--json").stdout)["threshold"]
     many = strict(run("search", tmp_path / "g", probe, "--aligned", "--json", "--fpir", "0.01").stdout)["threshold"]
     assert many > one
+    options = ("--aligned", "--json", "--fpir", "0.01", "--fuse")
+    best, mean = (
+        strict(run("search", tmp_path / "g", probe, probe.parent / "08.png", *options, fusion).stdout)["threshold"]
+        for fusion in ("max", "mean")
+    )
+    assert best > mean == many  # the best of two pictures is two draws
     trouble(
         run("search", tmp_path / "g", probe, "--aligned", "--fpir", "1e-9"), "fpir: expected at least", "40 candidates"
     )
+    # What the model knows of scores is of its own attention.
+    trouble(
+        run("search", tmp_path / "g", probe, "--aligned", "--attention", "norm", "--fpir", "0.01"),
+        "--fpir: expected the attention that the model is calibrated with, got --attention norm; give --threshold",
+    )
+    other = run("search", tmp_path / "g", probe, "--aligned", "--attention", "uniform")
+    assert "the threshold" not in other.stdout and "no threshold known for this model and attention" in other.stderr
+    data = strict(
+        run("search", tmp_path / "g", probe, "--aligned", "--attention", "norm", "--json", "--explain").stdout
+    )
+    hit = data["probes"][0]["hits"][0]
+    assert data["threshold"] is hit["over_threshold"] is hit.get("contribution") is None and len(hit["similarity"]) == 7
+    given = strict(
+        run("search", tmp_path / "g", probe, "--aligned", "--attention", "norm", "--threshold", "0.5", "--json").stdout
+    )
+    assert given["threshold"] == 0.5 and given["probes"][0]["hits"][0]["over_threshold"] is True
 
 
 @pytest.mark.process

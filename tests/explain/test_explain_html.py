@@ -147,7 +147,7 @@ def test_numbers_on_the_page() -> None:
 
 def test_without_a_threshold_or_faces() -> None:
     page = explanation(model={"threshold": None, "curve": None}).to_html()
-    assert "<h1>No verdict</h1>" in page and "never calibrated" in page
+    assert "<h1>No verdict</h1>" in page and "not calibrated" in page
     assert "contribution, \u03a3" not in page
     e = explanation()
     import dataclasses

@@ -597,6 +597,6 @@ def test_nothing_foreign_runs(browser: Browser, tmp_path: Path) -> None:
 def test_uncalibrated_page(browser: Browser, tmp_path: Path) -> None:
     write(tmp_path / "r.html", pairs(30), toy(threshold=None, curve=None))
     browser.open(tmp_path / "r.html")
-    assert "never calibrated" in browser.run("document.getElementById('counts').textContent")
+    assert "not calibrated" in browser.run("document.getElementById('counts').textContent")
     assert browser.run("document.querySelectorAll('.same, .different').length") == 0
     assert browser.complaints() == []

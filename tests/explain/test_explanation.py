@@ -235,8 +235,8 @@ def test_without_calibration() -> None:
     e = explain(toy(threshold=None, curve=None), crop(1), crop(2))
     assert (e.same, e.margin, e.contribution, e.fmr, e.fmr_at_threshold) == (None,) * 5
     assert e.verdict == "no verdict"
-    assert "never calibrated" in e.certainty
-    assert any("never calibrated" in remark for remark in e.remarks)
+    assert "not calibrated" in e.certainty
+    assert any("not calibrated" in remark for remark in e.remarks)
     assert {r.word for r in e.regions} <= {"much weight", "usual weight", "little weight"}
     assert math.fsum(r.contribution for r in e.regions) == pytest.approx(e.score, abs=1e-14)
     data = e.as_dict()
@@ -266,7 +266,7 @@ def test_closed_form_weighs_by_norms() -> None:
     model = plug(backbones.create("mobilefacenet").eval(), faces, threshold=0.5)
     e = explain(model, crop(1), crop(2))
     assert e.model.attention == "norm"
-    assert e.curve is None and "never calibrated" in e.certainty
+    assert e.curve is None and "not calibrated" in e.certainty
 
 
 def test_identical_pictures() -> None:
@@ -440,7 +440,7 @@ def test_command_without_a_threshold(folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "no verdict" in result.stderr.splitlines()[-1]
     assert json.loads(result.stdout)["same"] is None
-    assert "never calibrated" in (tmp_path / "p.html").read_text(encoding="utf-8")
+    assert "not calibrated" in (tmp_path / "p.html").read_text(encoding="utf-8")
     assert run(*arguments, "--threshold", "-1").exit_code == 0
     trouble(run("verify", *arguments[1:]), "knows no decision threshold")
 

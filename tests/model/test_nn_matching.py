@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 
 import xcos_ext
 from xcos_ext import backbones
+from xcos_ext.evaluation import all_pair_scores, calibrate, fmr_curve, fmr_threshold
 from xcos_ext.model import ClosedFormHead, XCosAttention, XCosHead, XCosModel, load_model, save_model
 
 
@@ -83,6 +87,37 @@ def test_files_keep_the_setting(kind, tmp_path):
     torch.testing.assert_close(loaded.score(a, b), model.score(a, b))
     with pytest.raises(RuntimeError, match=r"call head\.set_matching\(0\) first"):
         loaded.templates(a)
+
+
+def test_calibration_is_of_the_matching_it_was_made_with():
+    curve = fmr_curve(np.arange(100) / 100)
+    model = XCosModel(torch.nn.Identity(), XCosHead(6, 6, attention="norm", projection="none"), threshold=0.3).eval()
+    model.fmr_thresholds[0.1], model.fmr_curve = 0.4, curve
+    model.head.set_matching(1)
+    assert (model.threshold, model.fmr_thresholds, model.fmr_curve) == (None, {}, None)
+    assert copy.deepcopy(model).threshold is None
+    model.head.set_matching(0)
+    assert (model.threshold, model.fmr_thresholds, model.fmr_curve) == (0.3, {0.1: 0.4}, curve)
+
+    model.head.set_matching(1)
+    features, people = torch.randn(30, 6, 7, 7), [f"p{i}" for i in range(30)]
+    scores, _ = all_pair_scores(model, features, people)
+    first, second = np.triu_indices(30, 1)
+    np.testing.assert_allclose(scores, model.score(features[first], features[second]).detach().numpy(), atol=1e-6)
+    model.set_calibration(calibrate(model, features, people, decision_fmr=0.1, fmrs=(0.1,)))
+    assert model.threshold == model.fmr_thresholds[0.1] == fmr_threshold(scores, 0.1)
+    model.head.set_matching(2)
+    assert model.threshold is None
+
+
+def test_files_keep_no_threshold_of_another_matching(tmp_path):
+    model = XCosModel(backbones.create("mobilefacenet"), XCosHead(512, 8), threshold=0.3).eval()
+    model.head.set_matching(1)
+    save_model(model, tmp_path / "model.safetensors")
+    assert load_model(tmp_path / "model.safetensors").threshold is None
+    model.threshold = 0.4
+    save_model(model, tmp_path / "model.safetensors")
+    assert load_model(tmp_path / "model.safetensors").threshold == 0.4
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,30 @@ def test_one_text_is_not_taken_for_its_letters(world: SimpleNamespace, message: 
     assert list(world.gallery.ids()) == ["1", "2", "12"]
 
 
+#: Message -> a call with a set, whose order is another one in every process, where places count.
+SETS: dict[str, Callable[[Any], Any]] = {
+    "gallery.add: ids": lambda w: w.gallery.add({"x", "y", "z"}, w.templates),
+    "gallery.add: persons": lambda w: w.gallery.add(list("xyz"), w.templates, persons={"Ann", "Bob", "Cid"}),
+    "gallery.get: ids": lambda w: w.gallery.get({"1", "2"}),
+    "gallery.search: groups": lambda w: w.gallery.search(w.templates, groups=frozenset("abc")),
+    "people": lambda w: of("evaluation", "all_pair_scores")(w.model, w.features, set("abc")),
+    "persons": lambda w: of("evaluation", "ranked_persons")([[0.2, 0.9]], {"Ann", "Bob"}, 1),
+    "candidates[1]": lambda w: of("evaluation", "identification")([["Ann"], {"Bob"}], *CANDIDATES[1:]),
+    "genuine": lambda w: of("evaluation.datasets", "PairList")([("a", "b"), ("a", "c")], {True, False}),
+    "names": lambda w: of("explain", "explain")(w.model, FACE, FACE, names={"a", "b"}),
+    "pictures": lambda w: w.model.features_of({1, 2}),
+}
+FACE = np.zeros((112, 112, 3), np.uint8)
+
+
+@pytest.mark.parametrize("argument", SETS)
+def test_sets_are_not_taken_for_sequences(world: SimpleNamespace, argument: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{re.escape(argument)}: expected a sequence of .*set, which has no order$"):
+        SETS[argument](world)
+    assert list(world.gallery.ids()) == ["1", "2", "12"]
+    assert world.gallery.positions({"2"}) == {"2": 1}  # where places do not count
+
+
 # ------------------------------------------------------------------ paths and processes
 
 

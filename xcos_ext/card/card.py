@@ -104,7 +104,7 @@ class OnnxCard:
         layout: of the templates.
         symmetric: whether score(A, B) = score(B, A) for every pair.
         fmr_thresholds: thresholds at false match rates.
-        fmr_curve: the false match rate at any score; None: never calibrated.
+        fmr_curve: the false match rate at any score; None: not calibrated.
         pair_weights: what learned attention needs to score templates elsewhere, and the fingerprint of the network
             that they are of; empty without.
 

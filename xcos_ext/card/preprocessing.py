@@ -69,7 +69,9 @@ class Preprocessing:
         """
         height, width = self.size
         single = isinstance(faces, np.ndarray) and faces.ndim != 4
-        items = [np.asarray(face) for face in ([faces] if single else several(faces, "faces", "pictures"))]
+        items = [
+            np.asarray(face) for face in ([faces] if single else several(faces, "faces", "pictures", ordered=True))
+        ]
         for i, face in enumerate(items):
             if face.dtype != np.uint8:
                 raise TypeError(f"faces[{i}]: expected a uint8 array, got {face.dtype}")

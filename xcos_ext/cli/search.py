@@ -75,9 +75,17 @@ def run(
 
     loaded = load(path, device)
     with open_gallery(gallery, loaded) as opened:
-        limit = opened.layout.threshold if threshold is None else threshold
+        known = opened.layout.threshold_of(how["attention"])
+        limit = known if threshold is None else threshold
         if fpir is not None:
-            limit = identification_threshold(opened.layout.fmr_curve, fpir, len(opened))
+            if known is None and opened.layout.threshold is not None:
+                raise GalleryError(
+                    f"--fpir: expected the attention that the model is calibrated with, got --attention "
+                    f"{how['attention']}; give --threshold"
+                )
+            # The best of several pictures is a draw from each; a mean strays less than one picture does.
+            each = len(pictures) if fusion == "max" else 1
+            limit = identification_threshold(opened.layout.fmr_curve, fpir, len(opened) * each)
         fast = for_inference(loaded)
         crops: list[Any] = []
         names: list[str] = []
@@ -135,7 +143,7 @@ def run(
             manner = f"approximate: {how['rerank']} candidates re-ranked"
             if hits.recall is not None:
                 manner += f", recall {hits.recall:.3f} measured on {hits.recall_probes} of the probes"
-        shown = "no threshold" if limit is None else f"threshold {limit:.4f}"
+        shown = "no threshold known for this model and attention" if limit is None else f"threshold {limit:.4f}"
         if limit is not None and threshold is None and fpir is None:
             shown += ", the model's for one pair: among many faces strangers pass it (--fpir)"
         note(f"{searched:,} faces in {seconds:.2f} s ({manner}); {shown}")

@@ -75,7 +75,7 @@ class OnnxModel:
             raise ModelError(f"{where}: damaged: expected inputs {', '.join(expected)} of a {self.kind} graph")
         dim = proto.graph.input[0].type.tensor_type.shape.dim[0]
         self.batch_size: int | None = None if dim.dim_param else dim.dim_value
-        chosen = CPU if providers is None else list(several(providers, "providers"))
+        chosen = CPU if providers is None else list(several(providers, "providers", ordered=True))
         known = runtime.get_available_providers()
         missing = [name for name in (one if isinstance(one, str) else one[0] for one in chosen) if name not in known]
         if missing:

@@ -28,7 +28,8 @@ _EXPECTED_MATCHES = 30  # impostor pairs times rate, for a threshold at that rat
 def all_pair_scores(
     model: XCosModel, features: Tensor, people: Sequence[str]
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Scores of every unordered pair of different pictures, through templates (:func:`xcos_ext.xcos_matrix`).
+    """Scores of every unordered pair of different pictures, through templates (:func:`xcos_ext.xcos_matrix`); pair by
+    pair where the head matches cells with their neighbourhoods, which templates cannot.
 
     >>> from xcos_ext.model import XCosHead
     >>> model = XCosModel(torch.nn.Identity(), XCosHead(4, 4, attention="norm")).eval()
@@ -48,16 +49,23 @@ def all_pair_scores(
         ValueError: lengths differ.
     """
     count = features.shape[0]
-    if len(several(people, "people")) != count:
+    if len(several(people, "people", ordered=True)) != count:
         raise ValueError(f"people: expected {count} names, got {len(people)}")
     if count < 2:
         return np.empty(0, np.float32), np.empty(0, bool)
-    probes, gallery = model.templates(features, "probe"), model.templates(features, "gallery")
+    in_place = model.head.matching is None
+    if in_place:
+        probes, gallery = model.templates(features, "probe"), model.templates(features, "gallery")
     _, names = np.unique(np.asarray(people), return_inverse=True)
     scores, genuine = [], []
     for start in range(0, count - 1, _PROBES_AT_ONCE):
         part = slice(start, min(start + _PROBES_AT_ONCE, count))
-        block = xcos_matrix(probes[part], gallery[slice(start, count)]).float().cpu().numpy()
+        if in_place:
+            found = xcos_matrix(probes[part], gallery[slice(start, count)])
+        else:
+            others = features[start:]
+            found = torch.stack([model.score(probe.expand_as(others), others) for probe in features[part]])
+        block = found.float().cpu().numpy()
         later = np.triu(np.ones(block.shape, bool), 1)
         scores.append(block[later])
         genuine.append((names[part, None] == names[None, start:])[later])

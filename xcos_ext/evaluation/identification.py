@@ -73,7 +73,7 @@ def ranked_persons(scores: ArrayLike, persons: Sequence[str], k: int) -> Candida
     Raises:
         ValueError: lengths that differ, a k below 1, or scores that are not finite.
     """
-    several(persons, "persons")
+    several(persons, "persons", ordered=True)
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 2 or values.shape[1] != len(persons):
         raise ValueError(f"scores: expected [P, {len(persons)}], a column for each of persons, got {values.shape}")
@@ -209,10 +209,10 @@ def _read(
     candidates: Sequence[Sequence[str]], scores: ArrayLike, persons: Sequence[str], enrolled: Collection[str]
 ) -> tuple[_Probes, int]:
     """What the figures are made of, and k."""
-    several(persons, "persons")
+    several(persons, "persons", ordered=True)
     known = set(several(enrolled, "enrolled"))
-    for probe, row in enumerate(several(candidates, "candidates", "lists")):
-        several(row, f"candidates[{probe}]")
+    for probe, row in enumerate(several(candidates, "candidates", "lists", ordered=True)):
+        several(row, f"candidates[{probe}]", ordered=True)
     values = _checked_lists(candidates, scores)
     if len(persons) != len(values):
         raise ValueError(f"persons: expected {len(values)} names, one a probe, got {len(persons)}")

@@ -132,7 +132,7 @@ class Explanation:
         threshold: t: the same person if score >= t; None: unknown, then there is no verdict and no contribution.
         a, b: the faces.
         model: what scored them.
-        curve: the model's false match rate at any score; None: it was never calibrated.
+        curve: the model's false match rate at any score; None: it is not calibrated.
         given: whether the threshold is the caller's and not the model's.
         identical: ``"pictures"`` if both crops are the same, ``"features"`` if what the model keeps of them is.
         exchanged: the model's score of (B, A); None where unknown.
@@ -229,12 +229,12 @@ class Explanation:
 
     @property
     def fmr(self) -> FMRAtScore | None:
-        """False match rate at the score; None: the model was never calibrated."""
+        """False match rate at the score; None: the model is not calibrated."""
         return None if self.curve is None else self.curve.at(self.score)
 
     @property
     def fmr_at_threshold(self) -> FMRAtScore | None:
-        """False match rate at the threshold; None: no threshold, or the model was never calibrated."""
+        """False match rate at the threshold; None: no threshold, or the model is not calibrated."""
         return None if self.curve is None or self.threshold is None else self.curve.at(self.threshold)
 
     # --- words
@@ -244,7 +244,7 @@ class Explanation:
         """How far the score is from the threshold, in false match rates."""
         fmr, at_threshold = self.fmr, self.fmr_at_threshold
         if self.curve is None or fmr is None:
-            return "This model was never calibrated, so nobody knows how often different people score as high."
+            return "This model is not calibrated, so nobody knows how often different people score as high."
         sample = f"{self.curve.pairs:,} pairs of different people"
         if self.curve.people is not None:
             sample += f" ({self.curve.people:,} people)"
@@ -273,7 +273,7 @@ class Explanation:
         elif self.identical == "features":
             said.append("The model keeps exactly the same of both pictures: the score says nothing about the person.")
         if self.threshold is None:
-            said.append("The model knows no decision threshold (it was never calibrated): there is no verdict.")
+            said.append("The model knows no decision threshold (it is not calibrated): there is no verdict.")
         elif self.given:
             said.append(f"The threshold {self.threshold:.4f} was given for this comparison; it is not the model's own.")
         if self.model.attention in ("norm", "uniform"):
@@ -474,7 +474,7 @@ def explain(
             )
         if face.shape != (*size, 3):
             raise ValueError(f"{argument}: expected an aligned face [{size[0]}, {size[1]}, 3], got {list(face.shape)}")
-    if len(several(names, "names")) != 2:
+    if len(several(names, "names", ordered=True)) != 2:
         raise ValueError(f"names: expected two, of a and b, got {len(names)}")
     chosen = check_threshold(threshold)
     points = [

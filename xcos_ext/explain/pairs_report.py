@@ -316,7 +316,7 @@ def write_report(
         raise ValueError("model: expected evaluation mode, got training mode; call .eval() first")
     if batch_size < 1 or threads < 1:
         raise ValueError(f"batch_size, threads: expected at least 1, got {batch_size}, {threads}")
-    several(label_names, "label_names")
+    several(label_names, "label_names", ordered=True)
     target = check_output(path, (".html", ".htm"))
     given = check_threshold(threshold) is not None
     threshold = threshold if given else model.threshold

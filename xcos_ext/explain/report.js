@@ -464,7 +464,7 @@
   if (decided) {
     said.push(`${number(summary.same)} same person, ${number(summary.different)} different people, at threshold ${fixed(threshold, 4)}${settings.given ? " (given, not the model's own)" : ""}.`);
   } else {
-    said.push("The model knows no threshold (it was never calibrated): no verdicts.");
+    said.push("The model knows no threshold (it is not calibrated): no verdicts.");
   }
   if (decided && summary.impostor) said.push(`${number(summary.false_matches)} of ${number(summary.impostor)} impostor pairs match.`);
   if (decided && summary.genuine) said.push(`${number(summary.false_non_matches)} of ${number(summary.genuine)} genuine pairs do not.`);
@@ -473,7 +473,7 @@
   if (settings.calibration) {
     about.push(`false match rates from ${number(settings.calibration.pairs)} impostor pairs` + (settings.calibration.people ? ` of ${number(settings.calibration.people)} people` : ""));
   } else {
-    about.push("never calibrated: no false match rates");
+    about.push("not calibrated: no false match rates");
   }
   about.push(`parts of the face by the alignment template`, `xcos_ext ${settings.version}`);
   document.getElementById("about").textContent = about.join("; ") + ".";

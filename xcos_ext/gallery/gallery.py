@@ -270,7 +270,7 @@ class Gallery(Searcher):
             GalleryError: a position outside.
         """
         snapshot = self.snapshot
-        several(positions, "gallery.templates_at: positions", "integers")
+        several(positions, "gallery.templates_at: positions", "integers", ordered=True)
         return gather(snapshot, self._tiles, _places(snapshot, positions))
 
     def info(self) -> dict[str, Any]:
@@ -341,9 +341,12 @@ class Gallery(Searcher):
         where = "gallery.add"
         if on_duplicate not in ("error", "skip", "replace"):
             raise GalleryError(f"{where}: on_duplicate: expected 'error', 'skip' or 'replace', got {on_duplicate!r}")
-        names = [checked_text(value, f"{where}: ids[{i}]") for i, value in enumerate(several(ids, f"{where}: ids"))]
-        persons = None if persons is None else list(several(persons, f"{where}: persons"))
-        metadata = None if metadata is None else list(several(metadata, f"{where}: metadata", "mappings"))
+        names = [
+            checked_text(value, f"{where}: ids[{i}]")
+            for i, value in enumerate(several(ids, f"{where}: ids", ordered=True))
+        ]
+        persons = None if persons is None else list(several(persons, f"{where}: persons", ordered=True))
+        metadata = None if metadata is None else list(several(metadata, f"{where}: metadata", "mappings", ordered=True))
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
             raise GalleryError(f"{where}: ids: expected each once, got {_shown(twice)} more than once")
@@ -538,7 +541,7 @@ def _places(snapshot: Snapshot, positions: Sequence[int]) -> np.ndarray:
 
 
 def _known(snapshot: Snapshot, ids: Sequence[str], where: str) -> list[int]:
-    wanted = list(several(ids, f"{where}: ids"))
+    wanted = list(several(ids, f"{where}: ids", ordered=True))
     found = snapshot.find(wanted)
     missing = [i for i in dict.fromkeys(wanted) if i not in found]
     if missing:

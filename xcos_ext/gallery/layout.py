@@ -113,6 +113,10 @@ class Layout:
             fmr_curve=model.fmr_curve,
         )
 
+    def threshold_of(self, attention: Tensor | str) -> float | None:
+        """The model's threshold for scores whose cells are weighed like that; None: it knows none."""
+        return self.threshold if isinstance(attention, str) and attention in ("own", self.attention) else None
+
     @property
     def columns(self) -> tuple[Column, ...]:
         """The template's arrays, in the order in which they are stored."""

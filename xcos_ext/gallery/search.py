@@ -122,7 +122,8 @@ class Searcher(ABC):
                 searching for them exactly as well.
             exclude: ids that a probe must not get: one list for all, or a list for each probe.
             explain: also return the hits' maps.
-            threshold: t of the maps' contributions; None: the model's.
+            threshold: t of the maps' contributions; None: the model's, which is of its own attention (of none with
+                another).
             metadata: read the hits' metadata.
             progress: is told (faces gone through, all).
 
@@ -176,7 +177,7 @@ class Search:
         if groups is not None:
             # Elements of tensors are equal to nothing, not even to themselves.
             groups = groups.tolist() if isinstance(groups, Tensor) else groups
-            groups = [_hashable(label) for label in several(groups, f"{WHERE}: groups", "labels")]
+            groups = [_hashable(label) for label in several(groups, f"{WHERE}: groups", "labels", ordered=True)]
         exclude = None if exclude is None else list(several(exclude, f"{WHERE}: exclude", "ids"))
         for name in ("fusion", "person_fusion"):
             if getattr(request, name) not in ("max", "mean"):
@@ -395,7 +396,7 @@ class Search:
     def _maps(self, found: XCosTopk) -> HitMaps:
         """Maps of all hits; of fused probes the best one's, or their mean, as their scores were fused."""
         t = self.request.threshold
-        t = self.snapshot.layout.threshold if t is None else t
+        t = self.snapshot.layout.threshold_of(self.request.attention) if t is None else t
         if t is not None and not math.isfinite(t):
             raise GalleryError(f"{WHERE}: threshold: expected a finite number or None, got {t}")
         rows, k = found.indices.shape

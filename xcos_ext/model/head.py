@@ -41,7 +41,8 @@ class Head(nn.Module):
     def set_matching(self, radius: int, match: Match = "best", temperature: float = MATCH_TEMPERATURE) -> None:
         """Tolerate faces out of alignment: S becomes that of :func:`xcos_ext.grid_match`; W stays as it is.
 
-        Scores rise, those of impostors too, so that thresholds have to be found again: calibrate the model afterwards.
+        Scores rise, those of impostors too: what a model knew of thresholds and false match rates is unknown until it
+        is calibrated again (:func:`xcos_ext.evaluation.calibrate`).
         All-pairs scoring compares cells in their places only; :meth:`templates` of such a head raises an error.
 
         Args:
@@ -60,11 +61,16 @@ class Head(nn.Module):
             raise ValueError(f"temperature: expected a finite number above 0, got {temperature!r}")
         self.radius, self.match, self.match_temperature = radius, match, float(temperature)
 
+    @property
+    def matching(self) -> dict[str, Any] | None:
+        """How cells are matched, the arguments of :meth:`set_matching`; None: they are compared in their places."""
+        if self.radius == 0:
+            return None
+        return {"radius": self.radius, "match": self.match, "temperature": self.match_temperature}
+
     def config(self) -> dict[str, Any]:
         """What is needed to build the same head again beside its tensors, as plain values."""
-        if self.radius == 0:
-            return {}
-        return {"matching": {"radius": self.radius, "match": self.match, "temperature": self.match_temperature}}
+        return {} if self.matching is None else {"matching": self.matching}
 
     def features(self, grid: Tensor) -> Tensor:
         """The backbone's map [N, in_channels, H, W] -> grid feature F [N, channels, H, W]."""

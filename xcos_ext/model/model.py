@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -41,7 +41,8 @@ class XCosModel(nn.Module):
         name: for reports.
         fmr_thresholds: thresholds at stated false match rates, e.g. ``{1e-3: 0.31}``.
         fmr_curve: the false match rate at any score. :meth:`set_calibration` sets it, ``threshold`` and
-            ``fmr_thresholds`` from one sample.
+            ``fmr_thresholds`` from one sample. All three are of the scores that the head gives when they are set, and
+            unknown once it compares cells differently (:meth:`Head.set_matching`).
 
     Raises:
         TypeError: a threshold, also one that is set later, that is no number.
@@ -70,19 +71,45 @@ class XCosModel(nn.Module):
         if preprocessing is None:
             preprocessing = backbone.preprocessing if isinstance(backbone, Recogniser) else ARCFACE
         self.preprocessing: Preprocessing = preprocessing
+        self._calibration: dict[str, tuple[Any, Any]] = {}  # name -> (value, how cells were compared)
         self.threshold = threshold
         self.name = name
-        self.fmr_thresholds: dict[float, float] = dict(fmr_thresholds or {})
+        self.fmr_thresholds = dict(fmr_thresholds or {})
         self.fmr_curve = fmr_curve
+
+    def _calibrated(self, name: str) -> Any:
+        value, matching = self._calibration[name]
+        return value if matching == self.head.matching else None
 
     @property
     def threshold(self) -> float | None:
         """The decision threshold; None: unknown."""
-        return self._threshold
+        found: float | None = self._calibrated("threshold")
+        return found
 
     @threshold.setter
     def threshold(self, threshold: float | None) -> None:
-        self._threshold = check_threshold(threshold)
+        self._calibration["threshold"] = check_threshold(threshold), self.head.matching
+
+    @property
+    def fmr_thresholds(self) -> dict[float, float]:
+        """Thresholds at stated false match rates; empty: unknown."""
+        found: dict[float, float] | None = self._calibrated("fmr_thresholds")
+        return {} if found is None else found
+
+    @fmr_thresholds.setter
+    def fmr_thresholds(self, thresholds: dict[float, float]) -> None:
+        self._calibration["fmr_thresholds"] = thresholds, self.head.matching
+
+    @property
+    def fmr_curve(self) -> FMRCurve | None:
+        """The false match rate at any score; None: unknown."""
+        found: FMRCurve | None = self._calibrated("fmr_curve")
+        return found
+
+    @fmr_curve.setter
+    def fmr_curve(self, curve: FMRCurve | None) -> None:
+        self._calibration["fmr_curve"] = curve, self.head.matching
 
     def set_calibration(self, calibration: Calibration) -> None:
         """Take the decision threshold, the thresholds at false match rates and the curve of a calibration."""
@@ -167,7 +194,7 @@ class XCosModel(nn.Module):
         Raises:
             TypeError, ValueError: pictures of another type or size, or a batch of none.
         """
-        pictures = list(several(pictures, "pictures", "pictures"))
+        pictures = list(several(pictures, "pictures", "pictures", ordered=True))
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         device = module_device(self)

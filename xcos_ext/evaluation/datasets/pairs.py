@@ -57,9 +57,9 @@ class PairList:
         *,
         pictures: Any = None,
     ) -> None:
-        several(named, "named", "pairs")
-        several(genuine, "genuine", "bools")
-        several(() if folds is None else folds, "folds", "numbers")
+        several(named, "named", "pairs", ordered=True)
+        several(genuine, "genuine", "bools", ordered=True)
+        several(() if folds is None else folds, "folds", "numbers", ordered=True)
         self.pictures = pictures
         self.keys = tuple(sorted({key for pair in named for key in pair}))
         index = {key: i for i, key in enumerate(self.keys)}

@@ -38,7 +38,7 @@ class PairModel(Protocol):
 
     Attributes:
         preprocessing: of the pictures.
-        threshold: the same person if score >= threshold; None where it was never calibrated.
+        threshold: the same person if score >= threshold; None where it is not calibrated.
         name: for reports.
     """
 

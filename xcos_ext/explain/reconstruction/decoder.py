@@ -130,8 +130,8 @@ class FeatureDecoder(nn.Module):
         name: str = "decoder",
     ) -> None:
         super().__init__()
-        shape = tuple(int(size) for size in several(shape, "shape", "numbers"))
-        widths = tuple(int(width) for width in several(widths, "widths", "numbers"))
+        shape = tuple(int(size) for size in several(shape, "shape", "numbers", ordered=True))
+        widths = tuple(int(width) for width in several(widths, "widths", "numbers", ordered=True))
         if len(shape) not in (1, 3) or min(shape) < 1:
             raise ValueError(f"shape: expected (channels, height, width) or (length,), got {shape}")
         if len(widths) != _DOUBLINGS or min(widths) < 1:

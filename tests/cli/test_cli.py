@@ -361,18 +361,45 @@ def test_json_refuses_what_it_cannot_hold() -> None:
 
 
 def test_names_in_what_is_printed_cannot_steer_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    from xcos_ext.cli.console import echo, note, print_rows, table, table_console
+    from xcos_ext.cli.console import echo, note, print_rows, print_tables, table
 
     name = "\x1b]0;mine\x07\n\u202e[/red]"
     echo(name)
     print_rows(("model", name))
-    table_console().print(table(f"{name}: 3 pairs", ["a"]))
+    print_tables(table(f"{name}: 3 pairs", ["a"]))
     note("x" * 10_000 + name)
     printed = capsys.readouterr()
     assert all(line.isprintable() for line in (printed.out + printed.err).splitlines())
     # The title of a narrow table goes over several lines.
     assert "".join(printed.out.split()).count(r"\x1b]0;mine\x07\n\u202e[/red]") == 3
     assert len(printed.err) < 5000
+
+
+@pytest.mark.parametrize("width", [None, 150, 80, 50])
+def test_tables_are_whole_at_any_width(
+    width: int | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xcos_ext.bench import tables
+    from xcos_ext.cli.bench import _say
+    from xcos_ext.cli.console import print_tables, table
+
+    if width is not None:
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        monkeypatch.setenv("COLUMNS", str(width))
+    said = [
+        ["backbone", "1", "for_inference (channels_last)", "cpu", "96.1 ms (95.9 \u2013 98.2)", "10,123 pictures/s"]
+    ]
+    columns = ["stage", "batch", "runtime", "device", "p50 of a call (95 %)", "throughput"]
+    _say([tables.Table("Share of a pair's time; aim for the head", columns, 4, 2, said)], [])
+    other = table("A model: 3 pairs", ["attention", *(f"TAR % at FMR {rate:g}" for rate in (0.1, 0.01, 0.001))])
+    other.add_row("[italic]symmetric[/italic]", *3 * ["99.10\n\\[99.10, 99.50]"])
+    print_tables(other)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert width is None or max(map(len, lines)) <= width
+    words = [re.findall(r"[^ \u2502\u2503]+", line) for line in lines]
+    found = {word for line in words for word in line}
+    for cell in (*columns, *said[0], "head", "symmetric", "0.001", "[99.10,", "99.50]"):
+        assert set(cell.split()) <= found, cell
 
 
 # --- info, demo, plug

@@ -12,7 +12,7 @@ from xcos_ext.io.errors import XCosError
 from xcos_ext.io.text import display_name
 
 from . import options
-from .console import echo, figure, note_faces, note_some, print_json, progress, say_written, table, table_console
+from .console import echo, figure, note_faces, note_some, print_json, print_tables, progress, say_written, table
 from .inputs import check_model_path, described, load, load_recogniser, opened_pairs
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def _print(name: str, pairs: PairList, about: dict[str, Any], result: Evaluation
             figure(value, intervals.get(key), *((5, 1) if key == "auc" else (2, 100))) for key, value in figures.items()
         ]
         shown.add_row(_label(name), *cells, *(figure(variant.correlation, None, 4) for _ in teacher))
-    table_console().print(shown)
+    print_tables(shown)
 
 
 def _remarks(

@@ -66,6 +66,9 @@ def run(
     path = check_model_path(model)
     teacher_path = None if teacher is None else check_model_path(teacher)
     listed, finder = opened_pairs(pairs, root, list_format, folds, detector, aligned, plot)
+    impostors = int((~listed.genuine).sum())
+    if plot is not None and impostors < 2:
+        raise XCosError(f"--plot: expected a list with at least two impostor pairs for ROC curves, got {impostors}")
     from xcos_ext.evaluation import evaluate
 
     loaded = load(path, device)

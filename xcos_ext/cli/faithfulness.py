@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from xcos_ext.io.errors import XCosError
-from xcos_ext.io.text import display_name
+from xcos_ext.io.text import counted, display_name
 
 from . import options
 from .console import bar, echo, figure, note, note_faces, note_some, print_json, print_tables, say_written, table
@@ -319,5 +319,5 @@ def _print(result: Faithfulness) -> None:
         if draw.controls < draw.pairs:
             echo(f"{draw.direction}: {draw.controls} of {draw.pairs} pairs have a picture for the control")
     if result.failures:
-        echo(f"{len(result.failures):,} pictures could not be used")
+        echo(f"{counted(len(result.failures), 'picture')} could not be used")
         note_some(result.failures.values(), "pictures")

@@ -62,8 +62,8 @@ class Command(click.Command):
                 inputs += [(title, path) for path in (value if isinstance(value, tuple) else (value,)) if path]
         check_apart(outputs, inputs)
         folder = given.get("gallery")
-        for name, path in outputs.items() if isinstance(folder, str) else ():
-            if Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents:
+        for name, path in outputs.items():
+            if isinstance(folder, str) and Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents:
                 raise OutputError(f"{name}: expected a file outside GALLERY's folder, got {display_name(path)}")
 
 

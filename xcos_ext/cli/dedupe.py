@@ -45,7 +45,7 @@ def run(
     if quiet:
         return 0
     echo(
-        f"{len(result.pairs):,} of {counted(result.compared, 'pair')} score {result.threshold:.4f} or more, "
+        f"{len(result.pairs):,} of {result.compared:,} pairs score {result.threshold:.4f} or more, "
         f"{len(across):,} of them across persons; {counted(len(result.groups), 'group')}"
     )
     return 0

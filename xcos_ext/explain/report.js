@@ -88,6 +88,7 @@
     return made;
   }
   const number = (value) => value.toLocaleString("en");
+  const counted = (n, what) => `${number(n)} ${what}${n === 1 ? "" : "s"}`;
   const minus = (text) => text.replace("-", "\u2212");
   const fixed = (value, digits) => { const text = value.toFixed(digits); return minus(Number(text) === 0 ? text.replace("-", "") : text); };
   const signed = (value, digits) => (Number(value.toFixed(digits)) > 0 ? "+" : "") + fixed(value, digits);
@@ -271,7 +272,7 @@
     svg.setAttribute("aria-label", `Mean ${titles[state.map]} of the pairs found. Arrow keys choose the cell to sort by.`);
     frame(svg, state.cell);
     picker.replaceChildren(svg);
-    picked.textContent = `Mean of ${number(n)} pairs. Chosen: ${cellName(state.cell)}, mean ${written[state.map](mean[state.cell])}.`;
+    picked.textContent = `Mean of ${counted(n, "pair")}. Chosen: ${cellName(state.cell)}, mean ${written[state.map](mean[state.cell])}.`;
   }
 
   function drawHistogram() {
@@ -460,7 +461,7 @@
 
   // --- the head
 
-  const said = [`${number(summary.pairs)} pairs, ${number(summary.compared)} compared`];
+  const said = [`${counted(summary.pairs, "pair")}, ${number(summary.compared)} compared`];
   if (summary.failed) said[0] += `, ${number(summary.failed)} could not be`;
   said[0] += ".";
   if (decided) {

@@ -112,7 +112,7 @@ def test_every_case_is_measured_or_listed_with_a_reason(workload):
     assert measured | skipped == everything and not measured & skipped
     assert ticks == sorted(ticks) and ticks[-1] == (len(everything), len(everything))
     assert {s.key.stage for s in report.skipped if s.key.runtime == "native"} == {"decode", "detect", "align"}
-    assert reasons(report)["native"] == "ValueError: there is no photograph to measure with; name one with --picture"
+    assert reasons(report)["native"].startswith("needs a photograph of a face")
     assert "need a GPU" in reasons(report)["graph"] and "needs a GPU" in reasons(report)["tensorrt"]
     for result in report.results:
         assert result.latency.p50 > 0 and result.throughput > 0 and len(result.rounds) >= 7
@@ -483,12 +483,22 @@ def test_bench_compares_a_run_with_an_old_one_and_two_old_ones(tmp_path):
     assert all(change["ratio"]["median"] == pytest.approx(3) for change in changes)
 
 
-@pytest.mark.thorough
 @pytest.mark.usefixtures("network")
-def test_bench_where_nothing_can_be_measured_is_trouble():
-    found = invoke("--stage", "pair", "--runtime", "graph", "--batch", "1", "--seconds", "0.02")
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("--stage", "pair", "--runtime", "graph"), "CUDA graphs need a GPU"),
+        (
+            ("--stage", "decode"),
+            "needs a photograph of a face, which the package brings none of: give one by --picture",
+        ),
+    ],
+)
+def test_bench_where_nothing_can_be_measured_is_trouble(arguments, why, monkeypatch):
+    monkeypatch.setattr("xcos_ext.bench.default_picture", lambda: None)
+    found = invoke(*arguments, "--batch", "1", "--seconds", "0.02")
     assert found.exit_code == 2
-    assert "nothing could be measured: CUDA graphs need a GPU" in found.stderr
+    assert f"xcos: nothing could be measured: {why}" in found.stderr
     assert not found.stdout
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,9 @@ def test_same_picture_is_the_same_person(photos: dict[str, str], model: Path) ->
     assert re.search(r"^score +1\.0000$", result.stdout, re.M)
     assert re.search(r"^threshold +0\.5000$", result.stdout, re.M)
     assert re.search(r"^verdict +same person$", result.stdout, re.M)
-    assert result.stderr == ""
+    said = "Both crops are the same picture, pixel by pixel: the score says nothing about the person"
+    assert result.stderr == f"xcos: {said}\n"
+    assert strict(run("verify", photos["a"], photos["a"], "--model", model, "--json").stdout)["identical"] == "pictures"
 
 
 @pytest.mark.thorough
@@ -259,6 +262,8 @@ OVER = (
     ("export tensorrt w.onnx --out w.plan", "--out", "which is GRAPH.onnx"),
     ("dedupe g --model w.safetensors --out t.csv", "--out", "which is --model"),
     ("train e.toml --out .", "--out model.safetensors", "which is model.recogniser"),
+    ("train e.toml --out s3://b/x", "s3://b/x", "got an address"),  # nor is a folder "s3:" made
+    ("verify a.png b.png --aligned --out file:///tmp/x.png", "file:///tmp/x.png", "got an address"),
 )
 
 
@@ -361,12 +366,12 @@ def test_json_refuses_what_it_cannot_hold() -> None:
 
 
 def test_names_in_what_is_printed_cannot_steer_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    from xcos_ext.cli.console import echo, note, print_rows, table, table_console
+    from xcos_ext.cli.console import echo, note, print_rows, print_tables, table
 
     name = "\x1b]0;mine\x07\n\u202e[/red]"
     echo(name)
     print_rows(("model", name))
-    table_console().print(table(f"{name}: 3 pairs", ["a"]))
+    print_tables(table(f"{name}: 3 pairs", ["a"]))
     note("x" * 10_000 + name)
     printed = capsys.readouterr()
     assert all(line.isprintable() for line in (printed.out + printed.err).splitlines())
@@ -375,13 +380,50 @@ def test_names_in_what_is_printed_cannot_steer_a_terminal(capsys: pytest.Capture
     assert len(printed.err) < 5000
 
 
+@pytest.mark.parametrize("width", [None, 150, 80, 50])
+def test_tables_are_whole_at_any_width(
+    width: int | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xcos_ext.bench import tables
+    from xcos_ext.cli.bench import _say
+    from xcos_ext.cli.console import print_tables, table
+
+    if width is not None:
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        monkeypatch.setenv("COLUMNS", str(width))
+    said = [
+        ["backbone", "1", "for_inference (channels_last)", "cpu", "96.1 ms (95.9 \u2013 98.2)", "10,123 pictures/s"]
+    ]
+    columns = ["stage", "batch", "runtime", "device", "p50 of a call (95 %)", "throughput"]
+    _say([tables.Table("Share of a pair's time; aim for the head", columns, 4, 2, said)], [])
+    other = table("A model: 3 pairs", ["attention", *(f"TAR % at FMR {rate:g}" for rate in (0.1, 0.01, 0.001))])
+    other.add_row("[italic]symmetric[/italic]", *3 * ["99.10\n\\[99.10, 99.50]"])
+    print_tables(other)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert width is None or max(map(len, lines)) <= width
+    words = [re.findall(r"[^ \u2502\u2503]+", line) for line in lines]
+    found = {word for line in words for word in line}
+    for cell in (*columns, *said[0], "head", "symmetric", "0.001", "[99.10,", "99.50]"):
+        assert set(cell.split()) <= found, cell
+
+
 # --- info, demo, plug
 
 
 def test_info() -> None:
     result = run("info")
     assert result.exit_code == 0
-    for word in ("library: isa", "library: cuda", "torch", "python", "pillow", "GPU", "processor"):
+    for word in (
+        "library: isa",
+        "library: cuda",
+        "torch",
+        "python",
+        "pillow",
+        "GPU",
+        "processor",
+        "pylance",
+        "pyarrow",
+    ):
         assert word in result.stdout
     data = strict(run("info", "--json").stdout)
     assert data["xcos_ext"] == xcos_ext.__version__
@@ -576,6 +618,19 @@ def test_what_is_no_regular_file_is_not_waited_for(name: str, tmp_path: Path) ->
     trouble(run("train", path), f"{path}: expected a TOML file, got something that is not a regular file")
     trouble(run("evaluate", "verification", "--pairs", path), f"{path}: expected a list of pairs, got something")
     trouble(run("plug", "faithful", "--faces", path, "--out", tmp_path / "m.safetensors"), "zip archive, got something")
+
+
+def test_help_says_what_is_taken() -> None:
+    def pages(group: click.Group, *names: str) -> Iterator[str]:
+        for name in group.list_commands(click.Context(group)):
+            found = group.get_command(click.Context(group), name)
+            yield from (
+                pages(found, *names, name) if isinstance(found, click.Group) else [run(*names, name, "--help").stdout]
+            )
+
+    shown = list(pages(xcos))
+    assert len(shown) > 15 and not any("None" in page for page in shown)
+    assert all(".onnx)" in " ".join(run(name, "--help").stdout.split()) for name in ("verify", "explain"))
 
 
 def test_version_and_no_arguments() -> None:

@@ -27,6 +27,7 @@ from xcos_ext.cli.enroll import _labelled
 from xcos_ext.gallery import Gallery
 from xcos_ext.gallery.enroll import Picture, enroll, find_pictures, find_probes
 from xcos_ext.io.errors import GalleryError
+from xcos_ext.io.tables import csv_rows, csv_text
 from xcos_ext.model import load_model
 
 pytest.importorskip("lance", reason="needs the extra gallery (pylance)")
@@ -271,7 +272,8 @@ def test_labels_as_spreadsheets_write_them(tmp_path: Path, change: Callable[[str
         ("picture,person\n1.png,Ann,north\n", "line 2: expected 2 columns as in the header, got 3"),
         ("picture,person,person\n1.png,Ann,Bob\n", "expected CSV with a column 'picture', each column once"),
         ("", "expected CSV with a column 'picture', each column once, got nothing"),
-        (b"picture,person\n1.png,Zo\xeb\n", "labels.csv, after line 0: expected text in UTF-8"),
+        (b"picture,person\n1.png,Zo\xeb\n", "labels.csv: expected text in UTF-8"),
+        ("picture,person\n".encode("utf-16"), "labels.csv: expected text in UTF-8"),
     ],
 )
 def test_labels_that_cannot_be(tmp_path: Path, text: str | bytes, words: str) -> None:
@@ -279,6 +281,16 @@ def test_labels_that_cannot_be(tmp_path: Path, text: str | bytes, words: str) ->
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(GalleryError, match=re.escape(words)):
         _labelled([Picture("1.png", lambda: np.zeros((1, 1, 3), np.uint8))], str(path))
+
+
+def test_no_text_of_a_table_is_a_formula(tmp_path: Path) -> None:
+    header, rows = ["id", "-name"], [["=1+1", "@ann"], ["-0.png", "+"], ["'=x", "'a'"], ["a=b", ""], ["''-", "\t"]]
+    (tmp_path / "t.csv").write_text(csv_text(header, rows), newline="")
+    with (tmp_path / "t.csv").open(newline="") as file:
+        cells = [cell for row in csv.reader(file) for cell in row]
+    assert not any(cell.startswith(("=", "+", "-", "@", "\t")) for cell in cells)
+    assert [row for _, row in csv_rows(tmp_path / "t.csv", GalleryError)] == [header, *rows]
+    assert csv_text(["score"], [[-0.5], [None]]).splitlines() == ["score", "-0.5", '""']
 
 
 def test_enrolments_at_once_share_a_new_gallery(crops: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,7 +385,7 @@ def test_progress_has_a_rate_and_time_left(crops: Path, tmp_path: Path) -> None:
     assert "enrolling" in text and "faces/s" in text and re.search(r"\d:\d\d:\d\d", text), text[-500:]
 
 
-def test_one_line_for_every_mistake(crops: Path, photos: Path, tmp_path: Path) -> None:
+def test_one_line_for_every_mistake(crops: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gallery = tmp_path / "g"
     run("enroll", gallery, crops, "--aligned", "-q")
     probe = crops / "person0" / "00.png"
@@ -392,6 +404,22 @@ def test_one_line_for_every_mistake(crops: Path, photos: Path, tmp_path: Path) -
     trouble(run("gallery", "remove", gallery, "--person", "eve"), "expected a person of the gallery, got 'eve'")
     trouble(run("gallery", "info", photos), "expected a gallery")
     trouble(run("dedupe", gallery, "--out", tmp_path / "x.txt"), "expected a file ending in .csv")
+    inside = gallery / "templates.lance" / "x.csv"
+    trouble(run("dedupe", gallery, "--out", inside), "--out: expected a file outside GALLERY's folder")
+    assert not inside.exists()
+    trouble(run("search", gallery, probe, "--explain"), "--explain: expected --json with it")
+    trouble(
+        run("enroll", gallery, crops, "--aligned", "--dtype", "float32"), "--dtype: expected float16, the gallery's"
+    )
+    assert run("enroll", gallery, crops, "--aligned", "--dtype", "float16", "-q").exit_code == 0
+    line = trouble(run("enroll", gallery, probe, probe, "--aligned"), f"{probe}: expected each picture name once")
+    assert line.endswith("got '00.png' again")
+    monkeypatch.chdir(tmp_path)
+    for address in ("s3://bucket/g", "file:///tmp/g", "memory://g"):
+        for arguments in (("enroll", address, crops, "--aligned"), ("gallery", "info", address)):
+            trouble(run(*arguments), "expected a path on this machine, got an address")
+        trouble(run("dedupe", gallery, "--out", f"{address}.csv"), "expected a path on this machine, got an address")
+    assert not [path.name for path in tmp_path.iterdir() if ":" in path.name]
     (tmp_path / "empty").mkdir()
     trouble(run("enroll", gallery, tmp_path / "empty"), "expected pictures, got none")
 

@@ -336,8 +336,8 @@ def test_nonsense_is_named() -> None:
         ev.error_curves([0.9, 0.1], [1, 0], [-1, 1])
     with pytest.raises(ValueError, match=r"people: expected two sides of 3, one a pair, got lengths \[3, 2\]"):
         ev.Resampling(3, (np.zeros(3, np.int64), np.zeros(2, np.int64)))
-    with pytest.raises(ValueError, match="impostors: expected at least one pair, got 0"):
-        ev.roc_figure({}, 0)
+    with pytest.raises(ValueError, match="impostors: expected at least two pairs, got 1"):
+        ev.roc_figure({}, 1)
     with pytest.raises(TypeError, match="score: expected a number, got str"):
         ev.fmr_curve([0.1, 0.2]).at("x")  # type: ignore[arg-type]
     model, cells = XCosModel(nn.Identity(), XCosHead(4, 4, attention="norm")).eval(), torch.randn(60, 4, 7, 7)

@@ -436,7 +436,7 @@ def test_command_detects_and_says_what_failed(files: dict[str, Path], tmp_path: 
     ]
     assert data["enrolment"]["detector"] == "cascade" and data["bootstrap"] is None
     # Photographs given as crops: nothing is left to measure.
-    trouble = run(*common, "--aligned")
+    trouble = run(*common, "--aligned", "--bootstrap", "0")
     assert trouble.exit_code == 2 and "expected an aligned crop of 112 x 112" in trouble.stderr
 
 
@@ -479,7 +479,7 @@ def test_command_on_a_bin_file(files: dict[str, Path], root: Path, tmp_path: Pat
     assert data["bootstrap"]["unit"] == "pairs" and data["enrolment"]["aligned"] is True
 
 
-def test_command_trouble(root: Path, files: dict[str, Path], tmp_path: Path) -> None:
+def test_command_trouble(root: Path, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def trouble(words: str, *arguments: str | Path) -> None:
         result = run("verification", *arguments)
         assert result.exit_code == 2 and result.stdout == ""
@@ -505,5 +505,12 @@ def test_command_trouble(root: Path, files: dict[str, Path], tmp_path: Path) -> 
         "3",
     )
     trouble("'best'", *pairs, *model, "--attention", "best")
+    # Nothing is scored for what a list of so few pairs cannot give.
+    monkeypatch.setattr("xcos_ext.evaluation.protocol.score_pairs", None)
+    (tmp_path / "few.csv").write_text("".join((root / "pairs.csv").read_text().splitlines(keepends=True)[:4]))
+    few = ("--pairs", tmp_path / "few.csv", "--root", root, "--aligned", *model)
+    trouble("--bootstrap: expected 0, or more pairs: 3 pairs are too few to be resampled", *few)
+    trouble("--plot: expected a list with at least two impostor pairs", *few, "--plot", tmp_path / "roc.png")
+    (tmp_path / "few.csv").unlink()
     assert run("--help").exit_code == run().exit_code == run("verification", "--help").exit_code == 0
     assert list(tmp_path.iterdir()) == []

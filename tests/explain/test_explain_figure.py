@@ -77,6 +77,23 @@ def test_on_the_threshold_is_the_same_person() -> None:
     assert "same person" in words(verification_figure(None, None, r, 0.25))
 
 
+@pytest.mark.parametrize(
+    ("cosines", "said"),
+    [
+        ((0.9, 0.9), "2 cells for\n+0.600\n0 cells against\n0.000"),
+        ((0.9, 0.1), "1 cell for\n+0.300\n1 cell against\n\u22120.100"),
+    ],
+)
+def test_the_budget_counts_cells_and_the_threshold_crosses_no_word(cosines: tuple[float, float], said: str) -> None:
+    maps = np.array([cosines]), np.array([[0.5, 0.5]])
+    figure = verification_figure(
+        *faces(), SimpleNamespace(score=np.mean(cosines), similarity=maps[0], attention=maps[1]), 0.3
+    )
+    assert said in words(figure)
+    budget = next(axes for axes in figure.axes if "score" in {text.get_text() for text in axes.texts})
+    assert all(text.get_bbox_patch().get_facecolor() == (1, 1, 1, 1) for text in budget.texts)
+
+
 def test_colours_are_centred() -> None:
     figure = verification_figure(*faces(), result(), 0.25)
     images = {axes.get_title(loc="left"): axes.images[0] for axes in figure.axes if axes.images}

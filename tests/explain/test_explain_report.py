@@ -567,6 +567,22 @@ def test_every_width(browser: Browser, page: Path, width: int, dark: bool) -> No
     assert browser.complaints() == []
 
 
+@pytest.mark.parametrize("threshold", [-0.9, 0.3, 0.99])
+def test_words_of_the_score_axis_are_apart_and_whole(browser: Browser, tmp_path: Path, threshold: float) -> None:
+    write(tmp_path / "r.html", pairs(30), threshold=threshold)
+    browser.open(tmp_path / "r.html")
+    boxes = browser.run(
+        "[...document.querySelectorAll('.histogram text')].map((t) => { const r = t.getBoundingClientRect(),"
+        " s = t.ownerSVGElement.getBoundingClientRect();"
+        " return [r.left - s.left, r.right - s.left, r.top, r.bottom, s.width]; })"
+    )
+    assert len(boxes) == 3
+    for i, (left, right, top, bottom, width) in enumerate(boxes):
+        assert left >= -1 and right <= width + 1
+        for other in boxes[:i]:
+            assert right < other[0] or other[1] < left or bottom <= other[2] + 1 or other[3] <= top + 1
+
+
 def test_nothing_foreign_runs(browser: Browser, tmp_path: Path) -> None:
     from test_explain_html import HOSTILE
 

@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -470,6 +471,30 @@ def test_a_closed_gallery_says_so(enrolled: Enrolled) -> None:
     assert repr(gallery).endswith("g', closed)")
     with Gallery.open(gallery.path) as other:
         assert len(other) == 300
+
+
+@pytest.mark.parametrize("call", ["add", "remove", "compact", "refresh", "search"])
+def test_a_gallery_whose_folder_was_deleted_is_not_begun_anew(enrolled: Enrolled, call: str) -> None:
+    gallery = enrolled.gallery
+    shutil.rmtree(gallery.path)
+    given = {"add": (["x"], enrolled.faces[:1]), "remove": (["f1"],), "search": (enrolled.probes, 1)}.get(call, ())
+    with pytest.raises(GalleryError, match=r"there is no such gallery|is gone"):
+        getattr(gallery, call)(*given)
+    assert not gallery.path.exists()
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/g", "file:///tmp/g", Path("memory://g")])
+def test_a_gallery_is_a_local_folder(enrolled: Enrolled, address: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    for door in (
+        lambda: Gallery.create(address, enrolled.faces),
+        lambda: Gallery.open(address),
+        lambda: Gallery.exists(address),
+        lambda: Gallery.open(enrolled.gallery.path, cache=address),
+    ):
+        with pytest.raises(GalleryError, match="expected a path on this machine, got an address"):
+            door()
+    assert [path.name for path in tmp_path.iterdir()] == [enrolled.gallery.path.name]
 
 
 def test_a_refresh_by_another_thread_changes_no_face(enrolled: Enrolled, monkeypatch: pytest.MonkeyPatch) -> None:

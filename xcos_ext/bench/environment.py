@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import xcos_ext
+from xcos_ext.io.text import counted
 
 __all__ = ["ColdCache", "Watch", "busy_warning", "conditions", "machine"]
 
@@ -119,7 +120,7 @@ def busy_warning(state: dict[str, Any]) -> str | None:
     load, cores = state["load"], os.cpu_count() or 1
     if load is None or load < 0.5 * cores:
         return None
-    return f"the machine is busy: load {load:.2f} on {cores} cores before anything was measured"
+    return f"the machine is busy: load {load:.2f} on {counted(cores, 'core')} before anything was measured"
 
 
 def _cache_bytes() -> int:
@@ -202,4 +203,4 @@ class Watch:
         others = reading["others"]
         if others is None or reading["seconds"] < 0.5 or others < _OTHERS * cores:
             return None
-        return f"others used {others:.1f} of {cores} cores meanwhile"
+        return f"others used {others:.1f} of {counted(cores, 'core')} meanwhile"

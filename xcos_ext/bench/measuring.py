@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xcos_ext.deploy.timing import Contender, clock_for, measure_in_turns
 from xcos_ext.faces import choice_in_words, display_name
+from xcos_ext.io.errors import XCosError
 from xcos_ext.io.text import first_line
 
 from .cases import Key, Settings, plan
@@ -196,8 +197,9 @@ def _group(
 
 
 def _reason(error: Exception) -> str:
-    ours = isinstance(error, Unavailable) or type(error).__module__.startswith("xcos_ext")
-    return first_line(error) if ours else f"{type(error).__name__}: {first_line(error)}"
+    """Why a case was left out; an error's class only where its message is not made to be read alone."""
+    plain = isinstance(error, (Unavailable, XCosError, ValueError, OSError, RuntimeError, ImportError))
+    return first_line(error) if plain else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _error(key: Key, ready: Ready, workload: Workload) -> float | None:

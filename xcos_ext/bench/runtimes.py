@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xcos_ext.backbones.recogniser import Recogniser
 from xcos_ext.card.card import INPUTS
+from xcos_ext.io.text import counted
 
 from .cases import Key
 from .workload import Workload
@@ -81,7 +82,7 @@ def _native(key: Key, workload: Workload) -> Ready:
     if key.stage == "search":
         probes = workload.templates(key.batch, key.device, key.dtype, "probe")
         gallery = workload.templates(workload.gallery_size, key.device, key.dtype, "gallery")
-        detail = f"{len(gallery):,} faces, {gallery.nbytes / 2**20:.0f} MiB"
+        detail = f"{counted(len(gallery), 'face')}, {gallery.nbytes / 2**20:.0f} MiB"
         call = _without_gradients(lambda: xcos_topk(probes, gallery, k=min(_TOP, len(gallery))))
         return Ready(call, key.device == "cuda", key.batch * len(gallery), detail)
     pixels, path = workload.pixels(), workload.picture

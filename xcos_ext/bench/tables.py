@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import get_args
 
-from xcos_ext.io.text import duration, rate, span
+from xcos_ext.io.text import counted, duration, rate, span
 
 from .cases import RUNTIMES, STAGES
 from .comparison import Comparison, Verdict
@@ -108,5 +108,5 @@ def changes(comparison: Comparison) -> tuple[Table, list[str]]:
     counts = (f"{sum(c.verdict == verdict for c in comparison.changes)} {verdict}" for verdict in order)
     said = [f"{', '.join(counts)}; changes under {100 * comparison.minimum:g} % do not count"]
     for name, keys in (("old", comparison.only_old), ("new", comparison.only_new)):
-        said += [f"{len(keys)} cases only in the {name} run"] if keys else []
+        said += [f"{counted(len(keys), 'case')} only in the {name} run"] if keys else []
     return table, [*said, *(["; ".join(comparison.versions)] if comparison.versions else [])]

@@ -225,13 +225,13 @@ class Workload:
         """The photograph, uint8 RGB [H, W, 3].
 
         Raises:
-            PictureError: it cannot be read.
-            ValueError: there is none.
+            PictureError: it cannot be read, or there is none.
         """
         from xcos_ext.faces import read_picture
+        from xcos_ext.io.errors import PictureError
 
         if self.picture is None:
-            raise ValueError("there is no photograph to measure with; name one with --picture")
+            raise PictureError("needs a photograph of a face, which the package brings none of: give one by --picture")
         return read_picture(self.picture)
 
     @once

@@ -15,7 +15,7 @@ from xcos_ext.io.optional import need
 from xcos_ext.io.text import display_name
 
 from . import options
-from .console import bar, echo, note, one_line, print_json, table_console
+from .console import bar, echo, note, one_line, print_json, print_tables
 from .inputs import check_model_path, chosen_device, is_graph, load, write_text
 
 if TYPE_CHECKING:
@@ -79,7 +79,12 @@ _STYLES = {"slower": "red", "faster": "green", "unclear": "yellow"}
 )
 @click.option("--cold", is_flag=True, help="Empty the caches before every call.")
 @options.number("--gallery", default=20_000, most=100_000_000, help="Generated faces that search goes through.")
-@click.option("--picture", metavar="FILE", type=click.Path(), help="A photograph of a face, for decode, detect, align.")
+@click.option(
+    "--picture",
+    metavar="FILE",
+    type=click.Path(),
+    help="A photograph of a face, for decode, detect, align. [default: that of a checkout; none if installed]",
+)
 @options.detector
 @click.option(
     "--compare",
@@ -224,35 +229,34 @@ def _measured(
         note(warning)
     if not report.results:
         reasons = dict.fromkeys(skipped.reason for skipped in report.skipped)
-        raise XCosError(f"{display_name(path)}: nothing could be measured: {'; '.join(reasons)}")
+        raise XCosError(f"nothing could be measured: {'; '.join(reasons)}")
     return report
 
 
 def _say(tables: Sequence[Table], lines: Iterable[str]) -> None:
     """Print tables and then lines, which may have names from files that come from anywhere."""
-    from rich import box, table
+    from rich import box
+    from rich.table import Table as Shown
     from rich.text import Text
 
-    console = table_console()
     frame = box.ROUNDED if sys.stdout.isatty() else None
+    made = []
     for one in tables:
         if not one.rows:
             continue
-        shown = table.Table(title=Text(one.title, no_wrap=True), title_justify="left", box=frame)
+        shown = Shown(title=Text(one.title, "table.title"), box=frame)
         for place, column in enumerate(one.columns):
-            shown.add_column(column, justify="left" if place < one.left else "right", no_wrap=place < one.left)
-        before: list[str] = []
+            shown.add_column(column, justify="left" if place < one.left else "right")
+        group: list[str] = []
         for row in one.rows:
-            known = next((n for n in range(one.grouped, 0, -1) if row[:n] == before[:n]), 0)
-            if known < one.grouped:
+            if row[: one.grouped] != group:
                 shown.add_section()
-            cells = [""] * known + [one_line(cell) for cell in row[known:]]
-            shown.add_row(*(Text(cell, _STYLES.get(cell, "")) for cell in cells))
-            before = row
-        console.print(shown)
-        console.print()
+            group = row[: one.grouped]
+            shown.add_row(*(Text(one_line(cell), _STYLES.get(cell, "")) for cell in row))
+        made.append(shown)
+    print_tables(*made)
     for line in lines:
-        console.print(Text(one_line(line)), soft_wrap=True)
+        echo(one_line(line))
 
 
 def _draw(report: Report, path: str) -> None:

@@ -17,11 +17,11 @@ from xcos_ext.io.errors import XCosError
 from xcos_ext.io.text import display_name, printable, shorten
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
 #: Exit statuses: 0 success (verify: the same person), 1 only from verify (different people), 2 anything wrong.
 SAME, DIFFERENT, TROUBLE, INTERRUPTED = 0, 1, 2, 130
+_UNBROKEN = 10_000  # columns of what is no terminal
 _LONGEST = 4000  # characters of a message: a damaged file may call things by names of any length
 _UNLIKE = "it does not look like a face, so its scores say nothing about a person"
 
@@ -113,18 +113,38 @@ def table(title: str, columns: Sequence[str]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(title=Text(printable(title), "table.title"), title_justify="left")  # no markup in a model's name
+    made = Table(title=Text(printable(title), "table.title"))  # no markup in a model's name
     for place, column in enumerate(columns):
         made.add_column(column, justify="right" if place else "left")
     return made
 
 
-def table_console() -> Console:
-    """Where tables are printed."""
+def print_tables(*tables: Table) -> None:
+    """Print tables whole: cells are broken between words only; where a terminal is too narrow even so, every row is a
+    block of lines."""
     from rich.console import Console
+    from rich.table import Table
 
-    # Where nobody looks at a terminal, lines are not cut to its width.
-    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 170, highlight=False)
+    terminal = sys.stdout.isatty()
+    # Where nobody looks at a terminal, lines are not broken at its width.
+    console = Console(file=sys.stdout, width=None if terminal else _UNBROKEN, highlight=False)
+    for shown in tables:
+        for column in shown.columns:
+            column.overflow = "fold"
+            column.min_width = max(console.measure(cell).minimum for cell in (column.header, *column.cells))
+        # A title breaks at the width of its table, which may be narrower than the terminal.
+        title, shown.title = shown.title, None
+        if title:
+            console.print(title)
+        if console.measure(shown, options=console.options.update(width=_UNBROKEN)).minimum <= console.width:
+            console.print(shown, "")
+        else:
+            for row in zip(*(column.cells for column in shown.columns), strict=True):
+                block = Table.grid(padding=(0, 2))
+                for column, cell in zip(shown.columns, row, strict=True):
+                    if str(cell):
+                        block.add_row(column.header, cell)
+                console.print(block, "")
 
 
 @contextlib.contextmanager

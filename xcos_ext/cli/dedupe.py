@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from dataclasses import asdict
 
 import click
 
-from xcos_ext.io.text import few
+from xcos_ext.io.tables import csv_text
+from xcos_ext.io.text import counted, few
 
 from . import options
 from .console import bar, echo, echo_some, print_json
@@ -34,11 +33,8 @@ def run(
         result = opened.dedupe(threshold, progress=tick)
         faces = len(opened)
     if out is not None:
-        text = io.StringIO()
-        writer = csv.writer(text)
-        writer.writerow(["id_a", "id_b", "person_a", "person_b", "score"])
-        writer.writerows([*pair.ids, *pair.persons, repr(pair.score)] for pair in result.pairs)
-        write_text(out, text.getvalue())
+        rows = ([*pair.ids, *pair.persons, pair.score] for pair in result.pairs)
+        write_text(out, csv_text(["id_a", "id_b", "person_a", "person_b", "score"], rows))
     if as_json:
         data = {name: getattr(result, name) for name in ("compared", "threshold", "groups")}
         print_json({"faces": faces, "pairs": [asdict(pair) for pair in result.pairs], **data})
@@ -50,6 +46,6 @@ def run(
         return 0
     echo(
         f"{len(result.pairs):,} of {result.compared:,} pairs score {result.threshold:.4f} or more, "
-        f"{len(across):,} of them across persons; {len(result.groups):,} groups"
+        f"{len(across):,} of them across persons; {counted(len(result.groups), 'group')}"
     )
     return 0

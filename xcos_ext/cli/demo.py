@@ -11,7 +11,7 @@ from xcos_ext.io.atomic import OutputError, check_output
 from xcos_ext.io.errors import XCosError
 
 from . import options
-from .console import echo, note, print_json, say_written, table, table_console
+from .console import echo, note, print_json, print_tables, say_written, table
 from .inputs import chosen_device
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def _print(data: dict[str, Any]) -> None:
         ours, plain = (entry[name]["median_ms"] for name in ("xcos_ext", "plain_torch"))
         difference = f"{entry['largest_difference']:.0e}"
         shown.add_row(entry["job"], f"{ours:.2f}", f"{plain:.1f}", f"{entry['speedup']:.1f} x", difference)
-    table_console().print(shown)
+    print_tables(shown)
     search = data["search"]
     first, others = search["top"][0], ", ".join(f"{entry['score']:.3f}" for entry in search["top"][1:])
     echo(

@@ -10,7 +10,7 @@ import click
 from xcos_ext.io.errors import GalleryError
 from xcos_ext.io.optional import gallery_package
 from xcos_ext.io.tables import csv_rows
-from xcos_ext.io.text import composed, display_name
+from xcos_ext.io.text import composed, counted, display_name
 
 from . import options
 from .console import TROUBLE, bar, echo, note_faces, note_some, print_json
@@ -41,7 +41,9 @@ _CHANGED = (
     help="Columns picture (path below its folder or archive), person, and any others, which become metadata.",
 )
 @options.choice(
-    "--dtype", values=["float16", "bfloat16", "float32"], default="float16", help="Of the templates, for a new gallery."
+    "--dtype",
+    values=["float16", "bfloat16", "float32"],
+    help="Of the templates; an enrolled gallery's cannot be changed.  [default: the gallery's; float16 of a new one]",
 )
 @options.number("--batch", default=256, most=options.MOST_AT_ONCE, help="Faces a commit.")
 @click.option("--replace", is_flag=True, help="Enrol pictures again that are in; by default they are skipped.")
@@ -57,7 +59,7 @@ def run(
     device: str,
     person: str | None,
     labels: str | None,
-    dtype: str,
+    dtype: str | None,
     replace: bool,
     quiet: bool,
     as_json: bool,
@@ -79,7 +81,8 @@ def run(
     import torch
 
     loaded = load(path, device)
-    with _opened(gallery, loaded, getattr(torch, dtype)) as opened, bar("enrolling", "faces") as tick:
+    kind = None if dtype is None else getattr(torch, dtype)
+    with _opened(gallery, loaded, kind) as opened, bar("enrolling", "faces") as tick:
         known: Literal["replace", "skip"] = "replace" if replace else "skip"
         result = enroll(opened, loaded, pictures, make_detector, on_duplicate=known, progress=tick, **how)
         size = len(opened)
@@ -94,7 +97,7 @@ def run(
             rate = len(result.enrolled) / result.seconds if result.seconds > 0 else 0.0
             echo(
                 f"{len(result.enrolled):,} enrolled ({rate:.0f}/s), {result.present:,} already in, "
-                f"{len(result.skipped):,} skipped; {size:,} faces in {display_name(gallery)}"
+                f"{len(result.skipped):,} skipped; {counted(size, 'face')} in {display_name(gallery)}"
             )
         note_some([f"skipped {why}" for why in result.skipped.values()], "pictures skipped")
         note_some([f"left out {name}: {why}" for name, why in left_out.items()], "files left out")
@@ -102,17 +105,24 @@ def run(
     return 0 if result.enrolled or result.present else TROUBLE
 
 
-def _opened(path: str, model: XCosModel, dtype: torch.dtype) -> Gallery:
+def _opened(path: str, model: XCosModel, dtype: torch.dtype | None) -> Gallery:
     """The gallery, made where it is not there: by this process, or by one that was faster."""
+    import torch
+
     from xcos_ext.gallery import Gallery
 
     if not Gallery.exists(path):
         try:
-            return Gallery.create(path, model, dtype=dtype)
+            return Gallery.create(path, model, dtype=dtype or torch.float16)
         except GalleryError:
             if not Gallery.exists(path):
                 raise
-    return Gallery.open(path, model)
+    opened = Gallery.open(path, model)
+    if dtype not in (None, opened.layout.dtype):
+        opened.close()
+        own, got = (str(kind).removeprefix("torch.") for kind in (opened.layout.dtype, dtype))
+        raise GalleryError(f"dtype: expected {own}, the gallery's, got {got}")
+    return opened
 
 
 def _labelled(pictures: list[Picture], labels: str) -> list[Picture]:

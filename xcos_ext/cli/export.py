@@ -38,7 +38,7 @@ _MIB = 1 << 20
     help="Of the backbone inside; the head, inputs and outputs are float32.",
 )
 @options.number("--batch", most=options.MOST_AT_ONCE, help="A fixed batch; by default any.")
-@click.option("--opset", type=options.Whole(), metavar="N", help="Of the standard operators. [default: 18]")
+@click.option("--opset", type=options.Whole(1), metavar="N", help="Of the standard operators. [default: 18]")
 @options.quiet
 @options.as_json
 def to_onnx(model: str | None, out: str, dtype: str, batch: int | None, quiet: bool, as_json: bool, **how: Any) -> int:

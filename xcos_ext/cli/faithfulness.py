@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from xcos_ext.io.errors import XCosError
-from xcos_ext.io.text import display_name
+from xcos_ext.io.text import counted, display_name
 
 from . import options
-from .console import bar, echo, figure, note, note_faces, note_some, print_json, say_written, table, table_console
+from .console import bar, echo, figure, note, note_faces, note_some, print_json, print_tables, say_written, table
 from .inputs import check_model_path, load, load_recogniser, opened_pairs, write_text
 
 if TYPE_CHECKING:
@@ -303,10 +303,9 @@ def _print(result: Faithfulness) -> None:
     """Tables, what was left out, and what could not be used."""
     echo(result.model)
     parts = {name: found for name in _TABLES if (found := getattr(result, name)) is not None}
-    console = table_console()
     for name, found in parts.items():
-        console.print(*_TABLES[name](found), sep="\n")
-    console.print(*_time_tables(result))
+        print_tables(*_TABLES[name](found))
+    print_tables(*_time_tables(result))
     if result.threshold_from_pairs and result.threshold is not None:
         echo(f"explained at the threshold {result.threshold:.4f}, the equal error rate's on these pairs")
     for name, why in result.skipped.items():
@@ -320,5 +319,5 @@ def _print(result: Faithfulness) -> None:
         if draw.controls < draw.pairs:
             echo(f"{draw.direction}: {draw.controls} of {draw.pairs} pairs have a picture for the control")
     if result.failures:
-        echo(f"{len(result.failures):,} pictures could not be used")
+        echo(f"{counted(len(result.failures), 'picture')} could not be used")
         note_some(result.failures.values(), "pictures")

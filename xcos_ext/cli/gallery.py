@@ -7,7 +7,7 @@ from functools import partial
 import click
 
 from xcos_ext.io.errors import GalleryError
-from xcos_ext.io.text import byte_size
+from xcos_ext.io.text import byte_size, counted
 
 from . import options
 from .console import TROUBLE, bar, echo, echo_some, note, print_json, print_rows
@@ -29,8 +29,8 @@ def info(gallery: str, as_json: bool) -> int:
     each = "" if data["bytes_per_face"] is None else f", {data['bytes_per_face']:.0f} bytes a face"
     removed = data["removed_but_stored"]
     print_rows(
-        ("faces", f"{data['faces']:,} of {data['persons']:,} persons"),
-        ("version", f"{data['version']}, {data['fragments']} fragments, {removed:,} removed faces"),
+        ("faces", f"{data['faces']:,} of {counted(data['persons'], 'person')}"),
+        ("version", f"{data['version']}, {counted(data['fragments'], 'fragment')}, {counted(removed, 'removed face')}"),
         ("on disk", f"{byte_size(data['bytes'])}{each}; packed tiles {byte_size(data['tiles_bytes'])}"),
         ("template", f"{data['grid'][0]}x{data['grid'][1]}, {data['channels']} channels, {data['dtype']}"),
         ("head", str(data["head"])),
@@ -97,7 +97,7 @@ def compact(gallery: str, timeout: float, as_json: bool) -> int:
         print_json({**report, "faces": faces})
     else:
         before, after = byte_size(report["bytes_before"]), byte_size(report["bytes_after"])
-        echo(f"{faces:,} faces, {before} before, {after} now")
+        echo(f"{counted(faces, 'face')}, {before} before, {after} now")
     return 0
 
 
@@ -122,5 +122,5 @@ def verify(gallery: str, quiet: bool, as_json: bool) -> int:
         for name in report["tiles_dropped"]:
             echo(f"packed tiles {name} were damaged: deleted, the next search makes them again")
         if not (quiet and report["ok"]):
-            echo(f"{report['faces']:,} faces read: {'all as written' if report['ok'] else 'DAMAGED'}")
+            echo(f"{counted(report['faces'], 'face')} read: {'all as written' if report['ok'] else 'DAMAGED'}")
     return 0 if report["ok"] else TROUBLE

@@ -16,7 +16,7 @@ from .console import TROUBLE, print_json, print_rows
 
 _PACKAGES = (
     *("torch", "numpy", "safetensors", "click", "rich", "pillow", "opencv-python-headless", "opencv-python"),
-    *("matplotlib", "onnxruntime"),
+    *("matplotlib", "onnxruntime", "pylance", "pyarrow"),
 )
 
 

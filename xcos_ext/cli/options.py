@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 
 from xcos_ext.io.errors import XCosError
+from xcos_ext.io.text import display_name
 
 Decorator = Callable[[Any], Any]
 
@@ -45,7 +48,7 @@ class Command(click.Command):
 
     def _check_apart(self, given: Mapping[str, Any]) -> None:
         """Refuse to write over what the command reads (:class:`Written` and ``click.Path`` options)."""
-        from xcos_ext.io.atomic import check_apart
+        from xcos_ext.io.atomic import OutputError, check_apart
         from xcos_ext.io.shipped import weights_file
 
         values = [(param, given.get(param.name or "")) for param in self.params]
@@ -58,6 +61,10 @@ class Command(click.Command):
                     value = weights_file(value)
                 inputs += [(title, path) for path in (value if isinstance(value, tuple) else (value,)) if path]
         check_apart(outputs, inputs)
+        folder = given.get("gallery")
+        for name, path in outputs.items():
+            if isinstance(folder, str) and Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents:
+                raise OutputError(f"{name}: expected a file outside GALLERY's folder, got {display_name(path)}")
 
 
 command = functools.partial(click.command, cls=Command)
@@ -205,14 +212,18 @@ def figure(name: str, what: str, default: str | None = None) -> Decorator:
     return click.option(name, metavar="FILE", type=kind, default=default, help=f"Draw {what}: .png, .pdf or .svg.")
 
 
-model = click.option(
-    "--model",
-    envvar="XCOS_MODEL",
-    metavar="FILE",
-    type=click.Path(),
-    help="Weights: an xCos model, or a recogniser to be plugged in (.pt, .pth, .safetensors). [env: XCOS_MODEL; "
-    "default: the shipped compact model; faithful and local are shipped too]",
-)
+def _model(also: str = "") -> Decorator:
+    return click.option(
+        "--model",
+        envvar="XCOS_MODEL",
+        metavar="FILE",
+        type=click.Path(),
+        help=f"Weights: an xCos model, or a recogniser to be plugged in (.pt, .pth, .safetensors){also}. "
+        "[env: XCOS_MODEL; default: the shipped compact model; faithful and local are shipped too]",
+    )
+
+
+model = _model()
 detector = click.option(
     "--detector",
     default="cascade",
@@ -248,9 +259,7 @@ bootstrap = click.option(
 )
 gallery = click.argument("gallery", type=click.Path(), metavar="GALLERY")
 
-#: Of a command that takes one face of each picture.
-faces = several(
-    model,
+_faces = several(
     detector,
     aligned,
     choice(
@@ -264,9 +273,16 @@ faces = several(
     device,
 )
 
+#: Of a command that takes one face of each picture.
+faces = several(model, _faces)
+
 #: Of a command that compares two pictures.
 pair = several(
-    click.argument("a", type=click.Path()), click.argument("b", type=click.Path()), faces, threshold, max_pixels
+    *(click.argument(name, type=click.Path()) for name in "ab"),
+    _model("; or a graph of kind pair (.onnx)"),
+    _faces,
+    threshold,
+    max_pixels,
 )
 
 #: Of a command that reads a list of pairs.

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from xcos_ext.io.text import display_name
+from xcos_ext.io.text import byte_size, counted, display_name
 
 from . import options
 from .console import TROUBLE, bar, note, print_json, print_rows
@@ -91,8 +91,8 @@ def run(
                 rows.append(("", f"{summary.false_matches:,} of {summary.impostor:,} impostor pairs match"))
             if summary.genuine:
                 rows.append(("", f"{summary.false_non_matches:,} of {summary.genuine:,} genuine pairs do not match"))
-        rows.append(("time", f"{summary.seconds:.1f} s, {rate:,.0f} pairs/s, {summary.pictures:,} pictures"))
-        rows.append(("page", f"{page} ({summary.bytes / 1e6:.1f} MB)"))
+        rows.append(("time", f"{summary.seconds:.1f} s, {rate:,.0f} pairs/s, {counted(summary.pictures, 'picture')}"))
+        rows.append(("page", f"{page} ({byte_size(summary.bytes)})"))
         print_rows(*rows)
     if summary.without_face:
         note(f"pictures that could not be used: {summary.without_face:,}; their pairs are on the page with the reason")

@@ -10,7 +10,7 @@ import click
 
 from xcos_ext.io.errors import GalleryError, PictureError
 from xcos_ext.io.optional import gallery_package
-from xcos_ext.io.text import display_name
+from xcos_ext.io.text import counted, display_name
 
 from . import options
 from .console import bar, echo, note, note_faces, note_some, print_json
@@ -62,6 +62,8 @@ def run(
     """Who in GALLERY looks like the faces of PROBES? Exact: every enrolled face is scored."""
     if threshold is not None and fpir is not None:
         raise GalleryError("--threshold, --fpir: expected one of them, got both")
+    if how["explain"] and not as_json:
+        raise GalleryError("--explain: expected --json with it, got none")
     gallery_package("lance")
     path = check_model_path(model)
     from xcos_ext.gallery import identification_threshold
@@ -121,7 +123,7 @@ def run(
         seconds = time.perf_counter() - begin
         searched = len(opened)
     noted = note_faces(faces_on, policy)
-    titles = names if fusion is None else [f"{len(names)} pictures of one person ({fusion})"]
+    titles = names if fusion is None else [f"{counted(len(names), 'picture')} of one person ({fusion})"]
     if as_json:
         data = {name: getattr(hits, name) for name in ("version", "exact", "recall", "recall_probes")}
         data |= {"gallery": display_name(gallery), "faces": searched, "threshold": limit, "seconds": seconds}
@@ -146,7 +148,7 @@ def run(
         shown = "no threshold known for this model and attention" if limit is None else f"threshold {limit:.4f}"
         if limit is not None and threshold is None and fpir is None:
             shown += ", the model's for one pair: among many faces strangers pass it (--fpir)"
-        note(f"{searched:,} faces in {seconds:.2f} s ({manner}); {shown}")
+        note(f"{counted(searched, 'face')} in {seconds:.2f} s ({manner}); {shown}")
     return 0
 
 

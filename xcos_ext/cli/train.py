@@ -30,7 +30,7 @@ def run(
     The folder gets a log (CSV), checkpoints that resume to the bit, and the model. Files for a start are in
     recipes/ of a checkout.
     """
-    from xcos_ext.io.atomic import check_apart
+    from xcos_ext.io.atomic import check_apart, local_path
     from xcos_ext.training.tasks import create_task, load_experiment
 
     experiment = load_experiment(config, assignments)
@@ -42,6 +42,7 @@ def run(
     if threads is not None:
         torch.set_num_threads(threads)
     folder = out if out is not None else os.path.join("runs", os.path.splitext(os.path.basename(config))[0])
+    local_path(folder)
     written = (CHECKPOINT, LOG, EVALUATIONS, "model.safetensors")
     check_apart(
         {f"--out {name}": os.path.join(folder, name) for name in written}, [("CONFIG", config), *_read(experiment)]

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from xcos_ext.io.errors import XCosError
-from xcos_ext.io.text import display_name
+from xcos_ext.io.text import counted, display_name
 
 from . import options
-from .console import echo, figure, note_faces, note_some, print_json, progress, say_written, table, table_console
+from .console import echo, figure, note_faces, note_some, print_json, print_tables, progress, say_written, table
 from .inputs import check_model_path, described, load, load_recogniser, opened_pairs
 
 if TYPE_CHECKING:
@@ -66,6 +66,9 @@ def run(
     path = check_model_path(model)
     teacher_path = None if teacher is None else check_model_path(teacher)
     listed, finder = opened_pairs(pairs, root, list_format, folds, detector, aligned, plot)
+    impostors = int((~listed.genuine).sum())
+    if plot is not None and impostors < 2:
+        raise XCosError(f"--plot: expected a list with at least two impostor pairs for ROC curves, got {impostors}")
     from xcos_ext.evaluation import evaluate
 
     loaded = load(path, device)
@@ -151,7 +154,7 @@ def _draw(path: str, model: XCosModel, pairs: PairList, result: Evaluation) -> N
 
     impostors = int((~pairs.genuine).sum())
     curves = {_label(name): error_curves(v.scores, pairs.genuine) for name, v in result.variants.items()}
-    title = f"{model.name}, {len(pairs):,} pairs ({impostors:,} impostor)"
+    title = f"{model.name}, {counted(len(pairs), 'pair')} ({impostors:,} impostor)"
     save_figure(roc_figure(curves, impostors, title=title), path)
 
 
@@ -176,11 +179,11 @@ def _at_thresholds(model: XCosModel, pairs: PairList, result: Evaluation) -> dic
 
 def _print(name: str, pairs: PairList, about: dict[str, Any], result: Evaluation) -> None:
     only = about["only_folds"]
-    count = f"{about['folds']} folds" if only is None else f"only folds {', '.join(map(str, only))}"
+    count = counted(about["folds"], "fold") if only is None else f"only folds {', '.join(map(str, only))}"
     folds = count + ("" if pairs.own_folds else " (made, so people may be in several)")
     teacher = ["correlation with the teacher"] if "teacher" in result.variants else []
     shown = table(
-        f"{name}: {len(pairs):,} pairs, {about['genuine']:,} genuine, {folds}",
+        f"{name}: {counted(len(pairs), 'pair')}, {about['genuine']:,} genuine, {folds}",
         ["attention", "accuracy %", "AUC", "EER %", *(f"TAR % at FMR {rate:g}" for rate in _FMRS), *teacher],
     )
     for name, variant in result.variants.items():
@@ -191,7 +194,7 @@ def _print(name: str, pairs: PairList, about: dict[str, Any], result: Evaluation
             figure(value, intervals.get(key), *((5, 1) if key == "auc" else (2, 100))) for key, value in figures.items()
         ]
         shown.add_row(_label(name), *cells, *(figure(variant.correlation, None, 4) for _ in teacher))
-    table_console().print(shown)
+    print_tables(shown)
 
 
 def _remarks(

@@ -8,7 +8,7 @@ from xcos_ext.io.errors import XCosError
 from xcos_ext.io.text import display_name
 
 from . import options
-from .console import DIFFERENT, SAME, TROUBLE, note_faces, print_json, print_rows
+from .console import DIFFERENT, SAME, TROUBLE, note, note_faces, print_json, print_rows
 from .inputs import check_model_path, load_either
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from xcos_ext.faces import AlignedFace
 
 #: What ``--json`` prints of an explanation; ``xcos explain --json`` prints all of it.
-_KEYS = ("score", "threshold", "same", "fmr", "similarity", "attention", "contribution", "model", "a", "b")
+_KEYS = ("score", "threshold", "same", "fmr", "identical", "similarity", "attention", "contribution", "model", "a", "b")
 
 
 @options.command("verify")
@@ -28,6 +28,10 @@ _KEYS = ("score", "threshold", "same", "fmr", "similarity", "attention", "contri
 def run(out: str | None, as_json: bool, **pair: Any) -> int:
     """Are the faces of pictures A and B the same person's?"""
     explanation = compare(**pair)
+    if explanation.identical is not None:
+        from xcos_ext.explain.explanation import IDENTICAL
+
+        note(f"{IDENTICAL[explanation.identical]}: the score says nothing about the person")
     draw(explanation, out)
     if as_json:
         data = explanation.as_dict()
@@ -40,6 +44,8 @@ def run(out: str | None, as_json: bool, **pair: Any) -> int:
     ]
     if 0 in (explanation.a.details["faces"], explanation.b.details["faces"]):
         rows.append(("meaning", "none: a false match rate is one of faces"))
+    elif explanation.identical is not None:
+        rows.append(("meaning", "none: a false match rate is one of different pictures"))
     elif explanation.fmr is not None and explanation.curve is not None:
         people = "" if explanation.curve.people is None else f" of {explanation.curve.people:,} people"
         sample = f"{explanation.curve.pairs:,} impostor pairs{people}"

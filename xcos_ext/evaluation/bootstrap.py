@@ -79,6 +79,20 @@ class Resampling:
         for start in range(0, replicates, _REPLICATES_AT_ONCE):
             yield self.draw(rng, min(_REPLICATES_AT_ONCE, replicates - start))
 
+    def of_both_kinds(self, genuine: NDArray[np.bool_], replicates: int, seed: int = 0) -> Iterator[NDArray[np.int64]]:
+        """The same without replicates of genuine or of impostor pairs alone, which have no figures.
+
+        Raises:
+            ValueError: more than a tenth are such ones; said after the last block.
+        """
+        used = 0
+        for weights in self.blocks(replicates, seed):
+            kept = weights[weights[:, genuine].any(1) & weights[:, ~genuine].any(1)]
+            used += len(kept)
+            yield kept
+        if used < 0.9 * replicates:
+            raise ValueError(f"replicates: expected 0, or more pairs: {self.pairs} pairs are too few to be resampled")
+
 
 class _Fold:
     """One fold's test, ready for many weightings: the best cut on the other folds, applied to its own pairs."""
@@ -171,9 +185,7 @@ def bootstrap(
         prepared = [_Fold(row, labels, np.asarray(folds) == name) for name, row in zip(names, rows, strict=True)]
     area = need("sklearn.metrics", "evaluation").auc
     found: dict[str, list[float]] = defaultdict(list)
-    for weights in resampling.blocks(replicates, seed):
-        # A replicate of one kind has no figures.
-        weights = weights[weights[:, labels].any(1) & weights[:, ~labels].any(1)]
+    for weights in resampling.of_both_kinds(labels, replicates, seed):
         if prepared and len(weights):
             found["accuracy"] += np.nanmean([fold.accuracy(weights) for fold in prepared], axis=0).tolist()
         for row in weights:
@@ -182,8 +194,6 @@ def bootstrap(
             found["eer"].append(crossing(curves).rate)
             for rate in fmrs:
                 found[f"tar@{rate:g}"].append(accept_rate(curves, rate))
-    if len(found["auc"]) < 0.9 * replicates:
-        raise ValueError(f"replicates: expected 0, or more pairs: {values.size} pairs are too few to be resampled")
     return {name: percentile_interval(drawn, confidence) for name, drawn in found.items()}
 
 

@@ -154,9 +154,9 @@ def evaluate(
         :class:`Evaluation`, pairs in the order of the list, or of the lists.
 
     Raises:
-        PictureError: so many pictures could not be enrolled that no genuine or no impostor pair is left.
-        ValueError: an unknown attention, ``corr`` without a target or with a single fold, scores that are not finite,
-            no models, or a fold with two of them.
+        PictureError: there is no genuine or no impostor pair, or none is left for pictures that could not be enrolled.
+        ValueError: an unknown attention, ``corr`` without a target or with a single fold, pairs too few to be
+            resampled, scores that are not finite, no models, or a fold with two of them.
         TypeError: no list of pairs.
     """
     attentions = tuple(dict.fromkeys(several(attentions, "attentions")))
@@ -167,7 +167,12 @@ def evaluate(
     if isinstance(model, XCosModel):
         if not isinstance(pairs, PairList):
             raise TypeError(f"pairs: expected a PairList, got {type(pairs).__name__}")
-        _check_folds(attentions, pairs.folds)  # before the work, not after it
+        # Before the work, not after it.
+        _check_folds(attentions, pairs.folds)
+        _check_kinds(pairs.genuine)
+        if replicates:
+            for _ in Resampling(len(pairs), _people([pairs])).of_both_kinds(pairs.genuine, replicates):
+                pass
         model = [(model, pairs)]
     lists: list[PairList] = []
     found: list[Scores] = []
@@ -224,6 +229,12 @@ def _check_folds(attentions: Sequence[str], folds: NDArray[np.int64]) -> None:
         raise ValueError("corr: its weights are estimated on the other folds, and these pairs have a single one")
 
 
+def _check_kinds(genuine: NDArray[np.bool_], why: str | None = None) -> None:
+    if np.unique(genuine).size < 2:
+        reason = why or f"{int(genuine.sum())} of {genuine.size} pairs are genuine"
+        raise PictureError(f"no genuine or no impostor pair can be scored: {reason}")
+
+
 def _embedding(
     model: XCosModel, teacher: Recogniser | None, attentions: Sequence[str]
 ) -> tuple[Recogniser | None, str | None]:
@@ -243,9 +254,7 @@ def _joined(parts: Sequence[Scores], genuine: NDArray[np.bool_]) -> Scores:
     values = {name: np.concatenate([part.values[name] for part in parts]) for name in parts[0].values}
     failures = {key: why for part in parts for key, why in part.failures.items()}
     failed = np.concatenate([part.failed for part in parts])
-    if np.unique(genuine[~failed]).size < 2:
-        reason = next(iter(failures.values()), f"{int(genuine.sum())} of {genuine.size} pairs are genuine")
-        raise PictureError(f"no genuine or no impostor pair can be scored: {reason}")
+    _check_kinds(genuine[~failed], next(iter(failures.values()), None))
     for name, found in values.items():
         bad = int((~np.isfinite(found[~failed])).sum())
         if bad:

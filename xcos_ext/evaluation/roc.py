@@ -38,11 +38,11 @@ def roc_figure(curves: Mapping[str, ErrorCurves], impostors: int, *, title: str 
         A figure on the Agg canvas; write it with :func:`xcos_ext.explain.save_figure`.
 
     Raises:
-        ValueError: ``impostors`` is below 1.
+        ValueError: ``impostors`` is below 2: between one false match and all there is nothing to draw.
         MissingPackageError: matplotlib is not installed.
     """
-    if impostors < 1:
-        raise ValueError(f"impostors: expected at least one pair, got {impostors}")
+    if impostors < 2:
+        raise ValueError(f"impostors: expected at least two pairs, got {impostors}")
     figure = new_figure(7.2, 5.0, layout="constrained")
     axes = figure.add_subplot()
     smallest = 1 / impostors

@@ -9,7 +9,7 @@ import numpy as np
 
 from xcos_ext.card.calibration import check_threshold
 from xcos_ext.io.optional import need
-from xcos_ext.io.text import number, shorten, signed
+from xcos_ext.io.text import counted, number, shorten, signed
 
 from .decision import Maps, contribution, one_pair
 from .plotting import AGAINST, FAINT, FOR, INK, RDBU, YLGN, Scale, bare_axes, check_face, colour_map, ink, new_figure
@@ -170,20 +170,22 @@ def _draw_budget(axes: Axes, maps: Maps, given: float | None) -> None:
     parts = contribution(maps.similarity, maps.attention, threshold)
     gain, loss = float(parts[parts > 0].sum()), float(parts[parts < 0].sum())
     kinds = ("above zero", "below zero") if given is None else ("for", "against")
+    numbers = int((parts > 0).sum()), int((parts < 0).sum())
     steps = [
         ("threshold", 0.0, threshold, _GREY, number(threshold)),
-        (f"{int((parts > 0).sum())} cells {kinds[0]}", threshold, gain, FOR, f"+{gain:.3f}"),
-        (f"{int((parts < 0).sum())} cells {kinds[1]}", threshold + gain, loss, AGAINST, f"\u2212{abs(loss):.3f}"),
+        (f"{counted(numbers[0], 'cell')} {kinds[0]}", threshold, gain, FOR, signed(gain)),
+        (f"{counted(numbers[1], 'cell')} {kinds[1]}", threshold + gain, loss, AGAINST, signed(loss)),
         ("score", 0.0, maps.score, INK, number(maps.score)),
     ][0 if given is not None else 1 :]
     ends = [0.0, *(start + length for _, start, length, _, _ in steps), *(start for _, start, *_ in steps)]
     low, high = min(ends), max(ends)
     room = max(high - low, 1e-6)
+    paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # the threshold's line stops at words
     for y, (label, start, length, colour, text) in enumerate(steps):
         axes.barh(y, length, left=start, height=0.42, color=colour)
-        _text(axes, low, y - 0.33, label, fontsize=9, color=INK, va="bottom")
+        _text(axes, low, y - 0.33, label, fontsize=9, color=INK, va="bottom", bbox=paper)
         end = max(start, start + length) + 0.015 * room
-        _text(axes, end, y, text, fontsize=9, color=colour, va="center", fontweight="bold")
+        _text(axes, end, y, text, fontsize=9, color=colour, va="center", fontweight="bold", bbox=paper)
     axes.axvline(threshold, color=_GREY, linewidth=1, linestyle=(0, (3, 2)), zorder=0)
     axes.set_xlim(low - 0.01 * room, high + 0.22 * room)
     axes.set_ylim(len(steps) - 0.6, -0.75)

@@ -32,6 +32,10 @@ __all__ = ["Explanation", "Face", "ModelCard", "explain", "features_of_faces"]
 _ROUNDING = 64 * np.finfo(np.float64).eps
 
 Identical = Literal["pictures", "features"]
+IDENTICAL = {
+    "pictures": "Both crops are the same picture, pixel by pixel",
+    "features": "The model keeps exactly the same of both pictures",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,10 +272,8 @@ class Explanation:
             for face in (self.a, self.b)
             if face.details.get("faces") == 0
         ]
-        if self.identical == "pictures":
-            said.append("Both crops are the same picture, pixel by pixel: the score says nothing about the person.")
-        elif self.identical == "features":
-            said.append("The model keeps exactly the same of both pictures: the score says nothing about the person.")
+        if self.identical is not None:
+            said.append(f"{IDENTICAL[self.identical]}: the score says nothing about the person.")
         if self.threshold is None:
             said.append("The model knows no decision threshold (it is not calibrated): there is no verdict.")
         elif self.given:

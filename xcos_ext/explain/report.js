@@ -88,6 +88,7 @@
     return made;
   }
   const number = (value) => value.toLocaleString("en");
+  const counted = (n, what) => `${number(n)} ${what}${n === 1 ? "" : "s"}`;
   const minus = (text) => text.replace("-", "\u2212");
   const fixed = (value, digits) => { const text = value.toFixed(digits); return minus(Number(text) === 0 ? text.replace("-", "") : text); };
   const signed = (value, digits) => (Number(value.toFixed(digits)) > 0 ? "+" : "") + fixed(value, digits);
@@ -271,11 +272,11 @@
     svg.setAttribute("aria-label", `Mean ${titles[state.map]} of the pairs found. Arrow keys choose the cell to sort by.`);
     frame(svg, state.cell);
     picker.replaceChildren(svg);
-    picked.textContent = `Mean of ${number(n)} pairs. Chosen: ${cellName(state.cell)}, mean ${written[state.map](mean[state.cell])}.`;
+    picked.textContent = `Mean of ${counted(n, "pair")}. Chosen: ${cellName(state.cell)}, mean ${written[state.map](mean[state.cell])}.`;
   }
 
   function drawHistogram() {
-    const width = 420, height = 236, middle = 130, bins = 60;
+    const width = 420, height = 248, middle = 130, bins = 60;
     let low = decided ? threshold - 0.05 : 0, top = decided ? threshold + 0.05 : 0.1;
     for (let pair = 0; pair < count; pair++) {
       if (compared(pair)) { low = Math.min(low, score[pair]); top = Math.max(top, score[pair]); }
@@ -300,10 +301,12 @@
     content.push(shape("path", { class: "axis", d: `M0 ${middle}H${width}` }));
     if (decided) {
       content.push(shape("path", { class: "rule", d: `M${place(threshold)} 0V216` }));
-      content.push(shape("text", { x: place(threshold), y: 231, "text-anchor": "middle" }, `threshold ${fixed(threshold, 2)}`));
+      // A line of its own, so that it meets neither end's number, and to the side that has room.
+      const x = place(threshold), anchor = x < 60 ? "start" : x > width - 60 ? "end" : "middle";
+      content.push(shape("text", { x, y: 231, "text-anchor": anchor }, `threshold ${fixed(threshold, 2)}`));
     }
-    content.push(shape("text", { x: 0, y: 231 }, fixed(low, 2)));
-    content.push(shape("text", { x: width, y: 231, "text-anchor": "end" }, fixed(top, 2)));
+    content.push(shape("text", { x: 0, y: 244 }, fixed(low, 2)));
+    content.push(shape("text", { x: width, y: 244, "text-anchor": "end" }, fixed(top, 2)));
     const svg = shape("svg", { class: "histogram", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "Scores of the pairs found" }, ...content);
     const legend = element("p", { class: "key" });
     for (const [kind, word] of [["genuine", "genuine"], ["impostor", "impostor"], ["unknown", "not said"]]) {
@@ -458,7 +461,7 @@
 
   // --- the head
 
-  const said = [`${number(summary.pairs)} pairs, ${number(summary.compared)} compared`];
+  const said = [`${counted(summary.pairs, "pair")}, ${number(summary.compared)} compared`];
   if (summary.failed) said[0] += `, ${number(summary.failed)} could not be`;
   said[0] += ".";
   if (decided) {

@@ -122,10 +122,10 @@ def find_pictures(
         where = display_name(path)
         for picture in _pictures_of(Path(path), person, left_out):
             if picture.id in found:
-                raise GalleryError(
-                    f"{where}: expected each picture name once, got {picture.id!r} again, which {found[picture.id][1]} "
-                    "has too; enrol one of them under another name, or the folder above both"
-                )
+                other, more = found[picture.id][1], ""
+                if other != where:
+                    more = f", which {other} has too; enrol one of them under another name, or the folder above both"
+                raise GalleryError(f"{where}: expected each picture name once, got {picture.id!r} again{more}")
             found[picture.id] = (picture, where)
     return [picture for picture, _ in found.values()], left_out
 

@@ -8,7 +8,6 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xcos_ext.io.atomic import local_path
 from xcos_ext.io.errors import GalleryError
 from xcos_ext.io.optional import gallery_package
 from xcos_ext.io.several import several
@@ -89,7 +89,7 @@ class Gallery(Searcher):
             if model is not None:
                 self.check_model(model)
             own = store.folder / "tiles" if cache is True else cache
-            folder = None if isinstance(own, bool) else Path(own).absolute()
+            folder = None if isinstance(own, bool) else local_path(own, GalleryError).absolute()
             self._tiles = TileCache(folder, self.layout)
         except BaseException:
             self.close()
@@ -127,7 +127,7 @@ class Gallery(Searcher):
             TypeError: another source or dtype.
             MissingPackageError: the extra ``gallery`` is not installed.
         """
-        store = Store.create(Path(path), Layout.of(source, dtype, grid))
+        store = Store.create(path, Layout.of(source, dtype, grid))
         gallery = cls(store, None, cache, timeout)
         gallery._model = source if hasattr(source, "templates") else None  # its own, so it need not be checked
         return gallery
@@ -146,12 +146,12 @@ class Gallery(Searcher):
             GalleryError: it is not there, is of another format, or was made for another model or head.
             GalleryDamagedError: it cannot be opened.
         """
-        return cls(Store(Path(path)), model, cache, timeout)
+        return cls(Store(path), model, cache, timeout)
 
     @staticmethod
     def exists(path: StrPath) -> bool:
         """Whether there is a gallery in a folder."""
-        return Store(Path(path)).exists()
+        return Store(path).exists()
 
     def check_model(self, model: Any) -> None:
         """Refuse a model or head that does not make this gallery's templates.

@@ -75,7 +75,7 @@ class ShardedGallery(Searcher):
         self._ranks = Ranks(group, timeout)
         self.rank, self.world = self._ranks.rank, self._ranks.world
         self._gallery: Any = None
-        self._open = lambda version: Gallery(Store(Path(path)), model, cache, version=version)
+        self._open = lambda version: Gallery(Store(path), model, cache, version=version)
         try:
             self.refresh()
         except BaseException:

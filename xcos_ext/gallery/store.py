@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xcos_ext.io.atomic import local_path
 from xcos_ext.io.errors import GalleryDamagedError, GalleryError, XCosError
 from xcos_ext.io.optional import gallery_package
 
@@ -53,15 +54,17 @@ def lance() -> Any:
 class Store:
     """A gallery's folder: the data set, its locks, its versions."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder.absolute()  # it is used long after: os.chdir must not lead elsewhere
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        # Absolute, for it is used long after: os.chdir must not lead elsewhere.
+        self.folder = local_path(folder, GalleryError).absolute()
         self.data = self.folder / DATA
         self.log = CommitLog(self.folder / LOG)
 
     @classmethod
-    def create(cls, folder: Path, layout: Layout) -> Store:
+    def create(cls, path: str | os.PathLike[str], layout: Layout) -> Store:
         """A new, empty gallery."""
-        store = cls(folder)
+        store = cls(path)
+        folder = store.folder
         with writing(folder):
             if folder.exists() and not folder.is_dir():
                 raise GalleryError(f"{folder}: expected a folder, or nothing, got a file")
@@ -129,12 +132,15 @@ class Store:
             raise GalleryError(f"{self.folder}: version {version} cannot be opened ({first_line(failed)})") from failed
         raise GalleryDamagedError(f"{self.folder}: cannot be opened ({first_line(failed)})") from failed
 
-    def snapshot(self, version: int | None = None) -> tuple[Snapshot, ReaderLock]:
-        """The newest version or a chosen one, held until its lock is released."""
+    def _check_there(self) -> None:
         if not self.folder.is_dir():
             raise GalleryError(f"{self.folder}: there is no such gallery")
         if not self.data.is_dir():
             raise GalleryError(f"{self.folder}: expected a gallery, got another folder (it has no {DATA})")
+
+    def snapshot(self, version: int | None = None) -> tuple[Snapshot, ReaderLock]:
+        """The newest version or a chosen one, held until its lock is released."""
+        self._check_there()
         while True:
             dataset = self._open(version)
             number = int(dataset.version)
@@ -190,7 +196,8 @@ class Store:
     # ------------------------------------------------------------------ changes
 
     def writer(self, timeout: float) -> contextlib.AbstractContextManager[None]:
-        """Be the only writer; see :func:`writer_lock`."""
+        """Be the only writer; see :func:`writer_lock`, which would make a folder that was deleted anew."""
+        self._check_there()
         return writer_lock(self.folder, timeout)
 
     def _files(self) -> set[Path]:

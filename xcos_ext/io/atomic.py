@@ -4,22 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import BinaryIO
 
 from .errors import XCosError
 from .several import several
 from .text import display_name
 
-__all__ = ["OutputError", "check_apart", "check_output", "write_atomically"]
+__all__ = ["OutputError", "check_apart", "check_output", "local_path", "write_atomically"]
 
 StrPath = str | os.PathLike[str]
 
 
 class OutputError(XCosError, ValueError):
     """A file that cannot be written: wrong suffix, no such folder, no permission, not a regular file."""
+
+
+def local_path(path: StrPath, refuse: type[XCosError] = OutputError) -> Path:
+    """The path of what is made or looked for on this machine: as an address it would make a folder ``s3:``.
+
+    Args:
+        path: also as ``pathlib`` writes an address, with one slash; ``./s3:/...`` is a path.
+        refuse: the error's class.
+
+    Raises:
+        XCosError: of the class ``refuse``: an address such as ``s3://...`` or ``file:///...``.
+
+    >>> local_path("s3://bucket/faces")
+    Traceback (most recent call last):
+    xcos_ext.io.atomic.OutputError: s3://bucket/faces: expected a path on this machine, got an address
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)):
+        raise refuse(f"{display_name(path)}: expected a path on this machine, got an address")
+    return Path(path)
 
 
 def check_output(path: StrPath, suffixes: Sequence[str]) -> str:
@@ -39,7 +60,7 @@ def check_output(path: StrPath, suffixes: Sequence[str]) -> str:
     Traceback (most recent call last):
     xcos_ext.io.atomic.OutputError: why.gif: expected a file ending in .png or .pdf, got .gif
     """
-    name, suffixes = display_name(path), tuple(several(suffixes, "suffixes"))
+    name, suffixes = display_name(local_path(path)), tuple(several(suffixes, "suffixes"))
     suffix = os.path.splitext(os.fspath(path))[1].lower()
     if suffix not in suffixes:
         raise OutputError(f"{name}: expected a file ending in {' or '.join(suffixes)}, got {suffix or 'no suffix'}")

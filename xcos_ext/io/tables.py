@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from .errors import XCosError
 from .text import printable
 
-__all__ = ["csv_rows"]
+__all__ = ["csv_rows", "csv_text"]
+
+#: What a spreadsheet would compute instead of showing it, and what :func:`csv_text` has made of that.
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+_SHOWN = re.compile(r"'+[=+\-@\t\r]")
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[str | float | None]]) -> str:
+    """A table as CSV, in which no text is a formula: what begins as one gets an apostrophe, which :func:`csv_rows`
+    takes away again. Numbers stay numbers, and None is an empty cell.
+
+    >>> csv_text(["id", "score"], [["=1+1", -0.5], ["'-", None]]).splitlines()
+    ['id,score', "'=1+1,-0.5", "''-,"]
+    """
+    out = io.StringIO()
+    writer = csv.writer(out)
+    for row in (header, *rows):
+        writer.writerow([f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell for cell in row])
+    return out.getvalue()
+
+
+def _as_it_was(value: str) -> str:
+    return value[1:] if _SHOWN.match(value) else value
 
 
 def csv_rows(
@@ -18,9 +42,9 @@ def csv_rows(
 ) -> Iterator[tuple[int, list[str]]]:
     """The rows of a CSV file, its header first, each with the number of the line that it ends on.
 
-    UTF-8 with or without a byte order mark, lines ended in any way, columns separated by commas, or by semicolons (as
-    spreadsheets do in many languages) or tabs where the header has no comma. Empty lines are passed over. The file is
-    read as rows are asked for, and never held in memory.
+    What :func:`csv_text` wrote comes back as it was. UTF-8 with or without a byte order mark, lines ended in any way,
+    columns separated by commas, or by semicolons (as spreadsheets do in many languages) or tabs where the header has no
+    comma. Empty lines are passed over. The file is read as rows are asked for, and never held in memory.
 
     Args:
         path: the file.
@@ -52,7 +76,7 @@ def csv_rows(
             separator = next((sign for sign in ",;\t" if sign in first), ",")
             rows = csv.reader(stream, strict=True, delimiter=separator)
             try:
-                header = [column.strip() for column in next(rows, [])]
+                header = [_as_it_was(column.strip()) for column in next(rows, [])]
                 line = max(rows.line_num, 1)
                 yield line, header
                 for row in rows:
@@ -64,13 +88,12 @@ def csv_rows(
                             f"{name}, line {line}: expected {len(header)} columns as in the header, got {len(row)}"
                         )
                     if row:
-                        yield line, row
+                        yield line, list(map(_as_it_was, row))
             except csv.Error as error:
                 raise refuse(f"{name}, line {rows.line_num}: not CSV ({error})") from error
     except UnicodeDecodeError as error:
-        raise refuse(
-            f"{name}, after line {line}: expected text in UTF-8 ({error.reason}); spreadsheets call it CSV UTF-8"
-        ) from error
+        where = f"{name}, after line {line}" if line else name
+        raise refuse(f"{where}: expected text in UTF-8 ({error.reason}); spreadsheets call it CSV UTF-8") from error
     except (OSError, ValueError) as error:
         if isinstance(error, XCosError):
             raise

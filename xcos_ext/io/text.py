@@ -11,6 +11,7 @@ __all__ = [
     "ENCODABLE",
     "byte_size",
     "composed",
+    "counted",
     "display_name",
     "duration",
     "few",
@@ -95,6 +96,15 @@ def few(names: Iterable[str], most: int = 4) -> str:
     """
     names = list(names)
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def counted(count: int, what: str) -> str:
+    """So many of something, one of it in the singular.
+
+    >>> counted(1, "face"), counted(0, "face"), counted(12_000, "face")
+    ('1 face', '0 faces', '12,000 faces')
+    """
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def short_name(name: str) -> str:

@@ -19,7 +19,7 @@ from xcos_ext.backbones import Recogniser
 from xcos_ext.evaluation.datasets import read_pairs
 from xcos_ext.faces import PersonFolder
 from xcos_ext.faces.pictures import decode_with_mode
-from xcos_ext.io.atomic import write_atomically
+from xcos_ext.io.atomic import local_path, write_atomically
 from xcos_ext.io.errors import PictureError, XCosError
 from xcos_ext.io.fingerprint import fingerprint_weights
 from xcos_ext.io.optional import need
@@ -199,7 +199,7 @@ def people_of_folds(pairs: str | os.PathLike[str], folds: Sequence[int]) -> set[
 
 def file_lock(folder: Path) -> FileLock:
     """A lock of a folder between processes and threads: what one of them computes, the others then find."""
-    folder.mkdir(parents=True, exist_ok=True)
+    local_path(folder).mkdir(parents=True, exist_ok=True)
     return FileLock(folder / ".lock")
 
 

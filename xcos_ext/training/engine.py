@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from xcos_ext.backbones.modes import kept_modes
-from xcos_ext.io.atomic import OutputError
+from xcos_ext.io.atomic import OutputError, local_path
 from xcos_ext.io.errors import XCosError
 
 from .logs import Log, Means, Progress, tensorboard_writer
@@ -98,7 +98,7 @@ def train(
     (60, True)
     """
     device = _device(config)
-    folder = None if out is None else Path(out).absolute()  # written to all along, wherever os.chdir goes
+    folder = None if out is None else local_path(out).absolute()  # written to all along, wherever os.chdir goes
     with processes(device) as group:
         if device.type == "cuda":
             device = torch.device("cuda", group.local if group.world > 1 else torch.cuda.current_device())

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from xcos_ext.io.atomic import StrPath, check_output, write_atomically
+from xcos_ext.io.atomic import StrPath, check_output, local_path, write_atomically
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.optional import need
 from xcos_ext.io.several import several
@@ -132,7 +132,7 @@ def cached_engine(
     trt, gpu = plans.load_tensorrt(), plans.find_gpu(device)
     key = repr((trt.__version__, gpu.sm, gpu.name, onnx_hash(onnx), wanted, tf32))
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(onnx).stem)[:60] or "engine"
-    plan = Path(folder).absolute() / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.plan"
+    plan = local_path(folder).absolute() / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.plan"
     with contextlib.suppress(OSError):  # the next line says what is wrong
         plan.parent.mkdir(parents=True, exist_ok=True)
     check_output(plan, (".plan",))

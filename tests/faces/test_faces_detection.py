@@ -309,12 +309,17 @@ def test_a_picture_without_a_face_says_what_to_try(cascade: CascadeDetector) -> 
 
 
 def test_a_detector_without_landmarks() -> None:
-    class Boxes:
+    class Gives:
+        def __init__(self, landmarks: np.ndarray | None) -> None:
+            self.landmarks = landmarks
+
         def detect(self, rgb: np.ndarray) -> list[Face]:
-            return [Face((0, 0, 10, 10), None, 1.0)]
+            return [Face((0, 0, 10, 10), self.landmarks, 1.0)]
 
     with pytest.raises(PictureError, match="x: the detector gives no landmarks"):
-        extract_face(background(50, 60), Boxes(), name="x")
+        extract_face(background(50, 60), Gives(None), name="x")
+    with pytest.raises(PictureError, match=r"x: the detector's landmarks: .* got eyes the other way round"):
+        extract_face(background(50, 60), Gives(ARCFACE_TEMPLATE[[1, 0, 2, 4, 3]]), name="x")
 
 
 @pytest.mark.process

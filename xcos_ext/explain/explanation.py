@@ -13,12 +13,14 @@ import numpy as np
 from xcos_ext.card.calibration import check_threshold
 from xcos_ext.deploy.onnx_model import OnnxModel
 from xcos_ext.devices import module_device
+from xcos_ext.faces.alignment import checked_landmarks
+from xcos_ext.io.arrays import picture_hint, refuse_masked
 from xcos_ext.io.several import several
 from xcos_ext.io.text import percent, printable, short_name, signed
 
 from .decision import contribution as contribution_of
 from .decision import one_pair
-from .regions import Region, cell_parts, checked_landmarks, summarise
+from .regions import Region, cell_parts, summarise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -449,8 +451,8 @@ def explain(
         b: the second.
         threshold: instead of the model's: the same person if score >= threshold.
         names: of the two pictures.
-        landmarks_a: five points of A in the crop [5, 2], for the parts of the face; by default the template's
-            (:data:`xcos_ext.faces.ARCFACE_TEMPLATE`).
+        landmarks_a: five points of A in the crop [5, 2], for the parts of the face, in the order of
+            :data:`xcos_ext.faces.ARCFACE_TEMPLATE`, which they are by default. Left is the picture's.
         landmarks_b: of B. Where both are given, their mean decides.
         details: what else is known of the pictures, for JSON and the page.
         file: that the model was loaded from.
@@ -459,18 +461,21 @@ def explain(
         :class:`Explanation`; ``.figure()``, ``.to_html()``, ``.to_json()``.
 
     Raises:
-        TypeError: something else than a model, or a face that is not a uint8 array.
-        ValueError: a face of another shape, a model in training mode, or one that gives values that are not finite.
+        TypeError: something else than a model, or a face that is not a uint8 array, or has a mask.
+        ValueError: a face of another shape, landmarks that no upright face has in that order, a model in training
+            mode, or one that gives values that are not finite.
     """
     if not hasattr(model, "preprocessing"):
         raise TypeError(f"model: expected an XCosModel or an OnnxModel, got {type(model).__name__}")
     if model.training:
         raise ValueError("model: expected evaluation mode, got training mode; call .eval() first")
     size = model.preprocessing.size
+    refuse_masked(a=a, b=b)
     for argument, face in (("a", a), ("b", b)):
         if not isinstance(face, np.ndarray) or face.dtype != np.uint8:
             raise TypeError(
                 f"{argument}: expected an aligned face, uint8 RGB, got {getattr(face, 'dtype', type(face).__name__)}"
+                f"{picture_hint(face)}"
             )
         if face.shape != (*size, 3):
             raise ValueError(f"{argument}: expected an aligned face [{size[0]}, {size[1]}, 3], got {list(face.shape)}")
@@ -478,7 +483,7 @@ def explain(
         raise ValueError(f"names: expected two, of a and b, got {len(names)}")
     chosen = check_threshold(threshold)
     points = [
-        None if p is None else checked_landmarks(p, size, f"landmarks_{which}")
+        None if p is None else checked_landmarks(p, f"landmarks_{which}", upright=True)
         for which, p in (("a", landmarks_a), ("b", landmarks_b))
     ]
     if isinstance(model, OnnxModel):

@@ -130,7 +130,11 @@ def extract_face(
     face = choose_face(faces, (height, width), policy, name=name)
     if face.landmarks is None:
         raise PictureError(f"{name}: the detector gives no landmarks, so the face cannot be aligned")
-    return AlignedFace(align_face(rgb, face.landmarks, size), name, face, len(faces))
+    try:
+        crop = align_face(rgb, face.landmarks, size)
+    except ValueError as error:
+        raise PictureError(f"{name}: the detector's {error}") from error
+    return AlignedFace(crop, name, face, len(faces))
 
 
 def create_detector(spec: str | os.PathLike[str] = "cascade") -> Detector:

@@ -7,6 +7,7 @@ import pickle
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -34,6 +35,7 @@ from xcos_ext.faces import (
 )
 from xcos_ext.faces.cascade import SEARCHES, CascadeBoxes
 from xcos_ext.faces.landmarks import crop_transform
+from xcos_ext.gallery.enroll import read_faces
 from xcos_ext.io.errors import ModelError, PictureError, XCosError
 from xcos_ext.io.optional import MissingPackageError, need
 
@@ -306,6 +308,22 @@ def test_crops_of_nothing_are_counted_or_refused() -> None:
 def test_a_picture_without_a_face_says_what_to_try(cascade: CascadeDetector) -> None:
     with pytest.raises(PictureError, match=r"wall: no face found in 60 x 50 pixels; try .*--detector.*--aligned"):
         extract_face(background(50, 60), cascade, name="wall")
+
+
+@pytest.mark.parametrize("detector", ["cascade", CascadeDetector, Path("yunet.onnx")])
+def test_what_is_no_detector(detector: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"^detector: expected a detector, which create_detector\('cascade'\) makes, .*got"
+    ):
+        extract_face(background(50, 60), detector)
+
+
+def test_enrolling_wants_what_makes_a_detector(cascade: CascadeDetector) -> None:
+    for detector in ("cascade", cascade):  # one for each thread
+        with pytest.raises(
+            TypeError, match="^detector: expected a function that makes one, such as create_detector, or"
+        ):
+            next(read_faces([], (112, 112), detector))  # type: ignore[arg-type]
 
 
 def test_a_detector_without_landmarks() -> None:

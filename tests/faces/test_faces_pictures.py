@@ -233,6 +233,15 @@ def test_names_of_all_kinds(tmp_path: Path) -> None:
     assert "\\xff" in message
     assert "\\n" in message
     refused("a\0b.png", "cannot be opened")
+    contents = save(tmp_path / "b.png", colours()).read_bytes()
+    for value, words in (
+        (contents, rf"{len(contents)} bytes of contents, which decode_picture\(data, name\) takes$"),
+        (colours(), "ndarray$"),
+        (io.BytesIO(contents), "BytesIO$"),
+        (3, "int$"),
+    ):
+        with pytest.raises(TypeError, match=f"^path: expected the path of a picture file, got {words}"):
+            read_face(value, None)
 
 
 # --- one decoder for every way in

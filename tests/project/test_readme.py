@@ -45,8 +45,8 @@ def test_the_screen_of_code_runs(shared_data, tmp_path, monkeypatch):
         "face_b": np.random.default_rng(1).integers(0, 256, (112, 112, 3), np.uint8),
         "images_a": torch.rand(2, 3, 112, 112),
         "images_b": torch.rand(2, 3, 112, 112),
-        "features_a": torch.randn(3, 32, 7, 7),
-        "features_b": torch.randn(20, 32, 7, 7),
+        "grid_a": torch.randn(3, 512, 7, 7),
+        "grid_b": torch.randn(20, 512, 7, 7),
         "pairs": torch.tensor([[0, 19], [2, 0]]),
         "ids": [f"face {i}" for i in range(20)],
         "persons": ["Ann", "Ben"] * 10,
@@ -65,6 +65,17 @@ def test_the_code_of_the_page_on_all_pairs_runs():
     names: dict[str, object] = {}
     exec(block, names)
     assert names["maps"].contribution.shape == (4, 7, 7)  # type: ignore[attr-defined]
+
+
+@pytest.mark.examples
+def test_the_code_from_photographs_to_an_explanation_runs():
+    (block,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "verify.md").read_text(), re.DOTALL)
+    photographs = REPOSITORY / "examples" / "photographs"
+    for name, file in (("a.jpg", "astronaut.jpg"), ("b.jpg", "astronaut-masked.jpg")):
+        block = block.replace(f'"{name}"', f'"{photographs / file}"')
+    names: dict[str, object] = {}
+    exec(block, names)
+    assert names["e"].same is True  # type: ignore[attr-defined]
 
 
 @pytest.mark.process

@@ -100,6 +100,7 @@ def read_picture(path: StrPath, *, max_pixels: int = MAX_PIXELS, name: str | Non
         PictureError: missing, not a regular file, not readable, empty, not a picture, damaged, truncated, or
             too large. The message starts with the name.
         ValueError: ``max_pixels`` is not positive.
+        TypeError: no path, but a picture or its contents.
 
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile(suffix=".ppm") as file:
@@ -108,19 +109,29 @@ def read_picture(path: StrPath, *, max_pixels: int = MAX_PIXELS, name: str | Non
     ...     read_picture(file.name).tolist()
     [[[97, 98, 99], [100, 101, 102]]]
     """
-    name = display_name(path) if name is None else name
+    name = _named(path) if name is None else name
     with open_regular(path, name) as file:
         return _decode(file, name, max_pixels)[0]
 
 
 def read_contents(path: StrPath, *, name: str | None = None) -> bytes:
     """The undecoded content of a picture file; name and PictureError as of :func:`read_picture`."""
-    name = display_name(path) if name is None else name
+    name = _named(path) if name is None else name
     with open_regular(path, name) as file:
         try:
             return read_whole(file, name, os.fstat(file.fileno()).st_size)
         except OSError as error:
             raise PictureError(f"{name}: cannot be read ({error.strerror or error})") from error
+
+
+def _named(path: StrPath) -> str:
+    """What to call a picture by its path; TypeError for anything else, above all for a picture itself."""
+    contents = isinstance(path, (bytes, bytearray)) and b"\0" in path  # which no path has, and every picture
+    if contents or not isinstance(path, (str, bytes, os.PathLike)):
+        got = f"{len(path)} bytes of contents" if contents else type(path).__name__  # type: ignore[arg-type]
+        hint = ", which decode_picture(data, name) takes" if contents else ""
+        raise TypeError(f"path: expected the path of a picture file, got {got}{hint}")
+    return display_name(path)
 
 
 def read_whole(file: IO[bytes], name: str, size: int, *, max_pixels: int = MAX_PIXELS) -> bytes:

@@ -219,6 +219,15 @@ def test_words_follow_the_signs() -> None:
     assert other.summary.startswith("Different people: score ") and " below the threshold" in other.summary
 
 
+def test_a_score_beside_the_threshold_is_printed_as_what_it_is() -> None:
+    below = made(np.full((1, 2), 0.5800753), np.ones((1, 2)), 0.5800756)
+    assert below.same is False and below.printed == ("0.5800753", "0.5800756")
+    assert below.summary.startswith("Different people: score 0.5800753 is 0.0000003 below the threshold 0.5800756.")
+    assert "score 0.5800753, threshold 0.5800756" in repr(below)
+    on = made(np.full((1, 2), 0.5), np.ones((1, 2)), 0.5)
+    assert on.same is True and on.printed == ("0.5000", "0.5000")
+
+
 def test_uncertainty_in_false_match_rates() -> None:
     w = np.ones((7, 7))
     e = made(np.full((7, 7), 0.5), w, 0.0, curve=CURVE)

@@ -320,9 +320,7 @@ def test_what_is_no_detector(detector: Any) -> None:
 
 def test_enrolling_wants_what_makes_a_detector(cascade: CascadeDetector) -> None:
     for detector in ("cascade", cascade):  # one for each thread
-        with pytest.raises(
-            TypeError, match="^detector: expected a function that makes one, such as create_detector, or"
-        ):
+        with pytest.raises(TypeError, match=r"^detector: expected a function that makes one"):
             next(read_faces([], (112, 112), detector))  # type: ignore[arg-type]
 
 

@@ -16,7 +16,7 @@ from xcos_ext.devices import module_device
 from xcos_ext.faces.alignment import checked_landmarks
 from xcos_ext.io.arrays import picture_hint, refuse_masked
 from xcos_ext.io.several import several
-from xcos_ext.io.text import percent, printable, short_name, signed
+from xcos_ext.io.text import percent, printable, short_name, signed, telling_digits
 
 from .decision import contribution as contribution_of
 from .decision import one_pair
@@ -242,6 +242,14 @@ class Explanation:
     # --- words
 
     @property
+    def printed(self) -> tuple[str, str]:
+        """Score and threshold with as many digits as tell them apart, four or more; without a threshold ``"None"``."""
+        if self.threshold is None:
+            return f"{self.score:.4f}", "None"
+        digits = telling_digits(self.score, self.threshold)
+        return f"{self.score:.{digits}f}", f"{self.threshold:.{digits}f}"
+
+    @property
     def certainty(self) -> str:
         """How far the score is from the threshold, in false match rates."""
         fmr, at_threshold = self.fmr, self.fmr_at_threshold
@@ -300,10 +308,9 @@ class Explanation:
             looked = ", ".join(f"{r.name} ({percent(r.share)}, mean S {r.similarity:.2f})" for r in most)
             return f"{head} Most attention: {looked}."
         side = "above" if self.margin >= 0 else "below"
-        head = (
-            f"{self.verdict.capitalize()}: score {self.score:.4f} is {abs(self.margin):.4f} {side} the threshold "
-            f"{self.threshold:.4f}."
-        )
+        score, threshold = self.printed
+        margin = f"{abs(self.margin):.{len(score.partition('.')[2])}f}"
+        head = f"{self.verdict.capitalize()}: score {score} is {margin} {side} the threshold {threshold}."
         said = [head]
         for word, verb in (("agrees", "For the same person"), ("differs", "Against it")):
             chosen = sorted((r for r in self.regions if r.word == word), key=lambda r: -abs(r.contribution))
@@ -317,9 +324,9 @@ class Explanation:
         return "\n".join((self.summary, self.certainty, *self.remarks))
 
     def __repr__(self) -> str:
-        threshold = "None" if self.threshold is None else f"{self.threshold:.4f}"
+        score, threshold = self.printed
         rows, columns = self.similarity.shape
-        return f"<Explanation: {self.verdict}, score {self.score:.4f}, threshold {threshold}, {rows}x{columns} cells>"
+        return f"<Explanation: {self.verdict}, score {score}, threshold {threshold}, {rows}x{columns} cells>"
 
     # --- ways out
 

@@ -67,17 +67,6 @@ def test_the_code_of_the_page_on_all_pairs_runs():
     assert names["maps"].contribution.shape == (4, 7, 7)  # type: ignore[attr-defined]
 
 
-@pytest.mark.examples
-def test_the_code_from_photographs_to_an_explanation_runs():
-    (block,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "verify.md").read_text(), re.DOTALL)
-    photographs = REPOSITORY / "examples" / "photographs"
-    for name, file in (("a.jpg", "astronaut.jpg"), ("b.jpg", "astronaut-masked.jpg")):
-        block = block.replace(f'"{name}"', f'"{photographs / file}"')
-    names: dict[str, object] = {}
-    exec(block, names)
-    assert names["e"].same is True  # type: ignore[attr-defined]
-
-
 @pytest.mark.process
 def test_tables_are_those_of_the_results_files():
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "render.py"), "--check"]

@@ -21,8 +21,7 @@ from xcos_ext.io.text import composed, printable
 __all__ = ["PairsFile", "PairsFileError", "ReportPair", "pictures_below"]
 
 # With a point as programs write whole numbers beside empty cells.
-_GENUINE = {"1": True, "1.0": True, "true": True, "yes": True, "0": False, "0.0": False, "false": False, "no": False}
-_GENUINE |= {"": None}
+_GENUINE = dict.fromkeys(("1", "1.0", "true", "yes"), True) | dict.fromkeys(("0", "0.0", "false", "no"), False)
 
 
 class PairsFileError(XCosError, ValueError):
@@ -112,9 +111,9 @@ class PairsFile:
         genuine = None
         if places[2] is not None:
             said = row[places[2]].lower()
-            if said not in _GENUINE:
+            if said and said not in _GENUINE:
                 raise PairsFileError(f"{where}: {header[places[2]]}: expected 1, 0 or nothing, got {said!r}")
-            genuine = _GENUINE[said]
+            genuine = _GENUINE.get(said)
         labels = tuple(value for i, value in enumerate(row) if i not in places)
         return ReportPair(a, b, genuine, labels, line)
 

@@ -28,7 +28,8 @@ ARCFACE_TEMPLATE.setflags(write=False)
 
 
 #: How far, in distances from eyes to mouth, eyes or corners of the mouth may seem to have changed places, as they may
-#: in a profile, where they all but coincide.
+#: in a profile, where they all but coincide. The most that any of 1,806 faces had that were found in CFP's profiles and
+#: LFW's photographs, upright and turned, was 0.016.
 _PROFILE = 0.1
 
 

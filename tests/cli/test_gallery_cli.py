@@ -253,6 +253,7 @@ def test_names_of_single_files(tmp_path: Path) -> None:
         lambda text: "\ufeff" + text.replace("\n", "\r\n"),
         lambda text: text.replace(",", ";"),
         lambda text: text.replace(",", "\t"),
+        lambda text: text.replace(",", " , "),
         lambda text: unicodedata.normalize("NFD", text),
     ],
 )

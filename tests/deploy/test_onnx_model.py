@@ -190,6 +190,8 @@ def test_another_preprocessing_is_noticed(folder):
         graph.pair(good[:, :, 16:], good)
     with pytest.raises(ValueError, match=r"images_a: expected uint8 \[N, 112, 112, 3\], got \[112, 112, 3\]"):
         graph.pair(np.zeros((112, 112, 3), np.uint8), good)
+    with pytest.raises(TypeError, match="images_a: expected an array without a mask"):
+        graph.pair(np.ma.masked_array(good), good)
     with pytest.raises(TypeError, match="images_a: expected a uint8 or float32 array, got float64"):
         graph.pair(good.astype(np.float64), good)
     with pytest.raises(TypeError, match=r"images_a: expected a uint8 or float32 array, got torch\.float32"):

@@ -194,6 +194,15 @@ def test_errors() -> None:
         ev.fmr_upper_bound(3, 2)
     with pytest.raises(ValueError, match="impostor_scores: expected at least one score"):
         ev.fmr_threshold([], 0.1)
+    masked = np.ma.masked_array(scores, mask=scores > 0)
+    for name, figure in (
+        ("scores", lambda: ev.auc(masked, genuine)),
+        ("scores", lambda: ev.kfold_accuracy(masked, genuine, np.arange(60) % 2)),
+        ("scores", lambda: ev.ranked_persons(masked.reshape(6, 10), list("abcdefghij"), 2)),
+        ("impostor_scores", lambda: ev.fmr_threshold(masked, 0.1)),
+    ):
+        with pytest.raises(TypeError, match=f"^{name}: expected an array without a mask, got a MaskedArray"):
+            figure()
 
 
 def small_model(attention: XCosAttention | Literal["uniform", "norm"] | None) -> XCosModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -221,6 +222,8 @@ CSV = (
         lambda t: t.replace("\n", "\r\n"),
         lambda t: t.replace("genuine", " Same "),
         lambda t: "\ufeff" + t.replace(",", ";").replace("\n", "\r\n"),  # as spreadsheets do in half of Europe
+        lambda t: t.replace(",", " , "),
+        lambda t: re.sub(r",(\d)\b(?!\.)", r",\1.0", t),  # as programs write whole numbers beside empty cells
     ],
 )
 def test_csv(people: Path, tmp_path: Path, change: Callable[[str], str]) -> None:

@@ -111,6 +111,9 @@ def test_list(tmp_path: Path) -> None:
     assert list(found) == [first, second, third]  # again
     assert [p.genuine for p in listed(tmp_path, "a,b\n1,2\n")] == [None]
     assert [p.genuine for p in listed(tmp_path, "a,b,same\n1,2,yes\n")] == [True]
+    spaced = listed(tmp_path, "a,b,genuine,case\n 1 , 2,1.0 , x \n1,2,,y\n3,4, 0.0,z\n")
+    assert next((p.a, p.b, p.genuine, p.labels) for p in spaced) == ("1", "2", True, ("x",))
+    assert [p.genuine for p in spaced] == [True, None, False]
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from explained import CURVE, crop, toy
 from PIL import Image
 
 from xcos_ext.explain import Explanation, Face, ModelCard, explain
-from xcos_ext.explain.regions import PARTS, cell_parts, checked_landmarks
-from xcos_ext.faces import ARCFACE_TEMPLATE
+from xcos_ext.explain.regions import PARTS, cell_parts
+from xcos_ext.faces import ARCFACE_TEMPLATE, AlignedFace
 from xcos_ext.io.text import printable, signed
 from xcos_ext.model import load_model, save_model
 
@@ -189,13 +189,15 @@ def test_landmarks_of_both_faces_are_averaged() -> None:
         (np.full((5, 2), np.nan), "five finite points"),
         (np.zeros((5, 2)), "two eyes apart"),
         ("points", r"five points \[5, 2\], got str"),
+        (ARCFACE_TEMPLATE[[1, 0, 2, 4, 3]], r".* as in the picture, got eyes the other way round: \[\[73.5, 51.5\]"),
+        (ARCFACE_TEMPLATE[[0, 1, 2, 4, 3]], r".* got corners of the mouth the other way round"),
+        (ARCFACE_TEMPLATE[:, ::-1], r".* got eyes the other way round"),  # (y, x)
+        (111 - ARCFACE_TEMPLATE, r".* got eyes that are not above the mouth"),
     ],
 )
 def test_landmarks_that_cannot_be(points: Any, words: str) -> None:
     with pytest.raises(ValueError, match=f"landmarks_b: expected {words}"):
         explain(toy(), crop(1), crop(2), landmarks_b=points)
-    with pytest.raises(ValueError, match="x: expected"):
-        checked_landmarks(points, (112, 112), "x")
 
 
 # --- words
@@ -215,6 +217,15 @@ def test_words_follow_the_signs() -> None:
     assert e.summary.startswith("Same person: score ") and " above the threshold 0.3000." in e.summary
     other = made(-s, w, 0.3)
     assert other.summary.startswith("Different people: score ") and " below the threshold" in other.summary
+
+
+def test_a_score_beside_the_threshold_is_printed_as_what_it_is() -> None:
+    below = made(np.full((1, 2), 0.5800753), np.ones((1, 2)), 0.5800756)
+    assert below.same is False and below.printed == ("0.5800753", "0.5800756")
+    assert below.summary.startswith("Different people: score 0.5800753 is 0.0000003 below the threshold 0.5800756.")
+    assert "score 0.5800753, threshold 0.5800756" in repr(below)
+    on = made(np.full((1, 2), 0.5), np.ones((1, 2)), 0.5)
+    assert on.same is True and on.printed == ("0.5000", "0.5000")
 
 
 def test_uncertainty_in_false_match_rates() -> None:
@@ -349,14 +360,18 @@ def test_figure(threshold: float | None) -> None:
     assert bare.figure() is not None
 
 
-def test_the_code_of_the_page_runs() -> None:
-    page = Path(__file__).resolve().parents[2] / "docs" / "verify.md"
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Path(__file__).resolve().parents[2]
+    page = source / "docs" / "verify.md"
     if not page.is_file():
         pytest.skip("needs the source folder")
+    for name, file in (("a.jpg", "astronaut.jpg"), ("b.jpg", "astronaut-masked.jpg")):
+        (tmp_path / name).symlink_to(source / "examples" / "photographs" / file)
+    monkeypatch.chdir(tmp_path)
     code = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)[0]
-    names: dict[str, Any] = {"a": crop(1), "b": crop(2)}
+    names: dict[str, Any] = {}
     exec(code, names)
-    assert isinstance(names["e"], Explanation)
+    assert names["e"].same is True
 
 
 # --- bad input
@@ -370,12 +385,14 @@ def test_the_code_of_the_page_runs() -> None:
         (lambda f: f.astype(np.float32), TypeError, "a: expected an aligned face, uint8 RGB, got float32"),
         (lambda f: "a.jpg", TypeError, "a: expected an aligned face, uint8 RGB, got str"),
         (lambda f: torch.from_numpy(f), TypeError, "a: expected an aligned face"),
+        (lambda f: np.ma.masked_array(f, mask=f > 9), TypeError, "a: expected an array without a mask, got a MaskedAr"),
+        (lambda f: AlignedFace(f, "x", None, 1), TypeError, "a: expected .*, got AlignedFace; its .rgb is the picture"),
     ],
 )
 def test_faces_that_cannot_be(change: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         explain(toy(), change(crop(1)), crop(2))
-    with pytest.raises(error, match=words.replace("a: ", "b: ", 1)):
+    with pytest.raises(error, match="b" + words[1:]):
         explain(toy(), crop(1), change(crop(2)))
 
 

@@ -135,8 +135,21 @@ def test_align_refuses_other_inputs() -> None:
     image = np.zeros((112, 112, 3), np.uint8)
     with pytest.raises(ValueError, match=r"rgb: expected a uint8 array \[H, W, 3\], got float64"):
         align_face(image.astype(float), ARCFACE_TEMPLATE)
-    with pytest.raises(ValueError, match=r"landmarks: expected \[5, 2\], got \(4, 2\)"):
+    for name, given in (
+        ("rgb", (np.ma.masked_array(image), ARCFACE_TEMPLATE)),
+        ("landmarks", (image, np.ma.ones((5, 2)))),
+    ):
+        with pytest.raises(TypeError, match=f"{name}: expected an array without a mask"):
+            align_face(*given)
+    with pytest.raises(ValueError, match=r"landmarks: expected five finite points \[5, 2\], got shape \[4, 2\]"):
         align_face(image, ARCFACE_TEMPLATE[:4])
+    for degrees in range(0, 360, 30):  # however the head leans, left and right are told apart
+        turned = apply_transform(similarity(degrees, 2.5, 200, 100), ARCFACE_TEMPLATE)
+        assert align_face(image, turned).shape == (112, 112, 3)
+        with pytest.raises(ValueError, match=r"landmarks: expected .* got eyes the other way round"):
+            align_face(image, turned[[1, 0, 2, 4, 3]])
+    profile = ARCFACE_TEMPLATE * (-0.01, 1) + (50, 0)  # where both eyes all but coincide, either may seem the left one
+    assert align_face(image, profile).shape == (112, 112, 3)
 
 
 def test_other_sizes_of_crop() -> None:

@@ -7,6 +7,7 @@ import pickle
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -34,6 +35,7 @@ from xcos_ext.faces import (
 )
 from xcos_ext.faces.cascade import SEARCHES, CascadeBoxes
 from xcos_ext.faces.landmarks import crop_transform
+from xcos_ext.gallery.enroll import read_faces
 from xcos_ext.io.errors import ModelError, PictureError, XCosError
 from xcos_ext.io.optional import MissingPackageError, need
 
@@ -308,13 +310,32 @@ def test_a_picture_without_a_face_says_what_to_try(cascade: CascadeDetector) -> 
         extract_face(background(50, 60), cascade, name="wall")
 
 
+@pytest.mark.parametrize("detector", ["cascade", CascadeDetector, Path("yunet.onnx")])
+def test_what_is_no_detector(detector: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"^detector: expected a detector, which create_detector\('cascade'\) makes, .*got"
+    ):
+        extract_face(background(50, 60), detector)
+
+
+def test_enrolling_wants_what_makes_a_detector(cascade: CascadeDetector) -> None:
+    for detector in ("cascade", cascade):  # one for each thread
+        with pytest.raises(TypeError, match=r"^detector: expected a function that makes one"):
+            next(read_faces([], (112, 112), detector))  # type: ignore[arg-type]
+
+
 def test_a_detector_without_landmarks() -> None:
-    class Boxes:
+    class Gives:
+        def __init__(self, landmarks: np.ndarray | None) -> None:
+            self.landmarks = landmarks
+
         def detect(self, rgb: np.ndarray) -> list[Face]:
-            return [Face((0, 0, 10, 10), None, 1.0)]
+            return [Face((0, 0, 10, 10), self.landmarks, 1.0)]
 
     with pytest.raises(PictureError, match="x: the detector gives no landmarks"):
-        extract_face(background(50, 60), Boxes(), name="x")
+        extract_face(background(50, 60), Gives(None), name="x")
+    with pytest.raises(PictureError, match=r"x: the detector's landmarks: .* got eyes the other way round"):
+        extract_face(background(50, 60), Gives(ARCFACE_TEMPLATE[[1, 0, 2, 4, 3]]), name="x")
 
 
 @pytest.mark.process

@@ -172,15 +172,30 @@ def test_sixteen_bit_colour(tmp_path: Path) -> None:
     assert read_picture(tmp_path / "a.png").tolist() == [[[0, 128, 255]]]
 
 
-def test_thirty_two_bit_and_floating_point_grey(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.tiff", np.array([[0, 65535]], np.int32))
-    assert read_picture(path)[0, :, 0].tolist() == [0, 255]
-    refused(save(tmp_path / "b.tiff", np.array([[0, 70000]], np.int32)), "expected 0..65535", "70000")
-    for samples, expected in (([0, 0.5, 1], [0, 128, 255]), ([0, 40, 255], [0, 40, 255])):
-        path = save(tmp_path / "c.tiff", np.array([samples], np.float32))
-        assert read_picture(path)[0, :, 0].tolist() == expected
-    refused(save(tmp_path / "e.tiff", np.array([[0, np.nan]], np.float32)), "NaN")
-    refused(save(tmp_path / "f.tiff", np.array([[-1, 900]], np.float32)), "-1..900")
+def tiff(bits: int, data: bytes, *, white_is_0: bool = False, signed: bool = False) -> bytes:
+    """Two pixels side by side, of kinds that Pillow does not write."""
+    tags = [(256, 2), (257, 1), (258, bits), (259, 1), (262, 0 if white_is_0 else 1), (273, 122), (277, 1)]
+    tags += [(279, len(data)), (339, 2 if signed else 1)]
+    entries = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + data
+
+
+def test_deep_grey_is_scaled_by_its_type_or_refused(tmp_path: Path) -> None:
+    """Whatever the values are: black pictures of 32 bits were often pictures of 0..255."""
+    for data, expected in (
+        (tiff(16, struct.pack("<HH", 1000, 60000)), [4, 233]),
+        (tiff(16, struct.pack("<HH", 1000, 60000), white_is_0=True), [251, 22]),
+        (tiff(12, bytes([0x3E, 0x8F, 0xA0])), [62, 249]),  # 1000 and 4000 of 4095
+        (b"P5 2 1 4095\n" + struct.pack(">HH", 1000, 4095), [62, 255]),
+    ):
+        assert decode_picture(data, "a")[0, :, 0].tolist() == expected
+    signed = tiff(16, struct.pack("<hh", -5, 30000), signed=True)
+    with pytest.raises(PictureError, match=r"^a: expected unsigned samples .*, got signed or 32-bit samples"):
+        decode_picture(signed, "a")
+    for index, most in enumerate((255, 65535, 70000)):
+        refused(save(tmp_path / f"{index}.tiff", np.array([[0, most]], np.int32)), "32-bit samples", "what is white")
+    for index, samples in enumerate(([0, 0.5, 1], [0, 40, 255], [0, np.nan, 1])):
+        refused(save(tmp_path / f"f{index}.tiff", np.array([samples], np.float32)), "floating-point samples")
 
 
 def test_cmyk(tmp_path: Path) -> None:
@@ -218,6 +233,15 @@ def test_names_of_all_kinds(tmp_path: Path) -> None:
     assert "\\xff" in message
     assert "\\n" in message
     refused("a\0b.png", "cannot be opened")
+    contents = save(tmp_path / "b.png", colours()).read_bytes()
+    for value, words in (
+        (contents, rf"{len(contents)} bytes of contents, which decode_picture\(data, name\) takes$"),
+        (colours(), "ndarray$"),
+        (io.BytesIO(contents), "BytesIO$"),
+        (3, "int$"),
+    ):
+        with pytest.raises(TypeError, match=f"^path: expected the path of a picture file, got {words}"):
+            read_face(value, None)
 
 
 # --- one decoder for every way in

@@ -765,6 +765,8 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         ({"attention": "learned"}, "attention: expected"),
         ({"attention": torch.ones(2, 2)}, "attention"),
         ({"min_score": math.nan}, "min_score: expected a number or None, got nan"),
+        ({"explain": "no"}, "explain: expected True or False, got str"),
+        ({"metadata": 1}, "metadata: expected True or False, got int"),
         ({"explain": True, "threshold": math.inf}, "threshold: expected a finite number or None, got inf"),
     ],
 )

@@ -139,6 +139,9 @@ def test_bad_temperature(temperature: float) -> None:
 
 
 def test_bad_normaliser_and_channels() -> None:
+    for name in ("symmetric", "residual"):
+        with pytest.raises(TypeError, match=f"XCosAttention: {name}: expected True or False, got str"):
+            XCosAttention(**{name: "no"})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="normalize: expected 'softmax' or 'min-shift', got 'sum'"):
         XCosAttention(normalize="sum")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"features: expected \[N, 32, H, W\], got \[1, 512, 7, 7\]"):

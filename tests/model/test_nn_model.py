@@ -10,6 +10,7 @@ from torch import nn
 
 from xcos_ext import backbones, reference
 from xcos_ext.card.preprocessing import IMAGENET
+from xcos_ext.faces import AlignedFace
 from xcos_ext.model import ClosedFormHead, XCosAttention, XCosHead, XCosModel
 from xcos_ext.model.model import Preprocessing
 from xcos_ext.ops import XCosScore
@@ -147,6 +148,24 @@ def test_errors_name_argument_expected_and_got() -> None:
         HEADS["symmetric"]().score(a, b)
     with pytest.raises(TypeError, match="features_a, features_b: expected tensors"):
         model.score(a.numpy(), b.numpy())  # type: ignore[call-overload]
+    closed = ClosedFormHead(torch.randn(5, 6), scale=torch.ones(6, 7, 7), constant=torch.zeros(5), grid_shape=(6, 7, 7))
+    for head in (HEADS["symmetric"]().eval(), XCosHead(6, 4, attention="norm").eval(), closed):
+        grid = torch.randn(2, head.in_channels, 7, 7)  # the backbone's map, of which F was not made
+        for name, call in (
+            ("features_a", lambda x, head=head: head.score(x, x)),
+            ("templates: features", head.templates),
+        ):
+            with pytest.raises(
+                ValueError, match=rf"^{name}: expected \[N, {head.channels}, H, W\], .*head.features\(map\)"
+            ):
+                call(grid)
+            with pytest.raises(
+                ValueError, match=rf"^{name}: expected \[N, {head.channels}, H, W\], got \[2, 9, 7, 7\]$"
+            ):
+                call(torch.randn(2, 9, 7, 7))
+            call(head.features(grid))
+    with pytest.raises(TypeError, match="return_maps: expected True or False, got str"):
+        XCosHead(6, 4, attention="norm").score(a, a, return_maps="no")  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
         model.features_of([], batch_size=0)
     with pytest.raises(ValueError, match="in_channels, channels: expected positive integers, got 4 and 0"):
@@ -182,6 +201,12 @@ class TestPreprocessing:
             Preprocessing()([np.zeros((112, 112, 3))])
         with pytest.raises(ValueError, match=r"faces\[1\]: .*\(112, 112, 3\), got \(100, 112, 3\)"):
             Preprocessing()([np.zeros((112, 112, 3), np.uint8), np.zeros((100, 112, 3), np.uint8)])
+        face = np.zeros((112, 112, 3), np.uint8)
+        for given, name in ((np.ma.masked_array(face), "faces"), ([face, np.ma.masked_array(face)], r"faces\[1\]")):
+            with pytest.raises(TypeError, match=f"^{name}: expected an array without a mask"):
+                Preprocessing()(given)
+        with pytest.raises(TypeError, match=r"faces\[0\]: expected a uint8 array, got AlignedFace; its .rgb is"):
+            Preprocessing()([AlignedFace(face, "x", None, 1)])  # type: ignore[list-item]
         with pytest.raises(ValueError, match="std: expected three positive numbers"):
             Preprocessing(std=(1.0, 0.0, 1.0))
         with pytest.raises(ValueError, match="mean: expected three finite numbers"):

@@ -69,6 +69,31 @@ def test_nan_stays_in_its_pair(mode, bad, device):
     assert a.grad[others].isfinite().all() and a.grad[2].isnan().any()
 
 
+@pytest.mark.parametrize("long", ["a", "b", "both"])
+def test_a_cell_whose_norm_overflows(long, device):
+    """README and docs/design.md state it: S is 0, or NaN if both are so long; norm attention and templates are NaN."""
+    a, b = feature_maps((3, 32, 7, 7), torch.float32, "contiguous", device)
+    for side, map_ in (("a", a), ("b", b)):
+        if long in (side, "both"):
+            map_[1, :, 2, 3] = 1e20
+    given = torch.full((7, 7), 1 / 49, device=device)
+    head = xcos_ext.XCosHead(32, 32, projection="none").eval().to(device)
+    with torch.no_grad():
+        parameters = head.attention.head_parameters()
+        sides = head.templates(a), head.templates(b, role="gallery")
+        for ours in (xcos_ext, reference):
+            maps = [ours.xcos_score(a, b, w, return_maps=True) for w in (None, given, "norm")]
+            maps.append(ours.xcos_head(a, b, parameters, return_maps=True))
+            similarities = [m.similarity for m in maps] + [ours.grid_cosine(a, b), ours.grid_match(a, b, radius=0)]
+            for s in similarities:
+                assert s[1, 2, 3].isnan() if long == "both" else s[1, 2, 3] == 0
+                assert s.isnan().sum() == (long == "both")
+            assert [bool(m.score[1].isnan()) for m in maps] == [long == "both"] * 2 + [True, long == "both"]
+            pairs = ours.xcos_matrix(*sides).isnan()
+            assert pairs[1].all() == (long != "b") and pairs[:, 1].all() == (long != "a")
+            assert not pairs[[0, 2]][:, [0, 2]].any()
+
+
 @pytest.mark.parametrize("where", ["logits", "weights"])
 def test_nan_in_the_attention_reaches_its_pair_only(where, device):
     s = sample((3, 32, 7, 7), torch.float32, "contiguous", where, device)

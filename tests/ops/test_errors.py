@@ -179,10 +179,14 @@ def test_arguments_of_the_wrong_kind():
         xcos_ext.grid_cosine(a, a.numpy())
     with pytest.raises(TypeError, match=r"xcos_score: attention: expected a ndarray like a, got Tensor"):
         xcos_ext.xcos_score(a.numpy(), a.numpy(), a[0, 0])
-    with pytest.raises(RuntimeError, match=r"attention: expected None, 'norm' or a tensor, got 'learned'"):
-        xcos_ext.xcos_score(a, a, "learned")
-    with pytest.raises(RuntimeError, match=r"logits: expected False when attention is 'norm', got True"):
-        xcos_ext.xcos_score(a, a, "norm", logits=True)
+    for maps, error in (((a, a), RuntimeError), ((a.numpy(), a.numpy()), ValueError)):
+        with pytest.raises(error, match=r"attention: expected None, 'norm' or a tensor, got 'learned'"):
+            xcos_ext.xcos_score(*maps, "learned")
+        with pytest.raises(error, match=r"logits: expected False when attention is 'norm', got True"):
+            xcos_ext.xcos_score(*maps, "norm", logits=True)
+        for attention in (None, "norm", maps[0][0, 0]):  # where there are no logits to divide
+            with pytest.raises(error, match=r"temperature: expected 1 without logits=True, .*, got 0.5"):
+                xcos_ext.xcos_score(*maps, attention, temperature=0.5)
 
 
 def test_numbers_in_tensors_are_refused_instead_of_waited_for():
@@ -240,6 +244,10 @@ def test_numpy_arrays_of_another_byte_order():
         ("grid_cosine", "eps", "x", "grid_cosine: eps: expected a number, got str"),
         ("xcos_score", "temperature", None, "xcos_score: temperature: expected a number, got NoneType"),
         ("grid_match", "symmetric", [], "grid_match: symmetric: expected True or False, got list"),
+        ("grid_match", "symmetric", 1, "grid_match: symmetric: expected True or False, got int"),
+        ("grid_match", "return_offsets", "no", "grid_match: return_offsets: expected True or False, got str"),
+        ("xcos_score", "logits", "no", "xcos_score: logits: expected True or False, got str"),
+        ("xcos_score", "return_maps", None, "xcos_score: return_maps: expected True or False, got NoneType"),
     ],
 )
 def test_values_of_a_wrong_kind_are_named_as_all_others(name, argument, value, message):

@@ -13,6 +13,7 @@ from xcos_ext import reference
 
 MATCHES = ("best", "soft")
 T = 0.2  # wide enough for several neighbours to count
+MATCHED = {"best": {"match": "best"}, "soft": {"match": "soft", "temperature": T}}
 
 # Radii beyond the smallest grids among them, and more channels than a frame holds at a time.
 RADII = {(1, 512, 7, 7): (1,), (2, 3, 33, 31): (2,), (2, 8, 12, 14): (1, 4)}
@@ -33,7 +34,7 @@ def cases(shapes):
 def test_matches_the_reference(shape, radius, match, layout, dtype, device):
     a, b = feature_maps(shape, dtype, layout, device)
     for symmetric in (False, True):
-        options = {"radius": radius, "match": match, "temperature": T, "symmetric": symmetric}
+        options = {"radius": radius, "symmetric": symmetric, **MATCHED[match]}
         actual = xcos_ext.grid_match(a, b, **options)
         assert actual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert actual.is_contiguous()
@@ -50,7 +51,7 @@ def test_gradient_matches_the_reference(shape, radius, match, layout, dtype, dev
     wide_a, wide_b = a.detach().double().requires_grad_(), b.detach().double().requires_grad_()
     grad = torch.randn(shape[0], *shape[2:], dtype=torch.float64, device=device)
     for symmetric in (False, True):
-        options = {"radius": radius, "match": match, "temperature": T, "symmetric": symmetric}
+        options = {"radius": radius, "symmetric": symmetric, **MATCHED[match]}
         out = xcos_ext.grid_match(a, b, **options)
         actual = torch.autograd.grad(out, (a, b), grad.to(out.dtype))
         expected = torch.autograd.grad(reference.grid_match(wide_a, wide_b, **options), (wide_a, wide_b), grad)
@@ -65,7 +66,7 @@ def test_gradient_matches_the_reference(shape, radius, match, layout, dtype, dev
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_gradcheck(match, symmetric, device):
     a, b = (t.requires_grad_() for t in feature_maps((3, 5, 2, 3), torch.float64, "contiguous", device))
-    options = {"radius": 1, "match": match, "temperature": T, "symmetric": symmetric}
+    options = {"radius": 1, "symmetric": symmetric, **MATCHED[match]}
     assert torch.autograd.gradcheck(lambda x, y: xcos_ext.grid_match(x, y, **options), (a, b))
 
 
@@ -364,7 +365,11 @@ BAD = {
     "dtype": ([(A, I64)] * 2, {}, "a: expected dtype float16, bfloat16, float32 or float64, got int64"),
     "negative radius": ([(A, F32)] * 2, {"radius": -1}, "radius: expected 0 to 7, got -1"),
     "large radius": ([(A, F32)] * 2, {"radius": 8}, "radius: expected 0 to 7, got 8"),
-    "temperature": ([(A, F32)] * 2, {"temperature": 0.0}, "temperature: expected a finite number above 0, got 0"),
+    "temperature": (
+        [(A, F32)] * 2,
+        {"match": "soft", "temperature": 0.0},
+        "temperature: expected a finite number above 0, got 0",
+    ),
     "eps": ([(A, F32)] * 2, {"eps": float("nan")}, "eps: expected a finite number above 0, got nan"),
 }
 
@@ -406,6 +411,10 @@ def test_arguments_of_the_wrong_kind():
         xcos_ext.grid_match(a, a, radius=torch.tensor(1))
     with pytest.raises(TypeError, match="temperature: expected a number, got a tensor"):
         xcos_ext.grid_match(a, a, temperature=torch.tensor(0.1))
+    with pytest.raises(RuntimeError, match=r"temperature: expected the default with match='best', .* got 0.5"):
+        xcos_ext.grid_match(a, a, temperature=0.5)
+    with pytest.raises(TypeError, match="temperature: expected a number, got NoneType"):
+        xcos_ext.grid_match(a, a, temperature=None)
     with pytest.raises(RuntimeError, match="match: expected 'best' or 'soft', got 'worst'"):
         xcos_ext.grid_match(a, a, match="worst")
     with pytest.raises(RuntimeError, match="return_offsets: expected False with match='soft'"):

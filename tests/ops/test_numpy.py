@@ -46,6 +46,18 @@ def test_negative_strides_unaligned_and_read_only_arrays():
     np.testing.assert_array_equal(xcos_ext.grid_cosine(unaligned, a), xcos_ext.grid_cosine(a, a))
 
 
+def test_masks_are_refused():
+    a = np.ones((2, 8, 3, 3), np.float32)
+    masked = np.ma.masked_array(a, mask=a > 0)
+    for name, call in (
+        ("xcos_score: a", lambda: xcos_ext.xcos_score(masked, a)),
+        ("grid_cosine: b", lambda: xcos_ext.grid_cosine(a, masked)),
+        ("xcos_score: attention", lambda: xcos_ext.xcos_score(a, a, masked[0, 0])),
+    ):
+        with pytest.raises(TypeError, match=f"^{name}: expected an array without a mask, got a MaskedArray"):
+            call()
+
+
 def test_empty_batch():
     a = np.zeros((0, 32, 7, 7), dtype=np.float32)
     assert xcos_ext.xcos_score(a, a).shape == (0,)

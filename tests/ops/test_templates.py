@@ -566,10 +566,11 @@ class TestErrors:
             ({"slope": torch.zeros(1, dtype=F64)}, "slope: expected float32 on cpu like weight, got float64 on cpu"),
             ({"temperature": 0.0}, "temperature: expected a finite number above 0, got 0.0"),
             ({"normalize": "sum"}, "normalize: expected 'softmax' or 'min-shift', got 'sum'"),
+            ({"symmetric": "no"}, "symmetric: expected True or False, got str"),
         ],
     )
     def test_bad_parameters(self, fields: dict, message: str) -> None:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(TypeError if "symmetric" in fields else ValueError, match=message):
             AttentionParameters(**{"weight": torch.zeros(16, 3, 3), "slope": torch.zeros(1), **fields})
 
 

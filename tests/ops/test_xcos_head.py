@@ -240,7 +240,7 @@ def test_a_heads_mistakes_are_named_as_before():
     model = head()
     with torch.no_grad():
         for bad in (torch.randn(2, 31, 7, 7), torch.randn(32, 7, 7)):
-            with pytest.raises(ValueError, match=r"features: expected \[N, 32, H, W\]"):
+            with pytest.raises(ValueError, match=r"^features_a: expected \[N, 32, H, W\]"):
                 model.score(bad, bad)
 
 
@@ -392,6 +392,8 @@ def test_types_are_named():
         ((a, None, parameters), {}, "b: expected a torch.Tensor, got NoneType"),
         ((a, a, parameters.tensors()), {}, "parameters: expected HeadParameters, got list"),
         ((a, a, parameters), {"temperature": torch.ones(1)}, "temperature: expected a number, got a tensor"),
+        ((a, a, parameters), {"symmetric": "no"}, "symmetric: expected True or False, got str"),
+        ((a, a, parameters), {"return_maps": 1}, "return_maps: expected True or False, got int"),
     ):
         with pytest.raises(TypeError) as error:
             xcos_ext.xcos_head(*arguments, **options)

@@ -22,7 +22,8 @@ from xcos_ext import reference
 
 
 def both(s, **options):
-    """(ours, reference in fp64 on the same values)."""
+    """(ours, reference in fp64 on the same values); logits are divided by 0.7."""
+    options |= {"temperature": 0.7} if s.logits else {}
     wide = leaves(s, torch.float64)
     ours = xcos_ext.xcos_score(s.a, s.b, s.attention, logits=s.logits, return_maps=True, **options)
     theirs = reference.xcos_score(wide.a, wide.b, wide.attention, logits=s.logits, return_maps=True, **options)
@@ -35,11 +36,11 @@ def both(s, **options):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_the_reference(shape, layout, mode, dtype, device):
     s = sample(shape, dtype, layout, mode, device)
-    ours, theirs, _ = both(s, temperature=0.7)
+    ours, theirs, _ = both(s)
     for one, other in zip(ours, theirs, strict=True):
         assert one.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert_forward_close(one, other, dtype)
-    alone = xcos_ext.xcos_score(s.a, s.b, s.attention, logits=s.logits, temperature=0.7)
+    alone = xcos_ext.xcos_score(s.a, s.b, s.attention, logits=s.logits, temperature=0.7 if s.logits else 1.0)
     assert torch.equal(alone, ours.score), "the score must not depend on whether maps are asked for"
 
 
@@ -49,7 +50,7 @@ def test_matches_the_reference(shape, layout, mode, dtype, device):
 @pytest.mark.parametrize("shape", GRADIENT_SHAPES, ids=str)
 def test_gradients_match_the_reference(shape, layout, mode, dtype, device):
     s = leaves(sample(shape, dtype, layout, mode, device))
-    ours, theirs, wide = both(s, temperature=0.7)
+    ours, theirs, wide = both(s)
     seeds = [torch.randn(t.shape, dtype=torch.float64, device=device) for t in theirs]
     actual = torch.autograd.grad(
         sum((t * g.to(t.dtype)).sum() for t, g in zip(ours, seeds, strict=True)), differentiable(s)
@@ -64,9 +65,11 @@ def test_gradients_match_the_reference(shape, layout, mode, dtype, device):
 def test_gradcheck(mode, device):
     s = leaves(sample((3, 4, 2, 3), torch.float64, "contiguous", mode, device))
 
+    options = {"logits": s.logits, "temperature": 0.8 if s.logits else 1.0, "return_maps": True}
+
     def score(*tensors):
         attention = tensors[2] if len(tensors) == 3 else s.attention
-        return tuple(xcos_ext.xcos_score(*tensors[:2], attention, logits=s.logits, temperature=0.8, return_maps=True))
+        return tuple(xcos_ext.xcos_score(*tensors[:2], attention, **options))
 
     assert torch.autograd.gradcheck(score, differentiable(s))
 
@@ -161,15 +164,17 @@ def test_numpy_free_broadcast_of_one_probe(device):
 @pytest.mark.parametrize("match", ["best", "soft"])
 def test_matched_scores_match_the_reference(match, mode, dtype, device):
     s = leaves(sample((5, 32, 7, 7), dtype, "contiguous", mode, device))
-    ours, theirs, wide = both(s, temperature=0.7, radius=1, match=match, match_temperature=0.2)
+    matching = {"radius": 1, "match": match} | ({"match_temperature": 0.2} if match == "soft" else {})
+    ours, theirs, wide = both(s, **matching)
     for one, other in zip(ours, theirs, strict=True):
         assert_forward_close(one.detach(), other.detach(), dtype)
-    options = {"temperature": 0.7, "radius": 1, "match": match, "match_temperature": 0.2}
-    alone = xcos_ext.xcos_score(s.a, s.b, s.attention, logits=s.logits, **options)
+    options = {"logits": s.logits, "temperature": 0.7 if s.logits else 1.0}
+    alone = xcos_ext.xcos_score(s.a, s.b, s.attention, **options, **matching)
     assert torch.equal(alone, ours.score)
-    matched = xcos_ext.grid_match(s.a, s.b, radius=1, match=match, temperature=0.2)
+    soft = {"temperature": 0.2} if match == "soft" else {}
+    matched = xcos_ext.grid_match(s.a, s.b, radius=1, match=match, **soft)
     assert torch.equal(ours.similarity, matched), "S is that of grid_match"
-    plain = xcos_ext.xcos_score(s.a, s.b, s.attention, logits=s.logits, temperature=0.7, return_maps=True)
+    plain = xcos_ext.xcos_score(s.a, s.b, s.attention, **options, return_maps=True)
     assert torch.equal(ours.attention, plain.attention), "W does not look at the radius"
     actual = torch.autograd.grad(ours.score.sum(), differentiable(s))
     expected = torch.autograd.grad(theirs.score.sum(), differentiable(wide))
@@ -196,5 +201,8 @@ def test_matching_names_what_is_wrong():
         xcos_ext.xcos_score(a, a, match="worst")
     with pytest.raises(TypeError, match="xcos_score: match_temperature: expected a number, got a tensor"):
         xcos_ext.xcos_score(a, a, radius=1, match_temperature=torch.tensor(1.0))
+    for radius in (0, 1):
+        with pytest.raises(RuntimeError, match="xcos_score: match_temperature: expected the default with match='best'"):
+            xcos_ext.xcos_score(a, a, radius=radius, match_temperature=0.5)
     with pytest.raises(TypeError, match=r"xcos_score: radius: expected 0 for arrays, got 1; torch.from_numpy"):
         xcos_ext.xcos_score(a.numpy(), a.numpy(), radius=1)

@@ -175,7 +175,12 @@ def right_arguments(name: str, random_: random.Random) -> Arguments:
         given = random_.choice([None, "norm", "map", "maps"])
         logits = given in ("map", "maps") and random_.random() < 0.5
         attention = {"map": torch.randn(3, 4), "maps": torch.randn(2, 3, 4)}.get(given or "", given)
-        found |= {"attention": attention, "logits": logits, "temperature": 0.7, "return_maps": random_.random() < 0.5}
+        found |= {
+            "attention": attention,
+            "logits": logits,
+            "temperature": 0.7 if logits else 1.0,
+            "return_maps": random_.random() < 0.5,
+        }
     if name == "xcos_head":
         found = {key: value.detach() if key in "ab" else value for key, value in found.items()}
         found |= {"temperature": 1.0, "symmetric": random_.random() < 0.5, "return_maps": random_.random() < 0.5}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from xcos_ext.io.arrays import picture_hint, refuse_masked
 from xcos_ext.io.several import several
 
 if TYPE_CHECKING:
@@ -64,19 +65,22 @@ class Preprocessing:
             fp32 array [N, 3, H, W], contiguous. An empty sequence gives [0, 3, H, W].
 
         Raises:
-            TypeError: an array is not uint8.
+            TypeError: an array is not uint8, or has a mask.
             ValueError: an array has another shape.
         """
         height, width = self.size
         single = isinstance(faces, np.ndarray) and faces.ndim != 4
-        items = [
-            np.asarray(face) for face in ([faces] if single else several(faces, "faces", "pictures", ordered=True))
-        ]
-        for i, face in enumerate(items):
+        refuse_masked(faces=faces)
+        items = []
+        for i, given in enumerate([faces] if single else several(faces, "faces", "pictures", ordered=True)):
+            refuse_masked(**{f"faces[{i}]": given})
+            face = np.asarray(given)
             if face.dtype != np.uint8:
-                raise TypeError(f"faces[{i}]: expected a uint8 array, got {face.dtype}")
+                got = face.dtype if face.dtype != object else type(given).__name__
+                raise TypeError(f"faces[{i}]: expected a uint8 array, got {got}{picture_hint(given)}")
             if face.shape != (height, width, 3):
                 raise ValueError(f"faces[{i}]: expected an aligned RGB crop ({height}, {width}, 3), got {face.shape}")
+            items.append(face)
         if not items:
             return np.empty((0, 3, height, width), np.float32)
         pixels = np.stack(items).transpose(0, 3, 1, 2).astype(np.float32)

@@ -37,11 +37,8 @@ def run(out: str | None, as_json: bool, **pair: Any) -> int:
         data = explanation.as_dict()
         print_json({key: data[key] for key in _KEYS})
         return status(explanation)
-    rows = [
-        ("score", f"{explanation.score:.4f}"),
-        ("threshold", f"{explanation.threshold:.4f}"),
-        ("verdict", explanation.verdict),
-    ]
+    score, threshold = explanation.printed
+    rows = [("score", score), ("threshold", threshold), ("verdict", explanation.verdict)]
     if 0 in (explanation.a.details["faces"], explanation.b.details["faces"]):
         rows.append(("meaning", "none: a false match rate is one of faces"))
     elif explanation.identical is not None:

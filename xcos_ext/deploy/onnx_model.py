@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from xcos_ext.card.card import INPUTS, Kind, OnnxCard
+from xcos_ext.io.arrays import refuse_masked
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.optional import need
 from xcos_ext.io.several import several
@@ -124,6 +125,7 @@ class OnnxModel:
         """
         self._need("score")
         given = {"templates_a": templates_a, "templates_b": templates_b}
+        refuse_masked(**given)
         for name, value in given.items():
             if not isinstance(value, np.ndarray) or value.dtype != np.float32:
                 raise TypeError(
@@ -158,6 +160,7 @@ class OnnxModel:
 
     def _images(self, images: np.ndarray, argument: str) -> np.ndarray:
         height, width = self.preprocessing.size
+        refuse_masked(**{argument: images})
         if not isinstance(images, np.ndarray) or images.dtype not in (np.uint8, np.float32):
             raise TypeError(
                 f"{argument}: expected a uint8 or float32 array, got {getattr(images, 'dtype', type(images).__name__)}"

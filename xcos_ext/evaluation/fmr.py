@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from xcos_ext.card.calibration import Calibration, FMRCurve
+from xcos_ext.io.arrays import refuse_masked
 from xcos_ext.io.several import several
 from xcos_ext.model.model import XCosModel
 from xcos_ext.ops import xcos_matrix
@@ -107,6 +108,7 @@ def fmr_curve(
         ValueError: no scores, scores that are not finite, or people of another length.
     """
     several(thresholds, "thresholds", "numbers")
+    refuse_masked(impostor_scores=impostor_scores)
     given = np.asarray(impostor_scores, dtype=np.float64).ravel()
     if given.size == 0 or not np.isfinite(given).all():
         raise ValueError("impostor_scores: expected at least one score, all finite")

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from xcos_ext.io.arrays import refuse_masked
 from xcos_ext.io.several import several
 from xcos_ext.io.text import few
 
@@ -74,6 +75,7 @@ def ranked_persons(scores: ArrayLike, persons: Sequence[str], k: int) -> Candida
         ValueError: lengths that differ, a k below 1, or scores that are not finite.
     """
     several(persons, "persons", ordered=True)
+    refuse_masked(scores=scores)
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 2 or values.shape[1] != len(persons):
         raise ValueError(f"scores: expected [P, {len(persons)}], a column for each of persons, got {values.shape}")
@@ -181,6 +183,7 @@ class _Probes(NamedTuple):
 
 def _checked_lists(candidates: Sequence[Sequence[str]], scores: ArrayLike) -> Floats:
     """The scores [P, k] of lists that fit them."""
+    refuse_masked(scores=scores)
     values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 2 or values.shape[1] < 1 or len(values) != len(candidates):
         raise ValueError(f"scores: expected [{len(candidates)}, k], a row for each of candidates, got {values.shape}")

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from xcos_ext.io.arrays import refuse_masked
 from xcos_ext.io.optional import need
 from xcos_ext.io.several import several
 
@@ -50,6 +51,7 @@ Floats = NDArray[np.float64]
 
 def checked_scores(scores: ArrayLike, genuine: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
     """Scores and labels that figures can be made of; the module's docstring says which."""
+    refuse_masked(scores=scores, genuine=genuine)
     values = np.asarray(scores, dtype=np.float64)
     labels = np.asarray(genuine)
     if values.ndim != 1 or labels.shape != values.shape:
@@ -186,6 +188,7 @@ def kfold_accuracy(scores: ArrayLike, genuine: ArrayLike, folds: ArrayLike) -> K
     Raises:
         ValueError: shapes differ, fewer than two folds, or training folds without one of the kinds.
     """
+    refuse_masked(scores=scores, folds=folds)
     fold = np.asarray(folds)
     names = np.unique(fold)
     rows = np.asarray(scores, dtype=np.float64)
@@ -245,6 +248,7 @@ def fmr_threshold(impostor_scores: ArrayLike, fmr: float) -> float:
     """
     if not 0 < fmr < 1:
         raise ValueError(f"fmr: expected a rate in (0, 1), got {fmr}")
+    refuse_masked(impostor_scores=impostor_scores)
     impostors = np.sort(np.asarray(impostor_scores, dtype=np.float64).ravel())
     if impostors.size == 0 or not np.isfinite(impostors).all():
         raise ValueError("impostor_scores: expected at least one score, all finite")

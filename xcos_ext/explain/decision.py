@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from xcos_ext.io.arrays import refuse_masked
+
 __all__ = ["Maps", "contribution", "one_pair"]
 
 
@@ -37,6 +39,7 @@ def one_pair(result: Any) -> Maps:
         ValueError: several pairs, other shapes, or values that are not finite.
     """
     given = (result.score, result.similarity, result.attention)
+    refuse_masked(score=given[0], similarity=given[1], attention=given[2])
     score, *maps = (np.asarray(v.detach().cpu().double() if hasattr(v, "detach") else v, np.float64) for v in given)
     if score.size != 1:
         raise ValueError(f"result: expected one pair, got score of shape {list(score.shape)}")

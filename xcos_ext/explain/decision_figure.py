@@ -9,7 +9,7 @@ import numpy as np
 
 from xcos_ext.card.calibration import check_threshold
 from xcos_ext.io.optional import need
-from xcos_ext.io.text import counted, number, shorten, signed
+from xcos_ext.io.text import counted, number, shorten, signed, telling_digits
 
 from .decision import Maps, contribution, one_pair
 from .plotting import AGAINST, FAINT, FOR, INK, RDBU, YLGN, Scale, bare_axes, check_face, colour_map, ink, new_figure
@@ -103,10 +103,11 @@ def verification_figure(
     top, right = height - 0.33, 1 - left + 0.005
     head = {"fontsize": 17, "fontweight": "bold", "color": INK if heading else colour}
     _text(figure, left, top * inch, heading or verdict, **head)
-    summary = f"score {number(maps.score)}"
+    digits = 3 if threshold is None else telling_digits(maps.score, threshold, 3)
+    summary = f"score {number(maps.score, digits)}"
     if threshold is not None:
         sign = "\u2265" if same else "<"
-        summary += f" {sign} threshold {number(threshold)}"
+        summary += f" {sign} threshold {number(threshold, digits)}"
     _text(figure, right, top * inch, summary, fontsize=14, color=INK, ha="right")
     if meaning:
         _text(figure, right, (top - 0.21) * inch, meaning, fontsize=8.5, color=FAINT, ha="right")

@@ -13,12 +13,14 @@ import numpy as np
 from xcos_ext.card.calibration import check_threshold
 from xcos_ext.deploy.onnx_model import OnnxModel
 from xcos_ext.devices import module_device
+from xcos_ext.faces.alignment import checked_landmarks
+from xcos_ext.io.arrays import picture_hint, refuse_masked
 from xcos_ext.io.several import several
-from xcos_ext.io.text import percent, printable, short_name, signed
+from xcos_ext.io.text import percent, printable, short_name, signed, telling_digits
 
 from .decision import contribution as contribution_of
 from .decision import one_pair
-from .regions import Region, cell_parts, checked_landmarks, summarise
+from .regions import Region, cell_parts, summarise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -244,6 +246,14 @@ class Explanation:
     # --- words
 
     @property
+    def printed(self) -> tuple[str, str]:
+        """Score and threshold with as many digits as tell them apart, four or more; without a threshold ``"None"``."""
+        if self.threshold is None:
+            return f"{self.score:.4f}", "None"
+        digits = telling_digits(self.score, self.threshold)
+        return f"{self.score:.{digits}f}", f"{self.threshold:.{digits}f}"
+
+    @property
     def certainty(self) -> str:
         """How far the score is from the threshold, in false match rates."""
         fmr, at_threshold = self.fmr, self.fmr_at_threshold
@@ -300,10 +310,9 @@ class Explanation:
             looked = ", ".join(f"{r.name} ({percent(r.share)}, mean S {r.similarity:.2f})" for r in most)
             return f"{head} Most attention: {looked}."
         side = "above" if self.margin >= 0 else "below"
-        head = (
-            f"{self.verdict.capitalize()}: score {self.score:.4f} is {abs(self.margin):.4f} {side} the threshold "
-            f"{self.threshold:.4f}."
-        )
+        score, threshold = self.printed
+        margin = f"{abs(self.margin):.{len(score.partition('.')[2])}f}"
+        head = f"{self.verdict.capitalize()}: score {score} is {margin} {side} the threshold {threshold}."
         said = [head]
         for word, verb in (("agrees", "For the same person"), ("differs", "Against it")):
             chosen = sorted((r for r in self.regions if r.word == word), key=lambda r: -abs(r.contribution))
@@ -317,9 +326,9 @@ class Explanation:
         return "\n".join((self.summary, self.certainty, *self.remarks))
 
     def __repr__(self) -> str:
-        threshold = "None" if self.threshold is None else f"{self.threshold:.4f}"
+        score, threshold = self.printed
         rows, columns = self.similarity.shape
-        return f"<Explanation: {self.verdict}, score {self.score:.4f}, threshold {threshold}, {rows}x{columns} cells>"
+        return f"<Explanation: {self.verdict}, score {score}, threshold {threshold}, {rows}x{columns} cells>"
 
     # --- ways out
 
@@ -451,8 +460,8 @@ def explain(
         b: the second.
         threshold: instead of the model's: the same person if score >= threshold.
         names: of the two pictures.
-        landmarks_a: five points of A in the crop [5, 2], for the parts of the face; by default the template's
-            (:data:`xcos_ext.faces.ARCFACE_TEMPLATE`).
+        landmarks_a: five points of A in the crop [5, 2], for the parts of the face, in the order of
+            :data:`xcos_ext.faces.ARCFACE_TEMPLATE`, which they are by default. Left is the picture's.
         landmarks_b: of B. Where both are given, their mean decides.
         details: what else is known of the pictures, for JSON and the page.
         file: that the model was loaded from.
@@ -461,18 +470,21 @@ def explain(
         :class:`Explanation`; ``.figure()``, ``.to_html()``, ``.to_json()``.
 
     Raises:
-        TypeError: something else than a model, or a face that is not a uint8 array.
-        ValueError: a face of another shape, a model in training mode, or one that gives values that are not finite.
+        TypeError: something else than a model, or a face that is not a uint8 array, or has a mask.
+        ValueError: a face of another shape, landmarks that no upright face has in that order, a model in training
+            mode, or one that gives values that are not finite.
     """
     if not hasattr(model, "preprocessing"):
         raise TypeError(f"model: expected an XCosModel or an OnnxModel, got {type(model).__name__}")
     if model.training:
         raise ValueError("model: expected evaluation mode, got training mode; call .eval() first")
     size = model.preprocessing.size
+    refuse_masked(a=a, b=b)
     for argument, face in (("a", a), ("b", b)):
         if not isinstance(face, np.ndarray) or face.dtype != np.uint8:
             raise TypeError(
                 f"{argument}: expected an aligned face, uint8 RGB, got {getattr(face, 'dtype', type(face).__name__)}"
+                f"{picture_hint(face)}"
             )
         if face.shape != (*size, 3):
             raise ValueError(f"{argument}: expected an aligned face [{size[0]}, {size[1]}, 3], got {list(face.shape)}")
@@ -480,7 +492,7 @@ def explain(
         raise ValueError(f"names: expected two, of a and b, got {len(names)}")
     chosen = check_threshold(threshold)
     points = [
-        None if p is None else checked_landmarks(p, size, f"landmarks_{which}")
+        None if p is None else checked_landmarks(p, f"landmarks_{which}", upright=True)
         for which, p in (("a", landmarks_a), ("b", landmarks_b))
     ]
     if isinstance(model, OnnxModel):

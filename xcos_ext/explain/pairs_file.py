@@ -20,7 +20,8 @@ from xcos_ext.io.text import composed, printable
 
 __all__ = ["PairsFile", "PairsFileError", "ReportPair", "pictures_below"]
 
-_GENUINE = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False, "": None}
+# With a point as programs write whole numbers beside empty cells.
+_GENUINE = dict.fromkeys(("1", "1.0", "true", "yes"), True) | dict.fromkeys(("0", "0.0", "false", "no"), False)
 
 
 class PairsFileError(XCosError, ValueError):
@@ -48,9 +49,9 @@ class ReportPair:
 class PairsFile:
     """Pairs from a CSV file with a header: columns ``a``, ``b``, optionally ``genuine`` (or ``same``), and any others.
 
-    ``genuine`` is 1 or 0 (also true, yes, false, no), or empty where it is not known. The other columns are shown on
-    the page. It is read as :func:`~xcos_ext.io.tables.csv_rows` does, also as spreadsheets write it, once to check it,
-    and again whenever it is iterated; it is never held in memory.
+    ``genuine`` is 1 or 0 (also 1.0, true, yes, 0.0, false, no), or empty where it is not known. The other columns are
+    shown on the page. It is read as :func:`~xcos_ext.io.tables.csv_rows` does, also as spreadsheets write it, once to
+    check it, and again whenever it is iterated; it is never held in memory.
 
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
@@ -104,15 +105,15 @@ class PairsFile:
 
     def _pair(self, row: list[str], header: list[str], places: tuple[int, int, int | None], line: int) -> ReportPair:
         where = f"{self._name}, line {line}"
-        a, b = row[places[0]].strip(), row[places[1]].strip()
+        a, b = row[places[0]], row[places[1]]
         if not a or not b:
             raise PairsFileError(f"{where}: expected two pictures, got {a!r} and {b!r}")
         genuine = None
         if places[2] is not None:
-            said = row[places[2]].strip().lower()
-            if said not in _GENUINE:
+            said = row[places[2]].lower()
+            if said and said not in _GENUINE:
                 raise PairsFileError(f"{where}: {header[places[2]]}: expected 1, 0 or nothing, got {said!r}")
-            genuine = _GENUINE[said]
+            genuine = _GENUINE.get(said)
         labels = tuple(value for i, value in enumerate(row) if i not in places)
         return ReportPair(a, b, genuine, labels, line)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from xcos_ext.faces.alignment import template_for
 
-__all__ = ["PARTS", "Region", "cell_parts", "checked_landmarks", "summarise"]
+__all__ = ["PARTS", "Region", "cell_parts", "summarise"]
 
 #: Parts of a face; left and right are the picture's. ``sides`` are the outer columns: ears, hair and background.
 PARTS = ("forehead", "left eye", "right eye", "nose", "left cheek", "right cheek", "mouth", "chin", "sides")
@@ -49,31 +49,6 @@ class Region:
     word: str
 
 
-def checked_landmarks(points: object, size: tuple[int, int], argument: str) -> np.ndarray:
-    """Five points in a crop.
-
-    Args:
-        points: [5, 2], (x, y) pixels of the crop in the order of :data:`xcos_ext.faces.ARCFACE_TEMPLATE`.
-        size: (height, width) of the crop.
-        argument: its name in messages.
-
-    Returns:
-        fp64 [5, 2].
-
-    Raises:
-        ValueError: another shape, values that are not finite, or eyes that coincide.
-    """
-    try:
-        found = np.array(points, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{argument}: expected five points [5, 2], got {type(points).__name__}") from error
-    if found.shape != (5, 2) or not np.isfinite(found).all():
-        raise ValueError(f"{argument}: expected five finite points [5, 2], got shape {list(found.shape)}")
-    if np.hypot(*(found[1] - found[0])) < 0.02 * max(size):
-        raise ValueError(f"{argument}: expected two eyes apart, got {found[0].tolist()} and {found[1].tolist()}")
-    return found
-
-
 def cell_parts(
     cells: tuple[int, int], size: tuple[int, int] = (112, 112), landmarks: np.ndarray | None = None
 ) -> np.ndarray:
@@ -89,7 +64,7 @@ def cell_parts(
     Args:
         cells: rows and columns of the grid.
         size: (height, width) of the crop.
-        landmarks: [5, 2] in the crop, from :func:`checked_landmarks`; None: the ArcFace template.
+        landmarks: fp64 [5, 2] in the crop, in the order of the ArcFace template, which None stands for.
 
     Returns:
         int64 [rows, columns], indices into :data:`PARTS`.

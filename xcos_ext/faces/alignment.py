@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
+from xcos_ext.io.arrays import refuse_masked
 from xcos_ext.io.optional import need
 
 from .detector import check_picture
 
-__all__ = ["ARCFACE_TEMPLATE", "align_face", "apply_transform", "similarity_transform", "template_for", "warp"]
+__all__ = [
+    "ARCFACE_TEMPLATE",
+    "align_face",
+    "apply_transform",
+    "checked_landmarks",
+    "similarity_transform",
+    "template_for",
+    "warp",
+]
 
 #: Where the ArcFace family expects, on 112x112 pixels (x, y): the eye on the picture's left, the one on its right, the
 #: tip of the nose, and the left and right corners of the mouth.
@@ -16,6 +25,63 @@ ARCFACE_TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
 )
 ARCFACE_TEMPLATE.setflags(write=False)
+
+
+#: How far, in distances from eyes to mouth, eyes or corners of the mouth may seem to have changed places, as they may
+#: in a profile, where they all but coincide. The most that any of 1,806 faces had that were found in CFP's profiles and
+#: LFW's photographs, upright and turned, was 0.016.
+_PROFILE = 0.1
+
+
+def checked_landmarks(points: object, argument: str = "landmarks", *, upright: bool = False) -> np.ndarray:
+    """Five points that a face can have in the template's order, whichever way it leans.
+
+    With left and right exchanged, or x and y, the face would be a mirror image, onto which no rotation leads: it
+    would be cut out wrongly, or its parts get each other's names.
+
+    Args:
+        points: [5, 2], (x, y) in the order of :data:`ARCFACE_TEMPLATE`.
+        argument: its name in messages.
+        upright: they lie in an aligned crop: the eyes above the mouth, and apart.
+
+    Returns:
+        fp64 [5, 2].
+
+    Raises:
+        ValueError: another shape, values that are not finite, or another order.
+        TypeError: an array with a mask.
+
+    >>> checked_landmarks(ARCFACE_TEMPLATE[[1, 0, 2, 4, 3]])
+    Traceback (most recent call last):
+    ValueError: landmarks: expected (x, y) of the left eye, the right eye, the nose and the left and right corner of \
+the mouth, left and right as in the picture, got eyes the other way round: [[73.5, 51.5], [38.3, 51.7]]
+    """
+    refuse_masked(**{argument: points})
+    try:
+        found = np.array(points, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{argument}: expected five points [5, 2], got {type(points).__name__}") from error
+    if found.shape != (5, 2) or not np.isfinite(found).all():
+        raise ValueError(f"{argument}: expected five finite points [5, 2], got shape {list(found.shape)}")
+    eyes, mouth = found[:2], found[3:]
+    x, y = mouth.mean(0) - eyes.mean(0)
+    down = float(np.hypot(x, y))
+    if upright and np.hypot(*(eyes[1] - eyes[0])) <= 0.02 * down:
+        raise ValueError(f"{argument}: expected two eyes apart, got {eyes[0].tolist()} and {eyes[1].tolist()}")
+    wrong = [
+        (f"{name} the other way round", pair)
+        for name, pair in (("eyes", eyes), ("corners of the mouth", mouth))
+        if (pair[1] - pair[0]) @ (y, -x) < -_PROFILE * down**2
+    ]
+    if upright and y <= 0:
+        wrong.append(("eyes that are not above the mouth", found[[0, 1, 3, 4]]))
+    if wrong:
+        what, pair = wrong[0]
+        raise ValueError(
+            f"{argument}: expected (x, y) of the left eye, the right eye, the nose and the left and right corner of "
+            f"the mouth, left and right as in the picture, got {what}: {pair.round(1).tolist()}"
+        )
+    return found
 
 
 def template_for(size: tuple[int, int]) -> np.ndarray:
@@ -143,13 +209,11 @@ def align_face(rgb: np.ndarray, landmarks: np.ndarray, size: tuple[int, int] = (
         uint8 RGB [height, width, 3]; black where the picture ends.
 
     Raises:
-        ValueError: other shapes or types, or landmarks that all coincide.
+        ValueError: other shapes or types, landmarks in another order, or landmarks that all coincide.
 
     >>> photograph = np.zeros((300, 200, 3), np.uint8)
     >>> align_face(photograph, 2 * ARCFACE_TEMPLATE).shape
     (112, 112, 3)
     """
     check_picture(rgb)
-    if np.shape(landmarks) != (5, 2):
-        raise ValueError(f"landmarks: expected [5, 2], got {np.shape(landmarks)}")
-    return warp(rgb, similarity_transform(landmarks, template_for(size)), size)
+    return warp(rgb, similarity_transform(checked_landmarks(landmarks), template_for(size)), size)

@@ -7,6 +7,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from xcos_ext.io.arrays import picture_hint, refuse_masked
+
 __all__ = ["Detector", "Face"]
 
 
@@ -57,10 +59,12 @@ def check_picture(rgb: np.ndarray) -> None:
 
     Raises:
         ValueError: not a uint8 RGB picture with pixels in it.
+        TypeError: an array with a mask.
     """
+    refuse_masked(rgb=rgb)
     if not isinstance(rgb, np.ndarray) or rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3:
         got = f"{rgb.dtype} {list(rgb.shape)}" if isinstance(rgb, np.ndarray) else type(rgb).__name__
-        raise ValueError(f"rgb: expected a uint8 array [H, W, 3], got {got}")
+        raise ValueError(f"rgb: expected a uint8 array [H, W, 3], got {got}{picture_hint(rgb)}")
     if rgb.size == 0:
         raise ValueError(f"rgb: expected pixels, got an empty picture {list(rgb.shape)}")
 

@@ -83,7 +83,8 @@ def read_picture(path: StrPath, *, max_pixels: int = MAX_PIXELS, name: str | Non
     """Read a picture file.
 
     EXIF rotation is applied; grey, palette and CMYK pictures become RGB; transparency is composited on
-    mid-grey; 16-bit grey is scaled from its full range 0..65535; of an animation the first frame is taken.
+    mid-grey; 16-bit grey is scaled from its full range 0..65535; of an animation the first frame is taken. Grey samples
+    of 32 bits, signed or floating-point ones are refused: what of them is white would be a guess.
     Only regular files are opened (symbolic links are followed), so a pipe or a device cannot block or flood
     the caller.
 
@@ -99,6 +100,7 @@ def read_picture(path: StrPath, *, max_pixels: int = MAX_PIXELS, name: str | Non
         PictureError: missing, not a regular file, not readable, empty, not a picture, damaged, truncated, or
             too large. The message starts with the name.
         ValueError: ``max_pixels`` is not positive.
+        TypeError: no path, but a picture or its contents.
 
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile(suffix=".ppm") as file:
@@ -107,19 +109,29 @@ def read_picture(path: StrPath, *, max_pixels: int = MAX_PIXELS, name: str | Non
     ...     read_picture(file.name).tolist()
     [[[97, 98, 99], [100, 101, 102]]]
     """
-    name = display_name(path) if name is None else name
+    name = _named(path) if name is None else name
     with open_regular(path, name) as file:
         return _decode(file, name, max_pixels)[0]
 
 
 def read_contents(path: StrPath, *, name: str | None = None) -> bytes:
     """The undecoded content of a picture file; name and PictureError as of :func:`read_picture`."""
-    name = display_name(path) if name is None else name
+    name = _named(path) if name is None else name
     with open_regular(path, name) as file:
         try:
             return read_whole(file, name, os.fstat(file.fileno()).st_size)
         except OSError as error:
             raise PictureError(f"{name}: cannot be read ({error.strerror or error})") from error
+
+
+def _named(path: StrPath) -> str:
+    """What to call a picture by its path; TypeError for anything else, above all for a picture itself."""
+    contents = isinstance(path, (bytes, bytearray)) and b"\0" in path  # which no path has, and every picture
+    if contents or not isinstance(path, (str, bytes, os.PathLike)):
+        got = f"{len(path)} bytes of contents" if contents else type(path).__name__  # type: ignore[arg-type]
+        hint = ", which decode_picture(data, name) takes" if contents else ""
+        raise TypeError(f"path: expected the path of a picture file, got {got}{hint}")
+    return display_name(path)
 
 
 def read_whole(file: IO[bytes], name: str, size: int, *, max_pixels: int = MAX_PIXELS) -> bytes:
@@ -248,12 +260,14 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> tuple[np.ndarray, str
 
 def _to_rgb(picture: Any, name: str) -> np.ndarray:
     image_module = need("PIL.Image", "reading pictures")
+    ends = _ends(picture, name)
     picture.load()
     # Damaged EXIF is no reason to refuse a picture that decodes.
     with contextlib.suppress(Exception):
         picture = need("PIL.ImageOps", "reading pictures").exif_transpose(picture)
-    if picture.mode.startswith("I") or picture.mode == "F":
-        grey = _deep_to_8_bit(np.asarray(picture), picture.mode, name)
+    if ends is not None:
+        black, white = ends
+        grey = np.rint((np.asarray(picture, np.float64) - black) * (255 / (white - black))).astype(np.uint8)
         return np.ascontiguousarray(np.broadcast_to(grey[:, :, None], (*grey.shape, 3)))
     if picture.mode in ("La", "RGBa"):  # colours already multiplied by alpha
         picture = picture.convert("LA" if picture.mode == "La" else "RGBA")
@@ -264,18 +278,16 @@ def _to_rgb(picture: Any, name: str) -> np.ndarray:
     return np.array(picture.convert("RGB"), dtype=np.uint8)
 
 
-def _deep_to_8_bit(samples: np.ndarray, mode: str, name: str) -> np.ndarray:
-    """Grey samples of more than 8 bits to uint8, by the range of their type and never by their content."""
-    if mode == "F":
-        if not np.isfinite(samples).all():
-            raise PictureError(f"{name}: floating-point samples: expected finite values, got NaN or infinity")
-        low, high = float(samples.min()), float(samples.max())
-        if low < 0 or high > 255:
-            raise PictureError(f"{name}: floating-point samples: expected 0..1 or 0..255, got {low:g}..{high:g}")
-        scaled = samples * (255.0 if high <= 1 else 1.0)
-    else:  # "I;16*" and "I", which holds 16-bit samples too
-        low, high = int(samples.min()), int(samples.max())
-        if low < 0 or high > 65535:
-            raise PictureError(f"{name}: grey samples: expected 0..65535, got {low}..{high}")
-        scaled = samples / 257.0
-    return np.rint(scaled).astype(np.uint8)
+def _ends(picture: Any, name: str) -> tuple[int, int] | None:
+    """Black and white of grey samples of more than 8 bits, by the file's type and never by its content; None: of 8."""
+    if not picture.mode.startswith("I") and picture.mode != "F":
+        return None
+    if not picture.mode.startswith("I;16") and (picture.mode, picture.format) != ("I", "PPM"):  # which Pillow scales
+        kind = "floating-point samples" if picture.mode == "F" else "signed or 32-bit samples"
+        raise PictureError(
+            f"{name}: expected unsigned samples of 8 or 16 bits, got {kind}, of which nobody knows what is white; save "
+            "the picture with 8 or 16 bits"
+        )
+    tags = getattr(picture, "tag_v2", {})  # TIFF's: also 12 bits, and white as 0, which Pillow leaves as they are
+    most = (1 << tags.get(258, (16,))[0]) - 1
+    return (most, 0) if tags.get(262) == 0 else (0, most)

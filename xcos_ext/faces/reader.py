@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from xcos_ext.io.errors import PictureError
-from xcos_ext.io.text import display_name
+from xcos_ext.io.text import display_name, shorten
 
 from .alignment import align_face
 from .cascade import CascadeDetector
-from .detector import Detector, Face
+from .detector import Detector, Face, check_picture
 from .likeness import LIKELY, face_likelihood
 from .pictures import MAX_PIXELS, read_picture
 from .yunet import YuNetDetector
@@ -68,6 +68,7 @@ def read_face(
     Raises:
         PictureError: as :func:`~xcos_ext.faces.read_picture` and :func:`extract_face`. The message starts
             with the file's name.
+        TypeError: as well.
 
     >>> read_face("nobody.jpg", None)
     Traceback (most recent call last):
@@ -100,10 +101,18 @@ def extract_face(
     Raises:
         PictureError: the picture has no face, has several under the policy ``only``, or is not of the size of
             an aligned crop; or with ``strict`` does not look like a face. The message starts with ``name``.
+        TypeError: a detector's name, say, where the detector is wanted.
+        ValueError: no uint8 RGB picture.
 
     >>> extract_face(np.zeros((112, 112, 3), np.uint8), None).found  # aligned already, and black
     0
     """
+    if detector is not None and (not isinstance(detector, Detector) or isinstance(detector, type)):
+        raise TypeError(
+            "detector: expected a detector, which create_detector('cascade') makes, or None for an aligned crop, got "
+            f"{shorten(repr(detector), 80)}"
+        )
+    check_picture(rgb)
     height, width = rgb.shape[:2]
     if detector is None:
         if (height, width) != size:
@@ -130,7 +139,11 @@ def extract_face(
     face = choose_face(faces, (height, width), policy, name=name)
     if face.landmarks is None:
         raise PictureError(f"{name}: the detector gives no landmarks, so the face cannot be aligned")
-    return AlignedFace(align_face(rgb, face.landmarks, size), name, face, len(faces))
+    try:
+        crop = align_face(rgb, face.landmarks, size)
+    except ValueError as error:
+        raise PictureError(f"{name}: the detector's {error}") from error
+    return AlignedFace(crop, name, face, len(faces))
 
 
 def create_detector(spec: str | os.PathLike[str] = "cascade") -> Detector:

@@ -213,11 +213,17 @@ def read_faces(
     Yields:
         (picture, crop or None, faces found, why there is no crop).
 
+    Raises:
+        TypeError: a detector, or its name, instead of a function that makes detectors.
+
     Example:
         >>> aligned = Picture("ann", lambda: np.zeros((112, 112, 3), np.uint8))
         >>> [(crop.shape, found, problem) for _, crop, found, problem in read_faces([aligned], (112, 112), None)]
         [((112, 112, 3), 0, None)]
     """
+    if not callable(detector) and detector is not None:
+        got = type(detector).__name__
+        raise TypeError(f"detector: expected a function that makes one, such as create_detector, or None, got {got}")
     local = threading.local()
 
     def work(picture: Picture) -> ReadPicture:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xcos_ext.io.arrays import refuse_masked
 from xcos_ext.io.atomic import local_path
 from xcos_ext.io.errors import GalleryError
 from xcos_ext.io.optional import gallery_package
@@ -531,6 +532,7 @@ class Gallery(Searcher):
 
 
 def _places(snapshot: Snapshot, positions: Sequence[int]) -> np.ndarray:
+    refuse_masked(positions=positions)
     given = np.asarray(positions)
     if given.size and given.dtype.kind not in "iu":
         raise TypeError(f"positions: expected integers, got {given.dtype}")

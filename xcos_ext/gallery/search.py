@@ -18,6 +18,7 @@ from torch import Tensor
 
 from xcos_ext.io.errors import GalleryError
 from xcos_ext.io.several import several
+from xcos_ext.ops._checks import checked_flag
 from xcos_ext.ops.templates import Templates
 from xcos_ext.ops.xcos_maps import xcos_maps
 from xcos_ext.ops.xcos_matrix import AllPairs
@@ -173,6 +174,8 @@ class Search:
         """Check what is asked for."""
         checked_k(request.k, WHERE)
         min_score = checked_score(request.min_score, WHERE)
+        for name in ("explain", "metadata"):
+            checked_flag(WHERE, name, getattr(request, name))
         attention, groups, exclude = request.attention, request.groups, request.exclude
         if groups is not None:
             # Elements of tensors are equal to nothing, not even to themselves.

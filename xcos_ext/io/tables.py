@@ -52,8 +52,8 @@ def csv_rows(
         name: what to call it in messages; None: its path.
 
     Yields:
-        (line, values): the header's names without blanks around them, then values as they are, as many in each row. An
-        empty file has the header ``[]`` in line 1.
+        (line, values): the header's names, then values, as many in each row, all without blanks around them. An empty
+        file has the header ``[]`` in line 1.
 
     Raises:
         XCosError: of the class ``refuse``: not a regular file, not UTF-8, not CSV, or a row with more or fewer columns
@@ -61,7 +61,7 @@ def csv_rows(
 
     >>> import tempfile
     >>> with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
-    ...     print("\\ufeffpicture;person", "1.jpg;Ann", sep="\\r\\n", file=file, flush=True)
+    ...     print("\\ufeffpicture;person", "1.jpg; Ann", sep="\\r\\n", file=file, flush=True)
     ...     list(csv_rows(file.name, XCosError))
     [(1, ['picture', 'person']), (2, ['1.jpg', 'Ann'])]
     """
@@ -88,7 +88,7 @@ def csv_rows(
                             f"{name}, line {line}: expected {len(header)} columns as in the header, got {len(row)}"
                         )
                     if row:
-                        yield line, list(map(_as_it_was, row))
+                        yield line, [_as_it_was(value.strip()) for value in row]
             except csv.Error as error:
                 raise refuse(f"{name}, line {rows.line_num}: not CSV ({error})") from error
     except UnicodeDecodeError as error:

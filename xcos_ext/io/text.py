@@ -24,6 +24,7 @@ __all__ = [
     "shorten",
     "signed",
     "span",
+    "telling_digits",
 ]
 
 #: What stands for the package's own characters beyond ASCII where a stream cannot hold them.
@@ -138,6 +139,17 @@ def signed(value: float, digits: int = 3) -> str:
 def number(value: float, digits: int = 3) -> str:
     """A number with a minus that is a minus, and no negative zero."""
     return signed(value, digits).lstrip("+")
+
+
+def telling_digits(a: float, b: float, digits: int = 4) -> int:
+    """How many decimals, ``digits`` or more, show that two numbers differ, and by how much.
+
+    >>> telling_digits(0.58007561, 0.5800756), telling_digits(0.6, 0.5)
+    (8, 4)
+    """
+    while a != b and digits < 17 and (f"{a:.{digits}f}" == f"{b:.{digits}f}" or round(abs(a - b), digits) == 0):
+        digits += 1
+    return digits
 
 
 def percent(share: float) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from xcos_ext.backbones.plain import Kinds, altered, backward_hook, hooked_globally
+from xcos_ext.ops._checks import checked_flag
 from xcos_ext.ops.templates import (
     EPS,
     AttentionParameters,
@@ -150,6 +151,7 @@ class XCosAttention(nn.Module):
     Raises:
         ValueError: unknown normaliser, a temperature that is not a positive finite number, or min-shift with
             ``residual``.
+        TypeError: ``symmetric`` or ``residual`` is not True or False.
 
     >>> weights = XCosAttention().eval()(torch.randn(2, 32, 7, 7), torch.randn(2, 32, 7, 7))
     >>> weights.shape, bool(weights.sum((1, 2)).allclose(torch.ones(2)))
@@ -171,14 +173,16 @@ class XCosAttention(nn.Module):
             raise ValueError(f"normalize: expected 'softmax' or 'min-shift', got {normalize!r}")
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"temperature: expected a positive finite number, got {temperature}")
+        symmetric = checked_flag("XCosAttention", "symmetric", symmetric)
+        residual = checked_flag("XCosAttention", "residual", residual)
         if residual and normalize != "softmax":
             raise ValueError(f"residual: expected normalize='softmax', got {normalize!r}")
         self.channels = channels
         self.hidden = hidden
         self.normalize: Normalizer = normalize
         self.temperature = float(temperature)
-        self.symmetric = bool(symmetric)
-        self.residual = bool(residual)
+        self.symmetric = symmetric
+        self.residual = residual
         self.embedding_net = nn.Sequential(
             nn.Conv2d(channels, hidden, 3, padding=1), nn.BatchNorm2d(hidden), nn.PReLU()
         )

@@ -31,6 +31,7 @@ class Head(nn.Module):
     """
 
     kind: ClassVar[str]
+    in_channels: int
     channels: int
     attention: XCosAttention | None
     fixed_attention: FixedAttention | None
@@ -101,16 +102,18 @@ class Head(nn.Module):
             Scores [N], or ``XCosScore(score [N], similarity [N, H, W], attention [N, H, W])``.
 
         Raises:
-            TypeError: not tensors.
-            ValueError: other shapes.
+            TypeError: not tensors, or ``return_maps`` is not True or False.
+            ValueError: other shapes; also a map of the backbone, which :meth:`features` makes F of.
         """
         attention, a, b = self.attention, features_a, features_b
         if not (hasattr(a, "dim") and hasattr(b, "dim")):
             kinds = f"{type(a).__name__} and {type(b).__name__}"
             raise TypeError(f"features_a, features_b: expected tensors [N, C, H, W], got {kinds}")
-        if isinstance(a, Tensor) and a.shape != b.shape:
-            raise ValueError(f"features_b: expected shape {list(a.shape)} like features_a, got {list(b.shape)}")
-        options: dict[str, Any] = {"return_maps": True} if return_maps else {}
+        if isinstance(a, Tensor):
+            self._check_channels(a, "features_a")
+            if a.shape != b.shape:
+                raise ValueError(f"features_b: expected shape {list(a.shape)} like features_a, got {list(b.shape)}")
+        options: dict[str, Any] = {"return_maps": return_maps}
         weights: Tensor | Literal["norm"] | None
         if attention is None:
             weights = "norm" if self.fixed_attention == "norm" else None
@@ -124,7 +127,9 @@ class Head(nn.Module):
         else:
             weights = attention(a, b)
         if self.radius:
-            options |= {"radius": self.radius, "match": self.match, "match_temperature": self.match_temperature}
+            options |= {"radius": self.radius, "match": self.match}
+            if self.match == "soft":
+                options["match_temperature"] = self.match_temperature
         result: Tensor | XCosScore = xcos_score(a, b, weights, **options)
         return result
 
@@ -158,6 +163,8 @@ class Head(nn.Module):
                 f"templates: expected a head whose pairs are scored by Head.score, got {found}: scores of templates "
                 "would not be those of the head; undo this first, or score pairs with the head itself"
             )
+        if isinstance(features, Tensor):
+            self._check_channels(features, "templates: features")
         if any(isinstance(module, _BatchNorm) and module.training for module in self.modules()):
             raise RuntimeError(
                 "templates: expected a head in evaluation mode, got training mode: templates fold the statistics of "
@@ -170,6 +177,14 @@ class Head(nn.Module):
             check_role(role, "templates")
             return Templates.from_features(features, dtype, self.fixed_attention)
         return self.attention.templates(features, role, dtype)
+
+    def _check_channels(self, features: Tensor, argument: str) -> None:
+        """Refuse what is not [N, channels, H, W], above all the map that F has yet to be made of."""
+        shape = features.shape
+        if len(shape) != 4 or shape[1] != self.channels:
+            is_map = len(shape) == 4 and shape[1] == self.in_channels
+            hint = "; of the backbone's map, head.features(map) makes the grid feature" if is_map else ""
+            raise ValueError(f"{argument}: expected [N, {self.channels}, H, W], got {list(shape)}{hint}")
 
     def _other_score(self) -> str | None:
         """What makes this head score pairs otherwise than :meth:`score` of this class does, in words; or None."""
@@ -417,7 +432,7 @@ class ClosedFormHead(Head, Cells):
                 raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)} (ClosedFormHead)")
             self.register_buffer(name, tensor)
         self.grid_shape = (channels, height, width)
-        self.channels = axes
+        self.in_channels, self.channels = channels, axes
         self.attention, self.fixed_attention = None, "norm"
 
     def config(self) -> dict[str, Any]:

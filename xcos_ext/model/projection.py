@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xcos_ext.ops._checks import checked_flag
+
 __all__ = ["CellProjection", "Cells"]
 
 
@@ -74,6 +76,7 @@ class CellProjection(Cells):
 
     Raises:
         ValueError: a size below 1, or more channels than ``dim``.
+        TypeError: ``separable`` or ``spread`` is not True or False.
 
     >>> CellProjection((512, 7, 7), 128, 32)(torch.randn(2, 512, 7, 7)).shape
     torch.Size([2, 32, 7, 7])
@@ -89,6 +92,8 @@ class CellProjection(Cells):
         spread: bool = True,
     ) -> None:
         super().__init__()
+        separable = checked_flag("CellProjection", "separable", separable)
+        spread = checked_flag("CellProjection", "spread", spread)
         maps, height, width = grid_shape
         if min(maps, height, width, dim) < 1:
             raise ValueError(f"grid_shape, dim: expected positive numbers, got {tuple(grid_shape)} and {dim}")

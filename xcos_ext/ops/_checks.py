@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xcos_ext.io.arrays import refuse_masked
+
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -24,6 +26,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def shape_string(shape: torch.Size | tuple[int, ...]) -> str:
     return "[" + ", ".join(str(int(size)) for size in shape) + "]"
+
+
+def checked_flag(op: str, name: str, value: Any) -> bool:
+    """True or False themselves: anything else would count as one of them, "no" as True."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    raise TypeError(f"{op}: {name}: expected True or False, got {type(value).__name__}")
 
 
 def _fail(op: str, message: str) -> None:
@@ -192,6 +201,15 @@ def checked_index(op: str, name: str, value: Any) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{op}: {name}: expected an int, got {type(value).__name__}")
     return operator.index(value)
+
+
+def are_arrays(op: str, a: object, b: object, attention: object = None) -> bool:
+    """Whether an operator is called with NumPy arrays; TypeError for masked ones."""
+    given = {"a": a, "b": b} if attention is None else {"a": a, "b": b, "attention": attention}
+    if not all(isinstance(value, np.ndarray) for value in given.values()):
+        return False
+    refuse_masked(**{f"{op}: {name}": value for name, value in given.items()})
+    return True
 
 
 def kind_error(op: str, a: object, b: object, attention: object = None) -> TypeError:

@@ -62,7 +62,7 @@ def grid_cosine(a: Any, b: Any, *, eps: float = 1e-6) -> Any:
 
     Raises:
         RuntimeError: An argument has the wrong rank, shape, dtype, device or value (ValueError for NumPy arrays).
-        TypeError: a and b are neither two tensors nor two arrays.
+        TypeError: a and b are neither two tensors nor two arrays, or an array has a mask.
 
     >>> x = torch.tensor([3.0, 4.0]).view(1, 2, 1, 1)
     >>> round(grid_cosine(x, x.flip(1)).item(), 4)
@@ -73,6 +73,6 @@ def grid_cosine(a: Any, b: Any, *, eps: float = 1e-6) -> Any:
         if a.dtype != b.dtype:
             a, b = promote_under_autocast(a, b)
         return apply(_GridCosine, _forward, a.requires_grad or b.requires_grad, a, b, eps)
-    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+    if _checks.are_arrays("grid_cosine", a, b):
         return compiled.grid_cosine_numpy(a, b, eps)
     raise _checks.kind_error("grid_cosine", a, b)

@@ -97,7 +97,7 @@ def check_matching(op: str, radius: int, match: str, temperature: float, *, name
 
     Raises:
         TypeError: a number in a tensor, or a radius that is not an integer.
-        RuntimeError: an unknown kind of match.
+        RuntimeError: an unknown kind of match, or a temperature for one that has none.
     """
     for argument, value in (("radius", radius), (name, temperature)):
         if isinstance(value, Tensor):
@@ -108,6 +108,11 @@ def check_matching(op: str, radius: int, match: str, temperature: float, *, name
         raise TypeError(f"{op}: radius: expected an integer, got {type(radius).__name__}")
     if match not in MATCHES:
         raise RuntimeError(f"{op}: match: expected 'best' or 'soft', got {match!r}")
+    if match == "best" and temperature != MATCH_TEMPERATURE:
+        temperature = _checks.checked_number(op, name, temperature)
+        raise RuntimeError(
+            f"{op}: {name}: expected the default with match='best', as it belongs to match='soft', got {temperature:g}"
+        )
     return MATCHES.index(match)
 
 
@@ -160,6 +165,7 @@ def grid_match(
         radius: How many rows and columns away a partner may be, 0 to 7. 0 gives :func:`grid_cosine` to the bit.
         match: "best" or "soft".
         temperature: Of the soft choice, in units of the cosine, above 0: small is nearly the best, large the mean.
+            Given with ``match="soft"`` only.
         symmetric: The mean of matching ``a``'s cells in ``b`` and ``b``'s cells in ``a``, so that faces may change
             places; else the former alone.
         eps: Lower bound of a cell's norm, above 0.
@@ -173,7 +179,7 @@ def grid_match(
 
     Raises:
         RuntimeError: An argument has the wrong rank, shape, dtype, device or value.
-        TypeError: a or b is not a tensor, radius not an integer, or a number is in a tensor.
+        TypeError: a or b is not a tensor, radius not an integer, a flag not True or False, or a number is in a tensor.
 
     >>> a = torch.eye(9).view(1, 9, 3, 3)  # every cell another direction
     >>> moved = a.roll(1, dims=3)
@@ -181,6 +187,8 @@ def grid_match(
     (0.0, 6.0)
     """
     mode = check_matching(_OP, radius, match, temperature)
+    symmetric = _checks.checked_flag(_OP, "symmetric", symmetric)
+    return_offsets = _checks.checked_flag(_OP, "return_offsets", return_offsets)
     _checks.refuse_tensor(_OP, "eps", eps)
     for name, value in (("a", a), ("b", b)):
         if not isinstance(value, Tensor):

@@ -238,7 +238,8 @@ def xcos_head(
 
     Raises:
         RuntimeError: An argument has the wrong rank, shape, dtype, device or value, or a gradient is asked for.
-        TypeError: a or b is not a tensor, parameters is no HeadParameters, or a number is in a tensor.
+        TypeError: a or b is not a tensor, parameters is no HeadParameters, a number is in a tensor, or a flag is not
+            True or False.
 
     >>> def layer(n, m):
     ...     return HeadLayer(torch.ones(n, m, 3, 3), torch.zeros(n), *[torch.ones(n)] * 4, torch.ones(1))
@@ -253,6 +254,8 @@ def xcos_head(
         raise TypeError(f"{_OP}: parameters: expected HeadParameters, got {type(parameters).__name__}")
     _checks.refuse_tensor(_OP, "temperature", temperature)
     _checks.refuse_tensor(_OP, "eps", eps)
+    symmetric = _checks.checked_flag(_OP, "symmetric", symmetric)
+    return_maps = _checks.checked_flag(_OP, "return_maps", return_maps)
     if a.dtype != b.dtype:
         a, b = promote_under_autocast(a, b)
     op = _forward_maps if return_maps else _forward

@@ -229,12 +229,12 @@ def xcos_score(
             [N, H, W] of any floating dtype: W itself, used as it is, or with ``logits`` the logits of a softmax over
             the cells of a pair.
         logits: ``attention`` holds logits; the softmax is fused in. -inf masks a cell.
-        temperature: Divides the logits, above 0.
+        temperature: Divides the logits, above 0; without ``logits`` there is nothing to divide, and it must stay 1.
         eps: Lower bound of a cell's norm, above 0.
         radius: Match each cell with its neighbourhood of that many cells, 0 to 7, instead of with the one cell in its
             place: S is then that of :func:`grid_match`, symmetric. Tensors only. W is the same for every radius.
         match: "best" neighbour or "soft" choice, see :func:`grid_match`.
-        match_temperature: Of the soft choice.
+        match_temperature: Of the soft choice; given with ``match="soft"`` only.
         return_maps: Return S and W with the score.
 
     Returns:
@@ -244,24 +244,35 @@ def xcos_score(
 
     Raises:
         RuntimeError: An argument has the wrong rank, shape, dtype, device or value (ValueError for NumPy arrays).
-        TypeError: a, b and attention are not of one kind, tensors or arrays.
+        TypeError: a, b and attention are not of one kind, tensors or arrays, an array has a mask, a number is in a
+            tensor, or a flag is not True or False.
 
     >>> a = torch.ones(2, 32, 7, 7)
     >>> score, similarity, attention = xcos_score(a, -a, "norm", return_maps=True)
     >>> [round(x, 4) for x in score.tolist()], tuple(attention.shape)
     ([-1.0, -1.0], (2, 7, 7))
     """
+    logits = _checks.checked_flag("xcos_score", "logits", logits)
+    return_maps = _checks.checked_flag("xcos_score", "return_maps", return_maps)
+    _checks.refuse_tensor("xcos_score", "temperature", temperature)
+    _checks.refuse_tensor("xcos_score", "eps", eps)
+    wrong = ValueError if isinstance(a, np.ndarray) else RuntimeError
     if attention is None:
         mode, given = UNIFORM, None
     elif isinstance(attention, str):
         if attention != "norm":
-            raise RuntimeError(f"xcos_score: attention: expected None, 'norm' or a tensor, got {attention!r}")
+            raise wrong(f"xcos_score: attention: expected None, 'norm' or a tensor, got {attention!r}")
         mode, given = NORM, None
     else:
         mode, given = (LOGITS if logits else WEIGHTS), attention
     if logits and given is None:
-        raise RuntimeError(f"xcos_score: logits: expected False when attention is {attention!r}, got True")
-    if match != "best" or type(radius) is not int or radius != 0:
+        raise wrong(f"xcos_score: logits: expected False when attention is {attention!r}, got True")
+    if not logits and temperature != 1.0:
+        temperature = _checks.checked_number("xcos_score", "temperature", temperature)
+        raise wrong(
+            f"xcos_score: temperature: expected 1 without logits=True, as it divides logits alone, got {temperature:g}"
+        )
+    if match != "best" or type(radius) is not int or radius != 0 or match_temperature != MATCH_TEMPERATURE:
         check_matching("xcos_score", radius, match, match_temperature, name="match_temperature")
     if radius != 0:
         if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
@@ -273,8 +284,6 @@ def xcos_score(
         score = (maps.attention * similarity).sum((1, 2))
         return XCosScore(score, similarity, maps.attention) if return_maps else score
 
-    _checks.refuse_tensor("xcos_score", "temperature", temperature)
-    _checks.refuse_tensor("xcos_score", "eps", eps)
     if isinstance(a, Tensor) and isinstance(b, Tensor) and (given is None or isinstance(given, Tensor)):
         if a.dtype != b.dtype:
             a, b = promote_under_autocast(a, b)
@@ -282,7 +291,7 @@ def xcos_score(
         if not return_maps:
             return apply(_XCosScore, _forward, needs_grad, a, b, given, mode, temperature, eps)
         return XCosScore(*apply(_XCosScoreMaps, _forward_maps, needs_grad, a, b, given, mode, temperature, eps))
-    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and (given is None or isinstance(given, np.ndarray)):
+    if _checks.are_arrays("xcos_score", a, b, given):
         result = compiled.xcos_score_numpy(a, b, given, mode, temperature, eps, return_maps)
         return XCosScore(*result) if return_maps else result
     raise _checks.kind_error("xcos_score", a, b, given)

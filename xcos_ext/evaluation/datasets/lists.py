@@ -298,8 +298,8 @@ def _numbered(file: Path) -> dict[int, str]:
 class CSVPairs(PairList):
     """Pairs from a CSV file with a header: columns ``a``, ``b``, ``genuine`` (or ``same``) and, optionally, ``fold``.
 
-    ``a`` and ``b`` are paths from the root (or from the only folder in it), ``genuine`` is 1 or 0 (also true, yes,
-    false, no), ``fold`` an integer. Other columns are ignored; no row may have more or fewer. Where
+    ``a`` and ``b`` are paths from the root (or from the only folder in it), ``genuine`` is 1 or 0 (also 1.0, true,
+    yes, 0.0, false, no), ``fold`` an integer. Other columns are ignored; no row may have more or fewer. Where
     every pair is genuine exactly if both pictures lie in the same folder, a picture's folder is taken for its person.
 
     Args:
@@ -326,7 +326,7 @@ class CSVPairs(PairList):
             if "fold" in labels:
                 written = pair.labels[labels.index("fold")]
                 try:
-                    folds.append(int(written))
+                    folds.append(int(written.removesuffix(".0")))
                 except ValueError as error:
                     raise ValueError(f"{where}: fold: expected an integer, got {written!r}") from error
         keys = _located(file.path, tree, (name for pair in file for name in (pair.a, pair.b)), tree.find)

@@ -14,6 +14,7 @@ from torch import Tensor
 from xcos_ext.evaluation.bootstrap import Estimator
 from xcos_ext.evaluation.figures import Estimate
 from xcos_ext.explain.explainers.interface import Explainer, PairModel, Saliency
+from xcos_ext.io.arrays import refuse_masked
 from xcos_ext.io.optional import need
 
 __all__ = [
@@ -112,6 +113,7 @@ def areas(maps: ArrayLike, truth: ArrayLike) -> Floats:
     Raises:
         ValueError: values that are not finite, or a truth of one kind.
     """
+    refuse_masked(maps=maps, truth=truth)
     values = np.asarray(maps, np.float64)
     inside = np.broadcast_to(np.asarray(truth, bool), values.shape)
     count = inside.sum(1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from xcos_ext.io.fingerprint import fingerprint_state
 
-from .._checks import dtype_name
+from .._checks import checked_flag, dtype_name
 from .._kept import kept_checked
 
 __all__ = ["AttentionParameters", "AttentionState"]
@@ -121,6 +121,7 @@ class AttentionParameters:
 
     Raises:
         ValueError: a wrong shape, dtype, device or value.
+        TypeError: ``symmetric`` is not True or False.
     """
 
     weight: Tensor
@@ -148,8 +149,9 @@ class AttentionParameters:
             raise ValueError(f"{where}: temperature: expected a finite number above 0, got {self.temperature}")
         if self.normalize not in ("softmax", "min-shift"):
             raise ValueError(f"{where}: normalize: expected 'softmax' or 'min-shift', got {self.normalize!r}")
+        symmetric = checked_flag(where, "symmetric", self.symmetric)
         if self.state is None:
-            settings = [float(self.temperature), self.normalize, bool(self.symmetric)]
+            settings = [float(self.temperature), self.normalize, symmetric]
             state = AttentionState({"weight": weight, "slope": slope}, json.dumps(settings))
             object.__setattr__(self, "state", state)
 

@@ -42,7 +42,7 @@ def csv_rows(
 ) -> Iterator[tuple[int, list[str]]]:
     """The rows of a CSV file, its header first, each with the number of the line that it ends on.
 
-    What :func:`csv_text` wrote comes back as it was. UTF-8 with or without a byte order mark, lines ended in any way,
+    What :func:`csv_text` wrote loses its apostrophes. UTF-8 with or without a byte order mark, lines ended in any way,
     columns separated by commas, or by semicolons (as spreadsheets do in many languages) or tabs where the header has no
     comma. Empty lines are passed over. The file is read as rows are asked for, and never held in memory.
 

@@ -285,7 +285,7 @@ def test_labels_that_cannot_be(tmp_path: Path, text: str | bytes, words: str) ->
 
 
 def test_no_text_of_a_table_is_a_formula(tmp_path: Path) -> None:
-    header, rows = ["id", "-name"], [["=1+1", "@ann"], ["-0.png", "+"], ["'=x", "'a'"], ["a=b", ""], ["''-", "\t"]]
+    header, rows = ["id", "-name"], [["=1+1", "@ann"], ["-0.png", "+"], ["'=x", "'a'"], ["a=b", ""], ["''-", "\t=1"]]
     (tmp_path / "t.csv").write_text(csv_text(header, rows), newline="")
     with (tmp_path / "t.csv").open(newline="") as file:
         cells = [cell for row in csv.reader(file) for cell in row]

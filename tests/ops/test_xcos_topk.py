@@ -376,8 +376,9 @@ class TestRefusals:
             torch.zeros(2, dtype=torch.bool),
             torch.zeros(3, 4, dtype=torch.bool),
             torch.zeros(2, dtype=torch.int64, device="meta"),
+            torch.zeros(4, dtype=torch.bool).to_sparse(),
         ],
-        ids=["ids", "rank", "dtype", "mask", "masks", "device"],
+        ids=["ids", "rank", "dtype", "mask", "masks", "device", "layout"],
     )
     def test_exclusions(self, exclude: Tensor) -> None:
         with pytest.raises(RuntimeError, match=r"xcos_topk: exclude: expected .*, got "):

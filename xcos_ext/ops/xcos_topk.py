@@ -65,6 +65,8 @@ def _checked_exclude(exclude: Any, probes: Templates, gallery: Templates) -> tup
         return None, None
     if not isinstance(exclude, Tensor):
         raise TypeError(f"{_OP}: exclude: expected a tensor or None, got {type(exclude).__name__}")
+    if exclude.layout != torch.strided:
+        raise RuntimeError(f"{_OP}: exclude: expected a dense tensor, got {exclude.layout}")
     p, g = len(probes), len(gallery)
     shape = tuple(exclude.shape)
     if exclude.dtype == torch.bool:

@@ -191,6 +191,11 @@ def test_broken_entries(tmp_path: Path, method: int) -> None:
             PictureTree(path).read("ann/1.png")
         assert " object at 0x" not in str(caught.value) and "\n" not in str(caught.value)
     central = data.index(b"PK\1\2")
+    nameless = data.copy()
+    nameless[central + 46] = 0  # zipfile ends a name there, and asks for its last letter
+    path.write_bytes(nameless)
+    with pytest.raises(ValueError, match=r"x\.zip: damaged zip archive \("):
+        PictureTree(path)
     data[central] ^= 0xFF
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"x\.zip: damaged zip archive \(Bad magic number for central directory\)"):

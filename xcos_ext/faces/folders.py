@@ -95,7 +95,7 @@ class PictureTree:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 return [(_name_of(entry), entry.filename) for entry in archive.infolist() if not entry.is_dir()]
-        except (zipfile.BadZipFile, NotImplementedError) as error:
+        except Exception as error:  # zipfile raises nearly anything on damaged data: IndexError of an empty name
             raise ValueError(f"{self.path}: damaged zip archive ({why_unreadable(error)})") from error
 
     def __getstate__(self) -> dict[str, Any]:

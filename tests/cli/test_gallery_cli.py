@@ -28,7 +28,7 @@ from xcos_ext.gallery import Gallery
 from xcos_ext.gallery.enroll import Picture, enroll, find_pictures, find_probes
 from xcos_ext.io.errors import GalleryError
 from xcos_ext.io.tables import csv_rows, csv_text
-from xcos_ext.model import load_model
+from xcos_ext.model import load_model, save_model
 
 pytest.importorskip("lance", reason="needs the extra gallery (pylance)")
 xxh3_128_hexdigest = pytest.importorskip("xxhash").xxh3_128_hexdigest
@@ -330,6 +330,16 @@ def test_quick_search_of_a_stranger_rate(crops: Path, tmp_path: Path) -> None:
         run("search", tmp_path / "g", probe, "--aligned", "--attention", "norm", "--fpir", "0.01"),
         "--fpir: expected the attention that the model is calibrated with, got --attention norm; give --threshold",
     )
+    curve_alone = load_model()
+    curve_alone.threshold = None
+    save_model(curve_alone, tmp_path / "curve.safetensors")
+    use = ("--aligned", "--model", tmp_path / "curve.safetensors")
+    run("enroll", tmp_path / "c", probe, *use, "-q")
+    trouble(
+        run("search", tmp_path / "c", probe, *use, "--attention", "norm", "--fpir", "0.01"),
+        "--fpir: expected the attention that the model is calibrated with",
+    )
+    assert run("search", tmp_path / "c", probe, *use, "--fpir", "0.01").exit_code == 0
     other = run("search", tmp_path / "g", probe, "--aligned", "--attention", "uniform")
     assert "the threshold" not in other.stdout and "no threshold known for this model and attention" in other.stderr
     data = strict(
@@ -466,8 +476,6 @@ def test_find_pictures(crops: Path, tmp_path: Path) -> None:
 
 @pytest.mark.thorough
 def test_model_of_another_gallery(crops: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from xcos_ext.model import load_model, save_model
-
     run("enroll", tmp_path / "g", crops / "person0", "--aligned", "-q")
     other = load_model()
     other.backbone.requires_grad_(False)

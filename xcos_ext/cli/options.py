@@ -61,10 +61,14 @@ class Command(click.Command):
                     value = weights_file(value)
                 inputs += [(title, path) for path in (value if isinstance(value, tuple) else (value,)) if path]
         check_apart(outputs, inputs)
-        folder = given.get("gallery")
+        galleries = {Path(os.path.realpath(path)) for p, path in values if isinstance(p.type, _Gallery) and path}
         for name, path in outputs.items():
-            if isinstance(folder, str) and Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents:
+            if not galleries.isdisjoint(Path(os.path.realpath(path)).parents):
                 raise OutputError(f"{name}: expected a file outside GALLERY's folder, got {display_name(path)}")
+
+
+class _Gallery(click.Path):
+    """A gallery's folder, into which nothing else is written."""
 
 
 command = functools.partial(click.command, cls=Command)
@@ -257,7 +261,7 @@ bootstrap = click.option(
     metavar="N",
     help="Replicates for the confidence intervals; 0 for none.",
 )
-gallery = click.argument("gallery", type=click.Path(), metavar="GALLERY")
+gallery = click.argument("gallery", type=_Gallery(), metavar="GALLERY")
 
 _faces = several(
     detector,

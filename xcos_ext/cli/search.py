@@ -77,17 +77,18 @@ def run(
 
     loaded = load(path, device)
     with open_gallery(gallery, loaded) as opened:
-        known = opened.layout.threshold_of(how["attention"])
-        limit = known if threshold is None else threshold
+        layout = opened.layout
+        own = layout.weighs(how["attention"])
+        limit = layout.threshold if threshold is None and own else threshold
         if fpir is not None:
-            if known is None and opened.layout.threshold is not None:
+            if layout.fmr_curve is not None and not own:
                 raise GalleryError(
                     f"--fpir: expected the attention that the model is calibrated with, got --attention "
                     f"{how['attention']}; give --threshold"
                 )
             # The best of several pictures is a draw from each; a mean strays less than one picture does.
             each = len(pictures) if fusion == "max" else 1
-            limit = identification_threshold(opened.layout.fmr_curve, fpir, len(opened) * each)
+            limit = identification_threshold(layout.fmr_curve, fpir, len(opened) * each)
         fast = for_inference(loaded)
         crops: list[Any] = []
         names: list[str] = []

@@ -31,7 +31,7 @@ def run(out: str | None, as_json: bool, **pair: Any) -> int:
     if explanation.identical is not None:
         from xcos_ext.explain.explanation import IDENTICAL
 
-        note(f"{IDENTICAL[explanation.identical]}: the score says nothing about the person")
+        note(IDENTICAL[explanation.identical])
     draw(explanation, out)
     if as_json:
         data = explanation.as_dict()

@@ -35,8 +35,8 @@ _ROUNDING = 64 * np.finfo(np.float64).eps
 
 Identical = Literal["pictures", "features"]
 IDENTICAL = {
-    "pictures": "Both crops are the same picture, pixel by pixel",
-    "features": "The model keeps exactly the same of both pictures",
+    "pictures": "Both crops are the same picture, pixel by pixel: the score says nothing about the person",
+    "features": "The model keeps exactly the same of both pictures: the score says nothing about the person",
 }
 
 
@@ -283,7 +283,7 @@ class Explanation:
             if face.details.get("faces") == 0
         ]
         if self.identical is not None:
-            said.append(f"{IDENTICAL[self.identical]}: the score says nothing about the person.")
+            said.append(f"{IDENTICAL[self.identical]}.")
         if self.threshold is None:
             said.append("The model knows no decision threshold (it is not calibrated): there is no verdict.")
         elif self.given:

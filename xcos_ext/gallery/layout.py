@@ -113,9 +113,9 @@ class Layout:
             fmr_curve=model.fmr_curve,
         )
 
-    def threshold_of(self, attention: Tensor | str) -> float | None:
-        """The model's threshold for scores whose cells are weighed like that; None: it knows none."""
-        return self.threshold if isinstance(attention, str) and attention in ("own", self.attention) else None
+    def weighs(self, attention: Tensor | str) -> bool:
+        """Whether the model weighs cells like that: what it knows of scores is of those."""
+        return isinstance(attention, str) and attention in ("own", self.attention)
 
     @property
     def columns(self) -> tuple[Column, ...]:

@@ -398,12 +398,13 @@ class Search:
 
     def _maps(self, found: XCosTopk) -> HitMaps:
         """Maps of all hits; of fused probes the best one's, or their mean, as their scores were fused."""
-        t = self.request.threshold
-        t = self.snapshot.layout.threshold_of(self.request.attention) if t is None else t
+        t, layout = self.request.threshold, self.snapshot.layout
+        if t is None and layout.weighs(self.request.attention):
+            t = layout.threshold
         if t is not None and not math.isfinite(t):
             raise GalleryError(f"{WHERE}: threshold: expected a finite number or None, got {t}")
         rows, k = found.indices.shape
-        height, width = self.snapshot.layout.grid
+        height, width = layout.grid
         dtype = found.values.dtype
         out = [torch.full((rows, k, height, width), math.nan, dtype=dtype, device="cpu") for _ in range(3)]
         for row in range(rows):

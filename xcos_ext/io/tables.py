@@ -14,9 +14,8 @@ from .text import printable
 
 __all__ = ["csv_rows", "csv_text"]
 
-#: What a spreadsheet would compute instead of showing it, and what :func:`csv_text` has made of that.
+#: What a spreadsheet would compute instead of showing it, and that behind apostrophes, which one more tells apart.
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
-_SHOWN = re.compile(r"'+[=+\-@\t\r]")
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[str | float | None]]) -> str:
@@ -34,7 +33,7 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[str | float | None]]
 
 
 def _as_it_was(value: str) -> str:
-    return value[1:] if _SHOWN.match(value) else value
+    return value[1:] if value.startswith("'") and _FORMULA.match(value) else value
 
 
 def csv_rows(

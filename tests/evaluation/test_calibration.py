@@ -25,7 +25,7 @@ from xcos_ext.card import Calibration, FMRCurve
 from xcos_ext.cli.app import xcos
 from xcos_ext.faces import align_face
 from xcos_ext.io.errors import ModelError
-from xcos_ext.model import PlugStatistics, XCosModel, load_model, plug, save_model
+from xcos_ext.model import PlugStatistics, XCosHead, XCosModel, load_model, plug, save_model
 
 CURVE = FMRCurve((0.0, 0.1, 0.3, 0.5), (1.0, 0.1, 0.01, 0.001), (1.0, 0.12, 0.015, 0.004), 0.003, 1000, 46)
 
@@ -161,6 +161,7 @@ def test_verify_says_what_the_score_means(saved: Path, tmp_path: Path) -> None:
         "smallest_resolved": 0.003,
         "impostor_pairs": 1000,
         "people": 46,
+        "domains": [],
     }
 
 
@@ -197,3 +198,34 @@ def test_shipped_statistics_carry_curves() -> None:
             for rate, threshold in {**calibration.fmr, 5e-3: calibration.threshold}.items():
                 assert curve.at(threshold).rate == pytest.approx(rate, rel=1e-3)
             assert ev.fmr_upper_bound(0, curve.pairs) * 0.99 <= curve.smallest < 2e-5
+
+
+def test_a_claim_over_several_sets_is_the_worst_of_theirs() -> None:
+    """Thresholds are the highest that a set asks for, the curve nowhere below a set's own, and the set is named."""
+    torch.manual_seed(0)
+    model = XCosModel(torch.nn.Identity(), XCosHead(4, 4, attention="norm")).eval()
+    easy, hard = torch.randn(120, 4, 7, 7), torch.randn(120, 4, 7, 7) + 0.6  # the hard set's faces are alike
+    people = [f"p{i}" for i in range(120)]
+    rates = {"decision_fmr": 0.02, "fmrs": (0.1, 0.02)}
+    alone = [ev.calibrate(model, faces, people, **rates) for faces in (easy, hard)]
+    both = ev.calibrate(model, torch.cat((easy, hard)), people * 2, domains=["A"] * 120 + ["B"] * 120, **rates)
+    assert alone[0].threshold < alone[1].threshold == both.threshold
+    assert both.fmr == alone[1].fmr
+    assert both.impostor_pairs == 2 * 120 * 119 // 2
+    assert both.curve is not None
+    assert both.curve.people == 240
+    assert both.curve.sample == "14,280 impostor pairs of 240 people; the worse of A and B"
+    for score in np.linspace(-0.5, 1.2, 35):
+        own = both.curve.at(score)
+        for part in alone:
+            assert part.curve is not None
+            assert own.rate >= part.curve.at(score).rate - 1e-12
+            assert own.upper95 >= part.curve.at(score).upper95 - 1e-12
+    assert FMRCurve.from_dict(both.curve.as_dict()) == both.curve
+    old = both.curve.as_dict()
+    del old["domains"]  # as files of earlier versions are
+    assert FMRCurve.from_dict(old).domains == ()
+    with pytest.raises(ValueError, match=r"^domains: expected 240 names, got 1$"):
+        ev.calibrate(model, torch.cat((easy, hard)), people * 2, domains=["A"])
+    with pytest.raises(ValueError, match=r"^people: 3 impostor pairs of B cannot tell"):
+        ev.calibrate(model, easy, people, domains=["A"] * 117 + ["B"] * 3, **rates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -36,6 +36,13 @@ class FMRAtScore(NamedTuple):
         return rate if rate == upper else f"{rate}, at most {upper} with 95 % confidence"
 
 
+def _in_words(domains: Sequence[str]) -> str:
+    if len(domains) < 2:
+        return "".join(f", {name}" for name in domains)
+    worse = "worse" if len(domains) == 2 else "worst"
+    return f"; the {worse} of {', '.join(domains[:-1])} and {domains[-1]}"
+
+
 def _percent(rate: float) -> str:
     digits = max(0, 1 - math.floor(math.log10(100 * rate))) if rate < 0.1 else 0
     return f"{100 * rate:.{digits}f} %"
@@ -55,6 +62,7 @@ class FMRCurve:
         smallest: the smallest rate that can be told: the upper bound where no impostor pair was seen.
         pairs: number of impostor pairs.
         people: number of people in them, or None where unknown.
+        domains: names of the sets of pictures that the pairs are of; several: the rate is the worst of theirs.
 
     Raises:
         ValueError: a table of another form.
@@ -70,6 +78,7 @@ class FMRCurve:
     smallest: float
     pairs: int
     people: int | None = None
+    domains: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("scores", "rates", "upper95"):
@@ -90,6 +99,45 @@ class FMRCurve:
         counts = [self.pairs] if self.people is None else [self.pairs, self.people]
         if not all(isinstance(count, int) and count >= 1 for count in counts):
             raise ValueError(f"pairs, people: expected positive numbers, got {self.pairs}, {self.people}")
+        object.__setattr__(self, "domains", tuple(map(str, self.domains)))
+
+    @property
+    def sample(self) -> str:
+        """What the rates were measured on, in words.
+
+        >>> FMRCurve((0.0,), (1.0,), (1.0,), smallest=0.1, pairs=1200, people=50, domains=("LFW", "CFP")).sample
+        '1,200 impostor pairs of 50 people; the worse of LFW and CFP'
+        """
+        people = "" if self.people is None else f" of {self.people:,} people"
+        return f"{self.pairs:,} impostor pairs{people}{_in_words(self.domains)}"
+
+    @classmethod
+    def worst(cls, curves: Sequence[FMRCurve]) -> FMRCurve:
+        """At every score the highest rate and bound of several curves: a claim that holds on each of their sets.
+
+        Args:
+            curves: of different sets, at least one.
+
+        >>> one = FMRCurve((0.0, 0.4), (1.0, 0.01), (1.0, 0.02), smallest=0.001, pairs=1000, domains=("LFW",))
+        >>> two = FMRCurve((0.0, 0.5), (1.0, 0.01), (1.0, 0.02), smallest=0.001, pairs=1000, domains=("CFP",))
+        >>> worst = FMRCurve.worst([one, two])
+        >>> worst.at(0.4) == two.at(0.4), worst.domains
+        (True, ('LFW', 'CFP'))
+        """
+        if len(curves) == 1:
+            return curves[0]
+        scores = sorted({score for curve in curves for score in curve.scores})
+        found = [[curve.at(score) for score in scores] for curve in curves]
+        counted = [curve.people for curve in curves]
+        return cls(
+            scores=tuple(scores),
+            rates=tuple(max(at.rate for at in column) for column in zip(*found, strict=True)),
+            upper95=tuple(max(at.upper95 for at in column) for column in zip(*found, strict=True)),
+            smallest=max(curve.smallest for curve in curves),
+            pairs=sum(curve.pairs for curve in curves),
+            people=None if None in counted else sum(count for count in counted if count is not None),
+            domains=tuple(name for curve in curves for name in curve.domains),
+        )
 
     def at(self, score: float) -> FMRAtScore:
         """The rate at which pairs of different people reach a score.
@@ -124,7 +172,8 @@ class FMRCurve:
         Raises:
             ValueError, TypeError, KeyError: not such data.
         """
-        return cls(**{entry.name: data[entry.name] for entry in fields(cls)})
+        known = {entry.name: data[entry.name] for entry in fields(cls) if entry.name != "domains"}
+        return cls(**known, domains=tuple(data.get("domains", ())))  # files of earlier versions do not name them
 
 
 def checked_thresholds(data: Mapping[Any, Any]) -> dict[float, float]:

@@ -44,9 +44,7 @@ def run(out: str | None, as_json: bool, **pair: Any) -> int:
     elif explanation.identical is not None:
         rows.append(("meaning", "none: a false match rate is one of different pictures"))
     elif explanation.fmr is not None and explanation.curve is not None:
-        people = "" if explanation.curve.people is None else f" of {explanation.curve.people:,} people"
-        sample = f"{explanation.curve.pairs:,} impostor pairs{people}"
-        rows.append(("meaning", f"false match rate at this score {explanation.fmr} ({sample})"))
+        rows.append(("meaning", f"false match rate at this score {explanation.fmr} ({explanation.curve.sample})"))
     rows.append(("model", explanation.model.name))
     if out is not None:
         rows.append(("picture", display_name(out)))

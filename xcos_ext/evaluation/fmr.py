@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -155,6 +156,7 @@ def calibrate(
     features: Tensor,
     people: Sequence[str],
     *,
+    domains: Sequence[str] | None = None,
     decision_fmr: float = 5e-3,
     fmrs: Sequence[float] = (1e-1, 1e-2, 1e-3),
 ) -> Calibration:
@@ -172,10 +174,14 @@ def calibrate(
     close to the best accuracy on balanced pairs for the networks measured; where a false match costs more
     than a false rejection, use the thresholds noted at lower rates.
 
+    A calibration holds for pictures like its own. With several sets of them every threshold is the highest that a set
+    asks for, and the curve the worst of the sets', so that what is claimed holds on each.
+
     Args:
         model: the model to calibrate, in evaluation mode; only its score is used.
         features: grid features F [N, C, H, W] of different pictures.
         people: N names.
+        domains: N names of the sets that the pictures are of; pairs are made within a set. None: one set, unnamed.
         decision_fmr: false match rate of the decision threshold.
         fmrs: further rates to note.
 
@@ -190,21 +196,42 @@ def calibrate(
     for rate in rates:
         if not 0 < rate < 1:
             raise ValueError(f"decision_fmr, fmrs: expected rates in (0, 1), got {rate}")
+    if domains is None:
+        parts = [_sample(model, features, people, "", rates)]
+    else:
+        people, sets = several(people, "people", ordered=True), np.asarray(several(domains, "domains", ordered=True))
+        for name, given in (("people", people), ("domains", sets)):
+            if len(given) != features.shape[0]:
+                raise ValueError(f"{name}: expected {features.shape[0]} names, got {len(given)}")
+        places = {name: np.flatnonzero(sets == name) for name in dict.fromkeys(sets.tolist())}
+        parts = [
+            _sample(model, features[own], [people[place] for place in own], name, rates) for name, own in places.items()
+        ]
+    at = {rate: max(own[rate] for own, _ in parts) for rate in rates}
+    curve = FMRCurve.worst([curve for _, curve in parts])
+    return Calibration(
+        threshold=at[decision_fmr],
+        rule=f"false match rate {decision_fmr:g} over all impostor pairs",
+        fmr={rate: at[rate] for rate in fmrs},
+        impostor_pairs=curve.pairs,
+        curve=curve,
+    )
+
+
+def _sample(
+    model: XCosModel, features: Tensor, people: Sequence[str], domain: str, rates: Sequence[float]
+) -> tuple[dict[float, float], FMRCurve]:
+    """One set's thresholds at false match rates, and its curve."""
     scores, genuine = all_pair_scores(model, features, people)
     impostors = scores[~genuine]
     smallest = min(rates)
     if impostors.size * smallest < _EXPECTED_MATCHES:
         raise ValueError(
-            f"people: {impostors.size} impostor pairs cannot tell a false match rate of {smallest:g}; "
-            f"at least {int(np.ceil(_EXPECTED_MATCHES / smallest))} are needed"
+            f"people: {impostors.size} impostor pairs{domain and f' of {domain}'} cannot tell a false match rate of "
+            f"{smallest:g}; at least {int(np.ceil(_EXPECTED_MATCHES / smallest))} are needed"
         )
     at = {rate: fmr_threshold(impostors, rate) for rate in set(rates)}
     _, ids = np.unique(np.asarray(people), return_inverse=True)
     first, second = (ids[side][~genuine] for side in np.triu_indices(len(people), 1))
-    return Calibration(
-        threshold=at[decision_fmr],
-        rule=f"false match rate {decision_fmr:g} over all impostor pairs",
-        fmr={rate: at[rate] for rate in fmrs},
-        impostor_pairs=int(impostors.size),
-        curve=fmr_curve(impostors, (first, second), thresholds=list(at.values())),
-    )
+    curve = fmr_curve(impostors, (first, second), thresholds=list(at.values()))
+    return at, replace(curve, domains=(domain,) if domain else ())

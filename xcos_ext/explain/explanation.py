@@ -259,20 +259,16 @@ class Explanation:
         fmr, at_threshold = self.fmr, self.fmr_at_threshold
         if self.curve is None or fmr is None:
             return "This model is not calibrated, so nobody knows how often different people score as high."
-        sample = f"{self.curve.pairs:,} pairs of different people"
-        if self.curve.people is not None:
-            sample += f" ({self.curve.people:,} people)"
-        said = f"Of {sample} the share that scores at least {self.score:.3f} is {fmr}"
-        if at_threshold is None:
-            return f"{said}."
-        said += f"; at the threshold it is {at_threshold}"
-        if fmr.resolved and at_threshold.resolved:
+        said = f"The share of impostor pairs that score at least {self.score:.3f} is {fmr}"
+        if at_threshold is not None:
+            said += f"; at the threshold it is {at_threshold}"
+        if at_threshold is not None and fmr.resolved and at_threshold.resolved:
             ratio = at_threshold.rate / fmr.rate
             if ratio >= 1.05:
                 said += f": {_times(ratio)} fewer"
             elif ratio <= 1 / 1.05:
                 said += f": {_times(1 / ratio)} more"
-        return said + ". On other people and other photographs the shares differ."
+        return f"{said}. Measured on {self.curve.sample}: on other people and other photographs the shares differ."
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -422,6 +418,7 @@ def _rate(rate: FMRAtScore | None, curve: FMRCurve | None) -> dict[str, Any] | N
         "smallest_resolved": curve.smallest,
         "impostor_pairs": curve.pairs,
         "people": curve.people,
+        "domains": list(curve.domains),
     }
 
 

@@ -385,6 +385,6 @@ def _settings(report: _Report, card: ModelCard) -> dict[str, Any]:
         "rdbu": RDBU,
         "ylgn": YLGN,
         "model": card.as_dict() | {"attention": card.attention_in_words},
-        "calibration": None if curve is None else {"pairs": curve.pairs, "people": curve.people},
+        "calibration": None if curve is None else curve.sample,
         "version": __version__,
     }

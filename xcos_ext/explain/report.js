@@ -474,7 +474,7 @@
   document.getElementById("counts").textContent = said.join(" ");
   const about = [`Model ${settings.model.name}, fingerprint ${settings.model.fingerprint}`, `attention ${settings.model.attention}`];
   if (settings.calibration) {
-    about.push(`false match rates from ${number(settings.calibration.pairs)} impostor pairs` + (settings.calibration.people ? ` of ${number(settings.calibration.people)} people` : ""));
+    about.push(`false match rates from ${settings.calibration}`);
   } else {
     about.push("not calibrated: no false match rates");
   }

@@ -205,7 +205,8 @@ def calibrate(
                 raise ValueError(f"{name}: expected {features.shape[0]} names, got {len(given)}")
         places = {name: np.flatnonzero(sets == name) for name in dict.fromkeys(sets.tolist())}
         parts = [
-            _sample(model, features[own], [people[place] for place in own], name, rates) for name, own in places.items()
+            _sample(model, features[own], [people[place] for place in own.tolist()], name, rates)
+            for name, own in places.items()
         ]
     at = {rate: max(own[rate] for own, _ in parts) for rate in rates}
     curve = FMRCurve.worst([curve for _, curve in parts])

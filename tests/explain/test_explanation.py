@@ -232,14 +232,16 @@ def test_uncertainty_in_false_match_rates() -> None:
     w = np.ones((7, 7))
     e = made(np.full((7, 7), 0.5), w, 0.0, curve=CURVE)
     assert e.fmr == CURVE.at(e.score) and e.fmr_at_threshold == CURVE.at(0.0)
-    assert "Of 1,000 pairs of different people the share that scores at least 0.500 is 1.0 %" in e.certainty
+    assert e.certainty.startswith("The share of impostor pairs that score at least 0.500 is 1.0 %")
     assert "at the threshold it is 10 %" in e.certainty and ": 10 times fewer." in e.certainty
     below = made(np.full((7, 7), 0.0), w, 0.5, curve=CURVE)
     assert "10 times more" in below.certainty
     high = made(np.full((7, 7), 0.95), w, 0.5, curve=CURVE)
     assert "the smallest this calibration resolves" in high.certainty and "fewer" not in high.certainty
     people = made(np.full((7, 7), 0.5), w, 0.0, curve=dataclasses.replace(CURVE, people=46))
-    assert "(46 people)" in people.certainty
+    assert ". Measured on 1,000 impostor pairs of 46 people: on other people" in people.certainty
+    sets = dataclasses.replace(CURVE, people=46, domains=("LFW", "CFP"))
+    assert "of 46 people; the worse of LFW and CFP: on" in made(np.full((7, 7), 0.5), w, 0.0, curve=sets).certainty
 
 
 def test_without_calibration() -> None:

@@ -225,6 +225,12 @@ def test_a_claim_over_several_sets_is_the_worst_of_theirs() -> None:
     old = both.curve.as_dict()
     del old["domains"]  # as files of earlier versions are
     assert FMRCurve.from_dict(old).domains == ()
+    with pytest.raises(ValueError, match=r"^people: 0 impostor pairs cannot tell"):
+        ev.calibrate(model, easy[:0], [], domains=[], **rates)
+    with pytest.raises(TypeError, match=r"^domains: "):  # one text is not taken for its letters
+        dataclasses.replace(both.curve, domains="LFW")
+    hostile = dataclasses.replace(both.curve, domains=("A", "\x1b[31mB"))
+    assert "\x1b" not in hostile.sample
     with pytest.raises(ValueError, match=r"^domains: expected 240 names, got 1$"):
         ev.calibrate(model, torch.cat((easy, hard)), people * 2, domains=["A"])
     with pytest.raises(ValueError, match=r"^people: 3 impostor pairs of B cannot tell"):

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from xcos_ext.io.several import several
+from xcos_ext.io.text import printable
+
 __all__ = ["Calibration", "FMRAtScore", "FMRCurve", "check_threshold"]
 
 
@@ -37,10 +40,10 @@ class FMRAtScore(NamedTuple):
 
 
 def _in_words(domains: Sequence[str]) -> str:
-    if len(domains) < 2:
-        return "".join(f", {name}" for name in domains)
-    worse = "worse" if len(domains) == 2 else "worst"
-    return f"; the {worse} of {', '.join(domains[:-1])} and {domains[-1]}"
+    names = [printable(name) for name in domains]  # they may be of somebody's file
+    if len(names) < 2:
+        return "".join(f", {name}" for name in names)
+    return f"; the {'worse' if len(names) == 2 else 'worst'} of {', '.join(names[:-1])} and {names[-1]}"
 
 
 def _percent(rate: float) -> str:
@@ -99,7 +102,7 @@ class FMRCurve:
         counts = [self.pairs] if self.people is None else [self.pairs, self.people]
         if not all(isinstance(count, int) and count >= 1 for count in counts):
             raise ValueError(f"pairs, people: expected positive numbers, got {self.pairs}, {self.people}")
-        object.__setattr__(self, "domains", tuple(map(str, self.domains)))
+        object.__setattr__(self, "domains", tuple(map(str, several(self.domains, "domains", ordered=True))))
 
     @property
     def sample(self) -> str:
@@ -173,7 +176,7 @@ class FMRCurve:
             ValueError, TypeError, KeyError: not such data.
         """
         known = {entry.name: data[entry.name] for entry in fields(cls) if entry.name != "domains"}
-        return cls(**known, domains=tuple(data.get("domains", ())))  # files of earlier versions do not name them
+        return cls(**known, domains=data.get("domains", ()))  # files of earlier versions do not name them
 
 
 def checked_thresholds(data: Mapping[Any, Any]) -> dict[float, float]:

@@ -203,7 +203,9 @@ def calibrate(
         for name, given in (("people", people), ("domains", sets)):
             if len(given) != features.shape[0]:
                 raise ValueError(f"{name}: expected {features.shape[0]} names, got {len(given)}")
+        # Without a picture there is one empty set, which says what is missing.
         places = {name: np.flatnonzero(sets == name) for name in dict.fromkeys(sets.tolist())}
+        places = places or {"": np.arange(0)}
         parts = [
             _sample(model, features[own], [people[place] for place in own.tolist()], name, rates)
             for name, own in places.items()

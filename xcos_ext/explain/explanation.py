@@ -262,12 +262,12 @@ class Explanation:
         said = f"The share of impostor pairs that score at least {self.score:.3f} is {fmr}"
         if at_threshold is not None:
             said += f"; at the threshold it is {at_threshold}"
-        if at_threshold is not None and fmr.resolved and at_threshold.resolved:
-            ratio = at_threshold.rate / fmr.rate
-            if ratio >= 1.05:
-                said += f": {_times(ratio)} fewer"
-            elif ratio <= 1 / 1.05:
-                said += f": {_times(1 / ratio)} more"
+            if fmr.resolved and at_threshold.resolved:
+                ratio = at_threshold.rate / fmr.rate
+                if ratio >= 1.05:
+                    said += f": {_times(ratio)} fewer"
+                elif ratio <= 1 / 1.05:
+                    said += f": {_times(1 / ratio)} more"
         return f"{said}. Measured on {self.curve.sample}: on other people and other photographs the shares differ."
 
     @property

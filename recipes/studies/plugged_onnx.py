@@ -13,37 +13,17 @@ from __future__ import annotations
 import argparse
 import tempfile
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from recipes.common import say, write_json
+from recipes.common import Padded, say, write_json
 from xcos_ext.backbones import OnnxRecogniser
 from xcos_ext.evaluation import calibrate, evaluate
 from xcos_ext.evaluation.datasets import CFP, LFW, PairList
-from xcos_ext.faces import Detector, Face, PersonFolder, create_detector
+from xcos_ext.faces import PersonFolder, create_detector
 from xcos_ext.model import XCosModel, plug
-
-
-class Padded:
-    """A detector that sees pictures with a border of a quarter of their longer side."""
-
-    def __init__(self, detector: Detector) -> None:
-        self._detector = detector
-
-    def detect(self, rgb: np.ndarray) -> list[Face]:
-        border = max(rgb.shape[:2]) // 4
-        padded = np.pad(rgb, ((border, border), (border, border), (0, 0)))
-        return [
-            replace(
-                face,
-                box=(face.box[0] - border, face.box[1] - border, *face.box[2:]),
-                landmarks=None if face.landmarks is None else face.landmarks - border,
-            )
-            for face in self._detector.detect(padded)
-        ]
 
 
 def plugged(recogniser: OnnxRecogniser, faces: Path) -> XCosModel:

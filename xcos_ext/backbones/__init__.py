@@ -11,6 +11,7 @@ from .onnx_recogniser import OnnxRecogniser
 from .recogniser import Recogniser, SplitRecogniser
 from .registry import available, create, register
 from .residual import IRSE, IResNet
+from .slim import SlimFaceNet
 from .small import CompactNet, LocalNet
 from .split_points import feature_maps
 
@@ -25,6 +26,7 @@ __all__ = [
     "MobileFaceNetReLU",
     "OnnxRecogniser",
     "Recogniser",
+    "SlimFaceNet",
     "SplitRecogniser",
     "available",
     "create",

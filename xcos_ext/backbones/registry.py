@@ -9,6 +9,7 @@ from typing import Any
 from .mobilefacenet import MobileFaceNet, MobileFaceNetReLU
 from .recogniser import Recogniser
 from .residual import IRSE, IResNet
+from .slim import SlimFaceNet
 from .small import CompactNet, LocalNet
 
 __all__ = ["available", "create", "register"]
@@ -77,3 +78,4 @@ register("compact", CompactNet)
 register("local", LocalNet)
 register("mobilefacenet", MobileFaceNet)
 register("mobilefacenet_relu", MobileFaceNetReLU)
+register("slim", SlimFaceNet)

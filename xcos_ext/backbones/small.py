@@ -10,7 +10,7 @@ from xcos_ext.card.preprocessing import ARCFACE
 
 from .recogniser import Recogniser
 
-__all__ = ["CompactNet", "LocalNet"]
+__all__ = ["CompactNet", "LocalNet", "squares_as_channels"]
 
 
 def _conv(cin: int, cout: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -29,7 +29,7 @@ def _with_relu(conv: nn.Conv2d) -> nn.Sequential:
 
 
 @fx.wrap  # one step of a graph, as it looks at the number of pictures
-def _squares_as_channels(images: Tensor) -> Tensor:
+def squares_as_channels(images: Tensor) -> Tensor:
     """2x2 pixels to channels, of no pictures too, which torch's operator gives back as they came."""
     if not torch.jit.is_tracing() and images.shape[0] == 0:
         n, channels, height, width = images.shape
@@ -69,7 +69,7 @@ class _StagedNet(Recogniser):
 
     def maps(self, images: Tensor) -> tuple[Tensor, ...]:
         """The stages' maps of normalised RGB [N, 3, 112, 112]: [N, C, 28, 28], [N, C, 14, 14], [N, C, 7, 7]."""
-        x = _squares_as_channels(images)
+        x = squares_as_channels(images)
         made = []
         for stage in self.stages:
             x = stage(x)

@@ -124,8 +124,8 @@ def teacher_loss(
     Args:
         scores: [B, B].
         embeddings: the teacher's [B, D], at unit length.
-        people: int64 [B]: genuine and impostor pairs then count half each, rare as the former are; None: every pair
-            counts alike.
+        people: int64 [B]: genuine and impostor pairs then count half each, rare as the former are, or one kind alone
+            where there is no other; None: every pair counts alike.
         kind: as in :func:`cosine_loss`.
 
     >>> float(teacher_loss(torch.full((3, 3), 0.5), torch.eye(3)))
@@ -134,9 +134,8 @@ def teacher_loss(
     cosines = embeddings @ embeddings.T
     if people is None:
         return cosine_loss(scores[~_itself(scores)], cosines[~_itself(scores)], kind)
-    genuine, impostor = kinds(people)
-    parts = [cosine_loss(scores[chosen], cosines[chosen], kind) for chosen in (genuine, impostor)]
-    return (parts[0] + parts[1]) / 2
+    parts = [cosine_loss(scores[chosen], cosines[chosen], kind) for chosen in kinds(people) if chosen.any()]
+    return torch.stack(parts).mean() if parts else 0.0 * scores.sum()
 
 
 def all_pairs(head: XCosHead, features: Tensor, detach: Detach = "none") -> Tensor:

@@ -1,0 +1,374 @@
+"""Training the default model: a narrow network that learns what several teachers say, cell by cell, of faces however seen.
+
+The teachers look at pictures as they are; the student at the same faces turned, moved, covered, small, badly lit, and
+with regions of other faces in them. What it is to say is known in each case: of a face that was altered, what the
+teachers say of the picture; of a region of another face, what they say of that face there; of what is covered, nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from recipes.altered import compressed, covered, shaded, shrunk, turned
+from recipes.swaps import CellEvidence, SwapConfig, swapped
+from recipes.teachers import Answers, TargetSpace, ask, joined
+from xcos_ext.backbones import Recogniser
+from xcos_ext.evaluation import calibrate, eer
+from xcos_ext.model import XCosHead, XCosModel, load_model, save_model
+from xcos_ext.ops import xcos_matrix
+from xcos_ext.ops.templates import Templates
+from xcos_ext.training.augment import AugmentConfig, augmented
+from xcos_ext.training.data import Pictures, normalised, read_pictures
+from xcos_ext.training.losses import all_pairs, teacher_loss
+from xcos_ext.training.settings import SETTINGS, ConfigError, TrainConfig
+from xcos_ext.training.task import BatchIndex, weight_decay_groups
+from xcos_ext.training.tasks.config import DataConfig
+from xcos_ext.training.tasks.sources import held_out_people
+
+__all__ = ["AlterConfig", "Experiment", "Sources", "StudentConfig", "StudentTask", "WeightConfig", "create", "load_sources"]
+
+_BATCH = 64  # pictures of a forward pass outside training
+_AXES_PEOPLE = 2000  # people at most that the axes are computed from
+_EVIDENCE_RATE = 5.0  # of learning the cells' scale and shift, times the rate of the rest
+_PROFILE = "profile"  # in the names of pictures that are profiles already
+
+# Faces with another's region: cells stay where they are. Others: as detectors err, a quarter of them badly.
+_COLOURS: dict[str, float] = {"brightness": 0.3, "contrast": 0.35, "saturation": 0.4, "gamma": 0.3, "grey": 0.08}
+_LIGHT = AugmentConfig(flip=0, rotate=1, scale=0.01, stretch=0.01, shift=0.01, blur=0, noise=2, patch=0, **_COLOURS)
+_USUAL = AugmentConfig(flip=0, rotate=5, scale=0.06, stretch=0.03, shift=0.03, blur=0.1, patch=0.05, **_COLOURS)
+_FAR = AugmentConfig(flip=0, rotate=14, scale=0.12, stretch=0.06, shift=0.08, blur=0.1, patch=0.05, **_COLOURS)
+
+
+@dataclass(frozen=True, config=SETTINGS)
+class StudentConfig:
+    """The model, and who teaches it.
+
+    Attributes:
+        teachers: files of recognisers, weights or ONNX.
+        trust: weight of each teacher's embedding.
+        start: model to start from, of ``recipes.surgery`` or of an earlier training.
+        spread: sharing between the teachers' cells, in cells.
+        channels: of the grid feature: principal axes kept of every cell.
+        person: how much of the person's mean embedding is added to what the teachers say of a picture.
+    """
+
+    teachers: tuple[str, ...]
+    start: str
+    trust: tuple[float, ...] = (1.0,)
+    spread: float = Field(default=1.5, ge=0)
+    channels: int = Field(default=32, ge=1)
+    person: float = Field(default=0.5, ge=0)
+
+
+@dataclass(frozen=True, config=SETTINGS)
+class AlterConfig:
+    """Shares of the faces of a batch that are altered.
+
+    Attributes:
+        turned: to one side, of those that are no profiles already.
+        covered: by what people wear.
+        far: moved, turned in the plane and scaled beyond what detectors usually do, of those without a swapped region.
+        small, dark, jpeg: small for a moment, dark on one side, compressed.
+    """
+
+    turned: float = Field(default=0.3, ge=0, le=1)
+    covered: float = Field(default=0.15, ge=0, le=1)
+    far: float = Field(default=0.3, ge=0, le=1)
+    small: float = Field(default=0.1, ge=0, le=1)
+    dark: float = Field(default=0.15, ge=0, le=1)
+    jpeg: float = Field(default=0.1, ge=0, le=1)
+
+
+@dataclass(frozen=True, config=SETTINGS)
+class WeightConfig:
+    """A weighted sum of losses.
+
+    Attributes:
+        features: squared distance to the teachers' grid feature, in units of its variance.
+        pairs: L_cos over all pairs of faces without a swapped region, genuine and impostor pairs half each.
+        cells: whether two faces' cells are one person's (:class:`recipes.swaps.CellEvidence`).
+    """
+
+    features: float = Field(default=1.0, ge=0)
+    pairs: float = Field(default=50.0, ge=0)
+    cells: float = Field(default=1.0, ge=0)
+
+
+@dataclass(frozen=True, config=SETTINGS)
+class Experiment:
+    """An experiment's file for ``task = "recipes.student"``.
+
+    Attributes:
+        data, student, train, loss, alter, swaps: tables of the file.
+        profiles: share of the people of a batch that have profiles among their pictures, where there are such.
+        task: this one.
+        name: of the exported model.
+    """
+
+    data: DataConfig
+    student: StudentConfig
+    train: TrainConfig
+    loss: WeightConfig = WeightConfig()
+    alter: AlterConfig = AlterConfig()
+    swaps: SwapConfig = SwapConfig(share=0.4)
+    profiles: float = Field(default=0.15, ge=0, le=1)
+    task: Literal["recipes.student"] = "recipes.student"
+    name: str = "xcos-slim"
+
+
+class Sources(NamedTuple):
+    """Attributes: pictures, what the teachers say of them, the space of the targets, the teachers' joint embeddings
+    [2, N, D], and indices of the pictures that are trained on and of those held out."""
+
+    pictures: Pictures
+    answers: Answers
+    space: TargetSpace
+    embeddings: Tensor
+    trained: Tensor
+    held_out: Tensor
+
+    def cells(self, views: Tensor | int, chosen: Tensor) -> Tensor:
+        """What all teachers say of pictures, cell by cell [N, P, D]."""
+        return self.space.side_by_side([cells[views, chosen] for cells in self.answers.cells])
+
+    def features(self, views: Tensor | int, chosen: Tensor) -> Tensor:
+        """Grid features [N, K, h, w] that the teachers want for pictures."""
+        return self.space.features(self.cells(views, chosen))
+
+
+def load_sources(experiment: Experiment, progress: Callable[[str, int, int], None] | None = None) -> Sources:
+    """Read the pictures, and read or compute what the teachers say of them."""
+    data, student = experiment.data, experiment.student
+    if len(student.trust) != len(student.teachers):
+        raise ConfigError(f"student.trust: expected {len(student.teachers)} numbers, got {len(student.trust)}")
+    tell = None if progress is None else lambda done, total: progress("reading", done, total)
+    pictures = read_pictures(data.pictures, progress=tell)
+    answers = ask(student.teachers, pictures, Path(data.cache), progress=progress)
+    held_out = pictures.of_people(held_out_people(data, pictures.names))
+    trained = torch.ones(len(pictures), dtype=torch.bool)
+    trained[held_out] = False
+    chosen = torch.nonzero(trained).flatten()
+    first = torch.from_numpy(np.unique(pictures.people[chosen].numpy(), return_index=True)[1])
+    some = chosen[first[:: max(1, len(first) // _AXES_PEOPLE)]]
+    space = TargetSpace.fit(
+        [cells[0, some] for cells in answers.cells], student.trust, (7, 7), student.spread, student.channels
+    )
+    embeddings = joined(answers.embeddings, student.trust)
+    sums = torch.zeros(len(pictures.names), embeddings.shape[2]).index_add_(0, pictures.people, embeddings.mean(0))
+    person = F.normalize(sums)[pictures.people]
+    return Sources(pictures, answers, space, F.normalize(embeddings + student.person * person, dim=2), chosen, held_out)
+
+
+def create(experiment: Experiment, progress: Callable[[str, int, int], None] | None = None) -> StudentTask:
+    """The task of an experiment's file."""
+    return StudentTask(load_sources(experiment, progress), experiment)
+
+
+class _Student(nn.Module):
+    """Body and head, which are kept; the evidence of cells, which is not."""
+
+    def __init__(self, body: Recogniser, head: XCosHead) -> None:
+        super().__init__()
+        self.body = body
+        self.head = head
+        self.evidence = CellEvidence(body.grid_shape[1:])
+
+
+class StudentTask:
+    """Trains a body and a head that exist already.
+
+    Args:
+        sources: pictures and what the teachers say.
+        experiment: all settings.
+
+    Raises:
+        XCosError: settings that do not fit each other or the data.
+    """
+
+    def __init__(self, sources: Sources, experiment: Experiment) -> None:
+        self.sources, self.experiment = sources, experiment
+        model = load_model(experiment.student.start)
+        head = cast(XCosHead, model.head)
+        if not isinstance(model.backbone, Recogniser) or head.channels != experiment.student.channels:
+            raise ConfigError(
+                f"student.start: expected a model with {experiment.student.channels} channels, got {head.channels}"
+            )
+        self.module = _Student(model.backbone.requires_grad_(True), head.requires_grad_(True))
+        self.module.train()
+        self.module.head.eval()  # its batch norms, the attention's, have fixed statistics
+        self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        pictures, trained = sources.pictures, sources.trained
+        self.frontal = torch.tensor([_PROFILE not in key for key in pictures.keys])
+        by_person: dict[int, list[int]] = {}
+        for picture in trained.tolist():
+            by_person.setdefault(int(pictures.people[picture]), []).append(picture)
+        several = [torch.tensor(own) for own in by_person.values() if len(own) > 1]
+        self.posed = [own for own in several if not self.frontal[own].all()]
+        self.others = [own for own in several if self.frontal[own].all()]
+        self.single = torch.tensor([own[0] for own in by_person.values() if len(own) == 1] or trained.tolist())
+        if len(several) < 2:
+            raise ConfigError(f"data.pictures: expected people with two pictures, got {len(several)}")
+        self.variance = float(sources.features(0, trained[:: max(1, len(trained) // 1024)]).var(0).mean())
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Everything; the two numbers a cell of the evidence are of another size than weights are."""
+        groups = [*weight_decay_groups(self.module.body), *weight_decay_groups(self.module.head)]
+        evidence = list(self.module.evidence.parameters())
+        return [*groups, {"params": evidence, "rate_scale": _EVIDENCE_RATE, "weight_decay": 0.0}]
+
+    # --- steps
+
+    def _drawn(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Pictures of a batch, three quarters in pairs of one person, and each one's twin in it."""
+        pairs = min((3 * size) // 8, len(self.posed) + len(self.others))
+        posed = min(round(self.experiment.profiles * pairs), len(self.posed)) if self.others else pairs
+        posed = max(posed, pairs - len(self.others))
+        chosen = []
+        for people, count in ((self.posed, posed), (self.others, pairs - posed)):
+            for person in torch.randperm(len(people), generator=generator)[:count]:
+                own = people[int(person)]
+                chosen.append(own[torch.randperm(len(own), generator=generator)[:2]])
+        rest = torch.randint(len(self.single), (size - 2 * pairs,), generator=generator)
+        twins = torch.arange(size)
+        twins[: 2 * pairs] ^= 1
+        return torch.cat((*chosen, self.single[rest])), twins
+
+    def batch(self, index: BatchIndex, size: int) -> dict[str, Tensor]:
+        """Altered faces, and what the teachers want to hear of them."""
+        sources, alter = self.sources, self.experiment.alter
+        generator = index.generator(own=True)
+
+        def share(of: float) -> Tensor:
+            return torch.rand(size, generator=generator) < of
+
+        chosen, twins = self._drawn(size, generator)
+        views = torch.randint(2, (size,), generator=generator)
+        images = sources.pictures.images[chosen].float()
+        images = torch.where(views.bool()[:, None, None, None], images.flip(3), images)
+        aside = torch.nonzero(share(alter.turned) & self.frontal[chosen]).flatten()
+        images[aside] = turned(images[aside], generator)
+        images, owner, whole = swapped(images, twins, (7, 7), self.experiment.swaps, generator)
+        images, seen = covered(images, alter.covered, generator)
+        images = shaded(shrunk(images, alter.small, generator), alter.dark, generator)
+        bytes_ = images.clamp(0, 255).round().to(torch.uint8)
+        far = share(alter.far) & whole
+        made = torch.empty_like(bytes_)
+        for config, own in ((_LIGHT, ~whole), (_FAR, far), (_USUAL, whole & ~far)):
+            made[own] = augmented(bytes_[own], config, generator)
+        cells = sources.cells(views, chosen)
+        flat = owner.flatten(1)
+        cells = cells[flat, torch.arange(flat.shape[1])]
+        cells = sources.space.own_mean + seen.flatten(1)[:, :, None] * (cells - sources.space.own_mean)
+        people = sources.pictures.people[chosen]
+        return {
+            "images": compressed(made, alter.jpeg, generator),
+            "features": sources.space.features(cells),
+            "embeddings": sources.embeddings[views, chosen],
+            "people": people[owner],
+            "faces": people,
+            "whole": whole,
+            "seen": seen,
+        }
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Mapping[str, float | Tensor]]:
+        """The weighted sum and its parts."""
+        weights, module = self.experiment.loss, self.module
+        images = normalised(module.body, batch["images"]).contiguous(memory_format=torch.channels_last)
+        grid = module.body.grid(images)
+        with torch.autocast(images.device.type, enabled=False):
+            features = module.head.features(grid.float().contiguous())
+            whole = torch.nonzero(batch["whole"]).flatten()
+            templates = Templates.from_features(features[whole], None, "norm")
+            parts = {
+                "features": (features - batch["features"]).square().mean() / self.variance,
+                "cells": module.evidence.loss(features, batch["people"], batch["faces"]),
+                "pairs": teacher_loss(
+                    all_pairs(module.head, features[whole]), batch["embeddings"][whole], batch["faces"][whole]
+                ),
+                "norm": teacher_loss(xcos_matrix(templates, templates), batch["embeddings"][whole], batch["faces"][whole]),
+            }
+        total = weights.features * parts["features"] + weights.cells * parts["cells"]
+        total = total + weights.pairs * (parts["pairs"] + parts["norm"]) / 2
+        return total, {name: value.detach() for name, value in parts.items()}
+
+    def describe(self) -> Mapping[str, Any]:
+        """Settings, data and weights that a resumed training must share."""
+        settings = dataclasses.asdict(self.experiment)
+        return {
+            **{name: settings[name] for name in ("task", "loss", "alter", "swaps", "profiles")},
+            **{name: settings["student"][name] for name in ("trust", "spread", "channels", "person")},
+            "pictures": self.sources.pictures.fingerprint,
+            "trained": len(self.sources.trained),
+        }
+
+    # --- results
+
+    def report(self) -> list[str]:
+        """What was odd about the pictures, a line each."""
+        return self.sources.pictures.report()
+
+    @torch.no_grad()
+    def _features(self, module: nn.Module, chosen: Tensor) -> Tensor:
+        """Grid features of pictures as they are, on the CPU."""
+        student = cast(_Student, module).eval()
+        device = next(student.parameters()).device
+        made = []
+        for part in chosen.split(_BATCH):
+            images = normalised(student.body, self.sources.pictures.images[part].to(device))
+            grid = student.body.grid(images.contiguous(memory_format=torch.channels_last))
+            made.append(student.head.features(grid.contiguous()).cpu())
+        return torch.cat(made)
+
+    @torch.no_grad()
+    def evaluate(self, module: nn.Module) -> Mapping[str, float]:
+        """For each set among the people held out, 1 - EER over all pairs of its pictures, with the model's own attention
+        and with norm attention; of frontal pictures, and of frontal ones against profiles."""
+        pictures, held_out = self.sources.pictures, self.sources.held_out
+        sets = [pictures.names[int(person)].split("-", 1)[0] for person in pictures.people[held_out]]
+        figures: dict[str, float] = {}
+        head = cast(_Student, module).head
+        for name in sorted(set(sets)):
+            own = held_out[torch.tensor([one == name for one in sets])]
+            features, people, frontal = self._features(module, own), pictures.people[own], self.frontal[own]
+            made = {"": head.templates(features, role="both"), "norm_": Templates.from_features(features, None, "norm")}
+            for kind, templates in made.items():
+                scores = cast(Tensor, xcos_matrix(templates, templates))
+                sides = {name: (frontal, frontal), f"{name}_profile": (frontal, ~frontal)}
+                for figure, (first, second) in sides.items():
+                    if not second.any():
+                        continue
+                    chosen = scores[first][:, second]
+                    same = people[first][:, None] == people[second]
+                    keep = torch.ones_like(same)
+                    if second is first:
+                        keep = torch.triu(keep, 1)
+                    if (same & keep).any() and (~same & keep).any():
+                        figures[f"{kind}{figure}"] = 1 - eer(chosen[keep].numpy(), same[keep].numpy()).rate
+        return figures
+
+    def export(self, module: nn.Module, folder: Path) -> list[Path]:
+        """``model.safetensors``, calibrated on the people held out, set by set, where they are enough."""
+        student = cast(_Student, module).eval()
+        model = XCosModel(student.body, student.head, name=self.experiment.name).eval()
+        pictures = self.sources.pictures
+        own = self.sources.held_out[self.frontal[self.sources.held_out]]
+        if len(own) > 1:
+            names = [pictures.names[int(person)] for person in pictures.people[own]]
+            sets = [name.split("-", 1)[0] for name in names]
+            try:
+                model.set_calibration(calibrate(model, self._features(module, own), names, domains=sets))
+            except ValueError:  # too few people to tell a rate
+                model.threshold = None
+        path = folder / "model.safetensors"
+        save_model(model, path)
+        return [path]

@@ -1,0 +1,337 @@
+"""Faces altered, teachers that answer, a narrow network made of a wide one, and a student that learns from several."""
+
+from __future__ import annotations
+
+import dataclasses
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from recipes import altered, gather, surgery, teachers
+from recipes.student import AlterConfig, Experiment, Sources, StudentConfig, StudentTask, WeightConfig, load_sources
+from recipes.swaps import SwapConfig
+from xcos_ext import backbones
+from xcos_ext.backbones import MobileFaceNetReLU, Recogniser, SlimFaceNet
+from xcos_ext.io.errors import XCosError
+from xcos_ext.model import XCosHead, XCosModel, load_model, save_model
+from xcos_ext.model.cells import cell_matrices
+from xcos_ext.training import BatchIndex, ConfigError, TrainConfig, train
+from xcos_ext.training.data import normalised, read_pictures
+from xcos_ext.training.tasks.config import DataConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PEOPLE, EACH, CHANNELS = 6, 3, 8
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def smooth(count: int, size: int = 112) -> Tensor:
+    """Smooth coloured pictures, uint8 [count, 3, size, size]."""
+    low = torch.rand(count, 3, 6, 6, generator=generator(1))
+    return (nn.functional.interpolate(low, size=(size, size), mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
+
+
+def recogniser(seed: int) -> Recogniser:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        body = nn.Sequential(nn.Conv2d(3, 24, 16, 16), nn.ReLU())
+        output = nn.Sequential(nn.Flatten(), nn.Linear(24 * 49, 16 + seed))
+        return backbones.SplitRecogniser(body, output, grid_shape=(24, 7, 7), embedding_size=16 + seed).eval()
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An archive of two sets: a person of each is held out, and one of them has a profile."""
+    import cv2
+
+    path = tmp_path_factory.mktemp("faces") / "faces.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for number, picture in enumerate(smooth(PEOPLE * EACH)):
+            person, own = divmod(number, EACH)
+            name = f"{'cfp' if person % 2 else 'lfw'}-p{person}/{'profile' if person % 2 and own == 2 else 'x'}-{own}.png"
+            archive.writestr(name, cv2.imencode(".png", picture.permute(1, 2, 0).numpy()[..., ::-1])[1].tobytes())
+    (path.parent / "held_out.txt").write_text("lfw-p4\ncfp-p5\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def experiment(faces: Path, monkeypatch_module: pytest.MonkeyPatch) -> Experiment:
+    made = [recogniser(seed).requires_grad_(False) for seed in range(2)]
+    monkeypatch_module.setattr(teachers, "open_teacher", lambda path: made[int(path)])
+    start = faces.parent / "start.safetensors"
+    with torch.random.fork_rng([]):
+        torch.manual_seed(2)
+        body = SlimFaceNet().eval()
+        head = surgery.ridge_head(body, smooth(24), torch.randn(24, CHANNELS, 7, 7, generator=generator()))
+    save_model(XCosModel(body, head), start)
+    return Experiment(
+        DataConfig(str(faces), held_out_list=str(faces.parent / "held_out.txt"), cache=str(faces.parent / "cache")),
+        StudentConfig(("0", "1"), str(start), trust=(1.25, 1.0), channels=CHANNELS),
+        TrainConfig(steps=2, batch=8, rate=1e-3, workers=0),
+    )
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module() -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def sources(experiment: Experiment) -> Sources:
+    return load_sources(experiment)
+
+
+# --- altered
+
+
+def test_a_turned_face_shows_one_side_and_the_other_not() -> None:
+    column = torch.linspace(0, 255, 112).expand(40, 3, 112, 112)
+    made = altered.turned(column.clone(), generator())
+    middle = made[:, 0, 40:80, 20:92].mean((1, 2)) - column[0, 0, 40:80, 20:92].mean()
+    assert made.shape == column.shape and torch.isfinite(made).all()
+    assert (middle > 5).sum() > 8 and (middle < -5).sum() > 8  # one half of the face fills the picture, either one
+
+
+def test_what_is_covered_is_told_cell_by_cell() -> None:
+    images = smooth(30).float()
+    made, seen = altered.covered(images, 1.0, generator())
+    changed = (made != images).any(1).float().view(30, 7, 16, 7, 16).mean((2, 4))
+    assert (seen < 0.5).flatten(1).any(1).float().mean() > 0.8
+    assert (changed[seen < 0.3] > 0.5).all() and (changed[seen == 1] == 0).all()
+    same, all_seen = altered.covered(images, 0.0, generator())
+    assert torch.equal(same, images) and bool((all_seen == 1).all())
+
+
+@pytest.mark.parametrize("what", ["shrunk", "shaded", "compressed"])
+def test_a_share_of_the_faces_is_altered(what: str) -> None:
+    images = smooth(40)
+    given = images if what == "compressed" else images.float()
+    made = getattr(altered, what)(given, 0.5, generator())
+    changed = (made != given).flatten(1).any(1).float().mean()
+    assert 0.2 < changed < 0.8 and made.dtype == given.dtype
+    assert torch.equal(made, getattr(altered, what)(given, 0.5, generator()))  # by the draws alone
+
+
+# --- the archive
+
+
+def test_who_is_held_out_under_another_name_is_found() -> None:
+    embeddings = torch.eye(4)[[0, 0, 1, 2, 2]]
+    people = ["lfw-Ann", "cfp-007", "lfw-Bob", "lfw-Cid", "lfw-Dan"]
+    found = gather.doubles(embeddings, people, {"cfp-007", "lfw-Dan"})
+    assert found == {"lfw-Ann": ("cfp-007", 1.0)}  # Cid looks like Dan, but one set's people have one name each
+
+
+# --- teachers
+
+
+def test_cells_of_teachers_add_up_to_their_embeddings(sources: Sources) -> None:
+    whole = recogniser(1)
+    with torch.no_grad():
+        images = sources.pictures.images[:4]
+        embedding = whole.embed(whole.grid(normalised(whole, images)))
+        constant = cell_matrices(whole).constant.float()
+    length = embedding.norm(dim=1, keepdim=True)
+    cells = sources.answers.cells[1][0, :4].float()
+    torch.testing.assert_close(cells.sum(1), (embedding - constant) / length, atol=2e-3, rtol=1e-2)
+    torch.testing.assert_close(sources.answers.embeddings[1][0, :4], embedding / length)
+
+
+def test_answers_of_mirrored_pictures_are_theirs(sources: Sources) -> None:
+    whole = recogniser(0)
+    with torch.no_grad():
+        embedding = whole.embed(whole.grid(normalised(whole, sources.pictures.images[:2].flip(3))))
+    torch.testing.assert_close(sources.answers.embeddings[0][1, :2], nn.functional.normalize(embedding))
+
+
+def test_interrupted_answers_are_taken_up_again(
+    experiment: Experiment, sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teachers, "_BLOCK", 4)
+    monkeypatch.setattr(teachers, "_NOTED", 1)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(name: str, done: int, total: int) -> None:
+        if done == 12:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        teachers.ask(["0"], sources.pictures, tmp_path, progress=stop)
+    seen: list[int] = []
+    again = teachers.ask(["0"], sources.pictures, tmp_path, progress=lambda name, done, total: seen.append(done))
+    assert seen[0] == 16
+    torch.testing.assert_close(again.embeddings[0], sources.answers.embeddings[0])
+
+
+def test_targets_keep_scores_of_their_teachers(sources: Sources) -> None:
+    chosen = torch.arange(len(sources.pictures))
+    cells = sources.cells(0, chosen)
+    features = sources.features(0, chosen)
+    assert features.shape == (len(chosen), CHANNELS, 7, 7)
+    shared = torch.matmul(sources.space.sharing, cells) - sources.space.mean
+    back = torch.einsum("pkd,nkp->npd", sources.space.basis, features.flatten(2))
+    assert (back - shared).norm() < 0.8 * shared.norm()  # 8 of 33 axes of networks that nobody trained
+    covered = sources.space.features(sources.space.own_mean.expand(2, -1, -1))
+    assert float(covered.abs().max()) < 1e-4  # what is covered says nothing
+
+
+# --- surgery
+
+
+def test_the_channels_that_matter_are_kept() -> None:
+    h = torch.randn(400, 6, generator=generator())
+    h[:, 1] = h[:, 0] + 0.01 * h[:, 1]  # one of the two is enough
+    y = h[:, [0, 4]] @ torch.randn(2, 3, generator=generator(1))
+    kept = surgery.kept_channels(h.T @ h, h.T @ y, 2).tolist()
+    assert kept in ([0, 4], [1, 4])
+
+
+@pytest.mark.thorough
+def test_a_narrowed_network_says_nearly_what_the_wide_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surgery, "_STEM", (60, 16, 4e-3))
+    monkeypatch.setattr(surgery, "_FACES", 64)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        network = MobileFaceNetReLU().eval().requires_grad_(False)
+    images = smooth(64)
+    body = surgery.narrowed(network, images)
+    with torch.no_grad():
+        wide = network.grid(normalised(network, images))
+        narrow = body.grid(normalised(body, images))
+        fresh = SlimFaceNet().eval().grid(normalised(body, images))
+
+    def lost(made: Tensor) -> float:
+        return float((made - wide).square().mean() / wide.var())
+
+    assert lost(narrow) < 0.8 * lost(fresh)
+
+
+def test_the_first_head_solves_for_the_wanted_features() -> None:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        body = SlimFaceNet().eval()
+    images = smooth(40)
+    with torch.no_grad():
+        grid = body.grid(normalised(body, images))
+        wanted = torch.einsum("kc,nchw->nkhw", torch.randn(CHANNELS, 512, generator=generator()), grid) + 3
+        head = surgery.ridge_head(body, images, wanted, 1e-6)
+        made = head.features(grid)
+    assert float((made - wanted).square().mean() / wanted.var()) < 0.01
+
+
+# --- the student
+
+
+def test_a_batch_holds_what_is_wanted_of_each_face(experiment: Experiment, sources: Sources) -> None:
+    plain = dataclasses.replace(
+        experiment, alter=AlterConfig(turned=0, covered=0, far=0, small=0, dark=0, jpeg=0), swaps=SwapConfig(share=0)
+    )
+    task = StudentTask(sources, plain)
+    batch = task.batch(BatchIndex(0, 0), 8)
+    assert bool(batch["whole"].all()) and bool((batch["seen"] == 1).all())
+    assert torch.equal(batch["people"], batch["faces"][:, None, None].expand(-1, 7, 7))
+    assert not set(batch["faces"].tolist()) & set(sources.pictures.people[sources.held_out].tolist())
+    both = torch.cat([sources.features(view, sources.trained) for view in range(2)]).flatten(1)
+    nearest = torch.cdist(batch["features"].flatten(1), both).amin(1)
+    assert float(nearest.max()) < 1e-3
+    again = task.batch(BatchIndex(0, 0), 8)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+
+
+def test_pasted_regions_are_wanted_as_their_owners_say(experiment: Experiment, sources: Sources) -> None:
+    task = StudentTask(sources, dataclasses.replace(experiment, swaps=SwapConfig(share=1, own=0)))
+    batch = task.batch(BatchIndex(0, 1), 8)
+    assert not batch["whole"].all()
+    mixed = batch["people"] != batch["faces"][:, None, None]
+    assert 0.02 < float(mixed.float().mean()) < 0.8
+
+
+def test_training_goes_on_and_is_exported_with_its_sets(
+    experiment: Experiment, sources: Sources, tmp_path: Path
+) -> None:
+    task = StudentTask(sources, experiment)
+    before = task.module.body.widen.weight.detach().clone()  # type: ignore[union-attr]
+    result = train(task, experiment.train, tmp_path, show=False)
+    assert not torch.equal(before, task.module.body.widen.weight)  # type: ignore[arg-type, union-attr]
+    assert np.isfinite(result.loss)
+    model = load_model(result.files[0])
+    assert model.architecture == "slim" and isinstance(model.head, XCosHead)
+    with torch.no_grad():
+        images = sources.pictures.images[:2]
+        ours = task.module.head.features(task.module.body.grid(normalised(task.module.body, images)).contiguous())
+        torch.testing.assert_close(model.features_of(list(images.permute(0, 2, 3, 1).numpy())), ours, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.thorough
+def test_a_killed_training_ends_with_the_same_bits(experiment: Experiment, sources: Sources, tmp_path: Path) -> None:
+    config = dataclasses.replace(experiment.train, steps=4, checkpoint_every=2)
+    whole = StudentTask(sources, experiment)
+    train(whole, config, tmp_path / "whole", show=False)
+
+    class Killed(Exception):
+        pass
+
+    def kill(step: int, row: object) -> None:
+        if step == 3:
+            raise Killed
+
+    first = StudentTask(sources, experiment)
+    with pytest.raises(Killed):
+        train(first, dataclasses.replace(config, log_every=1), tmp_path / "b", show=False, on_step=kill)
+    second = StudentTask(sources, experiment)
+    train(second, config, tmp_path / "b", resume=True, show=False)
+    for (name, one), other in zip(whole.module.state_dict().items(), second.module.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_figures_of_people_held_out_are_told_set_by_set(experiment: Experiment, sources: Sources) -> None:
+    task = StudentTask(sources, experiment)
+    keys = ["lfw-p0", "lfw-p2", "lfw-p4", "cfp-p1", "cfp-p3", "cfp-p5"]
+    everyone = sources._replace(held_out=sources.pictures.of_people(keys))
+    task.sources = everyone
+    figures = task.evaluate(task.module)
+    assert set(figures) == {
+        f"{kind}{name}" for kind in ("", "norm_") for name in ("lfw", "cfp", "cfp_profile")
+    }
+    assert all(0 <= value <= 1 for value in figures.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trust": (1.0,)}, "student.trust: expected 2 numbers, got 1"),
+        ({"channels": 4}, "student.start: expected a model with 4 channels, got 8"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(experiment: Experiment, change: dict[str, object], message: str) -> None:
+    bad = dataclasses.replace(experiment, student=dataclasses.replace(experiment.student, **change))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError) as caught:
+        StudentTask(load_sources(bad), bad)
+    assert message in str(caught.value)
+
+
+def test_weights_of_losses_are_those_asked_for(experiment: Experiment, sources: Sources) -> None:
+    task = StudentTask(sources, dataclasses.replace(experiment, loss=WeightConfig(features=2, pairs=0, cells=0)))
+    total, parts = task.loss(task.batch(BatchIndex(0, 0), 8))
+    assert float(total.detach()) == pytest.approx(2 * float(parts["features"]), rel=1e-5)
+    assert set(parts) == {"features", "cells", "pairs", "norm"}
+
+
+def test_missing_pictures_are_one_error(experiment: Experiment, tmp_path: Path) -> None:
+    data = dataclasses.replace(experiment.data, pictures=str(tmp_path / "none.zip"))
+    with pytest.raises(XCosError, match="none.zip"):
+        load_sources(dataclasses.replace(experiment, data=data))
+
+
+def test_reading_keeps_the_order_that_answers_have(faces: Path, sources: Sources) -> None:
+    assert read_pictures(faces).fingerprint == sources.pictures.fingerprint

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xcos_ext.faces.alignment import apply_transform, similarity_transform, template_for
 
-__all__ = ["compressed", "covered", "shaded", "shrunk", "turned"]
+__all__ = ["LENSES", "MASK", "compressed", "covered", "shaded", "shrunk", "turned"]
 
 _SIDE = 112
 
@@ -68,9 +68,7 @@ def _looked_up(yaw: float, pitch: float) -> tuple[np.ndarray, np.ndarray]:
     found[row[seen][order], column[seen][order]] = np.stack((x, y), 1)[seen][order]
     empty = np.isnan(found[..., 0])
     filled = cv2.morphologyEx((~empty).astype(np.uint8), cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8)).astype(bool)
-    _, labels = cv2.distanceTransformWithLabels(
-        empty.astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL
-    )
+    _, labels = cv2.distanceTransformWithLabels(empty.astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
     values = np.zeros((labels.max() + 1, 2))
     values[labels[~empty]] = found[~empty]
     return values[labels], filled
@@ -106,8 +104,11 @@ def turned(images: Tensor, generator: torch.Generator) -> Tensor:
 
 # --- covered: what people wear, drawn where it is on an aligned face
 
-_MASK = ((16, 64), (34, 70), (56, 63), (78, 70), (96, 64), (92, 92), (78, 112), (56, 118), (34, 112), (20, 92))
-_LENS = ((22, 44), (52, 43), (51, 58), (40, 64), (26, 60))
+#: Outlines on an aligned crop, (x, y) in pixels: of a mask, and of the two glasses of sunglasses.
+MASK = ((16, 64), (34, 70), (56, 63), (78, 70), (96, 64), (92, 92), (78, 112), (56, 118), (34, 112), (20, 92))
+LENSES = tuple(
+    tuple((x if side else 111 - x, y) for x, y in ((22, 44), (52, 43), (51, 58), (40, 64), (26, 60))) for side in (1, 0)
+)
 _HAT = ((-4, -4), (116, -4), (116, 26), (96, 34), (56, 30), (16, 34), (-4, 26))
 _KINDS = 4
 
@@ -117,13 +118,14 @@ def _drawn(kind: int, random: np.random.Generator) -> np.ndarray:
     canvas = np.zeros((_SIDE, _SIDE), np.uint8)
 
     def polygon(points: object) -> None:
-        moved = np.asarray(points, np.float64) + random.normal(0, 2, (len(points), 2)) + random.normal(0, 3, 2)  # type: ignore[arg-type]
+        moved = np.array(points, np.float64)
+        moved += random.normal(0, 2, moved.shape) + random.normal(0, 3, 2)
         cv2.fillPoly(canvas, [np.rint(moved * 8).astype(np.int32)], 255, cv2.LINE_AA, 3)
 
     if kind == 0:
-        polygon(_MASK)
+        polygon(MASK)
     elif kind == 1:
-        for lens in (_LENS, [(111 - x, y) for x, y in _LENS]):
+        for lens in LENSES:
             polygon(lens)
         y = int(random.integers(44, 54))
         cv2.line(canvas, (4, y), (108, y), 255, int(random.integers(2, 5)), cv2.LINE_AA)

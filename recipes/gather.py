@@ -3,9 +3,9 @@
     python -m recipes.gather --lfw lfw112.zip --pairs pairs.txt --celeb celeb112.zip --cfp cfp_dev.zip \\
         --detector yunet.onnx --judge mobilefacenet_arcface.pt --out data
 
-Writes ``faces.zip`` (``<set>-<person>/<picture>``, aligned 112x112) and ``held_out.txt``: people of LFW's last folds and
-of CFP's folds 3 and 4. Who is in another set under another name must not be trained on either: a person to train on
-whose mean embedding has a cosine of 0.4 or more with that of somebody held out of another set is left out.
+Writes ``faces.zip`` (``<set>-<person>/<picture>``, aligned 112x112) and ``held_out.txt``: people of LFW's last folds
+and of CFP's folds 3 and 4. Who is in another set under another name must not be trained on either: a person to train
+on whose mean embedding has a cosine of 0.4 or more with that of somebody held out of another set is left out.
 """
 
 from __future__ import annotations

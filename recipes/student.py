@@ -1,4 +1,4 @@
-"""Training the default model: a narrow network that learns what several teachers say, cell by cell, of faces however seen.
+"""Training the default model: a narrow network learns what several teachers say, cell by cell, of faces however seen.
 
 The teachers look at pictures as they are; the student at the same faces turned, moved, covered, small, badly lit, and
 with regions of other faces in them. What it is to say is known in each case: of a face that was altered, what the
@@ -35,7 +35,16 @@ from xcos_ext.training.task import BatchIndex, weight_decay_groups
 from xcos_ext.training.tasks.config import DataConfig
 from xcos_ext.training.tasks.sources import held_out_people
 
-__all__ = ["AlterConfig", "Experiment", "Sources", "StudentConfig", "StudentTask", "WeightConfig", "create", "load_sources"]
+__all__ = [
+    "AlterConfig",
+    "Experiment",
+    "Sources",
+    "StudentConfig",
+    "StudentTask",
+    "WeightConfig",
+    "create",
+    "load_sources",
+]
 
 _BATCH = 64  # pictures of a forward pass outside training
 _AXES_PEOPLE = 2000  # people at most that the axes are computed from
@@ -289,13 +298,12 @@ class StudentTask:
             features = module.head.features(grid.float().contiguous())
             whole = torch.nonzero(batch["whole"]).flatten()
             templates = Templates.from_features(features[whole], None, "norm")
+            wanted = batch["embeddings"][whole], batch["faces"][whole]
             parts = {
                 "features": (features - batch["features"]).square().mean() / self.variance,
                 "cells": module.evidence.loss(features, batch["people"], batch["faces"]),
-                "pairs": teacher_loss(
-                    all_pairs(module.head, features[whole]), batch["embeddings"][whole], batch["faces"][whole]
-                ),
-                "norm": teacher_loss(xcos_matrix(templates, templates), batch["embeddings"][whole], batch["faces"][whole]),
+                "pairs": teacher_loss(all_pairs(module.head, features[whole]), *wanted),
+                "norm": teacher_loss(xcos_matrix(templates, templates), *wanted),
             }
         total = weights.features * parts["features"] + weights.cells * parts["cells"]
         total = total + weights.pairs * (parts["pairs"] + parts["norm"]) / 2
@@ -331,8 +339,8 @@ class StudentTask:
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> Mapping[str, float]:
-        """For each set among the people held out, 1 - EER over all pairs of its pictures, with the model's own attention
-        and with norm attention; of frontal pictures, and of frontal ones against profiles."""
+        """For each set among the people held out, 1 - EER over all pairs of its pictures, with the model's own
+        attention and with norm attention; of frontal pictures, and of frontal ones against profiles."""
         pictures, held_out = self.sources.pictures, self.sources.held_out
         sets = [pictures.names[int(person)].split("-", 1)[0] for person in pictures.people[held_out]]
         figures: dict[str, float] = {}

@@ -2,11 +2,10 @@
 
     python -m recipes.surgery recipes/default_model.toml --network mobilefacenet_apache2.pt --out start.safetensors
 
-Inside each block the hidden channels are kept whose loss is least: one after the other the channel goes that the least
-squares solution over real faces misses least, and what projects the rest is solved for anew, against the network's own
-output and on what the narrower network really gives it. The layers at 56x56 pixels are replaced by a dense stem, trained
-for some hundred steps to give the network's map at 28x28. The head is the ridge regression from the map to what the
-teachers say, cell by cell.
+Inside each block one channel after the other goes that least squares over real faces misses least, and what projects
+the rest is solved for anew, against the network's own output and on what the narrower network really gives it. The
+layers at 56x56 pixels are replaced by a dense stem, trained for some hundred steps to give the network's map at 28x28.
+The head is the ridge regression from the map to what the teachers say, cell by cell.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """What several recognisers say of pictures, cell by cell, and the grid feature that they teach together.
 
 Every teacher's output block is affine over its 7x7 map, so its embedding is a sum over cells, e = c + sum_ij M_ij x_ij
-(docs/models.md). The cells of all teachers, each divided by the length of its own embedding, stand one behind the other;
-neighbours share, and each cell keeps its principal axes.
+(docs/models.md). The cells of all teachers, each divided by the length of its own embedding, stand one behind the
+other; neighbours share, and each cell keeps its principal axes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,9 +76,7 @@ def ask(
             recogniser = open_teacher(path)
             place = folder / f"{fingerprint_weights(recogniser)}-{pictures.fingerprint}"
             with file_lock(place):
-                files = _made(
-                    recogniser, pictures, place, None if progress is None else lambda d, t, n=name: progress(n, d, t)
-                )
+                files = _made(recogniser, pictures, place, None if progress is None else partial(progress, name))
         except OSError as error:
             raise XCosError(f"{place or path}: cannot be written or read: {error.strerror or error}") from error
         views = 2, len(pictures)

@@ -162,7 +162,8 @@ def load_sources(experiment: Experiment, progress: Callable[[str, int, int], Non
         raise ConfigError(f"student.trust: expected {len(student.teachers)} numbers, got {len(student.trust)}")
     tell = None if progress is None else lambda done, total: progress("reading", done, total)
     pictures = read_pictures(data.pictures, progress=tell)
-    answers = ask(student.teachers, pictures, Path(data.cache), progress=progress)
+    device = "cuda" if experiment.train.device != "cpu" and torch.cuda.is_available() else "cpu"
+    answers = ask(student.teachers, pictures, Path(data.cache), device=device, progress=progress)
     held_out = pictures.of_people(held_out_people(data, pictures.names))
     trained = torch.ones(len(pictures), dtype=torch.bool)
     trained[held_out] = False
@@ -216,6 +217,8 @@ class StudentTask:
         self.module.train()
         self.module.head.eval()  # its batch norms, the attention's, have fixed statistics
         self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        #: The body's pass in training; a compiled one may take its place.
+        self.grid: Callable[[Tensor], Tensor] = model.backbone.grid
         pictures, trained = sources.pictures, sources.trained
         self.frontal = torch.tensor([_PROFILE not in key for key in pictures.keys])
         by_person: dict[int, list[int]] = {}
@@ -293,7 +296,7 @@ class StudentTask:
         """The weighted sum and its parts."""
         weights, module = self.experiment.loss, self.module
         images = normalised(module.body, batch["images"]).contiguous(memory_format=torch.channels_last)
-        grid = module.body.grid(images)
+        grid = self.grid(images)
         with torch.autocast(images.device.type, enabled=False):
             features = module.head.features(grid.float().contiguous())
             whole = torch.nonzero(batch["whole"]).flatten()

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xcos_ext.backbones import OnnxRecogniser, Recogniser
+from recipes.sface import SFace
+from xcos_ext.backbones import Recogniser
 from xcos_ext.io.errors import XCosError
 from xcos_ext.io.fingerprint import fingerprint_weights
 from xcos_ext.model import load_recogniser
@@ -32,10 +33,9 @@ _RIDGE = 1e-6  # least length of an embedding that is divided by
 
 
 def open_teacher(path: str) -> Recogniser:
-    """A recogniser from a file of weights or an ONNX file, in evaluation mode and without gradients."""
-    if path.endswith(".onnx"):
-        return OnnxRecogniser(path, threads=torch.get_num_threads()).eval()
-    return load_recogniser(path).requires_grad_(False)
+    """A recogniser from a file of weights, or SFace from its ONNX file, in evaluation mode and without gradients."""
+    made = SFace(path).eval() if path.endswith(".onnx") else load_recogniser(path)
+    return made.requires_grad_(False)
 
 
 class Answers(NamedTuple):
@@ -56,6 +56,7 @@ def ask(
     pictures: Pictures,
     folder: Path,
     *,
+    device: str = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Answers:
     """The answers of teachers: read where they are, else computed and written; what was interrupted is taken up again.
@@ -64,6 +65,7 @@ def ask(
         teachers: files, as :func:`open_teacher` takes them.
         pictures: of the size that they expect.
         folder: of the files, 25 kB a picture and teacher for 128 numbers a cell.
+        device: that the teachers run on.
         progress: called with the teacher, views of pictures done, and in all.
 
     Raises:
@@ -76,7 +78,8 @@ def ask(
             recogniser = open_teacher(path)
             place = folder / f"{fingerprint_weights(recogniser)}-{pictures.fingerprint}"
             with file_lock(place):
-                files = _made(recogniser, pictures, place, None if progress is None else partial(progress, name))
+                tell = None if progress is None else partial(progress, name)
+                files = _made(recogniser, pictures, place, device, tell)
         except OSError as error:
             raise XCosError(f"{place or path}: cannot be written or read: {error.strerror or error}") from error
         views = 2, len(pictures)
@@ -86,7 +89,7 @@ def ask(
 
 
 def _made(
-    recogniser: Recogniser, pictures: Pictures, place: Path, progress: Callable[[int, int], None] | None
+    recogniser: Recogniser, pictures: Pictures, place: Path, device: str, progress: Callable[[int, int], None] | None
 ) -> tuple[Path, Path]:
     files = place / "cells.npy", place / "embeddings.npy"
     note, total = place / "done", 2 * len(pictures)
@@ -95,7 +98,8 @@ def _made(
     if done == total:
         return files
     matrices = cell_matrices(recogniser).matrices.float()
-    per_cell = matrices.flatten(2).permute(2, 1, 0).contiguous()  # [P, C, D]
+    per_cell = matrices.flatten(2).permute(2, 1, 0).contiguous().to(device)  # [P, C, D]
+    recogniser = recogniser.to(device)
     shapes = (total, per_cell.shape[0], per_cell.shape[2]), (total, per_cell.shape[2])
     mode = "r+" if done else "w+"
     cells, embeddings = (
@@ -106,12 +110,12 @@ def _made(
         places = torch.arange(start, min(start + _BLOCK, total))
         images = pictures.images[places % len(pictures)]
         images = torch.where((places >= len(pictures))[:, None, None, None], images.flip(3), images)
-        grid = recogniser.grid(normalised(recogniser, images)).float()
+        grid = recogniser.grid(normalised(recogniser, images.to(device))).float()
         embedding = recogniser.embed(grid).float()
         length = embedding.norm(dim=1, keepdim=True).clamp_min(_RIDGE)
         made = torch.bmm(grid.flatten(2).permute(2, 0, 1), per_cell).permute(1, 0, 2)  # [N, P, D]
-        cells[start : start + len(places)] = (made / length[:, :, None]).half().numpy()
-        embeddings[start : start + len(places)] = (embedding / length).numpy()
+        cells[start : start + len(places)] = (made / length[:, :, None]).half().cpu().numpy()
+        embeddings[start : start + len(places)] = (embedding / length).cpu().numpy()
         if number % _NOTED == _NOTED - 1 or start + len(places) == total:
             cells.flush()
             embeddings.flush()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from recipes.bank import Answers, Bank, BankConfig, open_bank, teacher_answers
 from recipes.swaps import CellEvidence, SwapConfig, swapped
-from xcos_ext.backbones import CompactNet, LocalNet, Recogniser
+from xcos_ext.backbones import CompactNet, Recogniser
 from xcos_ext.evaluation import calibrate, verification
 from xcos_ext.evaluation.datasets import Pair, read_pairs
 from xcos_ext.io.errors import XCosError
@@ -69,7 +69,6 @@ class StudentConfig:
 
     Attributes:
         teacher: weights of the recogniser that teaches, through its closed form.
-        body: ``"compact"``, whose cells see most of the face, or ``"local"``, whose cells see 44x44 pixels.
         start: a model of the same form to start from; none: random weights.
         spread: of the teacher's closed form, in cells.
         channels: of the grid feature: principal axes kept of every cell of the teacher's.
@@ -79,7 +78,6 @@ class StudentConfig:
     """
 
     teacher: str
-    body: Literal["compact", "local"] = "compact"
     start: Annotated[str | None, NONE] = None
     spread: float = Field(default=0.7, ge=0)
     channels: int = Field(default=32, ge=1)
@@ -210,7 +208,7 @@ class _Student(nn.Module):
 
     def __init__(
         self,
-        body: CompactNet | LocalNet,
+        body: CompactNet,
         head: XCosHead,
         hints: Mapping[str, tuple[int, int]],
         evidence: CellEvidence | None,
@@ -277,7 +275,7 @@ class DistillTask:
         self.variance = float(bank.features[some].float().var(0).mean())
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            body = LocalNet() if student.body == "local" else CompactNet()
+            body = CompactNet()
             attention: Any = "norm"
             if student.attention == "residual":
                 attention = XCosAttention(student.channels, student.hidden, symmetric=student.symmetric, residual=True)
@@ -303,7 +301,7 @@ class DistillTask:
         self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @staticmethod
-    def _matched(body: CompactNet | LocalNet, bank: Bank) -> dict[str, tuple[int, int]]:
+    def _matched(body: CompactNet, bank: Bank) -> dict[str, tuple[int, int]]:
         """For each hint the number and the channels of the body's map of the same size."""
         with torch.no_grad():
             maps = body.eval().maps(torch.zeros(1, 3, *body.preprocessing.size))

@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python recipes/studies/inference_choice.py compact mobilefacenet_arcface.pt ir_se_50 \\
         --faces lfw112.zip --batches 1 16 --threads 1 --json benchmarks/results/models/inference.json
 
-Models are files, names of models that the package ships, or architectures (with random weights). Every candidate scores
-the same pairs, whole: body, 1x1 block, score and maps. They take turns within one run; reported are median and
-quartiles of the time, of the times faster than the eager model and than onnxruntime, the largest difference of a score,
-and which is chosen. The tables of docs/deploy.md are made of the results (study_tables.py).
+Models are files, the shipped model's name, or architectures (with random weights). Every candidate scores the same
+pairs, whole: body, 1x1 block, score and maps. They take turns within one run; reported are median and quartiles of the
+time, of the times faster than the eager model and than onnxruntime, the largest difference of a score, and which is
+chosen. The tables of docs/deploy.md are made of the results (study_tables.py).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def load(name: str) -> XCosModel:
-    """A file, a shipped model, or an architecture with random weights whose batch norms are not the identity."""
+    """A file, the shipped model, or an architecture with random weights whose batch norms are not the identity."""
     if name in SHIPPED or Path(name).suffix:
         return load_model(name).eval()
     torch.manual_seed(0)

@@ -197,7 +197,7 @@ def models(kind: str) -> list[str]:
 
 # Explainers: faithfulness.py, shipped_models.py
 
-#: Results file -> what is explained.
+#: Results file -> what is explained, models that are not shipped any more among it.
 EXPLAINED = {
     "compact": "xcos-compact, the default model",
     "faithful": "xcos-faithful, trained on swapped regions too",

@@ -14,7 +14,7 @@ from xcos_ext.faces import PersonFolder
 from xcos_ext.model import load_recogniser
 
 BODY_UNITS = {50: 24, 100: 49, 152: 50}
-RECOGNISERS = tuple(name for name in backbones.available() if name not in ("compact", "local"))  # with an output block
+RECOGNISERS = tuple(name for name in backbones.available() if name not in ("compact", "slim"))  # with an output block
 
 
 def on_meta(name: str, **options: object) -> backbones.Recogniser:
@@ -133,27 +133,3 @@ def test_mobilefacenet_equals_its_onnx_export(shared_data: Path) -> None:
         # The export has batch norm folded: equal up to fp32 rounding through some 50 layers.
         np.testing.assert_allclose(ours.numpy(), grid, atol=2e-5 * np.abs(grid).max())
         np.testing.assert_allclose(net.embed(ours).numpy(), embedding, atol=2e-5 * np.abs(embedding).max())
-
-
-def test_a_cell_of_the_local_body_sees_its_own_part_of_the_face_and_nothing_else() -> None:
-    net = backbones.create("local").eval()
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.0)  # blocks start as the identity
-    assert [tuple(made.shape[1:]) for made in net.maps(torch.zeros(1, 3, 112, 112))] == [
-        (48, 28, 28),
-        (128, 14, 14),
-        (256, 7, 7),
-    ]
-    images = torch.randn(1, 3, 112, 112, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    net.grid(images)[0, :, 3, 2].sum().backward()
-    seen = images.grad[0].abs().sum(0) > 0
-    rows, columns = (torch.nonzero(seen.any(1 - axis)).flatten() for axis in (0, 1))
-    margin = (net.receptive_field - 16) // 2
-    assert (int(rows[0]), int(rows[-1])) == (3 * 16 - margin, 4 * 16 + margin - 1)
-    assert (int(columns[0]), int(columns[-1])) == (2 * 16 - margin, 3 * 16 + margin - 1)
-    with torch.no_grad():  # the same said with pixels: far from the cell, anything may happen
-        other = images.detach().clone()
-        other[:, :, :, 4 * 16 :] = 0.3
-        kept = (net.grid(images.detach()) == net.grid(other))[0].all(0)
-    assert kept[:, :3].all() and not kept[:, 4:].any()

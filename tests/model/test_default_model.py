@@ -95,24 +95,34 @@ def test_it_tells_people_apart_whom_it_has_never_seen(model: XCosModel, shared_d
     assert right.mean() >= 0.965  # 0.9700
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_models_go_by_name(name: str) -> None:
-    model = load_model(name)
+def test_the_shipped_model_goes_by_its_name() -> None:
+    assert list(SHIPPED) == ["compact"]
+    model = load_model("compact")
     assert model.threshold is not None and model.fmr_curve is not None
-    assert model.architecture == ("local" if name == "local" else "compact")
+    assert model.architecture == "compact"
     assert isinstance(model.head, XCosHead) and model.head.attention is not None and model.head.attention.symmetric
     faces = model.preprocessing(np.random.default_rng(0).integers(0, 256, (2, 112, 112, 3), np.uint8))
     with torch.no_grad():
         features = model.features(faces)
         assert float(model.score(features[:1], features[:1])) == pytest.approx(1, abs=1e-5)
-    assert model.fingerprint() != load_model("compact").fingerprint() or name == "compact"
+    assert model.fingerprint() == load_model().fingerprint() == "6494be24831d5526"  # results files name it
 
 
-def test_a_file_of_a_shipped_models_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_model_that_lies_in_the_package_is_one_that_it_offers() -> None:
+    assert {file.name for file in DATA.glob("xcos_*")} == set(SHIPPED.values())
+
+
+@pytest.mark.parametrize("name", ["faithful", "local", "Compact", "best"])
+def test_other_names_are_told_what_there_is(name: str) -> None:
+    with pytest.raises(ModelError, match=f"^{name}: no such file; the package ships compact$"):
+        load_model(name)
+
+
+def test_a_file_of_the_shipped_models_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert weights_file("local") == DATA / SHIPPED["local"]
-    (tmp_path / "local").write_bytes(b"mine")
-    assert weights_file("local") == "local"
+    assert weights_file("compact") == DATA / SHIPPED["compact"]
+    (tmp_path / "compact").write_bytes(b"mine")
+    assert weights_file("compact") == "compact"
     assert weights_file("other.pt") == "other.pt"
     assert weights_file(None) == default_weights()
 
@@ -136,5 +146,7 @@ def test_what_cannot_be_loaded_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="model: expected finite weights, got NaN or infinity in 1 tensors: backbone"):
         save_model(model, file)
     assert file.read_bytes() == before
-    with pytest.raises(TypeError, match="path: expected the path of a weights file or a shipped model's name, got int"):
+    with pytest.raises(
+        TypeError, match="path: expected the path of a weights file or the shipped model's name, got int"
+    ):
         load_model(5)  # type: ignore[arg-type]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recipes import altered, gather, surgery, teachers
+from recipes import altered, gather, in_minutes, pack, surgery, teachers
+from recipes.sface import SFace
 from recipes.student import AlterConfig, Experiment, Sources, StudentConfig, StudentTask, WeightConfig, load_sources
 from recipes.swaps import SwapConfig
 from xcos_ext import backbones
@@ -66,8 +69,10 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def experiment(faces: Path, monkeypatch_module: pytest.MonkeyPatch) -> Experiment:
     made = [recogniser(seed).requires_grad_(False) for seed in range(2)]
-    monkeypatch_module.setattr(teachers, "open_teacher", lambda path: made[int(path)])
-    start = faces.parent / "start.safetensors"
+    monkeypatch_module.setattr(teachers, "open_teacher", lambda path: made[int(Path(path).name)])
+    start, files = faces.parent / "start.safetensors", [faces.parent / name for name in ("0", "1")]
+    for file in files:
+        file.write_text("a teacher that the test makes itself")
     with torch.random.fork_rng([]):
         torch.manual_seed(2)
         body = SlimFaceNet().eval()
@@ -75,7 +80,7 @@ def experiment(faces: Path, monkeypatch_module: pytest.MonkeyPatch) -> Experimen
     save_model(XCosModel(body, head), start)
     return Experiment(
         DataConfig(str(faces), held_out_list=str(faces.parent / "held_out.txt"), cache=str(faces.parent / "cache")),
-        StudentConfig(("0", "1"), str(start), trust=(1.25, 1.0), channels=CHANNELS),
+        StudentConfig((str(files[0]), str(files[1])), str(start), trust=(1.25, 1.0), channels=CHANNELS),
         TrainConfig(steps=2, batch=8, rate=1e-3, workers=0),
     )
 
@@ -337,3 +342,61 @@ def test_missing_pictures_are_one_error(experiment: Experiment, tmp_path: Path) 
 
 def test_reading_keeps_the_order_that_answers_have(faces: Path, sources: Sources) -> None:
     assert read_pictures(faces).fingerprint == sources.pictures.fingerprint
+
+
+# --- in a given time, on another machine
+
+
+@pytest.fixture
+def packed(experiment: Experiment, tmp_path: Path) -> Path:
+    """The folder that is carried."""
+    settings = dataclasses.asdict(experiment)
+    config = tmp_path / "experiment.toml"
+    lines = ['task = "recipes.student"']
+    for table in ("data", "student", "train"):
+        given = {key: value for key, value in settings[table].items() if value is not None}
+        lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in given.items())]
+    config.write_text("\n".join(lines))
+    out = tmp_path / "carried"
+    assert pack.main([str(config), "--out", str(out)]) == 0
+    return out
+
+
+def test_what_is_carried_is_whole_and_small(packed: Path, faces: Path) -> None:
+    names = set(zipfile.ZipFile(packed / "faces.zip").namelist())
+    assert {name.rsplit(".", 1)[0] for name in names} == {
+        name.rsplit(".", 1)[0] for name in zipfile.ZipFile(faces).namelist()
+    }
+    assert all(name.endswith(".webp") for name in names)
+    assert {file.name for file in packed.iterdir()} == {
+        "0", "1", "experiment.json", "faces.zip", "held_out.txt", "start.safetensors"
+    }  # fmt: skip
+
+
+def test_a_folder_too_large_is_told(experiment: Experiment, packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = packed.parent / "experiment.toml"
+    assert pack.main([str(config), "--out", str(packed.parent / "b"), "--megabytes", "0.1"]) == 2
+    assert "expected at most 0.1 MB" in capsys.readouterr().err
+
+
+def test_as_many_steps_as_fit_are_trained(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_minutes, "_TIMED", (1, 2))
+    before = Path.cwd()
+    try:
+        out = tmp_path / "out"
+        arguments = [str(packed), "--minutes", "0.12", "--device", "cpu", "--out", str(out), "--set", "train.batch=8"]
+        assert in_minutes.main(arguments) == 0
+    finally:
+        os.chdir(before)
+    model = load_model(out / "model.safetensors")
+    assert model.architecture == "slim"
+    assert (out / "model.safetensors").stat().st_size < 16e6 and not (out / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.real_data
+def test_sface_of_torch_says_what_onnxruntime_does(shared_data: Path) -> None:
+    path = str(shared_data / "sface_2021dec_int8bq.onnx")
+    ours, theirs = SFace(path).eval(), backbones.OnnxRecogniser(path)
+    with torch.no_grad():
+        made = [net.embed(net.grid(normalised(net, smooth(3)))) for net in (ours, theirs)]
+    torch.testing.assert_close(*made, atol=1e-4, rtol=1e-4)

@@ -12,7 +12,7 @@ from .recogniser import Recogniser, SplitRecogniser
 from .registry import available, create, register
 from .residual import IRSE, IResNet
 from .slim import SlimFaceNet
-from .small import CompactNet, LocalNet
+from .small import CompactNet
 from .split_points import feature_maps
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "FeatureMap",
     "IResNet",
     "LayerRecogniser",
-    "LocalNet",
     "MobileFaceNet",
     "MobileFaceNetReLU",
     "OnnxRecogniser",

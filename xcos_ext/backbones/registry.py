@@ -10,7 +10,7 @@ from .mobilefacenet import MobileFaceNet, MobileFaceNetReLU
 from .recogniser import Recogniser
 from .residual import IRSE, IResNet
 from .slim import SlimFaceNet
-from .small import CompactNet, LocalNet
+from .small import CompactNet
 
 __all__ = ["available", "create", "register"]
 
@@ -75,7 +75,6 @@ for _depth in IRSE.units:
     register(f"ir_{_depth}", partial(IRSE, _depth, squeeze=False))
     register(f"ir_se_{_depth}", partial(IRSE, _depth, squeeze=True))
 register("compact", CompactNet)
-register("local", LocalNet)
 register("mobilefacenet", MobileFaceNet)
 register("mobilefacenet_relu", MobileFaceNetReLU)
 register("slim", SlimFaceNet)

@@ -25,7 +25,7 @@ Network = TypeVar("Network", "XCosModel", "Recogniser")
 
 
 def check_model_path(path: str | None) -> str:
-    """A weights file that is there, before torch is imported for it: one that is named, a shipped model's, the default.
+    """A weights file that is there, before torch is imported for it: one that is named, or the shipped model's.
 
     Raises:
         ModelError: it is not a readable regular file.

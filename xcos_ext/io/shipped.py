@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from pathlib import Path
 
@@ -14,12 +13,8 @@ __all__ = ["DATA", "SHIPPED", "default_weights", "readable_file", "weights_file"
 #: Folder of the files.
 DATA = Path(__file__).resolve().parents[1] / "data"
 
-#: Name -> file of the models that the package ships; the first one is the default.
-SHIPPED = {
-    "compact": "xcos_compact.safetensors",
-    "faithful": "xcos_faithful.safetensors",
-    "local": "xcos_local.safetensors",
-}
+#: Name -> file of the model that the package ships, which is the default.
+SHIPPED = {"compact": "xcos_compact.safetensors"}
 
 _DEFAULT_WEIGHTS = DATA / SHIPPED["compact"]
 
@@ -40,25 +35,25 @@ def default_weights() -> Path:
 
 
 def weights_file(name: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
-    """The file that is meant: a shipped model's, where it is called by its name and no file of that name exists.
+    """The file that is meant: the shipped model's, where it is called by its name and no file of that name exists.
 
     Args:
-        name: a file, or one of :data:`SHIPPED`; None: the default model.
+        name: a file, or a name in :data:`SHIPPED`; None: the default model.
 
     Raises:
         ModelError: the default model is missing from the installation; a word that is neither a file nor such a name.
 
-    >>> weights_file("faithful").name
-    'xcos_faithful.safetensors'
-    >>> weights_file("Local")
+    >>> weights_file("compact").name
+    'xcos_compact.safetensors'
+    >>> weights_file("best")
     Traceback (most recent call last):
-    xcos_ext.io.errors.ModelError: Local: no such file; did you mean local? The package ships compact, faithful, local
+    xcos_ext.io.errors.ModelError: best: no such file; the package ships compact
     """
     if name is None:
         return default_weights()
     if not isinstance(name, (str, os.PathLike)):
         raise TypeError(
-            f"path: expected the path of a weights file or a shipped model's name, got {type(name).__name__}"
+            f"path: expected the path of a weights file or the shipped model's name, got {type(name).__name__}"
         )
     word = os.fspath(name)
     if os.path.exists(name):
@@ -66,9 +61,7 @@ def weights_file(name: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
     if word in SHIPPED:
         return DATA / SHIPPED[word]
     if os.path.basename(word) == word and "." not in word:
-        near = difflib.get_close_matches(word.lower(), SHIPPED, 1)
-        hint = f"did you mean {near[0]}? The" if near else "the"
-        raise ModelError(f"{display_name(name)}: no such file; {hint} package ships {', '.join(SHIPPED)}")
+        raise ModelError(f"{display_name(name)}: no such file; the package ships {', '.join(SHIPPED)}")
     return name
 
 

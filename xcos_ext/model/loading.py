@@ -418,8 +418,8 @@ def load_model(
     unexecuted. Half-precision weights are converted to fp32.
 
     Args:
-        path: .pt, .pth or .safetensors; ``"compact"``, ``"faithful"`` or ``"local"``: a model that the package ships
-            (:data:`xcos_ext.io.shipped.SHIPPED`); None: the first of these.
+        path: .pt, .pth or .safetensors; ``"compact"``, the name of the model that the package ships
+            (:data:`xcos_ext.io.shipped.SHIPPED`), or None: that model.
         device: where to put the model.
         statistics: for recognisers: a statistics file or object, instead of the shipped ones.
         project: for recognisers: principal axes per cell, as in ``plug``.

@@ -63,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         student, held_out = experiment.student, Path(experiment.data.held_out_list)
         faces = packed_faces(PersonFolder(experiment.data.pictures), set(held_out.read_text().split()), options.quality)
         write_atomically(out / "faces.zip", lambda file: file.write(faces))
-        for file in (held_out, *student.teachers, student.start):
-            shutil.copyfile(file, out / Path(file).name)
+        for file in (held_out, *map(Path, student.teachers), Path(student.start)):
+            shutil.copyfile(file, out / file.name)
         settings = read_toml(options.config)
         settings["data"] |= {"pictures": "faces.zip", "held_out_list": held_out.name, "cache": "cache"}
         settings["student"] |= {

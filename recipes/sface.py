@@ -5,7 +5,7 @@ onnxruntime runs the file for one picture at a time; here batches are computed t
 
 from __future__ import annotations
 
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,8 @@ class SFace(Recogniser):
         self.architecture = "sface"
         self.grid_shape = (1024, 7, 7)
         self.embedding_size = 128
-        graph = read_onnx(path).graph
-        values = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
+        graph: Any = read_onnx(path).graph
+        values: dict[str, Any] = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
         layers: list[nn.Module] = []
         tail: list[nn.Module] = []
         for node in graph.node:
@@ -52,7 +52,7 @@ class SFace(Recogniser):
                 continue
             t = [None if value is None else torch.tensor(value) for value in given]
             if node.op_type == "Conv":
-                a = {x.name: x.i or list(x.ints) for x in node.attribute}
+                a: dict[str, Any] = {str(x.name): x.i or list(x.ints) for x in node.attribute}
                 weight = cast(Tensor, t[1])
                 conv = nn.Conv2d(
                     weight.shape[1] * a["group"], weight.shape[0], weight.shape[2], a["strides"][0], a["pads"][0],

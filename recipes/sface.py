@@ -45,7 +45,7 @@ class SFace(Recogniser):
         for node in graph.node:
             given = [values.get(name) for name in node.input]
             if node.op_type in ("Constant", "DequantizeLinear", "Reshape"):
-                made = ReferenceEvaluator(node).run(
+                made: Any = ReferenceEvaluator(node).run(
                     None, {name: value for name, value in zip(node.input, given, strict=True) if value is not None}
                 )
                 values[node.output[0]] = made[0]

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from xcos_ext.evaluation.datasets import CFP, PairList
 from xcos_ext.faces import Detector, Face
 from xcos_ext.io.atomic import write_atomically
 
-__all__ = ["Padded", "say", "write_json"]
+__all__ = ["Padded", "cfp_lists", "say", "write_json"]
 
 
 def say(line: str) -> None:
@@ -48,3 +52,18 @@ class Padded:
             )
             for face in self._detector.detect(padded)
         ]
+
+
+def cfp_lists(archive: Path, folds: Sequence[int] | None = None) -> dict[str, PairList]:
+    """CFP's pairs, frontal with frontal (``FF``) and with profile (``FP``), from an archive in CFP's layout.
+
+    Args:
+        archive: with ``Protocol`` and ``Data``.
+        folds: numbered from 1; None: all that are there.
+    """
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(archive) as opened:
+        opened.extractall(folder, [name for name in opened.namelist() if name.startswith("Protocol/")])
+        lists = {kind: CFP(archive, Path(folder, "Protocol/Split", kind)) for kind in ("FF", "FP")}
+    if folds is None:
+        return dict(lists)
+    return {kind: pairs.of_folds([fold - 1 for fold in folds]) for kind, pairs in lists.items()}

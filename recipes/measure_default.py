@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recipes.altered import LENSES, MASK
-from recipes.common import Padded, say, write_json
+from recipes.common import Padded, cfp_lists, say, write_json
 from recipes.gather import CFP_TESTED, LFW_TESTED
 from xcos_ext.evaluation import all_pair_scores, calibrate, evaluate
-from xcos_ext.evaluation.datasets import CFP, LFW, PairList
+from xcos_ext.evaluation.datasets import LFW, PairList
 from xcos_ext.evaluation.faithfulness import Faces, Settings, Study, region_swap
 from xcos_ext.explain.explainers import XCosPairs, create
 from xcos_ext.faces import create_detector, extract_face
@@ -229,20 +227,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         lfw = LFW(options.lfw, options.pairs, folds=[fold - 1 for fold in LFW_TESTED])
         detector = Padded(create_detector(options.detector))
-        with tempfile.TemporaryDirectory() as folder:
-            with zipfile.ZipFile(options.cfp) as archive:
-                archive.extractall(folder, [name for name in archive.namelist() if name.startswith("Protocol/")])
-            cfp: dict[str, PairList] = {}
-            for kind in ("FF", "FP"):
-                whole = CFP(options.cfp, Path(folder, "Protocol/Split", kind))
-                cfp[kind] = whole.of_folds(sorted({(number - 1) // 50 for number in CFP_TESTED}))
-            for name in options.models:
-                say(name)
-                model = load_model(name).requires_grad_(False)
-                result[Path(name).stem] = {"fingerprint": model.fingerprint()} | measure(
-                    model, lfw, cfp, detector, options.swaps
-                )
-                write_json(options.json, result)
+        cfp = cfp_lists(options.cfp, sorted({(number - 1) // 50 + 1 for number in CFP_TESTED}))
+        for name in options.models:
+            say(name)
+            model = load_model(name).requires_grad_(False)
+            result[Path(name).stem] = {"fingerprint": model.fingerprint()} | measure(
+                model, lfw, cfp, detector, options.swaps
+            )
+            write_json(options.json, result)
     except (XCosError, OSError, ValueError) as error:
         say(f"measure_default: {error}")
         return 2

@@ -76,7 +76,7 @@ class StudentConfig:
     trust: tuple[float, ...] = (1.0,)
     spread: float = Field(default=1.5, ge=0)
     channels: int = Field(default=32, ge=1)
-    person: float = Field(default=0.5, ge=0)
+    person: float = Field(default=0.25, ge=0)
 
 
 @dataclass(frozen=True, config=SETTINGS)
@@ -103,8 +103,9 @@ class WeightConfig:
     """A weighted sum of losses.
 
     Attributes:
-        features: squared distance to the teachers' grid feature, in units of its variance.
-        pairs: L_cos over all pairs of faces without a swapped region, genuine and impostor pairs half each.
+        features: squared distance to the teachers' grid feature, whose variance is 1.
+        pairs: L_cos over all pairs of faces without a swapped region, every pair alike: the few genuine pairs of a
+            batch, counted as much as its hundreds of impostors, drown what the teachers say of these in noise.
         cells: whether two faces' cells are one person's (:class:`recipes.swaps.CellEvidence`).
     """
 
@@ -118,7 +119,7 @@ class Experiment:
     """An experiment's file for ``task = "recipes.student"``.
 
     Attributes:
-        data, student, train, loss, alter, swaps: tables of the file.
+        data, student, train, loss, alter, swaps: tables of the file; half of a batch may be swapped.
         profiles: share of the people of a batch that have profiles among their pictures, where there are such.
         task: this one.
         name: of the exported model.
@@ -129,7 +130,7 @@ class Experiment:
     train: TrainConfig
     loss: WeightConfig = WeightConfig()
     alter: AlterConfig = AlterConfig()
-    swaps: SwapConfig = SwapConfig(share=0.4)
+    swaps: SwapConfig = SwapConfig(share=0.8)
     profiles: float = Field(default=0.15, ge=0, le=1)
     task: Literal["recipes.student"] = "recipes.student"
     name: str = "xcos-slim"
@@ -230,7 +231,6 @@ class StudentTask:
         self.single = torch.tensor([own[0] for own in by_person.values() if len(own) == 1] or trained.tolist())
         if len(several) < 2:
             raise ConfigError(f"data.pictures: expected people with two pictures, got {len(several)}")
-        self.variance = float(sources.features(0, trained[:: max(1, len(trained) // 1024)]).var(0).mean())
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Everything; the two numbers a cell of the evidence are of another size than weights are."""
@@ -269,21 +269,27 @@ class StudentTask:
         images = torch.where(views.bool()[:, None, None, None], images.flip(3), images)
         aside = torch.nonzero(share(alter.turned) & self.frontal[chosen]).flatten()
         images[aside] = turned(images[aside], generator)
-        images, owner, whole = swapped(images, twins, (7, 7), self.experiment.swaps, generator)
+        # The first half stays whole, so that pairs of one person are left for the loss on scores.
+        half = 2 * (size // 4)
+        made = swapped(images[half:], twins[half:] - half, (7, 7), self.experiment.swaps, generator)
+        images = torch.cat((images[:half], made.images))
+        own = torch.arange(half)[:, None, None].expand(-1, 7, 7)
+        owner = torch.cat((own, made.owner + half))
+        whole = torch.cat((torch.ones(half, dtype=torch.bool), made.whole))
         images, seen = covered(images, alter.covered, generator)
         images = shaded(shrunk(images, alter.small, generator), alter.dark, generator)
         bytes_ = images.clamp(0, 255).round().to(torch.uint8)
         far = share(alter.far) & whole
-        made = torch.empty_like(bytes_)
-        for config, own in ((_LIGHT, ~whole), (_FAR, far), (_USUAL, whole & ~far)):
-            made[own] = augmented(bytes_[own], config, generator)
+        moved = torch.empty_like(bytes_)
+        for config, these in ((_LIGHT, ~whole), (_FAR, far), (_USUAL, whole & ~far)):
+            moved[these] = augmented(bytes_[these], config, generator)
         cells = sources.cells(views, chosen)
         flat = owner.flatten(1)
         cells = cells[flat, torch.arange(flat.shape[1])]
         cells = sources.space.own_mean + seen.flatten(1)[:, :, None] * (cells - sources.space.own_mean)
         people = sources.pictures.people[chosen]
         return {
-            "images": compressed(made, alter.jpeg, generator),
+            "images": compressed(moved, alter.jpeg, generator),
             "features": sources.space.features(cells),
             "embeddings": sources.embeddings[views, chosen],
             "people": people[owner],
@@ -301,12 +307,12 @@ class StudentTask:
             features = module.head.features(grid.float().contiguous())
             whole = torch.nonzero(batch["whole"]).flatten()
             templates = Templates.from_features(features[whole], None, "norm")
-            wanted = batch["embeddings"][whole], batch["faces"][whole]
+            wanted = batch["embeddings"][whole]
             parts = {
-                "features": (features - batch["features"]).square().mean() / self.variance,
+                "features": (features - batch["features"]).square().mean(),
                 "cells": module.evidence.loss(features, batch["people"], batch["faces"]),
-                "pairs": teacher_loss(all_pairs(module.head, features[whole]), *wanted),
-                "norm": teacher_loss(xcos_matrix(templates, templates), *wanted),
+                "pairs": teacher_loss(all_pairs(module.head, features[whole]), wanted),
+                "norm": teacher_loss(xcos_matrix(templates, templates), wanted),
             }
         total = weights.features * parts["features"] + weights.cells * parts["cells"]
         total = total + weights.pairs * (parts["pairs"] + parts["norm"]) / 2

@@ -138,7 +138,8 @@ class TargetSpace(NamedTuple):
         sharing: G [P, P] (to, from).
         mean: [P, D], of shared cells.
         own_mean: [P, D], of cells before sharing: what a hidden cell says.
-        basis: B [P, K, D], principal axes.
+        basis: B [P, K, D], principal axes, all times one number: F has variance 1 over all its elements. Scores do not
+            depend on it; the rate at which a head can learn does.
     """
 
     weights: tuple[float, ...]
@@ -165,12 +166,14 @@ class TargetSpace(NamedTuple):
         sharing = torch.eye(whole.shape[1]) if sharing is None else sharing.float()
         own_mean = whole.mean(0)
         mean = sharing @ own_mean
-        basis = []
+        basis, kept = [], 0.0
         for cell in range(whole.shape[1]):
             shared = torch.einsum("k,nkd->nd", sharing[cell], whole) - mean[cell]
-            vectors = torch.linalg.eigh((shared.T @ shared).double())[1]
+            values, vectors = torch.linalg.eigh((shared.T @ shared).double())
             basis.append(vectors[:, -channels:].flip(1).T.float())
-        return cls(tuple(weights), sharing, mean, own_mean, torch.stack(basis))
+            kept += float(values[-channels:].sum())
+        scale = (whole.shape[0] * whole.shape[1] * channels / max(kept, 1e-30)) ** 0.5
+        return cls(tuple(weights), sharing, mean, own_mean, scale * torch.stack(basis))
 
     def side_by_side(self, cells: Sequence[Tensor]) -> Tensor:
         """Teachers' cells [N, P, D] as one, fp32."""

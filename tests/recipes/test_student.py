@@ -186,10 +186,12 @@ def test_targets_keep_scores_of_their_teachers(sources: Sources) -> None:
     features = sources.features(0, chosen)
     assert features.shape == (len(chosen), CHANNELS, 7, 7)
     shared = torch.matmul(sources.space.sharing, cells) - sources.space.mean
-    back = torch.einsum("pkd,nkp->npd", sources.space.basis, features.flatten(2))
+    scale = sources.space.basis[0, 0].square().sum()
+    back = torch.einsum("pkd,nkp->npd", sources.space.basis, features.flatten(2)) / scale
     assert (back - shared).norm() < 0.8 * shared.norm()  # 8 of 33 axes of networks that nobody trained
+    assert 0.5 < float(features[sources.trained].square().mean()) < 2
     covered = sources.space.features(sources.space.own_mean.expand(2, -1, -1))
-    assert float(covered.abs().max()) < 1e-4  # what is covered says nothing
+    assert float(covered.abs().max()) < 1e-3  # what is covered says nothing
 
 
 # --- surgery
@@ -258,7 +260,7 @@ def test_a_batch_holds_what_is_wanted_of_each_face(experiment: Experiment, sourc
 def test_pasted_regions_are_wanted_as_their_owners_say(experiment: Experiment, sources: Sources) -> None:
     task = StudentTask(sources, dataclasses.replace(experiment, swaps=SwapConfig(share=1, own=0)))
     batch = task.batch(BatchIndex(0, 1), 8)
-    assert not batch["whole"].all()
+    assert bool(batch["whole"][:4].all()) and not batch["whole"].all()  # the first half stays whole
     mixed = batch["people"] != batch["faces"][:, None, None]
     assert 0.02 < float(mixed.float().mean()) < 0.8
 

@@ -104,6 +104,16 @@ def test_genuine_and_impostor_pairs_may_count_alike() -> None:
     assert float(teacher_loss(scores, embeddings, people, "l1")) == pytest.approx((0.4 + 0.1) / 2)
 
 
+def test_the_loss_against_a_teacher_counts_the_kind_that_is_there() -> None:
+    scores = torch.tensor([[1.0, 0.5], [0.5, 1.0]], requires_grad=True)
+    for people in (torch.tensor([0, 0]), torch.tensor([0, 1])):  # genuine pairs alone, impostor pairs alone
+        assert float(teacher_loss(scores, torch.eye(2), people).detach()) == pytest.approx(0.25)
+    alone = teacher_loss(scores[:1, :1], torch.eye(2)[:1], torch.tensor([0]))  # no pair at all
+    assert float(alone.detach()) == 0
+    alone.backward()
+    assert torch.equal(torch.zeros(2, 2), scores.grad)  # type: ignore[arg-type]
+
+
 def test_faces_without_another_of_their_person_count_as_impostors_only() -> None:
     scores = torch.rand(5, 5)
     people = torch.tensor([0, 0, 1, 1, 2])

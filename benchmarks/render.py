@@ -36,6 +36,7 @@ TABLES = {
     "gpu": lambda kind: [gpu_table.table(kind).rstrip("\n")],
     "head": lambda kind: tables.operators(["head/threads1.json", "head/threads2.json"], kind),
     "inference": study_tables.inference,
+    "measured": study_tables.measured,
     "models": study_tables.models,
     "onnx": study_tables.onnx,
     "speed": tables.speed,

@@ -9,6 +9,7 @@ is ``model.safetensors`` in fp16, the log and the evaluations.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -28,7 +29,9 @@ from xcos_ext.training.settings import build, override
 
 __all__ = ["steps_that_fit"]
 
-_TIMED = (4, 12)  # steps before the clock runs, as compiling takes the first ones, and with it
+_FIRST = 4  # steps before the clock runs: compiling takes the first ones, and with it
+_TIMED = 12  # steps that are timed at most,
+_SHARE = 0.1  # or this share of the time
 _LEFT = 0.06  # share of the time kept for evaluation and files
 
 
@@ -43,11 +46,22 @@ def steps_that_fit(task: Callable[[], StudentTask], config: TrainConfig, seconds
     started = time.monotonic()
     made = task()
     times: list[float] = []
-    timed = dataclasses.replace(config, steps=sum(_TIMED), warmup=0, log_every=1, evaluate_every=0, checkpoint_every=0)
-    made.evaluate = lambda module: {}  # type: ignore[method-assign]
-    train(made, timed, show=False, on_step=lambda step, row: times.append(time.monotonic()))
-    each = (times[-1] - times[_TIMED[0] - 1]) / _TIMED[1]
+
+    def tick(step: int, row: object) -> None:
+        times.append(time.monotonic())
+        if len(times) > _FIRST and times[-1] - times[0] > _SHARE * seconds:
+            raise _EnoughError
+
+    timed = dataclasses.replace(config, steps=_FIRST + _TIMED, log_every=1, evaluate_every=0, checkpoint_every=0)
+    with contextlib.suppress(_EnoughError):
+        made.evaluate = lambda module: {}  # type: ignore[method-assign]
+        train(made, timed, show=False, on_step=tick)
+    each = (times[-1] - times[_FIRST - 1]) / (len(times) - _FIRST)
     return max(1, int((seconds - (time.monotonic() - started)) * (1 - _LEFT) / each))
+
+
+class _EnoughError(Exception):
+    """Steps have been timed long enough."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

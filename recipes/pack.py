@@ -2,8 +2,8 @@
 
     python -m recipes.pack recipes/slim_model.toml --out .carry
 
-Faces become WebP, people with one picture stay behind unless they are held out, and the paths of the experiment are
-those in the folder. ``recipes/train_default.sh`` trains from it.
+Faces become WebP, at most 16 of a person, people with one picture stay behind unless they are held out, and the paths
+of the experiment are those in the folder. ``recipes/train_default.sh`` trains from it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from xcos_ext.training.tasks import load_experiment
 
 __all__ = ["packed_faces"]
 
+_MOST = 16  # pictures of a person: some have hundreds, and more people are worth more
+
 
 def packed_faces(pictures: PersonFolder, held_out: set[str], quality: int) -> bytes:
     """A zip archive of WebP pictures: of people with several, and of those held out."""
@@ -38,7 +40,7 @@ def packed_faces(pictures: PersonFolder, held_out: set[str], quality: int) -> by
             keys = pictures.of(person)
             if len(keys) < 2 and person not in held_out:
                 continue
-            for key in keys:
+            for key in keys[:: max(1, -(-len(keys) // _MOST))]:
                 coded = io.BytesIO()
                 Image.fromarray(pictures.read(key)).save(coded, "WEBP", quality=quality, method=6)
                 archive.writestr(f"{key.rsplit('.', 1)[0]}.webp", coded.getvalue())
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="experiment with task = 'recipes.student'")
     parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="TABLE.KEY=VALUE")
-    parser.add_argument("--quality", type=int, default=50, help="of WebP, 0 to 100 (default 50)")
+    parser.add_argument("--quality", type=int, default=40, help="of WebP, 0 to 100 (default 40)")
     parser.add_argument("--megabytes", type=float, default=35, help="that the folder may have (default 35)")
     parser.add_argument("--out", type=Path, required=True, help="folder, made anew")
     options = parser.parse_args(arguments)

@@ -382,7 +382,7 @@ def test_a_folder_too_large_is_told(experiment: Experiment, packed: Path, capsys
 
 
 def test_as_many_steps_as_fit_are_trained(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(in_minutes, "_TIMED", (1, 2))
+    monkeypatch.setattr(in_minutes, "_FIRST", 1)
     before = Path.cwd()
     try:
         out = tmp_path / "out"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -206,8 +207,8 @@ _ASKED = {
     "xcos-similarity": "0.90, 0.95",
     "xcos": "0.86, 0.92",
     "same person": "0.64, 0.58",
-    "largest share": "12, 8",
-    "LFW to CFP": "0.25 to 1, 0.4 to 0.6",
+    "largest share": "12 %, 8 %",
+    "LFW to CFP": "0.25 to 1 %, 0.4 to 0.6 %",
 }
 _LISTS = {"LFW": "LFW", "CFP FF": "CFP, frontal with frontal", "CFP FP": "CFP, frontal with profile"}
 
@@ -217,41 +218,40 @@ def _estimate(found: Data) -> str:
     return f"{found['value']:.2f} [{low:.2f}, {high:.2f}]"
 
 
+def _share(found: float) -> str:
+    return f"{100 * found:.2g} %"
+
+
+def _accuracy(found: Data) -> str:
+    low, high = (100 * end for end in found["own"]["intervals"]["accuracy"])
+    return f"{100 * found['own']['accuracy']['mean']:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def measured(name: str) -> list[str]:
     """Models side by side, as ``measure_default.py`` measured them in one run."""
     data: Data = load(f"models/{name}.json")
+    rows: list[list[str]] = []
 
-    def accuracy(found: Data) -> str:
-        low, high = (100 * end for end in found["own"]["intervals"]["accuracy"])
-        return f"{100 * found['own']['accuracy']['mean']:.2f} [{low:.2f}, {high:.2f}]"
+    def row(label: str, asked: str, shown: Callable[[Any], str], *keys: str) -> None:
+        cells = [label, _ASKED.get(asked, "")]
+        for found in data.values():
+            for key in keys:
+                found = found[key]
+            cells.append(shown(found))
+        rows.append(cells)
 
-    def row(label: str, asked: str, cell: Callable[[Data], str]) -> list[str]:
-        return [label, _ASKED.get(asked, ""), *(cell(model) for model in data.values())]
-
-    rows = [row(f"{label}, accuracy %", key, lambda m, key=key: accuracy(m[key])) for key, label in _LISTS.items()]
-    altered = next(iter(data.values()))["altered"]
-    rows += [row(f"LFW, {key}, accuracy %", key, lambda m, key=key: accuracy(m["altered"][key])) for key in altered]
-    for key, label in (("xcos-similarity", "S"), ("xcos", "contribution")):
-        rows.append(row(f"region swap, {label}", key, lambda m, key=key: _estimate(m["swaps"][key]["absolute"])))
-    centred = "same_person_centred"
-    rows.append(
-        row(
-            "the same person's region, S, centred (0.5 is right)",
-            "same person",
-            lambda m: _estimate(m["swaps"]["xcos-similarity"][centred]),
-        )
-    )
-    rows.append(
-        row("largest share of attention, mean, %", "largest share", lambda m: f"{100 * m['largest_share']['LFW']:.1f}")
-    )
-    for key, label in (("LFW to CFP", "CFP by LFW's threshold"), ("CFP to LFW", "LFW by CFP's threshold")):
-        rows.append(
-            row(
-                f"false match rate where 0.5 % is claimed: {label}, %",
-                key,
-                lambda m, key=key: f"{100 * m['claims'][key]['fmr']:.2f}",
-            )
-        )
+    for key, label in _LISTS.items():
+        row(f"{label}, accuracy %", key, _accuracy, key)
+    for key in next(iter(data.values()))["altered"]:
+        row(f"LFW, {key}, accuracy %", key, _accuracy, "altered", key)
+    row("region swap, S", "xcos-similarity", _estimate, "swaps", "xcos-similarity", "absolute")
+    row("region swap, contribution", "xcos", _estimate, "swaps", "xcos", "absolute")
+    same = "the same person's region, S, centred (0.5 is right)"
+    row(same, "same person", _estimate, "swaps", "xcos-similarity", "same_person_centred")
+    row("largest share of attention, mean", "largest share", _share, "largest_share", "LFW")
+    claimed = "false match rate where 0.5 % is claimed"
+    row(f"{claimed}: CFP by LFW's threshold", "LFW to CFP", _share, "claims", "LFW to CFP", "fmr")
+    row(f"{claimed}: LFW by CFP's threshold", "CFP to LFW", _share, "claims", "CFP to LFW", "fmr")
     return markdown(["people never trained on", "floor, aim", *data], rows)
 
 

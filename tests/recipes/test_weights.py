@@ -19,5 +19,5 @@ def test_the_next_default_model_loads_and_is_small() -> None:
     features = model.features_of(list(faces))
     assert features.shape == (2, 32, 7, 7)
     made = model.score(features[:1], features[1:], return_maps=True)
-    assert float(made.attention.sum()) == pytest.approx(1, abs=1e-5)
+    assert made.attention.sum().item() == pytest.approx(1, abs=1e-5)
     assert model.threshold is not None and model.fmr_curve is not None

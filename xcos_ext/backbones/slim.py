@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from xcos_ext.card.preprocessing import ARCFACE
 
@@ -11,6 +11,8 @@ from .recogniser import Recogniser
 from .small import squares_as_channels
 
 __all__ = ["SlimFaceNet"]
+
+fx.wrap("squares_as_channels")  # one step of a graph: fx looks for its name in the module that calls it
 
 # Hidden channels of the blocks at 28, 14 and 7 pixels; the first of the latter two halve the sides.
 _HIDDEN = ((96,) * 4, (256, *(192,) * 6), (512, 256, 256, 512, 512))

@@ -132,12 +132,7 @@ def figures(model: XCosModel, pairs: PairList, detector: Padded | None = None) -
 @torch.no_grad()
 def largest_share(model: XCosModel, pairs: PairList) -> float:
     """Mean over pairs of the largest W."""
-    features = torch.cat(
-        [
-            model.features_of([pairs.read(key) for key in pairs.keys[start : start + 64]])
-            for start in range(0, len(pairs.keys), 64)
-        ]
-    )
+    features = model.features_of([pairs.read(key) for key in pairs.keys], 64)
     shares = [
         model.score(features[a], features[b], return_maps=True).attention.flatten(1).amax(1)
         for a, b in zip(
@@ -151,9 +146,7 @@ def largest_share(model: XCosModel, pairs: PairList) -> float:
 def frontal(model: XCosModel, crops: dict[str, list[Crop]]) -> tuple[Tensor, list[str]]:
     """Grid features and people of all crops."""
     names = [person for person, own in crops.items() for _ in own]
-    pictures = [crop for own in crops.values() for crop in own]
-    features = [model.features_of(pictures[start : start + 64]) for start in range(0, len(pictures), 64)]
-    return torch.cat(features), names
+    return model.features_of([crop for own in crops.values() for crop in own], 64), names
 
 
 def claims(model: XCosModel, sets: dict[str, dict[str, list[Crop]]]) -> dict[str, Any]:

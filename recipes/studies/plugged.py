@@ -13,10 +13,11 @@ rejected. Accuracies take each fold's threshold from the other folds; intervals 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,13 +32,12 @@ from xcos_ext.evaluation.scoring import crops
 from xcos_ext.faces import PersonFolder, create_detector
 from xcos_ext.io.errors import XCosError
 from xcos_ext.model import XCosModel, load_model, load_recogniser, plug
-from xcos_ext.ops import grid_match
 
 __all__ = ["MATCHINGS", "measured", "plugged"]
 
-#: How cells find their partners: name -> arguments of :func:`xcos_ext.grid_match`, or None: in their places.
-MATCHINGS: dict[str, dict[str, Any] | None] = {
-    "": None,
+#: How cells find their partners: name -> arguments of ``head.set_matching``; without a name: in their places.
+MATCHINGS: dict[str, dict[str, Any]] = {
+    "": {"radius": 0},
     "best of radius 1": {"radius": 1, "match": "best"},
     "soft, radius 1": {"radius": 1, "match": "soft", "temperature": 0.1},
 }
@@ -50,19 +50,15 @@ def plugged(recogniser: Recogniser, faces: Path) -> XCosModel:
     folder = PersonFolder(faces)
     pictures = [folder.read(folder.of(person)[0]) for person in folder.people]
     model = plug(recogniser, pictures)
-    features = torch.cat([model.features_of(pictures[i : i + 32]) for i in range(0, len(pictures), 32)])
+    features = model.features_of(pictures, 32)
     model.set_calibration(calibrate(model, features, list(folder.people), decision_fmr=5e-3, fmrs=(1e-1, 1e-2, 1e-3)))
     return model
 
 
-def _matched(model: XCosModel, matching: dict[str, Any] | None) -> Score:
-    def score(a: Tensor, b: Tensor) -> Tensor:
-        made = model.score(a, b, return_maps=True)
-        if matching is None:
-            return made.score
-        return (made.attention * cast(Tensor, grid_match(a, b, **matching))).sum((1, 2))
-
-    return score
+def _matched(model: XCosModel, matching: dict[str, Any]) -> Score:
+    head = copy.copy(model.head)  # the same weights, a matching of its own
+    head.set_matching(**matching)
+    return head.score
 
 
 @torch.no_grad()

@@ -63,9 +63,9 @@ class SlimFaceNet(Recogniser):
         )
         blocks: list[nn.Module] = []
         cin = 64
-        for cout, hidden in zip((64, 128, 128), _HIDDEN, strict=True):
+        for cout, first, hidden in zip((64, 128, 128), (1, 2, 2), _HIDDEN, strict=True):
             for i, width in enumerate(hidden):
-                blocks.append(_Inverted(cin, width, cout, 2 if cin != cout or (i == 0 and width == 512) else 1))
+                blocks.append(_Inverted(cin, width, cout, first if i == 0 else 1))
                 cin = cout
         self.blocks = nn.Sequential(*blocks)
         self.widen = nn.Conv2d(128, 512, 1)

@@ -20,8 +20,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from recipes.altered import compressed, covered, shaded, shrunk, turned
-from recipes.swaps import CellEvidence, SwapConfig, swapped
-from recipes.teachers import Answers, TargetSpace, ask, joined
+from recipes.swaps import SwapConfig, swapped
+from recipes.teachers import TargetSpace, ask, joined
 from xcos_ext.backbones import Recogniser
 from xcos_ext.evaluation import calibrate, eer
 from xcos_ext.model import XCosHead, XCosModel, load_model, save_model
@@ -46,9 +46,9 @@ __all__ = [
     "load_sources",
 ]
 
+_BLOCK = 512  # pictures whose targets are made at once
 _BATCH = 64  # pictures of a forward pass outside training
 _AXES_PEOPLE = 2000  # people at most that the axes are computed from
-_EVIDENCE_RATE = 5.0  # of learning the cells' scale and shift, times the rate of the rest
 _PROFILE = "profile"  # in the names of pictures that are profiles already
 
 # Faces with another's region: cells stay where they are. Others: as detectors err, a quarter of them badly.
@@ -68,7 +68,7 @@ class StudentConfig:
         start: model to start from, of ``recipes.surgery`` or of an earlier training.
         spread: sharing between the teachers' cells, in cells.
         channels: of the grid feature: principal axes kept of every cell.
-        person: how much of the person's mean embedding is added to what the teachers say of a picture.
+        person: how much of the mean over the person's pictures is added to what the teachers say of a picture.
     """
 
     teachers: tuple[str, ...]
@@ -104,14 +104,17 @@ class WeightConfig:
 
     Attributes:
         features: squared distance to the teachers' grid feature, whose variance is 1.
+        pasted: how often a cell with another person's region counts in it: few cells are such, and only these tell a
+            cell from its face.
         pairs: L_cos over all pairs of faces without a swapped region, every pair alike: the few genuine pairs of a
             batch, counted as much as its hundreds of impostors, drown what the teachers say of these in noise.
-        cells: whether two faces' cells are one person's (:class:`recipes.swaps.CellEvidence`).
+        cells: squared distance of S to the teachers', cell by cell, over all pairs of faces, as far as both are seen.
     """
 
-    features: float = Field(default=1.0, ge=0)
+    features: float = Field(default=3.0, ge=0)
+    pasted: float = Field(default=8.0, gt=0)
     pairs: float = Field(default=50.0, ge=0)
-    cells: float = Field(default=1.0, ge=0)
+    cells: float = Field(default=20.0, ge=0)
 
 
 @dataclass(frozen=True, config=SETTINGS)
@@ -137,23 +140,15 @@ class Experiment:
 
 
 class Sources(NamedTuple):
-    """Attributes: pictures, what the teachers say of them, the space of the targets, the teachers' joint embeddings
-    [2, N, D], and indices of the pictures that are trained on and of those held out."""
+    """Attributes: pictures, and of each as it is and mirrored: the grid features that the teachers want for it
+    [2, N, K, h, w] (fp16, mean 0, variance 1) and their joint embedding [2, N, D]; indices of the pictures that are
+    trained on and of those held out."""
 
     pictures: Pictures
-    answers: Answers
-    space: TargetSpace
+    features: Tensor
     embeddings: Tensor
     trained: Tensor
     held_out: Tensor
-
-    def cells(self, views: Tensor | int, chosen: Tensor) -> Tensor:
-        """What all teachers say of pictures, cell by cell [N, P, D]."""
-        return self.space.side_by_side([cells[views, chosen] for cells in self.answers.cells])
-
-    def features(self, views: Tensor | int, chosen: Tensor) -> Tensor:
-        """Grid features [N, K, h, w] that the teachers want for pictures."""
-        return self.space.features(self.cells(views, chosen))
 
 
 def load_sources(experiment: Experiment, progress: Callable[[str, int, int], None] | None = None) -> Sources:
@@ -174,10 +169,25 @@ def load_sources(experiment: Experiment, progress: Callable[[str, int, int], Non
     space = TargetSpace.fit(
         [cells[0, some] for cells in answers.cells], student.trust, (7, 7), student.spread, student.channels
     )
+    features = torch.stack(
+        [
+            torch.cat([space.features(space.side_by_side(part)) for part in zip(*blocks, strict=True)])
+            for blocks in ([cells[view].split(_BLOCK) for cells in answers.cells] for view in range(2))
+        ]
+    )
     embeddings = joined(answers.embeddings, student.trust)
-    sums = torch.zeros(len(pictures.names), embeddings.shape[2]).index_add_(0, pictures.people, embeddings.mean(0))
-    person = F.normalize(sums)[pictures.people]
-    return Sources(pictures, answers, space, F.normalize(embeddings + student.person * person, dim=2), chosen, held_out)
+    people = pictures.people
+    features += student.person * _of_person(features, people)
+    features /= features[:, chosen].square().mean().sqrt()
+    embeddings = embeddings + student.person * F.normalize(_of_person(embeddings, people), dim=1)
+    return Sources(pictures, features.half(), F.normalize(embeddings, dim=2), chosen, held_out)
+
+
+def _of_person(views: Tensor, people: Tensor) -> Tensor:
+    """[2, N, ...] -> [N, ...]: the mean over all views of the person's pictures."""
+    sums = torch.zeros(int(people.max()) + 1, *views.shape[2:]).index_add_(0, people, views.mean(0))
+    counts = torch.bincount(people).clamp_min(1).view(-1, *[1] * (views.dim() - 2))
+    return (sums / counts)[people]
 
 
 def create(experiment: Experiment, progress: Callable[[str, int, int], None] | None = None) -> StudentTask:
@@ -186,13 +196,26 @@ def create(experiment: Experiment, progress: Callable[[str, int, int], None] | N
 
 
 class _Student(nn.Module):
-    """Body and head, which are kept; the evidence of cells, which is not."""
+    """Body and head."""
 
     def __init__(self, body: Recogniser, head: XCosHead) -> None:
         super().__init__()
         self.body = body
         self.head = head
-        self.evidence = CellEvidence(body.grid_shape[1:])
+
+
+def _cells_loss(features: Tensor, wanted: Tensor, seen: Tensor) -> Tensor:
+    """Mean squared distance of S between all pairs of faces, cell by cell, to what is wanted of it.
+
+    Args:
+        features, wanted: [N, K, h, w].
+        seen: of each cell [N, h, w], 0 to 1; what is covered in either face does not count.
+    """
+    first, second = torch.triu_indices(len(features), len(features), 1, device=features.device)
+    made, right = (F.normalize(x, dim=1, eps=1e-6).flatten(2).permute(2, 0, 1) for x in (features, wanted))
+    apart = torch.bmm(made, made.mT) - torch.bmm(right, right.mT)
+    both = torch.einsum("ip,jp->pij", seen.flatten(1), seen.flatten(1))
+    return (apart.square() * both)[:, first, second].mean()
 
 
 class StudentTask:
@@ -233,15 +256,17 @@ class StudentTask:
             raise ConfigError(f"data.pictures: expected people with two pictures, got {len(several)}")
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Everything; the two numbers a cell of the evidence are of another size than weights are."""
-        groups = [*weight_decay_groups(self.module.body), *weight_decay_groups(self.module.head)]
-        evidence = list(self.module.evidence.parameters())
-        return [*groups, {"params": evidence, "rate_scale": _EVIDENCE_RATE, "weight_decay": 0.0}]
+        """Everything."""
+        body = [group | {"muon": group["params"][0].dim() == 4} for group in weight_decay_groups(self.module.body)]
+        return [*body, *(group | {"muon": False} for group in weight_decay_groups(self.module.head))]
 
     # --- steps
 
     def _drawn(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Pictures of a batch, three quarters in pairs of one person, and each one's twin in it."""
+        """Pictures of a batch, three quarters in pairs of one person, and each one's twin in it.
+
+        Those without a twin come first, where faces stay whole: it is in pairs that a pasted region tells most.
+        """
         pairs = min((3 * size) // 8, len(self.posed) + len(self.others))
         posed = min(round(self.experiment.profiles * pairs), len(self.posed)) if self.others else pairs
         posed = max(posed, pairs - len(self.others))
@@ -250,10 +275,12 @@ class StudentTask:
             for person in torch.randperm(len(people), generator=generator)[:count]:
                 own = people[int(person)]
                 chosen.append(own[torch.randperm(len(own), generator=generator)[:2]])
-        rest = torch.randint(len(self.single), (size - 2 * pairs,), generator=generator)
+        paired = torch.stack(chosen)[torch.randperm(pairs, generator=generator)].flatten()
+        single = size - 2 * pairs
+        rest = torch.randint(len(self.single), (single,), generator=generator)
         twins = torch.arange(size)
-        twins[: 2 * pairs] ^= 1
-        return torch.cat((*chosen, self.single[rest])), twins
+        twins[single:] = single + (torch.arange(2 * pairs) ^ 1)
+        return torch.cat((self.single[rest], paired)), twins
 
     def batch(self, index: BatchIndex, size: int) -> dict[str, Tensor]:
         """Altered faces, and what the teachers want to hear of them."""
@@ -283,14 +310,14 @@ class StudentTask:
         moved = torch.empty_like(bytes_)
         for config, these in ((_LIGHT, ~whole), (_FAR, far), (_USUAL, whole & ~far)):
             moved[these] = augmented(bytes_[these], config, generator)
-        cells = sources.cells(views, chosen)
+        # A cell's owner is asked for the cell as it is in the owner's whole face, so that neighbours do not tell.
+        features = sources.features[views, chosen].float().flatten(2).transpose(1, 2)
         flat = owner.flatten(1)
-        cells = cells[flat, torch.arange(flat.shape[1])]
-        cells = sources.space.own_mean + seen.flatten(1)[:, :, None] * (cells - sources.space.own_mean)
+        features = seen.flatten(1)[:, :, None] * features[flat, torch.arange(flat.shape[1])]
         people = sources.pictures.people[chosen]
         return {
             "images": compressed(moved, alter.jpeg, generator),
-            "features": sources.space.features(cells),
+            "features": features.transpose(1, 2).unflatten(2, (7, 7)),
             "embeddings": sources.embeddings[views, chosen],
             "people": people[owner],
             "faces": people,
@@ -308,9 +335,11 @@ class StudentTask:
             whole = torch.nonzero(batch["whole"]).flatten()
             templates = Templates.from_features(features[whole], None, "norm")
             wanted = batch["embeddings"][whole]
+            counts = torch.where(batch["people"] == batch["faces"][:, None, None], 1.0, weights.pasted)
+            apart = (features - batch["features"]).square().mean(1)
             parts = {
-                "features": (features - batch["features"]).square().mean(),
-                "cells": module.evidence.loss(features, batch["people"], batch["faces"]),
+                "features": (counts * apart).sum() / counts.sum(),
+                "cells": _cells_loss(features, batch["features"], batch["seen"]),
                 "pairs": teacher_loss(all_pairs(module.head, features[whole]), wanted),
                 "norm": teacher_loss(xcos_matrix(templates, templates), wanted),
             }

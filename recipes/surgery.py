@@ -1,11 +1,12 @@
 """A narrow body made from a trained MobileFaceNet, and a head for it in closed form: where training starts.
 
-    python -m recipes.surgery recipes/default_model.toml --network mobilefacenet_apache2.pt --out start.safetensors
+    python -m recipes.surgery recipes/slim_model.toml --network mobilefacenet_apache2.pt --out start.safetensors
 
 Inside each block one channel after the other goes that least squares over real faces misses least, and what projects
 the rest is solved for anew, against the network's own output and on what the narrower network really gives it. The
 layers at 56x56 pixels are replaced by a dense stem, trained for some hundred steps to give the network's map at 28x28.
-The head is the ridge regression from the map to what the teachers say, cell by cell.
+The head is the ridge regression from the map to what the teachers say, cell by cell. Of a slim model the body stays and
+the head alone is made anew: for targets that have changed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from recipes.common import say
 from xcos_ext.backbones import MobileFaceNetReLU, Recogniser, SlimFaceNet
 from xcos_ext.backbones.small import squares_as_channels
 from xcos_ext.io.errors import XCosError
-from xcos_ext.model import CellProjection, XCosAttention, XCosHead, XCosModel, load_recogniser, save_model
+from xcos_ext.model import CellProjection, XCosAttention, XCosHead, XCosModel, load_model, save_model
 from xcos_ext.training.data import normalised
 from xcos_ext.training.tasks import load_experiment
 
@@ -190,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="experiment with task = 'recipes.student'")
     parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="TABLE.KEY=VALUE")
-    parser.add_argument("--network", required=True, help="weights of a MobileFaceNet with ReLU6")
+    parser.add_argument("--network", required=True, help="a MobileFaceNet with ReLU6, or a slim model")
     parser.add_argument("--out", type=Path, required=True, help="model file")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args(arguments)
@@ -199,15 +200,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from recipes.student import Experiment, load_sources
 
         experiment = load_experiment(options.config, options.assignments)
-        network = load_recogniser(options.network)
-        if not isinstance(experiment, Experiment) or not isinstance(network, MobileFaceNetReLU):
-            raise XCosError("expected task = 'recipes.student' and the weights of a MobileFaceNet with ReLU6")
+        body = load_model(options.network).backbone.requires_grad_(False)
+        if not isinstance(experiment, Experiment) or not isinstance(body, (MobileFaceNetReLU, SlimFaceNet)):
+            raise XCosError("expected task = 'recipes.student' and a MobileFaceNet with ReLU6 or a slim model")
         sources = load_sources(experiment)
         trained = sources.trained
-        body = narrowed(network.requires_grad_(False), sources.pictures.images[trained])
+        if isinstance(body, MobileFaceNetReLU):
+            body = narrowed(body, sources.pictures.images[trained])
         generator = torch.Generator().manual_seed(0)
         faces = trained[torch.randperm(len(trained), generator=generator)[:9000]]
-        features = torch.cat([sources.features(0, part) for part in faces.split(256)])
+        features = sources.features[0, faces].float()
         head = ridge_head(body, sources.pictures.images[faces], features)
         save_model(XCosModel(body, head, name=experiment.name), options.out)
     except (XCosError, OSError, ValueError) as error:

@@ -137,7 +137,6 @@ class TargetSpace(NamedTuple):
         weights: of the teachers.
         sharing: G [P, P] (to, from).
         mean: [P, D], of shared cells.
-        own_mean: [P, D], of cells before sharing: what a hidden cell says.
         basis: B [P, K, D], principal axes, all times one number: F has variance 1 over all its elements. Scores do not
             depend on it; the rate at which a head can learn does.
     """
@@ -145,7 +144,6 @@ class TargetSpace(NamedTuple):
     weights: tuple[float, ...]
     sharing: Tensor
     mean: Tensor
-    own_mean: Tensor
     basis: Tensor
 
     @classmethod
@@ -164,8 +162,7 @@ class TargetSpace(NamedTuple):
         whole = _side_by_side(cells, weights)
         sharing = spread_matrix(size, spread)
         sharing = torch.eye(whole.shape[1]) if sharing is None else sharing.float()
-        own_mean = whole.mean(0)
-        mean = sharing @ own_mean
+        mean = sharing @ whole.mean(0)
         basis, kept = [], 0.0
         for cell in range(whole.shape[1]):
             shared = torch.einsum("k,nkd->nd", sharing[cell], whole) - mean[cell]
@@ -173,7 +170,7 @@ class TargetSpace(NamedTuple):
             basis.append(vectors[:, -channels:].flip(1).T.float())
             kept += float(values[-channels:].sum())
         scale = (whole.shape[0] * whole.shape[1] * channels / max(kept, 1e-30)) ** 0.5
-        return cls(tuple(weights), sharing, mean, own_mean, scale * torch.stack(basis))
+        return cls(tuple(weights), sharing, mean, scale * torch.stack(basis))
 
     def side_by_side(self, cells: Sequence[Tensor]) -> Tensor:
         """Teachers' cells [N, P, D] as one, fp32."""

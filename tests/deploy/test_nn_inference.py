@@ -52,18 +52,18 @@ def test_features_stay_and_batch_norms_behind_convolutions_go(name: str) -> None
 
 
 def test_what_belongs_to_the_model_stays() -> None:
-    model = make("compact")
+    model = make("slim")
     model.set_calibration(Calibration(0.3, "a test", {1e-2: 0.25, 1e-3: 0.35}))
     ready = for_inference(model)
     assert (ready.threshold, ready.fmr_thresholds, ready.preprocessing, ready.name) == (
-        0.3, model.fmr_thresholds, model.preprocessing, "compact",
+        0.3, model.fmr_thresholds, model.preprocessing, "slim",
     )  # fmt: skip
     features = torch.randn(2, 32, 7, 7)
     assert torch.equal(model.score(*features.split(1)), ready.score(*features.split(1)))
 
 
 def test_training_mode_and_other_dtypes_are_refused() -> None:
-    model = make("compact")
+    model = make("slim")
     with pytest.raises(ValueError, match=r"dtype: expected float32, bfloat16, float16 or None, got torch\.int8"):
         for_inference(model, torch.int8)
     with pytest.raises(ValueError, match="model: expected evaluation mode"):
@@ -71,7 +71,7 @@ def test_training_mode_and_other_dtypes_are_refused() -> None:
 
 
 def test_the_heads_block_is_folded_and_templates_stay() -> None:
-    model = make("compact")
+    model = make("slim")
     assert isinstance(model.head, XCosHead)
     norm = model.head.conv1x1[1]
     norm.running_mean.normal_(0, 0.5)  # type: ignore[union-attr]
@@ -132,7 +132,7 @@ def test_activations_and_residual_sums_go_into_the_convolutions() -> None:
 
 
 def test_copies_and_gradients_go_through_plain_weights() -> None:
-    ready = for_inference(make("compact"))
+    ready = for_inference(make("slim"))
     images = torch.randn(2, 3, 112, 112)
     copied = copy.deepcopy(ready)
     assert ready.backbone.packed == can_pack() and not copied.backbone.packed
@@ -161,7 +161,7 @@ def test_a_convolution_that_onednn_refuses_leaves_plain_weights(monkeypatch: pyt
         raise RuntimeError("could not create a primitive")
 
     monkeypatch.setattr(inference, "pack", refuse)
-    model = make("compact")
+    model = make("slim")
     ready = for_inference(model)
     images = torch.randn(1, 3, 112, 112)
     assert not ready.backbone.packed
@@ -173,7 +173,7 @@ def test_a_convolution_that_onednn_refuses_leaves_plain_weights(monkeypatch: pyt
 
 def test_models_are_prepared_in_threads_while_others_run() -> None:
     """While torch.fx follows a network, it patches nn.Module for every thread."""
-    model, images = make("compact"), torch.randn(1, 3, 112, 112)
+    model, images = make("slim"), torch.randn(1, 3, 112, 112)
     call = nn.Module.__call__
     with torch.no_grad():
         wanted = [m.features(images) for m in (model, for_inference(model))]
@@ -188,6 +188,6 @@ def test_models_are_prepared_in_threads_while_others_run() -> None:
 
 
 def test_prepared_models_can_be_pickled() -> None:
-    ready, images = for_inference(make("compact"), packed=False), torch.randn(1, 3, 112, 112)
+    ready, images = for_inference(make("slim"), packed=False), torch.randn(1, 3, 112, 112)
     with torch.no_grad():
         torch.testing.assert_close(pickle.loads(pickle.dumps(ready)).features(images), ready.features(images))

@@ -363,7 +363,7 @@ def test_code_in_a_pickle_is_refused_and_never_run(tmp_path: Path, how: str) -> 
 
 
 def test_a_model_saved_otherwise_is_told_how_to_save(tmp_path: Path) -> None:
-    model = XCosModel(backbones.create("compact", output=False), XCosHead(128, 32, attention="norm"))
+    model = XCosModel(backbones.create("slim", output=False), XCosHead(512, 32, attention="norm"))
     for what in (model, model.state_dict()):
         torch.save(what, tmp_path / "model.pt")
         with pytest.raises(ModelError, match=r"xcos_ext\.model\.save_model\(model, \.\.\.\)"):

@@ -211,7 +211,7 @@ def test_the_experiments_file_is_read_and_run(tmp_path: Path) -> None:
             Image.fromarray(pixels).save(tmp_path / "faces" / person / f"{number}.png")
     file = tmp_path / "model.safetensors"
     torch.manual_seed(0)
-    save_model(XCosModel(create("compact"), XCosHead(128, 8, attention="norm")).eval(), file)
+    save_model(XCosModel(create("slim"), XCosHead(512, 8, attention="norm")).eval(), file)
     changed = dataclasses.replace(
         shipped,
         data=DataConfig(str(tmp_path / "faces")),

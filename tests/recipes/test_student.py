@@ -15,8 +15,18 @@ from torch import Tensor, nn
 
 from recipes import altered, gather, in_minutes, pack, surgery, teachers
 from recipes.sface import SFace
-from recipes.student import AlterConfig, Experiment, Sources, StudentConfig, StudentTask, WeightConfig, load_sources
+from recipes.student import (
+    AlterConfig,
+    Experiment,
+    Sources,
+    StudentConfig,
+    StudentTask,
+    WeightConfig,
+    _cells_loss,
+    load_sources,
+)
 from recipes.swaps import SwapConfig
+from recipes.teachers import Answers, TargetSpace
 from xcos_ext import backbones
 from xcos_ext.backbones import MobileFaceNetReLU, Recogniser, SlimFaceNet
 from xcos_ext.io.errors import XCosError
@@ -92,6 +102,11 @@ def monkeypatch_module() -> object:
 
 
 @pytest.fixture(scope="module")
+def answers(experiment: Experiment, sources: Sources) -> Answers:
+    return teachers.ask(experiment.student.teachers, sources.pictures, Path(experiment.data.cache))
+
+
+@pytest.fixture(scope="module")
 def sources(experiment: Experiment) -> Sources:
     return load_sources(experiment)
 
@@ -140,27 +155,27 @@ def test_who_is_held_out_under_another_name_is_found() -> None:
 # --- teachers
 
 
-def test_cells_of_teachers_add_up_to_their_embeddings(sources: Sources) -> None:
+def test_cells_of_teachers_add_up_to_their_embeddings(sources: Sources, answers: Answers) -> None:
     whole = recogniser(1)
     with torch.no_grad():
         images = sources.pictures.images[:4]
         embedding = whole.embed(whole.grid(normalised(whole, images)))
         constant = cell_matrices(whole).constant.float()
     length = embedding.norm(dim=1, keepdim=True)
-    cells = sources.answers.cells[1][0, :4].float()
+    cells = answers.cells[1][0, :4].float()
     torch.testing.assert_close(cells.sum(1), (embedding - constant) / length, atol=2e-3, rtol=1e-2)
-    torch.testing.assert_close(sources.answers.embeddings[1][0, :4], embedding / length)
+    torch.testing.assert_close(answers.embeddings[1][0, :4], embedding / length)
 
 
-def test_answers_of_mirrored_pictures_are_theirs(sources: Sources) -> None:
+def test_answers_of_mirrored_pictures_are_theirs(sources: Sources, answers: Answers) -> None:
     whole = recogniser(0)
     with torch.no_grad():
         embedding = whole.embed(whole.grid(normalised(whole, sources.pictures.images[:2].flip(3))))
-    torch.testing.assert_close(sources.answers.embeddings[0][1, :2], nn.functional.normalize(embedding))
+    torch.testing.assert_close(answers.embeddings[0][1, :2], nn.functional.normalize(embedding))
 
 
 def test_interrupted_answers_are_taken_up_again(
-    experiment: Experiment, sources: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    experiment: Experiment, sources: Sources, answers: Answers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(teachers, "_BLOCK", 4)
     monkeypatch.setattr(teachers, "_NOTED", 1)
@@ -177,21 +192,34 @@ def test_interrupted_answers_are_taken_up_again(
     seen: list[int] = []
     again = teachers.ask(["0"], sources.pictures, tmp_path, progress=lambda name, done, total: seen.append(done))
     assert seen[0] == 16
-    torch.testing.assert_close(again.embeddings[0], sources.answers.embeddings[0])
+    torch.testing.assert_close(again.embeddings[0], answers.embeddings[0])
 
 
-def test_targets_keep_scores_of_their_teachers(sources: Sources) -> None:
-    chosen = torch.arange(len(sources.pictures))
-    cells = sources.cells(0, chosen)
-    features = sources.features(0, chosen)
-    assert features.shape == (len(chosen), CHANNELS, 7, 7)
-    shared = torch.matmul(sources.space.sharing, cells) - sources.space.mean
-    scale = sources.space.basis[0, 0].square().sum()
-    back = torch.einsum("pkd,nkp->npd", sources.space.basis, features.flatten(2)) / scale
+def test_targets_keep_what_their_teachers_say(answers: Answers) -> None:
+    cells = [part[0] for part in answers.cells]
+    space = TargetSpace.fit(cells, (1.25, 1.0), (7, 7), 1.5, CHANNELS)
+    together = space.side_by_side(cells)
+    features = space.features(together)
+    assert features.shape == (PEOPLE * EACH, CHANNELS, 7, 7)
+    shared = torch.matmul(space.sharing, together) - space.mean
+    back = torch.einsum("pkd,nkp->npd", space.basis, features.flatten(2)) / space.basis[0, 0].square().sum()
     assert (back - shared).norm() < 0.8 * shared.norm()  # 8 of 33 axes of networks that nobody trained
-    assert 0.5 < float(features[sources.trained].square().mean()) < 2
-    covered = sources.space.features(sources.space.own_mean.expand(2, -1, -1))
-    assert float(covered.abs().max()) < 1e-3  # what is covered says nothing
+    assert float(features.square().mean()) == pytest.approx(1, rel=1e-4)
+
+
+def test_what_is_wanted_of_a_picture_leans_towards_its_person(experiment: Experiment, sources: Sources) -> None:
+    student = dataclasses.replace(experiment.student, person=0.0)
+    alone = load_sources(dataclasses.replace(experiment, student=student))
+    person = torch.arange(EACH)  # of the first person, views and all
+
+    def apart(made: Sources) -> float:
+        own = made.features[:, person].float()
+        return float((own - own.mean((0, 1))).square().mean() / own.square().mean())
+
+    assert 0 < apart(sources) < apart(alone)
+    assert float(sources.features[:, sources.trained].float().square().mean()) == pytest.approx(1, rel=1e-2)
+    cosines = (sources.embeddings[0, person] @ sources.embeddings[0, person].T).mean()
+    assert cosines > (alone.embeddings[0, person] @ alone.embeddings[0, person].T).mean()
 
 
 # --- surgery
@@ -238,6 +266,34 @@ def test_the_first_head_solves_for_the_wanted_features() -> None:
     assert float((made - wanted).square().mean() / wanted.var()) < 0.01
 
 
+def test_a_slim_model_gets_a_head_for_other_targets(experiment: Experiment, sources: Sources, tmp_path: Path) -> None:
+    data, student = experiment.data, experiment.student
+    config, out = tmp_path / "x.toml", tmp_path / "out.safetensors"
+    config.write_text(
+        f"""task = "recipes.student"
+        [data]
+        pictures = "{data.pictures}"
+        held_out_list = "{data.held_out_list}"
+        cache = "{data.cache}"
+        [student]
+        teachers = {json.dumps(student.teachers)}
+        trust = [1.25, 1.0]
+        start = "unused"
+        channels = {CHANNELS}
+        [train]
+        steps = 1
+        batch = 8"""
+    )
+    assert surgery.main([str(config), "--network", student.start, "--out", str(out), "--threads", "1"]) == 0
+    first, again = load_model(student.start), load_model(out)
+    assert torch.equal(again.backbone.widen.weight, first.backbone.widen.weight)  # type: ignore[arg-type, union-attr]
+    images = sources.pictures.images[sources.trained]
+    with torch.no_grad():
+        wanted = sources.features[0, sources.trained].float()
+        made, before = (m.features(normalised(m.backbone, images)) for m in (again, first))
+    assert float((made - wanted).square().mean()) < 0.9 * float((before - wanted).square().mean())
+
+
 # --- the student
 
 
@@ -250,7 +306,7 @@ def test_a_batch_holds_what_is_wanted_of_each_face(experiment: Experiment, sourc
     assert bool(batch["whole"].all()) and bool((batch["seen"] == 1).all())
     assert torch.equal(batch["people"], batch["faces"][:, None, None].expand(-1, 7, 7))
     assert not set(batch["faces"].tolist()) & set(sources.pictures.people[sources.held_out].tolist())
-    both = torch.cat([sources.features(view, sources.trained) for view in range(2)]).flatten(1)
+    both = sources.features[:, sources.trained].float().flatten(0, 1).flatten(1)
     nearest = torch.cdist(batch["features"].flatten(1), both).amin(1)
     assert float(nearest.max()) < 1e-3
     again = task.batch(BatchIndex(0, 0), 8)
@@ -263,6 +319,19 @@ def test_pasted_regions_are_wanted_as_their_owners_say(experiment: Experiment, s
     assert bool(batch["whole"][:4].all()) and not batch["whole"].all()  # the first half stays whole
     mixed = batch["people"] != batch["faces"][:, None, None]
     assert 0.02 < float(mixed.float().mean()) < 0.8
+    # Each cell is wanted as in the owner's whole face: none of its neighbours across the border is in it.
+    own = sources.features[:, sources.trained].float().flatten(0, 1).flatten(2).transpose(1, 2)  # [faces, cells, K]
+    wanted = batch["features"].flatten(2).transpose(1, 2)[~batch["whole"]]
+    seen = batch["seen"].flatten(1)[~batch["whole"]] == 1
+    nearest = (wanted[:, None] - own[None]).norm(dim=3).amin(1)
+    assert float(nearest[seen].max()) < 1e-2
+
+
+def test_what_is_covered_says_nothing(experiment: Experiment, sources: Sources) -> None:
+    plain = AlterConfig(turned=0, covered=1, far=0, small=0, dark=0, jpeg=0)
+    batch = StudentTask(sources, dataclasses.replace(experiment, alter=plain)).batch(BatchIndex(0, 0), 8)
+    wanted, seen = batch["features"].abs().amax(1), batch["seen"]
+    assert float(wanted[seen == 0].max()) == 0 and float(wanted[seen == 1].min()) > 0
 
 
 def test_training_goes_on_and_is_exported_with_its_sets(
@@ -334,6 +403,40 @@ def test_weights_of_losses_are_those_asked_for(experiment: Experiment, sources: 
     total, parts = task.loss(task.batch(BatchIndex(0, 0), 8))
     assert float(total.detach()) == pytest.approx(2 * float(parts["features"]), rel=1e-5)
     assert set(parts) == {"features", "cells", "pairs", "norm"}
+
+
+def test_pasted_cells_count_as_often_as_asked(experiment: Experiment, sources: Sources) -> None:
+    costs = []
+    for pasted in (1.0, 1e6):
+        loss = WeightConfig(features=1, pairs=0, cells=0, pasted=pasted)
+        task = StudentTask(sources, dataclasses.replace(experiment, loss=loss, swaps=SwapConfig(share=1, own=0)))
+        batch = task.batch(BatchIndex(0, 1), 8)
+        with torch.no_grad():
+            grid = task.module.body.grid(normalised(task.module.body, batch["images"]))
+            apart = (task.module.head.features(grid.contiguous()) - batch["features"]).square().mean(1)
+            costs.append(float(task.loss(batch)[0]))
+        assert costs[0] == pytest.approx(float(apart.mean()), rel=1e-3)
+    foreign = batch["people"] != batch["faces"][:, None, None]
+    assert costs[1] == pytest.approx(float(apart[foreign].mean()), rel=1e-3)
+
+
+def test_cells_cost_what_their_cosines_miss_where_both_are_seen() -> None:
+    wanted = torch.zeros(2, 2, 1, 2)
+    wanted[:, 0] = 1
+    made = wanted.clone()
+    made[1, :, 0, 1] = torch.tensor([0.0, 3.0])  # turned by a right angle: S is 0 where 1 is wanted
+    seen = torch.ones(2, 1, 2)
+    assert float(_cells_loss(made, wanted, seen)) == pytest.approx(1 / 2)
+    seen[0, 0, 1] = 0
+    assert float(_cells_loss(made, wanted, seen)) == pytest.approx(0)
+
+
+def test_faces_without_a_twin_stay_whole(experiment: Experiment, sources: Sources) -> None:
+    chosen, twins = StudentTask(sources, experiment)._drawn(8, generator())
+    people = sources.pictures.people[chosen]
+    alone = twins == torch.arange(8)
+    assert alone.tolist() == [True] * 2 + [False] * 6
+    assert torch.equal(people[twins], people) and bool((chosen[twins] != chosen)[~alone].all())
 
 
 def test_missing_pictures_are_one_error(experiment: Experiment, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from xcos_ext.backbones import CompactNet, SplitRecogniser
+from xcos_ext.backbones import SlimFaceNet, SplitRecogniser
 from xcos_ext.model import CellProjection, ClosedFormHead, XCosAttention, XCosHead, XCosModel
 
 HEADS = ("published", "symmetric", "residual", "min-shift", "cells", "norm", "uniform", "closed form")
@@ -28,11 +28,11 @@ def _tiny() -> SplitRecogniser:
     return SplitRecogniser(body, torch.nn.Flatten(), grid_shape=(48, 7, 7), embedding_size=48 * 49)
 
 
-def model(head: str = "symmetric", *, threshold: float | None = 0.25, compact: bool = False) -> XCosModel:
+def model(head: str = "symmetric", *, threshold: float | None = 0.25, slim: bool = False) -> XCosModel:
     """A small model from random weights, in evaluation mode, with one of :data:`HEADS`."""
     generator = torch.Generator().manual_seed(1)
     torch.manual_seed(1)
-    backbone = CompactNet() if compact else _tiny()
+    backbone = SlimFaceNet() if slim else _tiny()
     shape = backbone.grid_shape
     made: XCosHead | ClosedFormHead
     if head == "closed form":

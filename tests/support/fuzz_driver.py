@@ -347,9 +347,9 @@ def make_files(folder: Path) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
 
     torch.manual_seed(0)
     model = small_model()
-    save_model(small_model(compact=True), folder / "model.safetensors")
+    save_model(small_model(slim=True), folder / "model.safetensors")
     found["model.safetensors"] = folder / "model.safetensors", xcos_ext.load_model
-    state = {key: value for key, value in xcos_ext.backbones.create("compact").state_dict().items()}
+    state = {key: value for key, value in xcos_ext.backbones.create("slim").state_dict().items()}
     torch.save(state, folder / "recogniser.pt")
     found["recogniser.pt"] = folder / "recogniser.pt", xcos_ext.load_model
     decoder = min(shipped_decoders().values(), key=lambda path: path.stat().st_size)

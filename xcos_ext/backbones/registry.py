@@ -27,11 +27,11 @@ def register(name: str, factory: Callable[..., Recogniser]) -> None:
     Raises:
         ValueError: the name is taken.
 
-    >>> register("compact of a friend", CompactNet)
-    >>> "compact of a friend" in available()
+    >>> register("slim of a friend", SlimFaceNet)
+    >>> "slim of a friend" in available()
     True
-    >>> _REGISTRY.pop("compact of a friend").__name__  # this example leaves nothing behind
-    'CompactNet'
+    >>> _REGISTRY.pop("slim of a friend").__name__  # this example leaves nothing behind
+    'SlimFaceNet'
     """
     if name in _REGISTRY:
         raise ValueError(f"name: {name!r} is already registered")
@@ -60,8 +60,8 @@ def create(name: str, **options: Any) -> Recogniser:
     Raises:
         ValueError: no such name.
 
-    >>> create("compact").eval().grid_shape
-    (128, 7, 7)
+    >>> create("slim").eval().grid_shape
+    (512, 7, 7)
     """
     factory = _REGISTRY.get(name)
     if factory is None:

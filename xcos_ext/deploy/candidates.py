@@ -138,7 +138,7 @@ def build_candidate(
         device: of the model.
 
     >>> from xcos_ext import backbones, model
-    >>> small = model.XCosModel(backbones.CompactNet(), model.XCosHead(128)).eval()
+    >>> small = model.XCosModel(backbones.SlimFaceNet(), model.XCosHead(512)).eval()
     >>> folded = build_candidate("folded", small, torch.float32, (2, 3, 112, 112), torch.device("cpu"))
     >>> folded.pair(*torch.zeros(2, 1, 3, 112, 112)).similarity.shape
     torch.Size([1, 7, 7])

@@ -395,7 +395,7 @@ def compile_for_inference(
         RuntimeError: an example that asks for gradients.
 
     >>> from xcos_ext import backbones, model
-    >>> small = model.XCosModel(backbones.CompactNet(), model.XCosHead(128)).eval()
+    >>> small = model.XCosModel(backbones.SlimFaceNet(), model.XCosHead(512)).eval()
     >>> pair = torch.zeros(1, 3, 112, 112), torch.ones(1, 3, 112, 112)
     >>> fast = compile_for_inference(small, pair, candidates=["folded"], seconds=0)
     >>> [trial.name for trial in fast.trials], fast(*pair).score.shape

@@ -290,7 +290,7 @@ def for_inference(model: XCosModel, dtype: torch.dtype | None = torch.float32, *
         ValueError: a model in training mode, or another dtype.
 
     >>> from xcos_ext import backbones, model
-    >>> small = model.XCosModel(backbones.CompactNet(), model.XCosHead(128)).eval()
+    >>> small = model.XCosModel(backbones.SlimFaceNet(), model.XCosHead(512)).eval()
     >>> for_inference(small).features(torch.zeros(2, 3, 112, 112)).shape
     torch.Size([2, 32, 7, 7])
     """

@@ -254,7 +254,7 @@ def save_model(model: XCosModel, path: StrPath, *, dtype: torch.dtype | None = N
         TypeError: not a model, or not a floating-point dtype.
 
     >>> import tempfile
-    >>> model = XCosModel(backbones.create("compact", output=False), XCosHead(256, 32, attention="norm"))
+    >>> model = XCosModel(backbones.create("slim", output=False), XCosHead(512, 32, attention="norm"))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save_model(model, f"{folder}/model.safetensors")
     ...     load_model(f"{folder}/model.safetensors").fingerprint() == model.fingerprint()

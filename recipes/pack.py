@@ -1,6 +1,6 @@
 """One folder with all that a training of the default model reads, small enough to be carried to a GPU.
 
-    python -m recipes.pack recipes/slim_model.toml --out .carry
+    python -m recipes.pack recipes/default_model.toml --out .carry
 
 Faces become WebP, at most 16 of a person, people with one picture stay behind unless they are held out, and the paths
 of the experiment are those in the folder. ``recipes/train_default.sh`` trains from it.

@@ -133,7 +133,7 @@ class Experiment:
     train: TrainConfig
     loss: WeightConfig = WeightConfig()
     alter: AlterConfig = AlterConfig()
-    swaps: SwapConfig = SwapConfig(share=0.8)
+    swaps: SwapConfig = SwapConfig()
     profiles: float = Field(default=0.15, ge=0, le=1)
     task: Literal["recipes.student"] = "recipes.student"
     name: str = "xcos-slim"

@@ -1,6 +1,6 @@
 """A narrow body made from a trained MobileFaceNet, and a head for it in closed form: where training starts.
 
-    python -m recipes.surgery recipes/slim_model.toml --network mobilefacenet_apache2.pt --out start.safetensors
+    python -m recipes.surgery recipes/default_model.toml --network mobilefacenet_apache2.pt --out start.safetensors
 
 Inside each block one channel after the other goes that least squares over real faces misses least, and what projects
 the rest is solved for anew, against the network's own output and on what the narrower network really gives it. The
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from recipes.common import say
 from xcos_ext.backbones import MobileFaceNetReLU, Recogniser, SlimFaceNet
-from xcos_ext.backbones.small import squares_as_channels
+from xcos_ext.backbones.slim import squares_as_channels
 from xcos_ext.io.errors import XCosError
 from xcos_ext.model import CellProjection, XCosAttention, XCosHead, XCosModel, load_model, save_model
 from xcos_ext.training.data import normalised

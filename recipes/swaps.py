@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 
 from xcos_ext.training.settings import SETTINGS
 
-__all__ = ["CellEvidence", "SwapConfig", "Swapped", "drawn_masks", "swapped"]
+__all__ = ["SwapConfig", "Swapped", "drawn_masks", "swapped"]
 
 _SOFTNESS = 9  # side in pixels of the mean that softens a border
 _SHAPES = (3, 4)  # a drawn rectangle has at most so many rows and columns of cells
@@ -25,30 +25,20 @@ _SHAPES = (3, 4)  # a drawn rectangle has at most so many rows and columns of ce
 
 @dataclass(frozen=True, config=SETTINGS)
 class SwapConfig:
-    """Faces with swapped regions in each part of a batch.
+    """Faces with swapped regions.
 
     Attributes:
-        people: with two pictures each; 0: no swapped faces at all.
-        others: single pictures of other people.
-        share: of the faces into which a region is pasted.
+        share: of the faces that a region is pasted into.
         own: share of these, among faces with a second picture, whose region comes from that picture of the same person:
             a border or another light must not count as another person.
         soft: share whose border is soft.
         matched: share whose region takes the brightness and contrast of the face.
-        cells: weight of the loss on whether two faces' cells are one person's (:class:`CellEvidence`).
-        features: weight of the distance to the teacher's grid feature, cell by cell the owner's.
-        pairs: weight of L_cos over the faces without a pasted region.
     """
 
-    people: int = Field(default=0, ge=0)
-    others: int = Field(default=32, ge=0)
-    share: float = Field(default=0.6, ge=0, le=1)
+    share: float = Field(default=0.8, ge=0, le=1)
     own: float = Field(default=0.35, ge=0, le=1)
     soft: float = Field(default=0.3, ge=0, le=1)
     matched: float = Field(default=0.5, ge=0, le=1)
-    cells: float = Field(default=2.0, ge=0)
-    features: float = Field(default=0.5, ge=0)
-    pairs: float = Field(default=10.0, ge=0)
 
 
 class Swapped(NamedTuple):
@@ -122,38 +112,3 @@ def swapped(
     other = torch.where(chosen(config.matched)[:, None, None, None], matched, other)
     owner = torch.where(mask, donor[:, None, None], itself[:, None, None])
     return Swapped(pixels * other + (1 - pixels) * images, owner, ~mask.flatten(1).any(1))
-
-
-class CellEvidence(nn.Module):
-    """How sure a cell's cosine makes one that both cells are one person's: logit = scale * S + shift, cell by cell.
-
-    Args:
-        grid: h, w.
-    """
-
-    def __init__(self, grid: tuple[int, int]) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.full(grid, 6.0))
-        self.shift = nn.Parameter(torch.full(grid, -2.0))
-
-    def loss(self, features: Tensor, people: Tensor, faces: Tensor) -> Tensor:
-        """Cross-entropy over all pairs of different faces and all cells.
-
-        Cells come in four kinds: of one person or of two, in faces of one person or of two. Each kind counts alike,
-        rare as swapped cells are: they tell whether a cell answers for its own pixels or for the face.
-
-        Args:
-            features: F [N, C, h, w].
-            people: int64 [N, h, w], whose each cell is.
-            faces: int64 [N], whose each face is, but for what was pasted into it.
-        """
-        unit = F.normalize(features, dim=1, eps=1e-6).flatten(2)
-        first, second = torch.triu_indices(len(unit), len(unit), 1, device=unit.device)
-        cosines = torch.einsum("ick,jck->ijk", unit, unit)[first, second]
-        whose = people.flatten(1)
-        same = whose[first] == whose[second]
-        logits = self.scale.flatten() * cosines + self.shift.flatten()
-        losses = F.binary_cross_entropy_with_logits(logits, same.to(logits.dtype), reduction="none")
-        alike = (faces[first] == faces[second])[:, None].expand_as(same)
-        kinds = (same & alike, ~same & ~alike, ~same & alike, same & ~alike)
-        return torch.stack([losses[kind].mean() for kind in kinds if kind.any()]).mean()

@@ -1,12 +1,12 @@
 """Train a decoder of what a model keeps of a face, or train the one there is further; measure it on held-out people.
 
     python -m recipes.train_decoder recipes/decoder.toml --out runs/decoder --json decoder.json \\
-        --set data.pictures=lfw112.zip --set data.pairs=pairs.txt --ship xcos_ext/data/decoder_xcos_compact.safetensors
+        --set data.pictures=lfw112.zip --set data.pairs=pairs.txt --ship xcos_ext/data/decoder_xcos_slim.safetensors
 
 For another xCos model, from the decoder of the shipped one (the shapes have to agree):
 
     python -m recipes.train_decoder recipes/decoder.toml --out runs/other --model other.safetensors \\
-        --from xcos_ext/data/decoder_xcos_compact.safetensors --set train.steps=600 \\
+        --from xcos_ext/data/decoder_xcos_slim.safetensors --set train.steps=600 \\
         --set data.pictures=lfw112.zip --set data.pairs=pairs.txt
 
 For the embeddings of a recogniser: ``--features embedding --model mobilefacenet_apache2.pt --set loss.judged=0.25``.

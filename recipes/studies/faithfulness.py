@@ -1,7 +1,7 @@
 """Explainers of a model and of a recogniser's plain cosine, all protocols, on people not trained on.
 
-    python recipes/studies/faithfulness.py --pictures lfw112.zip --pairs pairs.txt --folds 7 8 --model compact \\
-        --json benchmarks/results/faithfulness/compact.json
+    python recipes/studies/faithfulness.py --pictures lfw112.zip --pairs pairs.txt --folds 7 8 --model slim \\
+        --json benchmarks/results/faithfulness/slim.json
 
 Explainers that need hundreds of passes get fewer pairs in region swaps, which ask each for some 38 maps a pair: first
 all that are fast on many pairs, then the slow ones, each time beside xCos's own map on the very same pairs.
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pictures", required=True, help="aligned crops: folder or zip archive")
     parser.add_argument("--pairs", required=True, help="LFW's pairs file")
     parser.add_argument("--folds", type=int, nargs="+", required=True, help="numbered from 1")
-    parser.add_argument("--model", default="compact", help="the shipped model's name, or a file")
+    parser.add_argument("--model", default="slim", help="the shipped model's name, or a file")
     parser.add_argument("--recogniser", help="explain this recogniser's plain cosine instead")
     parser.add_argument("--count", type=int, default=100, help="pairs of each kind for fast explainers")
     parser.add_argument("--without", nargs="*", default=[], help="explainers to leave out")

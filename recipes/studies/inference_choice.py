@@ -1,6 +1,6 @@
 """What ``compile_for_inference`` finds on a machine: its candidates beside each other and beside onnxruntime.
 
-    OMP_NUM_THREADS=1 python recipes/studies/inference_choice.py compact mobilefacenet_arcface.pt ir_se_50 \\
+    OMP_NUM_THREADS=1 python recipes/studies/inference_choice.py slim mobilefacenet_arcface.pt ir_se_50 \\
         --faces lfw112.zip --batches 1 16 --threads 1 --json benchmarks/results/models/inference.json
 
 Models are files, the shipped model's name, or architectures (with random weights). Every candidate scores the same
@@ -148,7 +148,7 @@ def measure(model: XCosModel, batch: int, options: argparse.Namespace, folder: P
 def main() -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=["compact"])
+    parser.add_argument("models", nargs="*", default=["slim"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="pairs a call")
     parser.add_argument("--dtypes", nargs="+", choices=sorted(DTYPES), default=["fp32", "bf16"])
     parser.add_argument("--candidates", nargs="+", help="instead of the usual ones")

@@ -1,7 +1,7 @@
 """How exactly exported graphs compute what the models compute: differences on real faces, and verdicts that change.
 
     python recipes/studies/onnx_parity.py --lfw ../shared/data/lfw112.zip --pairs ../shared/data/pairs.txt \\
-        compact ../shared/data/mobilefacenet_arcface.pt --json benchmarks/results/models/onnx.json
+        slim ../shared/data/mobilefacenet_arcface.pt --json benchmarks/results/models/onnx.json
 
 Every model is exported in fp32 and fp16, as a pair graph and as a template and a score graph. onnxruntime scores pairs
 of LFW with them in batches of 1, 2 and 17; the largest absolute difference from torch's fp32 in score, S and W is kept.

@@ -14,7 +14,7 @@ from xcos_ext.faces import PersonFolder
 from xcos_ext.model import load_recogniser
 
 BODY_UNITS = {50: 24, 100: 49, 152: 50}
-RECOGNISERS = tuple(name for name in backbones.available() if name not in ("compact", "slim"))  # with an output block
+RECOGNISERS = tuple(name for name in backbones.available() if name != "slim")  # with an output block
 
 
 def on_meta(name: str, **options: object) -> backbones.Recogniser:
@@ -44,11 +44,10 @@ def test_without_output_block(name: str) -> None:
         body(torch.empty(1, 3, 112, 112, device="meta"))
 
 
-def test_the_compact_body_has_maps_of_three_sizes_and_no_embedding() -> None:
-    net = on_meta("compact").eval()
+def test_the_default_models_body_has_no_embedding() -> None:
+    net = on_meta("slim").eval()
     images = torch.empty(2, 3, 112, 112, device="meta")
-    assert [tuple(made.shape[1:]) for made in net.maps(images)] == [(32, 28, 28), (96, 14, 14), (128, 7, 7)]  # type: ignore[operator]
-    assert net.grid(images).shape == (2, *net.grid_shape) == (2, 128, 7, 7)
+    assert net.grid(images).shape == (2, *net.grid_shape) == (2, 512, 7, 7)
     assert sum(p.numel() for p in net.parameters()) < 1_300_000
     with pytest.raises(RuntimeError, match="without its output block"):
         net(images)
@@ -92,7 +91,7 @@ def test_strides_subsample_the_shortcut() -> None:
 
 
 def test_registry_errors() -> None:
-    with pytest.raises(ValueError, match=r"name: expected one of compact, ir_100, .*, got 'resnet'"):
+    with pytest.raises(ValueError, match=r"name: expected one of ir_100, .*, got 'resnet'"):
         backbones.create("resnet")
     with pytest.raises(ValueError, match="name: 'mobilefacenet' is already registered"):
         backbones.register("mobilefacenet", backbones.MobileFaceNet)

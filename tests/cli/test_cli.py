@@ -216,12 +216,12 @@ def test_models_that_cannot_be_used(photos: dict[str, str], tmp_path: Path) -> N
     trouble(verify(tmp_path / "bad.pt"), "bad.pt")
     torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "other.pt")
     trouble(verify(tmp_path / "other.pt"), "other.pt")
-    for word in ("Compact", "best"):
-        hint, crop = f"{word}: no such file; the package ships compact", photos["crop1"]
+    for word in ("Slim", "best"):
+        hint, crop = f"{word}: no such file; the package ships slim", photos["crop1"]
         assert trouble(verify(word)).endswith(hint)
         assert trouble(run("verify", crop, crop, "--aligned", env={"XCOS_MODEL": word})).endswith(hint)
-    with pytest.raises(ModelError, match=r"^Compact: no such file; the package ships compact$"):
-        load_model("Compact")
+    with pytest.raises(ModelError, match=r"^Slim: no such file; the package ships slim$"):
+        load_model("Slim")
 
 
 def test_code_in_a_weights_file_is_not_run(photos: dict[str, str], tmp_path: Path) -> None:
@@ -617,7 +617,7 @@ def test_what_is_no_regular_file_is_not_waited_for(name: str, tmp_path: Path) ->
         os.mkfifo(path)
     trouble(run("train", path), f"{path}: expected a TOML file, got something that is not a regular file")
     trouble(run("evaluate", "verification", "--pairs", path), f"{path}: expected a list of pairs, got something")
-    trouble(run("plug", "compact", "--faces", path, "--out", tmp_path / "m.safetensors"), "zip archive, got something")
+    trouble(run("plug", "slim", "--faces", path, "--out", tmp_path / "m.safetensors"), "zip archive, got something")
 
 
 def test_help_says_what_is_taken() -> None:

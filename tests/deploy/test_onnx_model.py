@@ -247,7 +247,7 @@ def test_xcos_export_onnx(tmp_path, folder):
     assert result.exit_code == 0, result.output
     said = json.loads(result.stdout)
     assert said["kind"] == "score" and said["bytes"] == out.stat().st_size and said["opset"] == 18
-    assert OnnxModel(out).name == "xcos-compact"
+    assert OnnxModel(out).name == "xcos-slim"
 
     def refused(*arguments):
         result = runner.invoke(xcos, ["export", "onnx", *map(str, arguments)], prog_name="xcos")

@@ -405,7 +405,7 @@ def test_command(folder: Path, tmp_path: Path) -> None:
     assert Contents(page).settings["labels"] == ["case"]
     data = json.loads(run("report", folder / "list.csv", "--html", page, "--aligned", "--json").stdout)
     assert (data["pairs"], data["compared"], data["failed"], data["pictures"]) == (4, 3, 1, 5)
-    assert data["page"] == str(page) and data["model"]["name"] == "xcos-compact"
+    assert data["page"] == str(page) and data["model"]["name"] == "xcos-slim"
     assert "<h1>list</h1>" in page.read_text(encoding="utf-8")
     assert os.listdir(tmp_path) == ["r.html"]
 

@@ -36,8 +36,8 @@ def test_the_file_is_small_and_in_half_precision() -> None:
     assert kinds <= {torch.float16, torch.int64}
 
 
-def test_the_model_is_compact_and_calibrated(model: XCosModel) -> None:
-    assert model.architecture == "compact" and not model.training
+def test_the_model_is_small_and_calibrated(model: XCosModel) -> None:
+    assert model.architecture == "slim" and not model.training
     assert sum(p.numel() for p in model.parameters()) < 1_500_000
     assert set(model.fmr_thresholds) == {1e-1, 1e-2, 1e-3}
     assert model.threshold is not None and model.fmr_curve is not None
@@ -58,7 +58,7 @@ def test_two_photographs_are_verified_without_naming_a_model(tmp_path: Path) -> 
     runner = CliRunner(env={"XCOS_MODEL": None})
     result = runner.invoke(xcos, ["verify", *photographs, "--out", str(tmp_path / "why.png")])
     assert result.exit_code == 0, result.output
-    assert "same person" in result.output and "xcos-compact" in result.output
+    assert "same person" in result.output and "xcos-slim" in result.output
     assert (tmp_path / "why.png").stat().st_size > 10_000
 
 
@@ -96,10 +96,10 @@ def test_it_tells_people_apart_whom_it_has_never_seen(model: XCosModel, shared_d
 
 
 def test_the_shipped_model_goes_by_its_name() -> None:
-    assert list(SHIPPED) == ["compact"]
-    model = load_model("compact")
+    assert list(SHIPPED) == ["slim"]
+    model = load_model("slim")
     assert model.threshold is not None and model.fmr_curve is not None
-    assert model.architecture == "compact"
+    assert model.architecture == "slim"
     assert isinstance(model.head, XCosHead) and model.head.attention is not None and model.head.attention.symmetric
     faces = model.preprocessing(np.random.default_rng(0).integers(0, 256, (2, 112, 112, 3), np.uint8))
     with torch.no_grad():
@@ -112,17 +112,17 @@ def test_every_model_that_lies_in_the_package_is_one_that_it_offers() -> None:
     assert {file.name for file in DATA.glob("xcos_*")} == set(SHIPPED.values())
 
 
-@pytest.mark.parametrize("name", ["faithful", "local", "Compact", "best"])
+@pytest.mark.parametrize("name", ["faithful", "local", "Slim", "best"])
 def test_other_names_are_told_what_there_is(name: str) -> None:
-    with pytest.raises(ModelError, match=f"^{name}: no such file; the package ships compact$"):
+    with pytest.raises(ModelError, match=f"^{name}: no such file; the package ships slim$"):
         load_model(name)
 
 
 def test_a_file_of_the_shipped_models_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert weights_file("compact") == DATA / SHIPPED["compact"]
-    (tmp_path / "compact").write_bytes(b"mine")
-    assert weights_file("compact") == "compact"
+    assert weights_file("slim") == DATA / SHIPPED["slim"]
+    (tmp_path / "slim").write_bytes(b"mine")
+    assert weights_file("slim") == "slim"
     assert weights_file("other.pt") == "other.pt"
     assert weights_file(None) == default_weights()
 

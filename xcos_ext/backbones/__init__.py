@@ -12,12 +12,10 @@ from .recogniser import Recogniser, SplitRecogniser
 from .registry import available, create, register
 from .residual import IRSE, IResNet
 from .slim import SlimFaceNet
-from .small import CompactNet
 from .split_points import feature_maps
 
 __all__ = [
     "IRSE",
-    "CompactNet",
     "FeatureMap",
     "IResNet",
     "LayerRecogniser",

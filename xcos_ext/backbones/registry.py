@@ -10,7 +10,6 @@ from .mobilefacenet import MobileFaceNet, MobileFaceNetReLU
 from .recogniser import Recogniser
 from .residual import IRSE, IResNet
 from .slim import SlimFaceNet
-from .small import CompactNet
 
 __all__ = ["available", "create", "register"]
 
@@ -74,7 +73,6 @@ for _depth in IResNet.units:
 for _depth in IRSE.units:
     register(f"ir_{_depth}", partial(IRSE, _depth, squeeze=False))
     register(f"ir_se_{_depth}", partial(IRSE, _depth, squeeze=True))
-register("compact", CompactNet)
 register("mobilefacenet", MobileFaceNet)
 register("mobilefacenet_relu", MobileFaceNetReLU)
 register("slim", SlimFaceNet)

@@ -1,21 +1,28 @@
-"""The narrow body of our own, in the form of a MobileFaceNet so that it can start from one."""
+"""The default model's body: narrow, and in the form of a MobileFaceNet so that it can start from one."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from xcos_ext.card.preprocessing import ARCFACE
 
 from .recogniser import Recogniser
-from .small import squares_as_channels
 
-__all__ = ["SlimFaceNet"]
-
-fx.wrap("squares_as_channels")  # one step of a graph: fx looks for its name in the module that calls it
+__all__ = ["SlimFaceNet", "squares_as_channels"]
 
 # Hidden channels of the blocks at 28, 14 and 7 pixels; the first of the latter two halve the sides.
 _HIDDEN = ((96,) * 4, (256, *(192,) * 6), (512, 256, 256, 512, 512))
+
+
+@fx.wrap  # one step of a graph, as it looks at the number of pictures
+def squares_as_channels(images: Tensor) -> Tensor:
+    """2x2 pixels to channels, of no pictures too, which torch's operator gives back as they came."""
+    if not torch.jit.is_tracing() and images.shape[0] == 0:
+        n, channels, height, width = images.shape
+        return images.reshape(n, 4 * channels, height // 2, width // 2)
+    return F.pixel_unshuffle(images, 2)
 
 
 class _Inverted(nn.Module):

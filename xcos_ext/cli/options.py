@@ -223,7 +223,7 @@ def _model(also: str = "") -> Decorator:
         metavar="FILE",
         type=click.Path(),
         help=f"Weights: an xCos model, or a recogniser to be plugged in (.pt, .pth, .safetensors){also}. "
-        "[env: XCOS_MODEL; default: the shipped model, compact]",
+        "[env: XCOS_MODEL; default: the shipped model, slim]",
     )
 
 

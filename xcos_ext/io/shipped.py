@@ -14,13 +14,13 @@ __all__ = ["DATA", "SHIPPED", "default_weights", "readable_file", "weights_file"
 DATA = Path(__file__).resolve().parents[1] / "data"
 
 #: Name -> file of the model that the package ships, which is the default.
-SHIPPED = {"compact": "xcos_compact.safetensors"}
+SHIPPED = {"slim": "xcos_slim.safetensors"}
 
-_DEFAULT_WEIGHTS = DATA / SHIPPED["compact"]
+_DEFAULT_WEIGHTS = DATA / SHIPPED["slim"]
 
 
 def default_weights() -> Path:
-    """The file of the model that the package ships: compact, trained by its own scripts (docs/models.md).
+    """The file of the model that the package ships: slim, trained by its own scripts (docs/models.md).
 
     Raises:
         ModelError: the package was installed without it.
@@ -43,11 +43,11 @@ def weights_file(name: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
     Raises:
         ModelError: the default model is missing from the installation; a word that is neither a file nor such a name.
 
-    >>> weights_file("compact").name
-    'xcos_compact.safetensors'
+    >>> weights_file("slim").name
+    'xcos_slim.safetensors'
     >>> weights_file("best")
     Traceback (most recent call last):
-    xcos_ext.io.errors.ModelError: best: no such file; the package ships compact
+    xcos_ext.io.errors.ModelError: best: no such file; the package ships slim
     """
     if name is None:
         return default_weights()

@@ -173,7 +173,7 @@ def as_pair_model(model: PairModel | XCosModel | Recogniser) -> PairModel:
 
     >>> import xcos_ext
     >>> as_pair_model(xcos_ext.load_model()).name
-    'xcos-compact'
+    'xcos-slim'
 
     Raises:
         ValueError: a recogniser without its output block.

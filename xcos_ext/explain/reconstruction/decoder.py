@@ -358,6 +358,6 @@ def shipped_decoders() -> dict[str, Path]:
     """Decoders that came with the package: fingerprint of the features' model -> file.
 
     >>> sorted(file.name for file in shipped_decoders().values())
-    ['decoder_mobilefacenet_apache2.safetensors', 'decoder_xcos_compact.safetensors']
+    ['decoder_mobilefacenet_apache2.safetensors', 'decoder_xcos_slim.safetensors']
     """
     return {read_safetensors(file)[1]["fingerprint"]: file for file in sorted(DATA.glob("decoder_*.safetensors"))}

@@ -19,7 +19,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from recipes.altered import compressed, covered, shaded, shrunk, turned
+from recipes.altered import compressed, covered, cut, shaded, shrunk, turned
 from recipes.swaps import SwapConfig, swapped
 from recipes.teachers import TargetSpace, ask, joined
 from xcos_ext.backbones import Recogniser
@@ -86,12 +86,14 @@ class AlterConfig:
     Attributes:
         turned: to one side, of those that are no profiles already.
         covered: by what people wear.
+        cut: by the edge of the photograph.
         far: moved, turned in the plane and scaled beyond what detectors usually do, of those without a swapped region.
         small, dark, jpeg: small for a moment, dark on one side, compressed.
     """
 
     turned: float = Field(default=0.3, ge=0, le=1)
     covered: float = Field(default=0.15, ge=0, le=1)
+    cut: float = Field(default=0.15, ge=0, le=1)
     far: float = Field(default=0.3, ge=0, le=1)
     small: float = Field(default=0.1, ge=0, le=1)
     dark: float = Field(default=0.15, ge=0, le=1)
@@ -303,7 +305,9 @@ class StudentTask:
         own = torch.arange(half)[:, None, None].expand(-1, 7, 7)
         owner = torch.cat((own, made.owner + half))
         whole = torch.cat((torch.ones(half, dtype=torch.bool), made.whole))
+        images, there = cut(images, alter.cut, generator)
         images, seen = covered(images, alter.covered, generator)
+        seen = seen * there
         images = shaded(shrunk(images, alter.small, generator), alter.dark, generator)
         bytes_ = images.clamp(0, 255).round().to(torch.uint8)
         far = share(alter.far) & whole

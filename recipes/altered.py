@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xcos_ext.faces.alignment import apply_transform, similarity_transform, template_for
 
-__all__ = ["LENSES", "MASK", "compressed", "covered", "shaded", "shrunk", "turned"]
+__all__ = ["LENSES", "MASK", "compressed", "covered", "cut", "shaded", "shrunk", "turned"]
 
 _SIDE = 112
 
@@ -163,6 +163,36 @@ def covered(images: Tensor, share: float, generator: torch.Generator) -> tuple[T
         images[face] = over * cloth + (1 - over) * images[face]
         seen[face] = 1 - F.avg_pool2d(over[None, None], _SIDE // 7)[0, 0]
     return images, seen
+
+
+# --- the photograph's edge: beyond it an aligned crop is black
+
+_BLACK = 12.0  # brightest of what counts as black, of 255
+_NOTHING = 0.7  # share of a cell that is black where it shows nothing
+_BANDS = ((0.7, 40), (0.15, 24), (0.3, 32), (0.3, 32))  # above, below, left, right: how often, and pixels at most
+
+
+def cut(images: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Faces, some of them cut off by the edge of their photograph.
+
+    Args:
+        images: [N, 3, 112, 112], floating-point, 0..255.
+        share: of the faces that are cut; others may be so already.
+        generator: of the draws, on the CPU.
+
+    Returns:
+        The faces, and which cells show anything [N, 7, 7], 0 or 1.
+    """
+    count = len(images)
+    often, most = torch.tensor(_BANDS).T
+    there = (torch.rand(count, 1, generator=generator) < share) & (torch.rand(count, 4, generator=generator) < often)
+    above, below, left, right = (there * most * torch.rand(count, 4, generator=generator)).T[:, :, None]
+    places = torch.arange(_SIDE)
+    rows = (places >= above) & (places < _SIDE - below)
+    columns = (places >= left) & (places < _SIDE - right)
+    images = images * (rows[:, None, :, None] & columns[:, None, None, :])
+    black = (images.amax(1, keepdim=True) < _BLACK).float()
+    return images, (F.avg_pool2d(black, _SIDE // 7)[:, 0] <= _NOTHING).float()
 
 
 # --- what cameras and networks of computers do

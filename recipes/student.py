@@ -19,7 +19,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from recipes.altered import compressed, covered, shaded, shrunk, turned
+from recipes.altered import compressed, covered, cut, shaded, shrunk, turned
 from recipes.swaps import SwapConfig, swapped
 from recipes.teachers import TargetSpace, ask, joined
 from xcos_ext.backbones import Recogniser
@@ -86,12 +86,14 @@ class AlterConfig:
     Attributes:
         turned: to one side, of those that are no profiles already.
         covered: by what people wear.
+        cut: by the edge of the photograph.
         far: moved, turned in the plane and scaled beyond what detectors usually do, of those without a swapped region.
         small, dark, jpeg: small for a moment, dark on one side, compressed.
     """
 
     turned: float = Field(default=0.3, ge=0, le=1)
     covered: float = Field(default=0.15, ge=0, le=1)
+    cut: float = Field(default=0.15, ge=0, le=1)
     far: float = Field(default=0.3, ge=0, le=1)
     small: float = Field(default=0.1, ge=0, le=1)
     dark: float = Field(default=0.15, ge=0, le=1)
@@ -111,10 +113,10 @@ class WeightConfig:
         cells: squared distance of S to the teachers', cell by cell, over all pairs of faces, as far as both are seen.
     """
 
-    features: float = Field(default=3.0, ge=0)
-    pasted: float = Field(default=8.0, gt=0)
-    pairs: float = Field(default=50.0, ge=0)
-    cells: float = Field(default=20.0, ge=0)
+    features: float = Field(default=6.0, ge=0)
+    pasted: float = Field(default=12.0, gt=0)
+    pairs: float = Field(default=10.0, ge=0)
+    cells: float = Field(default=10.0, ge=0)
 
 
 @dataclass(frozen=True, config=SETTINGS)
@@ -122,7 +124,7 @@ class Experiment:
     """An experiment's file for ``task = "recipes.student"``.
 
     Attributes:
-        data, student, train, loss, alter, swaps: tables of the file; half of a batch may be swapped.
+        data, student, train, loss, alter, swaps: tables of the file; five faces in eight may be swapped.
         profiles: share of the people of a batch that have profiles among their pictures, where there are such.
         task: this one.
         name: of the exported model.
@@ -296,14 +298,16 @@ class StudentTask:
         images = torch.where(views.bool()[:, None, None, None], images.flip(3), images)
         aside = torch.nonzero(share(alter.turned) & self.frontal[chosen]).flatten()
         images[aside] = turned(images[aside], generator)
-        # The first half stays whole, so that pairs of one person are left for the loss on scores.
-        half = 2 * (size // 4)
-        made = swapped(images[half:], twins[half:] - half, (7, 7), self.experiment.swaps, generator)
-        images = torch.cat((images[:half], made.images))
-        own = torch.arange(half)[:, None, None].expand(-1, 7, 7)
-        owner = torch.cat((own, made.owner + half))
-        whole = torch.cat((torch.ones(half, dtype=torch.bool), made.whole))
+        # The first faces stay whole, so that pairs of one person are left for the loss on scores.
+        first = 2 * ((3 * size) // 16)
+        made = swapped(images[first:], twins[first:] - first, (7, 7), self.experiment.swaps, generator)
+        images = torch.cat((images[:first], made.images))
+        own = torch.arange(first)[:, None, None].expand(-1, 7, 7)
+        owner = torch.cat((own, made.owner + first))
+        whole = torch.cat((torch.ones(first, dtype=torch.bool), made.whole))
+        images, there = cut(images, alter.cut, generator)
         images, seen = covered(images, alter.covered, generator)
+        seen = seen * there
         images = shaded(shrunk(images, alter.small, generator), alter.dark, generator)
         bytes_ = images.clamp(0, 255).round().to(torch.uint8)
         far = share(alter.far) & whole

@@ -19,6 +19,7 @@ from xcos_ext import backbones
 from xcos_ext.io.atomic import OutputError
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.fingerprint import fingerprint_weights
+from xcos_ext.io.shipped import default_weights
 from xcos_ext.model import (
     ClosedFormHead,
     XCosAttention,
@@ -478,8 +479,9 @@ def test_misused_options(tmp_path: Path, official: State) -> None:
     torch.save(official, tmp_path / "xcos.pth")
     with pytest.raises(ValueError, match="only for recognisers"):
         load_model(tmp_path / "xcos.pth", project=32)
-    with pytest.raises(ModelError, match="an xCos checkpoint, not a recogniser; use load_model"):
-        load_recogniser(tmp_path / "xcos.pth")
+    for path in (tmp_path / "xcos.pth", default_weights()):
+        with pytest.raises(ModelError, match="an xCos model, not a recogniser; use load_model"):
+            load_recogniser(path)
     torch.save(mobilefacenet_state(), tmp_path / "net.pt")
     with pytest.raises(ModelError, match="project=32 needs statistics"):
         load_model(tmp_path / "net.pt", project=32)

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from recipes.measure_default import ALTERATIONS, Altered, altered_pairs, claims, largest_share
+from recipes.studies.ten_pairs import Pair, draw, nth
 from xcos_ext.evaluation.datasets import PairList
+from xcos_ext.io.errors import XCosError
 from xcos_ext.model import XCosHead, XCosModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,3 +69,21 @@ def test_a_threshold_of_one_set_is_held_against_the_other(model: XCosModel) -> N
     assert set(found) == {"LFW to CFP", "CFP to LFW"}
     for row in found.values():
         assert row["pairs"] == 120 * 119 // 2 and 0 <= row["fmr"] < 0.1
+
+
+def test_pairs_are_drawn_with_what_was_changed_and_their_verdict(model: XCosModel, pairs: PairList) -> None:
+    assert [nth(pairs, genuine, 1) for genuine in (True, False)] == [2, 3]
+    model.threshold = 0.0
+    pasted = torch.zeros(7, 7, dtype=torch.bool)
+    pasted[2, 3] = True
+    shown = [
+        Pair("a set, same person", crop("Ann/1"), crop("Ann/2"), drawn=[[(10, 10), (40, 10), (20, 60)]]),
+        Pair("a set, pasted", crop("Ann/1"), crop("Ann/1"), pasted=pasted),
+    ]
+    figure = draw(model, shown)
+    assert len(figure.axes) == 8
+    assert figure.axes[1].get_title().endswith("1.00: match")
+    assert [len(axes.patches) for axes in figure.axes[3::2]] == [1, 1, 1]  # the pasted cell, on each of the maps
+    model.threshold = None
+    with pytest.raises(XCosError, match="expected one with a decision threshold"):
+        draw(model, shown)

@@ -392,10 +392,10 @@ def load_recogniser(path: StrPath, *, device: str | torch.device = "cpu") -> Rec
     Traceback (most recent call last):
     xcos_ext.io.errors.ModelError: missing.pt: no such file
     """
-    contents, _ = read_weights(path)
+    contents, metadata = read_weights(path)
     state = _state_dict(contents, path)
-    if _is_official(state):
-        raise ModelError(f"{path}: an xCos checkpoint, not a recogniser; use load_model")
+    if metadata.get("xcos_format") == _FORMAT or _is_official(state):
+        raise ModelError(f"{path}: an xCos model, not a recogniser; use load_model")
     return _as_recogniser(state, path).to(device)
 
 

@@ -68,7 +68,8 @@ class StudentConfig:
         start: model to start from, of ``recipes.surgery`` or of an earlier training.
         spread: sharing between the teachers' cells, in cells.
         channels: of the grid feature: principal axes kept of every cell.
-        person: how much of the mean over the person's pictures is added to what the teachers say of a picture.
+        person: share of the mean over the person's frontal pictures in what is wanted of one of them.
+        profile: the same in what is wanted of a profile.
     """
 
     teachers: tuple[str, ...]
@@ -76,7 +77,8 @@ class StudentConfig:
     trust: tuple[float, ...] = (1.0,)
     spread: float = Field(default=1.5, ge=0)
     channels: int = Field(default=32, ge=1)
-    person: float = Field(default=0.25, ge=0)
+    person: float = Field(default=0.3, ge=0, le=1)
+    profile: float = Field(default=0.7, ge=0, le=1)
 
 
 @dataclass(frozen=True, config=SETTINGS)
@@ -108,6 +110,8 @@ class WeightConfig:
         features: squared distance to the teachers' grid feature, whose variance is 1.
         pasted: how often a cell with another person's region counts in it: few cells are such, and only these tell a
             cell from its face.
+        leak: of cells with another person's region, the squared distance of the cosine with what was there before to
+            the teachers': how much of the face around it such a cell still tells.
         pairs: L_cos over all pairs of faces without a swapped region, every pair alike: the few genuine pairs of a
             batch, counted as much as its hundreds of impostors, drown what the teachers say of these in noise.
         cells: squared distance of S to the teachers', cell by cell, over all pairs of faces, as far as both are seen.
@@ -115,7 +119,8 @@ class WeightConfig:
 
     features: float = Field(default=6.0, ge=0)
     pasted: float = Field(default=12.0, gt=0)
-    pairs: float = Field(default=10.0, ge=0)
+    leak: float = Field(default=5.0, ge=0)
+    pairs: float = Field(default=15.0, ge=0)
     cells: float = Field(default=10.0, ge=0)
 
 
@@ -178,18 +183,23 @@ def load_sources(experiment: Experiment, progress: Callable[[str, int, int], Non
         ]
     )
     embeddings = joined(answers.embeddings, student.trust)
-    people = pictures.people
-    features += student.person * _of_person(features, people)
+    # Frontal pictures lean towards the mean of their person's, profiles towards how the person looks from the front.
+    frontal = torch.tensor([_PROFILE not in key for key in pictures.keys])
+    lean = torch.where(frontal, student.person, student.profile)
+    for views in (features, embeddings):
+        views.lerp_(_of_person(views, pictures.people, frontal), lean.view(-1, *[1] * (views.dim() - 2)))
     features /= features[:, chosen].square().mean().sqrt()
-    embeddings = embeddings + student.person * F.normalize(_of_person(embeddings, people), dim=1)
     return Sources(pictures, features.half(), F.normalize(embeddings, dim=2), chosen, held_out)
 
 
-def _of_person(views: Tensor, people: Tensor) -> Tensor:
-    """[2, N, ...] -> [N, ...]: the mean over all views of the person's pictures."""
-    sums = torch.zeros(int(people.max()) + 1, *views.shape[2:]).index_add_(0, people, views.mean(0))
-    counts = torch.bincount(people).clamp_min(1).view(-1, *[1] * (views.dim() - 2))
-    return (sums / counts)[people]
+def _of_person(views: Tensor, people: Tensor, counted: Tensor) -> Tensor:
+    """[2, N, ...] -> [N, ...]: the mean over all views of those of the person's pictures that count; over all of them
+    where none does."""
+    some = torch.zeros(int(people.max()) + 1, dtype=torch.bool).index_put_((people[counted],), torch.tensor(True))
+    counted = counted | ~some[people]
+    sums = torch.zeros(len(some), *views.shape[2:]).index_add_(0, people[counted], views.mean(0)[counted])
+    counts = torch.bincount(people[counted], minlength=len(some)).view(-1, *[1] * (views.dim() - 2))
+    return (sums / counts.clamp_min(1))[people]
 
 
 def create(experiment: Experiment, progress: Callable[[str, int, int], None] | None = None) -> StudentTask:
@@ -322,6 +332,7 @@ class StudentTask:
         return {
             "images": compressed(moved, alter.jpeg, generator),
             "features": features.transpose(1, 2).unflatten(2, (7, 7)),
+            "before": sources.features[views, chosen],
             "embeddings": sources.embeddings[views, chosen],
             "people": people[owner],
             "faces": people,
@@ -339,15 +350,19 @@ class StudentTask:
             whole = torch.nonzero(batch["whole"]).flatten()
             templates = Templates.from_features(features[whole], None, "norm")
             wanted = batch["embeddings"][whole]
-            counts = torch.where(batch["people"] == batch["faces"][:, None, None], 1.0, weights.pasted)
+            foreign = batch["people"] != batch["faces"][:, None, None]
+            counts = torch.where(foreign, weights.pasted, 1.0)
+            before, wanted_there = batch["before"].float(), batch["features"]
+            leak = F.cosine_similarity(features, before, dim=1) - F.cosine_similarity(wanted_there, before, dim=1)
             apart = (features - batch["features"]).square().mean(1)
             parts = {
                 "features": (counts * apart).sum() / counts.sum(),
+                "leak": (leak.square() * foreign).sum() / foreign.sum().clamp_min(1),
                 "cells": _cells_loss(features, batch["features"], batch["seen"]),
                 "pairs": teacher_loss(all_pairs(module.head, features[whole]), wanted),
                 "norm": teacher_loss(xcos_matrix(templates, templates), wanted),
             }
-        total = weights.features * parts["features"] + weights.cells * parts["cells"]
+        total = weights.features * parts["features"] + weights.leak * parts["leak"] + weights.cells * parts["cells"]
         total = total + weights.pairs * (parts["pairs"] + parts["norm"]) / 2
         return total, {name: value.detach() for name, value in parts.items()}
 
@@ -356,7 +371,7 @@ class StudentTask:
         settings = dataclasses.asdict(self.experiment)
         return {
             **{name: settings[name] for name in ("task", "loss", "alter", "swaps", "profiles")},
-            **{name: settings["student"][name] for name in ("trust", "spread", "channels", "person")},
+            **{name: settings["student"][name] for name in ("trust", "spread", "channels", "person", "profile")},
             "pictures": self.sources.pictures.fingerprint,
             "trained": len(self.sources.trained),
         }

@@ -220,7 +220,7 @@ def test_targets_keep_what_their_teachers_say(answers: Answers) -> None:
 
 
 def test_what_is_wanted_of_a_picture_leans_towards_its_person(experiment: Experiment, sources: Sources) -> None:
-    student = dataclasses.replace(experiment.student, person=0.0)
+    student = dataclasses.replace(experiment.student, person=0.0, profile=0.0)
     alone = load_sources(dataclasses.replace(experiment, student=student))
     person = torch.arange(EACH)  # of the first person, views and all
 
@@ -232,6 +232,33 @@ def test_what_is_wanted_of_a_picture_leans_towards_its_person(experiment: Experi
     assert float(sources.features[:, sources.trained].float().square().mean()) == pytest.approx(1, rel=1e-2)
     cosines = (sources.embeddings[0, person] @ sources.embeddings[0, person].T).mean()
     assert cosines > (alone.embeddings[0, person] @ alone.embeddings[0, person].T).mean()
+
+
+def test_a_profile_is_wanted_as_the_person_looks_from_the_front(experiment: Experiment) -> None:
+    whole = load_sources(
+        dataclasses.replace(experiment, student=dataclasses.replace(experiment.student, person=0.0, profile=1.0))
+    )
+    own = [number for number, key in enumerate(whole.pictures.keys) if key.startswith("cfp-p1/")]
+    profile = next(number for number in own if "profile" in whole.pictures.keys[number])
+    frontal = torch.tensor([number for number in own if number != profile])
+    for view in range(2):
+        torch.testing.assert_close(
+            whole.features[view, profile].float(), whole.features[:, frontal].float().mean((0, 1)), atol=2e-3, rtol=2e-3
+        )
+
+
+def test_a_cell_that_still_tells_what_was_there_leaks(experiment: Experiment, sources: Sources) -> None:
+    loss = WeightConfig(features=0, pairs=0, cells=0, leak=1)
+    task = StudentTask(sources, dataclasses.replace(experiment, loss=loss, swaps=SwapConfig(share=1, own=0)))
+    batch = task.batch(BatchIndex(0, 1), 8)
+    foreign = batch["people"] != batch["faces"][:, None, None]
+    assert bool(foreign.any())
+    made = {"before": batch["before"].float(), "wanted": batch["features"]}
+    leaks = {}
+    for name, features in made.items():
+        task.module.head.features = lambda grid, features=features: features  # type: ignore[method-assign, misc]
+        leaks[name] = float(task.loss(batch)[0].detach())
+    assert leaks["wanted"] == pytest.approx(0, abs=1e-6) and leaks["before"] > 0.1
 
 
 # --- surgery
@@ -413,16 +440,18 @@ def test_settings_that_do_not_fit_are_named(experiment: Experiment, change: dict
 
 
 def test_weights_of_losses_are_those_asked_for(experiment: Experiment, sources: Sources) -> None:
-    task = StudentTask(sources, dataclasses.replace(experiment, loss=WeightConfig(features=2, pairs=0, cells=0)))
+    task = StudentTask(
+        sources, dataclasses.replace(experiment, loss=WeightConfig(features=2, pairs=0, cells=0, leak=0))
+    )
     total, parts = task.loss(task.batch(BatchIndex(0, 0), 8))
     assert float(total.detach()) == pytest.approx(2 * float(parts["features"]), rel=1e-5)
-    assert set(parts) == {"features", "cells", "pairs", "norm"}
+    assert set(parts) == {"features", "leak", "cells", "pairs", "norm"}
 
 
 def test_pasted_cells_count_as_often_as_asked(experiment: Experiment, sources: Sources) -> None:
     costs = []
     for pasted in (1.0, 1e6):
-        loss = WeightConfig(features=1, pairs=0, cells=0, pasted=pasted)
+        loss = WeightConfig(features=1, pairs=0, cells=0, leak=0, pasted=pasted)
         task = StudentTask(sources, dataclasses.replace(experiment, loss=loss, swaps=SwapConfig(share=1, own=0)))
         batch = task.batch(BatchIndex(0, 1), 8)
         with torch.no_grad():

@@ -75,7 +75,7 @@ class StudentConfig:
     teachers: tuple[str, ...]
     start: str
     trust: tuple[float, ...] = (1.0,)
-    spread: float = Field(default=1.5, ge=0)
+    spread: float = Field(default=2.0, ge=0)
     channels: int = Field(default=32, ge=1)
     person: float = Field(default=0.3, ge=0, le=1)
     profile: float = Field(default=0.7, ge=0, le=1)
@@ -140,8 +140,8 @@ class Experiment:
     train: TrainConfig
     loss: WeightConfig = WeightConfig()
     alter: AlterConfig = AlterConfig()
-    swaps: SwapConfig = SwapConfig(share=0.8)
-    profiles: float = Field(default=0.15, ge=0, le=1)
+    swaps: SwapConfig = SwapConfig(share=0.9)
+    profiles: float = Field(default=0.3, ge=0, le=1)
     task: Literal["recipes.student"] = "recipes.student"
     name: str = "xcos-slim"
 

@@ -26,7 +26,6 @@ from xcos_ext.backbones import Recogniser
 from xcos_ext.evaluation import calibrate, eer
 from xcos_ext.model import XCosHead, XCosModel, load_model, save_model
 from xcos_ext.ops import xcos_matrix
-from xcos_ext.ops.templates import Templates
 from xcos_ext.training.augment import AugmentConfig, augmented
 from xcos_ext.training.data import Pictures, normalised, read_pictures
 from xcos_ext.training.losses import all_pairs, teacher_loss
@@ -348,8 +347,6 @@ class StudentTask:
         with torch.autocast(images.device.type, enabled=False):
             features = module.head.features(grid.float().contiguous())
             whole = torch.nonzero(batch["whole"]).flatten()
-            templates = Templates.from_features(features[whole], None, "norm")
-            wanted = batch["embeddings"][whole]
             foreign = batch["people"] != batch["faces"][:, None, None]
             counts = torch.where(foreign, weights.pasted, 1.0)
             before, wanted_there = batch["before"].float(), batch["features"]
@@ -359,12 +356,10 @@ class StudentTask:
                 "features": (counts * apart).sum() / counts.sum(),
                 "leak": (leak.square() * foreign).sum() / foreign.sum().clamp_min(1),
                 "cells": _cells_loss(features, batch["features"], batch["seen"]),
-                "pairs": teacher_loss(all_pairs(module.head, features[whole]), wanted),
-                "norm": teacher_loss(xcos_matrix(templates, templates), wanted),
+                "pairs": teacher_loss(all_pairs(module.head, features[whole]), batch["embeddings"][whole]),
             }
-        total = weights.features * parts["features"] + weights.leak * parts["leak"] + weights.cells * parts["cells"]
-        total = total + weights.pairs * (parts["pairs"] + parts["norm"]) / 2
-        return total, {name: value.detach() for name, value in parts.items()}
+        total = sum(getattr(weights, name) * value for name, value in parts.items())
+        return cast(Tensor, total), {name: value.detach() for name, value in parts.items()}
 
     def describe(self) -> Mapping[str, Any]:
         """Settings, data and weights that a resumed training must share."""
@@ -391,29 +386,27 @@ class StudentTask:
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> Mapping[str, float]:
-        """For each set among the people held out, 1 - EER over all pairs of its pictures, with the model's own
-        attention and with norm attention; of frontal pictures, and of frontal ones against profiles."""
+        """For each set among the people held out, 1 - EER over all pairs of its pictures: of frontal ones, and of
+        frontal ones against profiles."""
         pictures, held_out = self.sources.pictures, self.sources.held_out
         sets = [pictures.names[int(person)].split("-", 1)[0] for person in pictures.people[held_out]]
         figures: dict[str, float] = {}
-        head = cast(_Student, module).head
         for name in sorted(set(sets)):
             own = held_out[torch.tensor([one == name for one in sets])]
             features, people, frontal = self._features(module, own), pictures.people[own], self.frontal[own]
-            made = {"": head.templates(features, role="both"), "norm_": Templates.from_features(features, None, "norm")}
-            for kind, templates in made.items():
-                scores = cast(Tensor, xcos_matrix(templates, templates))
-                sides = {name: (frontal, frontal), f"{name}_profile": (frontal, ~frontal)}
-                for figure, (first, second) in sides.items():
-                    if not second.any():
-                        continue
-                    chosen = scores[first][:, second]
-                    same = people[first][:, None] == people[second]
-                    keep = torch.ones_like(same)
-                    if second is first:
-                        keep = torch.triu(keep, 1)
-                    if (same & keep).any() and (~same & keep).any():
-                        figures[f"{kind}{figure}"] = 1 - eer(chosen[keep].numpy(), same[keep].numpy()).rate
+            templates = cast(_Student, module).head.templates(features, role="both")
+            scores = cast(Tensor, xcos_matrix(templates, templates))
+            sides = {name: (frontal, frontal), f"{name}_profile": (frontal, ~frontal)}
+            for figure, (first, second) in sides.items():
+                if not second.any():
+                    continue
+                chosen = scores[first][:, second]
+                same = people[first][:, None] == people[second]
+                keep = torch.ones_like(same)
+                if second is first:
+                    keep = torch.triu(keep, 1)
+                if (same & keep).any() and (~same & keep).any():
+                    figures[figure] = 1 - eer(chosen[keep].numpy(), same[keep].numpy()).rate
         return figures
 
     def export(self, module: nn.Module, folder: Path) -> list[Path]:

@@ -78,8 +78,8 @@ def ten_pairs(lfw: LFW, cfp: dict[str, PairList], detector: Padded) -> list[Pair
         first, second = read(lfw, nth(lfw, True, number))
         other = read(lfw, nth(lfw, False, number))[0]
         cells = region_mask(region)
-        sides = (torch.from_numpy(side).permute(2, 0, 1)[None].contiguous() for side in (first, other))
-        made = paste(*sides, cells).images[0].permute(1, 2, 0).contiguous().numpy()
+        face, donor = (torch.from_numpy(side).permute(2, 0, 1)[None].contiguous() for side in (first, other))
+        made = paste(face, donor, cells).images[0].permute(1, 2, 0).contiguous().numpy()
         found.append(Pair(f"LFW, same person, {region} of another", made, second, pasted=cells))
     return found
 

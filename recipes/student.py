@@ -107,8 +107,8 @@ class WeightConfig:
 
     Attributes:
         features: squared distance to the teachers' grid feature, whose variance is 1.
-        pasted: how often a cell with another person's region counts in it: few cells are such, and only these tell a
-            cell from its face.
+        pasted: how often a cell from another picture counts in it: few cells are such, and only these tell a cell from
+            its face; those from another picture of the same person tell that a border is no sign of another.
         leak: of cells with another person's region, the squared distance of the cosine with what was there before to
             the teachers': how much of the face around it such a cell still tells.
         pairs: L_cos over all pairs of faces without a swapped region, every pair alike: the few genuine pairs of a
@@ -334,6 +334,7 @@ class StudentTask:
             "before": sources.features[views, chosen],
             "embeddings": sources.embeddings[views, chosen],
             "people": people[owner],
+            "pasted": owner != torch.arange(size)[:, None, None],
             "faces": people,
             "whole": whole,
             "seen": seen,
@@ -348,7 +349,7 @@ class StudentTask:
             features = module.head.features(grid.float().contiguous())
             whole = torch.nonzero(batch["whole"]).flatten()
             foreign = batch["people"] != batch["faces"][:, None, None]
-            counts = torch.where(foreign, weights.pasted, 1.0)
+            counts = torch.where(batch["pasted"], weights.pasted, 1.0)
             before, wanted_there = batch["before"].float(), batch["features"]
             leak = F.cosine_similarity(features, before, dim=1) - F.cosine_similarity(wanted_there, before, dim=1)
             apart = (features - batch["features"]).square().mean(1)

@@ -183,12 +183,16 @@ def load_sources(experiment: Experiment, progress: Callable[[str, int, int], Non
     )
     embeddings = joined(answers.embeddings, student.trust)
     # Frontal pictures lean towards the mean of their person's, profiles towards how the person looks from the front.
-    frontal = torch.tensor([_PROFILE not in key for key in pictures.keys])
+    frontal = _frontal(pictures)
     lean = torch.where(frontal, student.person, student.profile)
     for views in (features, embeddings):
         views.lerp_(_of_person(views, pictures.people, frontal), lean.view(-1, *[1] * (views.dim() - 2)))
     features /= features[:, chosen].square().mean().sqrt()
     return Sources(pictures, features.half(), F.normalize(embeddings, dim=2), chosen, held_out)
+
+
+def _frontal(pictures: Pictures) -> Tensor:
+    return torch.tensor([_PROFILE not in key for key in pictures.keys])
 
 
 def _of_person(views: Tensor, people: Tensor, counted: Tensor) -> Tensor:
@@ -255,7 +259,7 @@ class StudentTask:
         #: The body's pass in training; a compiled one may take its place.
         self.grid: Callable[[Tensor], Tensor] = model.backbone.grid
         pictures, trained = sources.pictures, sources.trained
-        self.frontal = torch.tensor([_PROFILE not in key for key in pictures.keys])
+        self.frontal = _frontal(pictures)
         by_person: dict[int, list[int]] = {}
         for picture in trained.tolist():
             by_person.setdefault(int(pictures.people[picture]), []).append(picture)

@@ -39,6 +39,7 @@ TABLES = {
     "measured": study_tables.measured,
     "models": study_tables.models,
     "onnx": study_tables.onnx,
+    "plugged": study_tables.plugged,
     "speed": tables.speed,
 }
 

@@ -36,7 +36,7 @@ from xcos_ext.model import XCosModel, load_model
 from xcos_ext.training.augment import AugmentConfig, augmented
 from xcos_ext.training.task import derived_seed
 
-__all__ = ["ALTERATIONS", "Altered", "measure"]
+__all__ = ["ALTERATIONS", "Altered", "measure", "tested"]
 
 _FMR = 5e-3  # that the decision threshold claims
 _STILL = AugmentConfig(
@@ -206,6 +206,13 @@ def measure(
     return found
 
 
+def tested(lfw: Path, pairs: Path, cfp: Path, detector: Path) -> tuple[LFW, dict[str, PairList], Padded]:
+    """The lists of people whom nobody here trained on, and who finds faces in CFP's photographs."""
+    folds = sorted({(number - 1) // 50 + 1 for number in CFP_TESTED})
+    own = LFW(lfw, pairs, folds=[fold - 1 for fold in LFW_TESTED])
+    return own, cfp_lists(cfp, folds), Padded(create_detector(detector))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -218,9 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     result: dict[str, Any] = {}
     try:
-        lfw = LFW(options.lfw, options.pairs, folds=[fold - 1 for fold in LFW_TESTED])
-        detector = Padded(create_detector(options.detector))
-        cfp = cfp_lists(options.cfp, sorted({(number - 1) // 50 + 1 for number in CFP_TESTED}))
+        lfw, cfp, detector = tested(options.lfw, options.pairs, options.cfp, options.detector)
         for name in options.models:
             say(name)
             model = load_model(name).requires_grad_(False)

@@ -26,7 +26,6 @@ from xcos_ext.backbones import Recogniser
 from xcos_ext.evaluation import calibrate, eer
 from xcos_ext.model import XCosHead, XCosModel, load_model, save_model
 from xcos_ext.ops import xcos_matrix
-from xcos_ext.ops.templates import Templates
 from xcos_ext.training.augment import AugmentConfig, augmented
 from xcos_ext.training.data import Pictures, normalised, read_pictures
 from xcos_ext.training.losses import all_pairs, teacher_loss
@@ -75,7 +74,7 @@ class StudentConfig:
     teachers: tuple[str, ...]
     start: str
     trust: tuple[float, ...] = (1.0,)
-    spread: float = Field(default=1.5, ge=0)
+    spread: float = Field(default=2.0, ge=0)
     channels: int = Field(default=32, ge=1)
     person: float = Field(default=0.3, ge=0, le=1)
     profile: float = Field(default=0.7, ge=0, le=1)
@@ -108,8 +107,8 @@ class WeightConfig:
 
     Attributes:
         features: squared distance to the teachers' grid feature, whose variance is 1.
-        pasted: how often a cell with another person's region counts in it: few cells are such, and only these tell a
-            cell from its face.
+        pasted: how often a cell from another picture counts in it: few cells are such, and only these tell a cell from
+            its face; those from another picture of the same person tell that a border is no sign of another.
         leak: of cells with another person's region, the squared distance of the cosine with what was there before to
             the teachers': how much of the face around it such a cell still tells.
         pairs: L_cos over all pairs of faces without a swapped region, every pair alike: the few genuine pairs of a
@@ -140,8 +139,8 @@ class Experiment:
     train: TrainConfig
     loss: WeightConfig = WeightConfig()
     alter: AlterConfig = AlterConfig()
-    swaps: SwapConfig = SwapConfig()
-    profiles: float = Field(default=0.15, ge=0, le=1)
+    swaps: SwapConfig = SwapConfig(share=0.9)
+    profiles: float = Field(default=0.3, ge=0, le=1)
     task: Literal["recipes.student"] = "recipes.student"
     name: str = "xcos-slim"
 
@@ -184,12 +183,16 @@ def load_sources(experiment: Experiment, progress: Callable[[str, int, int], Non
     )
     embeddings = joined(answers.embeddings, student.trust)
     # Frontal pictures lean towards the mean of their person's, profiles towards how the person looks from the front.
-    frontal = torch.tensor([_PROFILE not in key for key in pictures.keys])
+    frontal = _frontal(pictures)
     lean = torch.where(frontal, student.person, student.profile)
     for views in (features, embeddings):
         views.lerp_(_of_person(views, pictures.people, frontal), lean.view(-1, *[1] * (views.dim() - 2)))
     features /= features[:, chosen].square().mean().sqrt()
     return Sources(pictures, features.half(), F.normalize(embeddings, dim=2), chosen, held_out)
+
+
+def _frontal(pictures: Pictures) -> Tensor:
+    return torch.tensor([_PROFILE not in key for key in pictures.keys])
 
 
 def _of_person(views: Tensor, people: Tensor, counted: Tensor) -> Tensor:
@@ -256,7 +259,7 @@ class StudentTask:
         #: The body's pass in training; a compiled one may take its place.
         self.grid: Callable[[Tensor], Tensor] = model.backbone.grid
         pictures, trained = sources.pictures, sources.trained
-        self.frontal = torch.tensor([_PROFILE not in key for key in pictures.keys])
+        self.frontal = _frontal(pictures)
         by_person: dict[int, list[int]] = {}
         for picture in trained.tolist():
             by_person.setdefault(int(pictures.people[picture]), []).append(picture)
@@ -335,6 +338,7 @@ class StudentTask:
             "before": sources.features[views, chosen],
             "embeddings": sources.embeddings[views, chosen],
             "people": people[owner],
+            "pasted": owner != torch.arange(size)[:, None, None],
             "faces": people,
             "whole": whole,
             "seen": seen,
@@ -348,10 +352,8 @@ class StudentTask:
         with torch.autocast(images.device.type, enabled=False):
             features = module.head.features(grid.float().contiguous())
             whole = torch.nonzero(batch["whole"]).flatten()
-            templates = Templates.from_features(features[whole], None, "norm")
-            wanted = batch["embeddings"][whole]
             foreign = batch["people"] != batch["faces"][:, None, None]
-            counts = torch.where(foreign, weights.pasted, 1.0)
+            counts = torch.where(batch["pasted"], weights.pasted, 1.0)
             before, wanted_there = batch["before"].float(), batch["features"]
             leak = F.cosine_similarity(features, before, dim=1) - F.cosine_similarity(wanted_there, before, dim=1)
             apart = (features - batch["features"]).square().mean(1)
@@ -359,12 +361,10 @@ class StudentTask:
                 "features": (counts * apart).sum() / counts.sum(),
                 "leak": (leak.square() * foreign).sum() / foreign.sum().clamp_min(1),
                 "cells": _cells_loss(features, batch["features"], batch["seen"]),
-                "pairs": teacher_loss(all_pairs(module.head, features[whole]), wanted),
-                "norm": teacher_loss(xcos_matrix(templates, templates), wanted),
+                "pairs": teacher_loss(all_pairs(module.head, features[whole]), batch["embeddings"][whole]),
             }
-        total = weights.features * parts["features"] + weights.leak * parts["leak"] + weights.cells * parts["cells"]
-        total = total + weights.pairs * (parts["pairs"] + parts["norm"]) / 2
-        return total, {name: value.detach() for name, value in parts.items()}
+        total = sum(getattr(weights, name) * value for name, value in parts.items())
+        return cast(Tensor, total), {name: value.detach() for name, value in parts.items()}
 
     def describe(self) -> Mapping[str, Any]:
         """Settings, data and weights that a resumed training must share."""
@@ -391,29 +391,27 @@ class StudentTask:
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> Mapping[str, float]:
-        """For each set among the people held out, 1 - EER over all pairs of its pictures, with the model's own
-        attention and with norm attention; of frontal pictures, and of frontal ones against profiles."""
+        """For each set among the people held out, 1 - EER over all pairs of its pictures: of frontal ones, and of
+        frontal ones against profiles."""
         pictures, held_out = self.sources.pictures, self.sources.held_out
         sets = [pictures.names[int(person)].split("-", 1)[0] for person in pictures.people[held_out]]
         figures: dict[str, float] = {}
-        head = cast(_Student, module).head
         for name in sorted(set(sets)):
             own = held_out[torch.tensor([one == name for one in sets])]
             features, people, frontal = self._features(module, own), pictures.people[own], self.frontal[own]
-            made = {"": head.templates(features, role="both"), "norm_": Templates.from_features(features, None, "norm")}
-            for kind, templates in made.items():
-                scores = cast(Tensor, xcos_matrix(templates, templates))
-                sides = {name: (frontal, frontal), f"{name}_profile": (frontal, ~frontal)}
-                for figure, (first, second) in sides.items():
-                    if not second.any():
-                        continue
-                    chosen = scores[first][:, second]
-                    same = people[first][:, None] == people[second]
-                    keep = torch.ones_like(same)
-                    if second is first:
-                        keep = torch.triu(keep, 1)
-                    if (same & keep).any() and (~same & keep).any():
-                        figures[f"{kind}{figure}"] = 1 - eer(chosen[keep].numpy(), same[keep].numpy()).rate
+            templates = cast(_Student, module).head.templates(features, role="both")
+            scores = cast(Tensor, xcos_matrix(templates, templates))
+            sides = {name: (frontal, frontal), f"{name}_profile": (frontal, ~frontal)}
+            for figure, (first, second) in sides.items():
+                if not second.any():
+                    continue
+                chosen = scores[first][:, second]
+                same = people[first][:, None] == people[second]
+                keep = torch.ones_like(same)
+                if second is first:
+                    keep = torch.triu(keep, 1)
+                if (same & keep).any() and (~same & keep).any():
+                    figures[figure] = 1 - eer(chosen[keep].numpy(), same[keep].numpy()).rate
         return figures
 
     def export(self, module: nn.Module, folder: Path) -> list[Path]:

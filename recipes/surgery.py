@@ -24,7 +24,7 @@ from recipes.common import say
 from xcos_ext.backbones import MobileFaceNetReLU, Recogniser, SlimFaceNet
 from xcos_ext.backbones.slim import squares_as_channels
 from xcos_ext.io.errors import XCosError
-from xcos_ext.model import CellProjection, XCosAttention, XCosHead, XCosModel, load_model, save_model
+from xcos_ext.model import CellProjection, XCosHead, XCosModel, load_model, save_model
 from xcos_ext.training.data import normalised
 from xcos_ext.training.tasks import load_experiment
 
@@ -153,17 +153,14 @@ def _train_stem(body: SlimFaceNet, network: MobileFaceNetReLU, images: Tensor, g
 
 
 @torch.no_grad()
-def ridge_head(
-    body: Recogniser, images: Tensor, features: Tensor, ridge: float = 3e-3, *, hidden: int = 16
-) -> XCosHead:
-    """A head whose cells are the ridge regression from the body's map to given grid features.
+def ridge_head(body: Recogniser, images: Tensor, features: Tensor, ridge: float = 3e-3) -> XCosHead:
+    """A head with norm attention, whose cells are the ridge regression from the body's map to given grid features.
 
     Args:
         body: in evaluation mode.
         images: uint8 RGB [N, 3, H, W].
         features: wanted [N, K, h, w].
         ridge: times the mean of the diagonal.
-        hidden: channels inside the attention, which begins as norm attention.
     """
     channels, count = body.grid_shape[0], features.shape[1]
     cells = features.shape[2] * features.shape[3]
@@ -182,8 +179,7 @@ def ridge_head(
         solved = torch.linalg.solve(regular, outer[cell].double()).float()
         projection.weight[cell] = solved[:-1].T
         cast(Tensor, projection.mean).view(count, cells)[:, cell] = -solved[-1]
-    attention = XCosAttention(count, hidden, symmetric=True, residual=True)
-    return XCosHead(channels, count, attention=attention, projection=projection).eval()
+    return XCosHead(channels, count, attention="norm", projection=projection).eval()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

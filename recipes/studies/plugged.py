@@ -2,7 +2,7 @@
 
     python -m recipes.studies.plugged sface_2021dec_int8bq.onnx --heads head.safetensors --faces celeb112.zip \\
         --lfw lfw112.zip --pairs pairs.txt --cfp cfp_dev.zip --detector yunet.onnx \\
-        --json benchmarks/results/models/sface.json
+        --json benchmarks/results/models/plugged_sface.json
 
 Means and thresholds come from one picture each of the people of ``--faces``, none of whom may be in LFW or CFP.
 Pictures go through the network once, and all scores of a list are of the same maps. CFP's pictures are tight crops, so

@@ -222,9 +222,9 @@ def _share(found: float) -> str:
     return f"{100 * found:.2g} %"
 
 
-def _accuracy(found: Data) -> str:
-    low, high = (100 * end for end in found["own"]["intervals"]["accuracy"])
-    return f"{100 * found['own']['accuracy']['mean']:.2f} [{low:.2f}, {high:.2f}]"
+def _accuracy(found: Data, score: str = "own") -> str:
+    low, high = (100 * end for end in found[score]["intervals"]["accuracy"])
+    return f"{100 * found[score]['accuracy']['mean']:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def measured(name: str) -> list[str]:
@@ -253,6 +253,21 @@ def measured(name: str) -> list[str]:
     row(f"{claimed}: CFP by LFW's threshold", "LFW to CFP", _share, "claims", "LFW to CFP", "fmr")
     row(f"{claimed}: LFW by CFP's threshold", "CFP to LFW", _share, "claims", "CFP to LFW", "fmr")
     return markdown(["people never trained on", "floor, aim", *data], rows)
+
+
+# Recognisers plugged in, LFW and CFP: plugged.py
+
+
+def plugged(_: str) -> list[str]:
+    """Accuracies of every plug-in, with and without matching, frontal and across poses."""
+    rows = []
+    for stem, network in (_RECOGNISERS | {"sface": "SFace"}).items():
+        data = load(f"models/plugged_{stem}.json")
+        if data is None:
+            continue
+        lists = [data["lists"][name]["variants"] for name in ("LFW", "CFP-FF", "CFP-FP")]
+        rows += [[f"{network}: {score}", *(_accuracy(part, score) for part in lists)] for score in lists[0]]
+    return markdown(["score", "LFW, accuracy %", "CFP, frontal with frontal", "CFP, frontal with profile"], rows)
 
 
 # Explainers: faithfulness.py, shipped_models.py

@@ -20,13 +20,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse, Polygon, Rectangle
 
 from recipes.altered import LENSES, MASK
-from recipes.common import Padded, cfp_lists, say
-from recipes.gather import CFP_TESTED, LFW_TESTED
-from recipes.measure_default import ALTERATIONS
+from recipes.common import Padded, say
+from recipes.measure_default import ALTERATIONS, tested
 from xcos_ext.evaluation.datasets import LFW, PairList
 from xcos_ext.evaluation.faithfulness import paste, region_mask
 from xcos_ext.explain import contribution, save_figure
-from xcos_ext.faces import create_detector, extract_face
+from xcos_ext.faces import extract_face
 from xcos_ext.io.errors import XCosError
 from xcos_ext.model import XCosModel, load_model
 
@@ -78,8 +77,8 @@ def ten_pairs(lfw: LFW, cfp: dict[str, PairList], detector: Padded) -> list[Pair
         first, second = read(lfw, nth(lfw, True, number))
         other = read(lfw, nth(lfw, False, number))[0]
         cells = region_mask(region)
-        sides = (torch.from_numpy(side).permute(2, 0, 1)[None].contiguous() for side in (first, other))
-        made = paste(*sides, cells).images[0].permute(1, 2, 0).contiguous().numpy()
+        face, donor = (torch.from_numpy(side).permute(2, 0, 1)[None].contiguous() for side in (first, other))
+        made = paste(face, donor, cells).images[0].permute(1, 2, 0).contiguous().numpy()
         found.append(Pair(f"LFW, same person, {region} of another", made, second, pasted=cells))
     return found
 
@@ -150,9 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         model = load_model(options.model).requires_grad_(False)
-        lfw = LFW(options.lfw, options.pairs, folds=[fold - 1 for fold in LFW_TESTED])
-        detector = Padded(create_detector(options.detector))
-        cfp = cfp_lists(options.cfp, sorted({(number - 1) // 50 + 1 for number in CFP_TESTED}))
+        lfw, cfp, detector = tested(options.lfw, options.pairs, options.cfp, options.detector)
         save_figure(draw(model, ten_pairs(lfw, cfp, detector)), options.out)
     except (XCosError, OSError, ValueError) as error:
         say(f"ten_pairs: {error}")

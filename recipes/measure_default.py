@@ -1,7 +1,7 @@
 """What a model is worth on people whom nobody here trained on: LFW and CFP, as they are and altered, and its maps.
 
     python -m recipes.measure_default model.safetensors --lfw lfw112.zip --pairs pairs.txt --cfp cfp_dev.zip \\
-        --detector yunet.onnx --json benchmarks/results/models/default_model.json
+        --detector yunet.onnx --json benchmarks/results/models/slim.json
 
 LFW's folds 7 and 8 and CFP's folds 3 and 4, whose people ``recipes.gather`` keeps out of training. Each fold's
 threshold comes from the other fold; intervals are over people. Several models may be named: all are measured in the

@@ -51,7 +51,7 @@ def main() -> int:
             label = tables.LABELS[name].strip("*")
             style: Any = (0, (4, 2)) if dashed else "-"
             axes.plot([100 * x for x in levels], [100 * y for y in values], color=COLOURS[name], ls=style, label=label)
-        axes.set_title(f"{mode}, verification, default model", loc="left", fontsize=10)
+        axes.set_title(f"{mode}, verification, xcos-compact", loc="left", fontsize=10)
         axes.set_xlabel("pixels replaced by black, %" if mode == "deletion" else "pixels kept, %")
         axes.set_ylabel("accuracy, %")
     left.legend(fontsize=8, frameon=False)

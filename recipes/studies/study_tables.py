@@ -126,7 +126,6 @@ _RECOGNISERS = {
     "mobilefacenet_arcface": "MobileFaceNet, PReLU",
     "mobilefacenet_apache2": "MobileFaceNet, ReLU6",
 }
-_COMPACT_TEACHER = "mobilefacenet_apache2"
 #: Row of a cross-validation -> what W is.
 _ATTENTIONS = {
     "trained": "learned",
@@ -158,20 +157,8 @@ def _trained(kind: str, times: dict[str, Data]) -> Iterator[_ModelRow]:
                     yield f"xCos, {label}", attention, figures, seconds.get(label) if row == "trained" else None
 
 
-def _compact(kind: str, times: dict[str, Data]) -> Iterator[_ModelRow]:
-    """The shipped model, cross-validated."""
-    variants = (load("models/default_model.json") or {}).get("variants", {})
-    seconds = times.get(_COMPACT_TEACHER, {})
-    for row, attention in {"own": "learned", "norm": "norm", "corr": "corr", "uniform": "uniform"}.items():
-        if row in variants and (kind != "short" or row == "own"):
-            time = seconds.get("compact") if row == "own" else None
-            yield "**xCos model that comes with the package**", attention, variants[row], time
-    if kind == "compact" and "teacher" in variants:
-        yield "its teacher: plain cosine", "", variants["teacher"], seconds.get("cosine")
-
-
 def models(kind: str) -> list[str]:
-    """``short``: a row a model, for README; ``all``: every attention, every training; ``compact``: the shipped one."""
+    """``short``: a row a model, for README; ``all``: every attention, every training."""
 
     def interval(values: Data, key: str, value: float, scale: float, digits: int) -> str:
         low, high = (scale * end for end in values["intervals"][key])
@@ -191,7 +178,7 @@ def models(kind: str) -> list[str]:
             yield f"{1e3 * time['seconds'][1]:.1f} ms, {middle:.2f} ({low:.2f} – {high:.2f})"
 
     times = {stem: values["scores"] for stem, values in (load("models/pair_time.json") or {}).items()}
-    found = [*(() if kind == "compact" else _trained(kind, times)), *_compact(kind, times)]
+    found = _trained(kind, times)
     columns = ("score", "W", "accuracy %", "AUC", "EER %", "TAR % at FMR 1e-2, 1e-3")
     return markdown([*columns, "time per pair, times the plain cosine's"], (cells(*row) for row in found))
 
@@ -258,15 +245,19 @@ def measured(name: str) -> list[str]:
 # Recognisers plugged in, LFW and CFP: plugged.py
 
 
-def plugged(_: str) -> list[str]:
-    """Accuracies of every plug-in, with and without matching, frontal and across poses."""
+def plugged(kind: str) -> list[str]:
+    """Accuracies frontal and across poses: ``short``, with the shipped model; ``all``, with and without matching."""
+    shipped = (load("models/slim.json") or {}).get("slim")
     rows = []
+    if shipped is not None and kind == "short":
+        rows.append(["**xCos model that comes with the package**", *(_accuracy(shipped[key]) for key in _LISTS)])
     for stem, network in (_RECOGNISERS | {"sface": "SFace"}).items():
         data = load(f"models/plugged_{stem}.json")
         if data is None:
             continue
         lists = [data["lists"][name]["variants"] for name in ("LFW", "CFP-FF", "CFP-FP")]
-        rows += [[f"{network}: {score}", *(_accuracy(part, score) for part in lists)] for score in lists[0]]
+        scores = ("plain cosine", "closed form") if kind == "short" else lists[0]
+        rows += [[f"{network}: {score}", *(_accuracy(part, score) for part in lists)] for score in scores]
     return markdown(["score", "LFW, accuracy %", "CFP, frontal with frontal", "CFP, frontal with profile"], rows)
 
 
@@ -274,7 +265,7 @@ def plugged(_: str) -> list[str]:
 
 #: Results file -> what is explained, models that are not shipped any more among it.
 EXPLAINED = {
-    "compact": "xcos-compact, the default model",
+    "compact": "xcos-compact, shipped before",
     "faithful": "xcos-faithful, trained on swapped regions too",
     "local": "xcos-local, cells of 44x44 pixels",
     "cosine": "plain cosine of MobileFaceNet",

@@ -418,7 +418,7 @@ def load_model(
     unexecuted. Half-precision weights are converted to fp32.
 
     Args:
-        path: .pt, .pth or .safetensors; ``"compact"``, the name of the model that the package ships
+        path: .pt, .pth or .safetensors; ``"slim"``, the name of the model that the package ships
             (:data:`xcos_ext.io.shipped.SHIPPED`), or None: that model.
         device: where to put the model.
         statistics: for recognisers: a statistics file or object, instead of the shipped ones.
@@ -435,7 +435,7 @@ def load_model(
 
     >>> model = load_model()
     >>> model.name, model.features(torch.zeros(1, 3, 112, 112)).shape
-    ('xcos-compact', torch.Size([1, 32, 7, 7]))
+    ('xcos-slim', torch.Size([1, 32, 7, 7]))
     """
     path = weights_file(path)
     contents, metadata = read_weights(path)

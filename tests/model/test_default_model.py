@@ -38,7 +38,7 @@ def test_the_file_is_small_and_in_half_precision() -> None:
 
 def test_the_model_is_small_and_calibrated(model: XCosModel) -> None:
     assert model.architecture == "slim" and not model.training
-    assert sum(p.numel() for p in model.parameters()) < 1_500_000
+    assert sum(p.numel() for p in model.parameters()) < 2_000_000
     assert set(model.fmr_thresholds) == {1e-1, 1e-2, 1e-3}
     assert model.threshold is not None and model.fmr_curve is not None
     assert model.fmr_thresholds[1e-2] < model.threshold < model.fmr_thresholds[1e-3]
@@ -89,10 +89,10 @@ def test_it_tells_people_apart_whom_it_has_never_seen(model: XCosModel, shared_d
     result = evaluate(model, lfw, replicates=0)
     report = result.variants["own"].report
     assert report.accuracy is not None
-    assert report.accuracy.mean >= 0.97  # its card says 0.9742
+    assert report.accuracy.mean >= 0.97  # its card says 0.9750
     assert model.threshold is not None
     right = (result.variants["own"].scores >= model.threshold) == lfw.genuine
-    assert right.mean() >= 0.965  # 0.9700
+    assert right.mean() >= 0.938  # 0.9425: its threshold is that of the worse data set, CFP
 
 
 def test_the_shipped_model_goes_by_its_name() -> None:
@@ -100,12 +100,12 @@ def test_the_shipped_model_goes_by_its_name() -> None:
     model = load_model("slim")
     assert model.threshold is not None and model.fmr_curve is not None
     assert model.architecture == "slim"
-    assert isinstance(model.head, XCosHead) and model.head.attention is not None and model.head.attention.symmetric
+    assert isinstance(model.head, XCosHead) and model.head.attention is None  # norm attention
     faces = model.preprocessing(np.random.default_rng(0).integers(0, 256, (2, 112, 112, 3), np.uint8))
     with torch.no_grad():
         features = model.features(faces)
         assert float(model.score(features[:1], features[:1])) == pytest.approx(1, abs=1e-5)
-    assert model.fingerprint() == load_model().fingerprint() == "6494be24831d5526"  # results files name it
+    assert model.fingerprint() == load_model().fingerprint() == "7c06134141dc5721"  # results files name it
 
 
 def test_every_model_that_lies_in_the_package_is_one_that_it_offers() -> None:

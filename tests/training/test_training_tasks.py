@@ -377,7 +377,7 @@ def test_mistakes_are_one_line(
 
 def test_recipes_can_be_read() -> None:
     files = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.toml"))
-    assert len(files) == 6 and all(load_experiment(file).train.steps > 0 for file in files)
+    assert len(files) == 5 and all(load_experiment(file).train.steps > 0 for file in files)
 
 
 def test_a_task_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

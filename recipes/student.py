@@ -114,6 +114,7 @@ class WeightConfig:
         pairs: L_cos over all pairs of faces without a swapped region, every pair alike: the few genuine pairs of a
             batch, counted as much as its hundreds of impostors, drown what the teachers say of these in noise.
         cells: squared distance of S to the teachers', cell by cell, over all pairs of faces, as far as both are seen.
+        evidence: cross-entropy of telling by S alone whether two cells are one person's (:class:`CellEvidence`).
     """
 
     features: float = Field(default=6.0, ge=0)
@@ -121,6 +122,7 @@ class WeightConfig:
     leak: float = Field(default=5.0, ge=0)
     pairs: float = Field(default=15.0, ge=0)
     cells: float = Field(default=10.0, ge=0)
+    evidence: float = Field(default=2.0, ge=0)
 
 
 @dataclass(frozen=True, config=SETTINGS)
@@ -210,13 +212,49 @@ def create(experiment: Experiment, progress: Callable[[str, int, int], None] | N
     return StudentTask(load_sources(experiment, progress), experiment)
 
 
-class _Student(nn.Module):
-    """Body and head."""
+class CellEvidence(nn.Module):
+    """How sure S makes one that two cells are one person's: logit = scale * S + shift, with weights of every place.
 
-    def __init__(self, body: Recogniser, head: XCosHead) -> None:
+    Args:
+        grid: h, w.
+    """
+
+    def __init__(self, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((grid[0] * grid[1],), 6.0))
+        self.shift = nn.Parameter(torch.full((grid[0] * grid[1],), -2.0))
+
+    def loss(self, features: Tensor, people: Tensor, faces: Tensor, seen: Tensor) -> Tensor:
+        """Cross-entropy over all pairs of different faces and all cells.
+
+        Cells come in four kinds: of one person or of two, in faces of one person or of two. Each kind counts alike,
+        rare as swapped cells are: they tell whether a cell answers for its own pixels or for the face.
+
+        Args:
+            features: [N, K, h, w].
+            people: int64 [N, h, w], whose each cell is.
+            faces: int64 [N], whose each face is, but for what was pasted into it.
+            seen: [N, h, w], 0 to 1; cells of which less than half is seen in either face do not count.
+        """
+        unit = F.normalize(features, dim=1, eps=1e-6).flatten(2).permute(2, 0, 1)
+        logits = self.scale[:, None, None] * torch.bmm(unit, unit.mT) + self.shift[:, None, None]
+        whose, there = people.flatten(1).T, seen.flatten(1).T > 0.5
+        same, alike = whose[:, :, None] == whose[:, None], (faces[:, None] == faces)[None]
+        counted = torch.triu(there[:, :, None] & there[:, None], 1)
+        losses = F.binary_cross_entropy_with_logits(logits, same.to(logits.dtype), reduction="none")
+        kinds = (same & alike, ~same & ~alike, ~same & alike, same & ~alike)
+        counts = [(kind & counted).to(losses.dtype) for kind in kinds]
+        return torch.stack([(losses * own).sum() / own.sum().clamp_min(1) for own in counts]).mean()
+
+
+class _Student(nn.Module):
+    """Body and head, and what only training needs."""
+
+    def __init__(self, body: Recogniser, head: XCosHead, grid: tuple[int, int]) -> None:
         super().__init__()
         self.body = body
         self.head = head
+        self.evidence = CellEvidence(grid)
 
 
 def _cells_loss(features: Tensor, wanted: Tensor, seen: Tensor) -> Tensor:
@@ -252,7 +290,7 @@ class StudentTask:
             raise ConfigError(
                 f"student.start: expected a model with {experiment.student.channels} channels, got {head.channels}"
             )
-        self.module = _Student(model.backbone.requires_grad_(True), head.requires_grad_(True))
+        self.module = _Student(model.backbone.requires_grad_(True), head.requires_grad_(True), (7, 7))
         self.module.train()
         self.module.head.eval()  # its batch norms, the attention's, have fixed statistics
         self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -273,7 +311,8 @@ class StudentTask:
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Everything."""
         body = [group | {"muon": group["params"][0].dim() == 4} for group in weight_decay_groups(self.module.body)]
-        return [*body, *(group | {"muon": False} for group in weight_decay_groups(self.module.head))]
+        rest = [*weight_decay_groups(self.module.head), *weight_decay_groups(self.module.evidence)]
+        return [*body, *(group | {"muon": False} for group in rest)]
 
     # --- steps
 
@@ -361,6 +400,7 @@ class StudentTask:
                 "features": (counts * apart).sum() / counts.sum(),
                 "leak": (leak.square() * foreign).sum() / foreign.sum().clamp_min(1),
                 "cells": _cells_loss(features, batch["features"], batch["seen"]),
+                "evidence": module.evidence.loss(features, batch["people"], batch["faces"], batch["seen"]),
                 "pairs": teacher_loss(all_pairs(module.head, features[whole]), batch["embeddings"][whole]),
             }
         total = sum(getattr(weights, name) * value for name, value in parts.items())

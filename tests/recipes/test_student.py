@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from recipes import altered, gather, in_minutes, pack, surgery, teachers
+from recipes import altered, average, gather, in_minutes, pack, surgery, teachers
 from recipes.sface import SFace
 from recipes.student import (
     AlterConfig,
+    CellEvidence,
     Experiment,
     Sources,
     StudentConfig,
@@ -305,9 +306,9 @@ def test_the_first_head_solves_for_the_wanted_features() -> None:
     assert float((made - wanted).square().mean() / wanted.var()) < 0.01
 
 
-def test_a_slim_model_gets_a_head_for_other_targets(experiment: Experiment, sources: Sources, tmp_path: Path) -> None:
+def written(experiment: Experiment, config: Path) -> str:
+    """The path of a file with an experiment's data and teachers."""
     data, student = experiment.data, experiment.student
-    config, out = tmp_path / "x.toml", tmp_path / "out.safetensors"
     config.write_text(
         f"""task = "recipes.student"
         [data]
@@ -323,7 +324,13 @@ def test_a_slim_model_gets_a_head_for_other_targets(experiment: Experiment, sour
         steps = 1
         batch = 8"""
     )
-    assert surgery.main([str(config), "--network", student.start, "--out", str(out), "--threads", "1"]) == 0
+    return str(config)
+
+
+def test_a_slim_model_gets_a_head_for_other_targets(experiment: Experiment, sources: Sources, tmp_path: Path) -> None:
+    student, out = experiment.student, tmp_path / "out.safetensors"
+    config = written(experiment, tmp_path / "x.toml")
+    assert surgery.main([config, "--network", student.start, "--out", str(out), "--threads", "1"]) == 0
     first, again = load_model(student.start), load_model(out)
     assert torch.equal(again.backbone.widen.weight, first.backbone.widen.weight)  # type: ignore[arg-type, union-attr]
     images = sources.pictures.images[sources.trained]
@@ -331,6 +338,29 @@ def test_a_slim_model_gets_a_head_for_other_targets(experiment: Experiment, sour
         wanted = sources.features[0, sources.trained].float()
         made, before = (m.features(normalised(m.backbone, images)) for m in (again, first))
     assert float((made - wanted).square().mean()) < 0.9 * float((before - wanted).square().mean())
+
+
+def test_states_are_averaged(experiment: Experiment, tmp_path: Path) -> None:
+    config = written(experiment, tmp_path / "x.toml")
+    first = load_model(experiment.student.start)
+    other = load_model(experiment.student.start)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.add_(0.125)
+    save_model(other, tmp_path / "other.safetensors")
+    states = [experiment.student.start, str(tmp_path / "other.safetensors")]
+    assert average.main([config, *states, "--out", str(tmp_path / "mean"), "--threads", "1"]) == 0
+    mean = load_model(tmp_path / "mean" / "model.safetensors")
+    for name, value in mean.state_dict().items():
+        if value.is_floating_point():
+            wanted = (first.state_dict()[name] + other.state_dict()[name]) / 2
+            torch.testing.assert_close(value, wanted, rtol=1e-3, atol=1e-6)
+    assert mean.head.fixed_attention == "norm"  # type: ignore[union-attr]
+    narrow = XCosModel(recogniser(0), XCosHead(24, CHANNELS, attention="norm"))
+    with pytest.raises(XCosError, match=r"models\[1\]: expected a head with a matrix for each cell"):
+        average.mean_of([first, narrow])
+    assert average.main([config, *states, "--set", "task=head", "--out", str(tmp_path / "x")]) == 2
+    assert not (tmp_path / "x").exists()
 
 
 # --- the student
@@ -441,11 +471,11 @@ def test_settings_that_do_not_fit_are_named(experiment: Experiment, change: dict
 
 def test_weights_of_losses_are_those_asked_for(experiment: Experiment, sources: Sources) -> None:
     task = StudentTask(
-        sources, dataclasses.replace(experiment, loss=WeightConfig(features=2, pairs=0, cells=0, leak=0))
+        sources, dataclasses.replace(experiment, loss=WeightConfig(features=2, pairs=0, cells=0, leak=0, evidence=0))
     )
     total, parts = task.loss(task.batch(BatchIndex(0, 0), 8))
     assert float(total.detach()) == pytest.approx(2 * float(parts["features"]), rel=1e-5)
-    assert set(parts) == {"features", "leak", "cells", "pairs"}
+    assert set(parts) == {"features", "leak", "cells", "evidence", "pairs"}
 
 
 def test_pasted_cells_count_as_often_as_asked(experiment: Experiment, sources: Sources) -> None:
@@ -472,6 +502,42 @@ def test_cells_cost_what_their_cosines_miss_where_both_are_seen() -> None:
     assert float(_cells_loss(made, wanted, seen)) == pytest.approx(1 / 2)
     seen[0, 0, 1] = 0
     assert float(_cells_loss(made, wanted, seen)) == pytest.approx(0)
+
+
+def test_evidence_is_the_mean_over_four_kinds_of_cells_that_are_seen() -> None:
+    features = torch.randn(5, 4, 2, 3, dtype=torch.float64, generator=generator())
+    faces = torch.tensor([0, 0, 1, 1, 2])
+    people = faces[:, None, None].repeat(1, 2, 3)
+    people[0, 0, 1], people[2, 1, 0], people[3, 0, 0] = 1, 2, 0
+    seen = torch.ones(5, 2, 3, dtype=torch.float64)
+    seen[1, 1, 2], seen[4, 0, 0] = 0.2, 0
+    evidence = CellEvidence((2, 3)).double()
+    with torch.no_grad():
+        evidence.scale.uniform_(1, 5, generator=generator(2))
+        evidence.shift.uniform_(-1, 1, generator=generator(3))
+    kinds: dict[tuple[bool, bool], list[float]] = {}
+    for first in range(5):
+        for second in range(first + 1, 5):
+            for cell, (row, column) in enumerate((r, c) for r in range(2) for c in range(3)):
+                if min(seen[first, row, column], seen[second, row, column]) <= 0.5:
+                    continue
+                cosine = nn.functional.cosine_similarity(
+                    features[first, :, row, column], features[second, :, row, column], dim=0
+                )
+                same = bool(people[first, row, column] == people[second, row, column])
+                chance = torch.sigmoid(evidence.scale[cell] * cosine + evidence.shift[cell])
+                cost = -float((chance if same else 1 - chance).detach().log())
+                kinds.setdefault((same, bool(faces[first] == faces[second])), []).append(cost)
+    assert len(kinds) == 4
+    expected = float(np.mean([np.mean(costs) for costs in kinds.values()]))
+    assert float(evidence.loss(features, people, faces, seen).detach()) == pytest.approx(expected, rel=1e-12)
+
+
+def test_evidence_takes_batches_without_some_kinds() -> None:
+    features, seen = torch.randn(3, 4, 2, 2), torch.ones(3, 2, 2)
+    people = torch.arange(3)[:, None, None].repeat(1, 2, 2)
+    assert CellEvidence((2, 2)).loss(features, people, people[:, 0, 0], seen).isfinite()
+    assert CellEvidence((2, 2)).loss(features, people, people[:, 0, 0], torch.zeros_like(seen)).isfinite()
 
 
 def test_faces_without_a_twin_stay_whole(experiment: Experiment, sources: Sources) -> None:

@@ -119,8 +119,8 @@ class WeightConfig:
 
     features: float = Field(default=6.0, ge=0)
     pasted: float = Field(default=12.0, gt=0)
-    leak: float = Field(default=5.0, ge=0)
-    pairs: float = Field(default=15.0, ge=0)
+    leak: float = Field(default=2.0, ge=0)
+    pairs: float = Field(default=20.0, ge=0)
     cells: float = Field(default=10.0, ge=0)
     evidence: float = Field(default=2.0, ge=0)
 

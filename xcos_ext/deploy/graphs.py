@@ -133,9 +133,9 @@ class ScoreGraph(nn.Module):
         elif self.fixed == "norm":
             products = a["norms"] * b["norms"]
             total = products.sum(1, keepdim=True)
-            even = torch.full_like(products, 1 / self.layout.cells)
             # Two faces without a feature: every cell alike, as in the operator.
-            attention = torch.where(total == 0, even, products / torch.where(total == 0, 1.0, total))
+            shares = products / torch.where(total == 0, 1.0, total)
+            attention = torch.where(total == 0, 1 / self.layout.cells, shares)
             attention = attention.unflatten(1, self.layout.grid)
         else:
             attention = self._weights(a, b)

@@ -249,7 +249,7 @@ def test_a_profile_is_wanted_as_the_person_looks_from_the_front(experiment: Expe
 
 
 def test_a_cell_that_still_tells_what_was_there_leaks(experiment: Experiment, sources: Sources) -> None:
-    loss = WeightConfig(features=0, pairs=0, cells=0, leak=1)
+    loss = WeightConfig(features=0, pairs=0, cells=0, leak=1, evidence=0)
     task = StudentTask(sources, dataclasses.replace(experiment, loss=loss, swaps=SwapConfig(share=1, own=0)))
     batch = task.batch(BatchIndex(0, 1), 8)
     foreign = batch["people"] != batch["faces"][:, None, None]
@@ -481,7 +481,7 @@ def test_weights_of_losses_are_those_asked_for(experiment: Experiment, sources: 
 def test_pasted_cells_count_as_often_as_asked(experiment: Experiment, sources: Sources) -> None:
     costs = []
     for pasted in (1.0, 1e6):
-        loss = WeightConfig(features=1, pairs=0, cells=0, leak=0, pasted=pasted)
+        loss = WeightConfig(features=1, pairs=0, cells=0, leak=0, evidence=0, pasted=pasted)
         task = StudentTask(sources, dataclasses.replace(experiment, loss=loss, swaps=SwapConfig(share=1, own=0.5)))
         batch = task.batch(BatchIndex(0, 1), 8)
         with torch.no_grad():

@@ -327,8 +327,8 @@ def test_quick_search_of_a_stranger_rate(crops: Path, tmp_path: Path) -> None:
     )
     # What the model knows of scores is of its own attention.
     trouble(
-        run("search", tmp_path / "g", probe, "--aligned", "--attention", "norm", "--fpir", "0.01"),
-        "--fpir: expected the attention that the model is calibrated with, got --attention norm; give --threshold",
+        run("search", tmp_path / "g", probe, "--aligned", "--attention", "uniform", "--fpir", "0.01"),
+        "--fpir: expected the attention that the model is calibrated with, got --attention uniform; give --threshold",
     )
     curve_alone = load_model()
     curve_alone.threshold = None
@@ -336,19 +336,19 @@ def test_quick_search_of_a_stranger_rate(crops: Path, tmp_path: Path) -> None:
     use = ("--aligned", "--model", tmp_path / "curve.safetensors")
     run("enroll", tmp_path / "c", probe, *use, "-q")
     trouble(
-        run("search", tmp_path / "c", probe, *use, "--attention", "norm", "--fpir", "0.01"),
+        run("search", tmp_path / "c", probe, *use, "--attention", "uniform", "--fpir", "0.01"),
         "--fpir: expected the attention that the model is calibrated with",
     )
     assert run("search", tmp_path / "c", probe, *use, "--fpir", "0.01").exit_code == 0
     other = run("search", tmp_path / "g", probe, "--aligned", "--attention", "uniform")
     assert "the threshold" not in other.stdout and "no threshold known for this model and attention" in other.stderr
     data = strict(
-        run("search", tmp_path / "g", probe, "--aligned", "--attention", "norm", "--json", "--explain").stdout
+        run("search", tmp_path / "g", probe, "--aligned", "--attention", "uniform", "--json", "--explain").stdout
     )
     hit = data["probes"][0]["hits"][0]
     assert data["threshold"] is hit["over_threshold"] is hit.get("contribution") is None and len(hit["similarity"]) == 7
     given = strict(
-        run("search", tmp_path / "g", probe, "--aligned", "--attention", "norm", "--threshold", "0.5", "--json").stdout
+        run("search", tmp_path / "g", probe, "--aligned", "--attention", "uniform", "--threshold", "0.5", "--json").stdout
     )
     assert given["threshold"] == 0.5 and given["probes"][0]["hits"][0]["over_threshold"] is True
 

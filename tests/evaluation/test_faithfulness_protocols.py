@@ -603,7 +603,7 @@ def test_real_faces(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     faces = Faces(LFW(shared_data / "lfw112.zip", shared_data / "pairs.txt", folds=[6, 7]))
     model: XCosModel = load_model()
     monkeypatch.setattr("xcos_ext.evaluation.faithfulness.measure._TIMED", 3)
-    settings = Settings(count=6, regions=("mouth",), replicates=0)
+    settings = Settings(count=24, regions=("mouth",), replicates=0)
     result = faithfulness(
         XCosPairs(model), faces, ["xcos", "xcos-similarity"], protocols=["region-swap"], settings=settings
     )

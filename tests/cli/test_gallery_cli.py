@@ -348,7 +348,9 @@ def test_quick_search_of_a_stranger_rate(crops: Path, tmp_path: Path) -> None:
     hit = data["probes"][0]["hits"][0]
     assert data["threshold"] is hit["over_threshold"] is hit.get("contribution") is None and len(hit["similarity"]) == 7
     given = strict(
-        run("search", tmp_path / "g", probe, "--aligned", "--attention", "uniform", "--threshold", "0.5", "--json").stdout
+        run(
+            "search", tmp_path / "g", probe, "--aligned", "--attention", "uniform", "--threshold", "0.5", "--json"
+        ).stdout
     )
     assert given["threshold"] == 0.5 and given["probes"][0]["hits"][0]["over_threshold"] is True
 

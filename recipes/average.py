@@ -71,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise XCosError("config: expected task = 'recipes.student'")
         with tempfile.TemporaryDirectory() as folder:
             start = Path(folder) / "mean.safetensors"
+            # Halves are what is shipped, so halves are calibrated.
             save_model(mean_of([load_model(model) for model in options.models]), start, dtype=torch.float16)
             student = dataclasses.replace(experiment.student, start=str(start))
             task = create(dataclasses.replace(experiment, student=student))

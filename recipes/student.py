@@ -212,6 +212,12 @@ def create(experiment: Experiment, progress: Callable[[str, int, int], None] | N
     return StudentTask(load_sources(experiment, progress), experiment)
 
 
+def _cosines(features: Tensor) -> Tensor:
+    """[N, K, h, w] -> [h * w, N, N]: S between all pairs of faces, cell by cell."""
+    unit = F.normalize(features, dim=1, eps=1e-6).flatten(2).permute(2, 0, 1)
+    return torch.bmm(unit, unit.mT)
+
+
 class CellEvidence(nn.Module):
     """How sure S makes one that two cells are one person's: logit = scale * S + shift, with weights of every place.
 
@@ -236,8 +242,7 @@ class CellEvidence(nn.Module):
             faces: int64 [N], whose each face is, but for what was pasted into it.
             seen: [N, h, w], 0 to 1; cells of which less than half is seen in either face do not count.
         """
-        unit = F.normalize(features, dim=1, eps=1e-6).flatten(2).permute(2, 0, 1)
-        logits = self.scale[:, None, None] * torch.bmm(unit, unit.mT) + self.shift[:, None, None]
+        logits = self.scale[:, None, None] * _cosines(features) + self.shift[:, None, None]
         whose, there = people.flatten(1).T, seen.flatten(1).T > 0.5
         same, alike = whose[:, :, None] == whose[:, None], (faces[:, None] == faces)[None]
         counted = torch.triu(there[:, :, None] & there[:, None], 1)
@@ -265,8 +270,7 @@ def _cells_loss(features: Tensor, wanted: Tensor, seen: Tensor) -> Tensor:
         seen: of each cell [N, h, w], 0 to 1; what is covered in either face does not count.
     """
     first, second = torch.triu_indices(len(features), len(features), 1, device=features.device)
-    made, right = (F.normalize(x, dim=1, eps=1e-6).flatten(2).permute(2, 0, 1) for x in (features, wanted))
-    apart = torch.bmm(made, made.mT) - torch.bmm(right, right.mT)
+    apart = _cosines(features) - _cosines(wanted)
     both = torch.einsum("ip,jp->pij", seen.flatten(1), seen.flatten(1))
     return (apart.square() * both)[:, first, second].mean()
 

@@ -157,7 +157,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def gallery(data: Path) -> Path:
     pytest.importorskip("lance", reason="needs the extra gallery (pylance)")
-    result = run("enroll", data / "gallery", data / "faces", "--aligned", "--device", "cpu")
+    # In float32: one ulp of a network's output turns the rounding of a cell in half precision, 1e-5 of a score.
+    result = run("enroll", data / "gallery", data / "faces", "--aligned", "--device", "cpu", "--dtype", "float32")
     assert result.exit_code == 0, result.output
     return data / "gallery"
 
@@ -385,7 +386,8 @@ RESULTS: dict[str, tuple[str, ...]] = {
                                   "--teacher", "recogniser.pt", "--only-teacher"),
     "search": ("search", "gallery", ANN, BOB, "--aligned", "--explain", "-k", "3"),
     "search by person": ("search", "gallery", ANN, BOB, "--aligned", "--by-person", "--where", "person <> 'p03'"),
-    "search fused": ("search", "gallery", ANN, BOB, "--aligned", "--fuse", "mean", "--explain"),
+    # Of three: the mean of two probes scores them both alike.
+    "search fused": ("search", "gallery", ANN, BOB, "faces/p02/0.png", "--aligned", "--fuse", "mean", "--explain"),
     "search in two stages": ("search", "gallery", ANN, BOB, "--aligned", "--rerank", "10"),
     "dedupe": ("dedupe", "gallery", "--threshold", "0.5", "--out", "out.csv"),
 }  # fmt: skip
@@ -457,11 +459,11 @@ def test_what_is_enrolled_on_a_gpu_is_what_is_enrolled_on_a_cpu(
     from xcos_ext.gallery import Gallery
 
     with simulated_gpu(monkeypatch):
-        assert run("enroll", "out.gallery", "faces", "--aligned").exit_code == 0
+        assert run("enroll", "out.gallery", "faces", "--aligned", "--dtype", "float32").exit_code == 0
     with Gallery.open("out.gallery") as made, Gallery.open(gallery) as known:
         assert list(made.ids()) == list(known.ids())
         features = (each.templates_at(range(len(each))).features for each in (made, known))
-        torch.testing.assert_close(*features, atol=2e-3, rtol=0)
+        torch.testing.assert_close(*features, atol=1e-5, rtol=0)
 
 
 @pytest.mark.thorough

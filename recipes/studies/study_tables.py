@@ -258,15 +258,16 @@ def plugged(kind: str) -> list[str]:
         if data is None:
             continue
         lists = [data["lists"][name]["variants"] for name in ("LFW", "CFP-FF", "CFP-FP")]
-        scores = ("plain cosine", "closed form") if kind == "short" else lists[0]
+        scores = [score for score in lists[0] if kind == "all" or ", " not in score]  # behind a comma: the matching
         rows += [[f"{network}: {score}", *(_accuracy(part, score) for part in lists)] for score in scores]
     return markdown(["score", "LFW, accuracy %", "CFP, frontal with frontal", "CFP, frontal with profile"], rows)
 
 
 # Explainers: faithfulness.py, shipped_models.py
 
-#: Results file -> what is explained, models that are not shipped any more among it.
+#: Results file -> what is explained: the shipped model, then those that are not shipped any more.
 EXPLAINED = {
+    "slim": "xcos-slim, the shipped model",
     "compact": "xcos-compact, shipped before",
     "faithful": "xcos-faithful, trained on swapped regions too",
     "local": "xcos-local, cells of 44x44 pixels",
@@ -422,7 +423,7 @@ def _locality() -> list[str]:
 
 
 def _short() -> list[str]:
-    """For README: one line a map of the default model, and xCos's own of the others."""
+    """One line a map of the shipped model, and xCos's own of the others."""
     columns = (
         "model", "map", "region swap: absolute", "difference", "centred", "same person's region, centred",
         "deletion ↓", "insertion ↑", "time per pair",
@@ -434,7 +435,7 @@ def _short() -> list[str]:
             continue
         orders = _orders(data)
         for explainer, (_, by, _) in region_swaps(data).items():
-            if name != "compact" and not explainer.startswith("xcos"):
+            if name != "slim" and not explainer.startswith("xcos"):
                 continue
             mean = by[DIRECTIONS[0], "swap", "mean"]
             control = by[DIRECTIONS[0], "same-person", "mean"]["centred"]

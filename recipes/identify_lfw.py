@@ -220,8 +220,7 @@ def shipped(part: Part, pictures: Pictures, teacher: Recogniser | None, replicat
     assert isinstance(model.backbone, Recogniser)
     body = model.backbone
     features = in_batches(lambda chosen: model.features(normalised(body, pictures.images[chosen])))
-    found = search(part, pictures, model, features, ("own", "norm", "uniform"))
-    answers = {"learned": found["own"], "norm": found["norm"], "uniform": found["uniform"]}
+    answers = search(part, pictures, model, features, ("own", "uniform"))
     # It has no embedding but its flattened grid feature.
     answers["cosine of the flattened grid feature"] = cosine(
         part, lambda chosen: F.normalize(features(chosen).flatten(1), dim=1)
@@ -231,7 +230,7 @@ def shipped(part: Part, pictures: Pictures, teacher: Recogniser | None, replicat
         answers["teacher's plain cosine"] = cosine(part, embed)
     # Its thresholds for pairs, from these very people: how many false candidates they let through in a search.
     assert model.threshold is not None
-    thresholds = {"learned": [model.threshold, *model.fmr_thresholds.values()]}
+    thresholds = {"own": [model.threshold, *model.fmr_thresholds.values()]}
     return Tested(part, judge(part, answers, replicates, thresholds), None)
 
 

@@ -565,8 +565,7 @@ _SCORES = {
         "head, uniform": ("", "uniform"),
     },
     "shipped": {
-        "learned": ("xCos model that came with the package before", "learned"),
-        "norm": ("", "norm"),
+        "own": ("xCos model that comes with the package", "norm"),
         "uniform": ("", "uniform"),
         "cosine of the flattened grid feature": ("its features: plain cosine", ""),
     },

@@ -38,9 +38,9 @@ def curves(part: dict[str, Any], mode: str) -> dict[str, tuple[list[float], list
 
 def main() -> int:
     """Returns the exit status."""
-    data = tables.load("faithfulness/compact.json")
+    data = tables.load("faithfulness/slim.json")
     if data is None:
-        print("faithfulness_plot: there is no benchmarks/results/faithfulness/compact.json", file=sys.stderr)
+        print("faithfulness_plot: there is no benchmarks/results/faithfulness/slim.json", file=sys.stderr)
         return 2
     part = next(p for p in data["parts"] if p["deletion"])
     figure = Figure(figsize=(13.5, 4.2), layout="constrained")
@@ -51,7 +51,7 @@ def main() -> int:
             label = tables.LABELS[name].strip("*")
             style: Any = (0, (4, 2)) if dashed else "-"
             axes.plot([100 * x for x in levels], [100 * y for y in values], color=COLOURS[name], ls=style, label=label)
-        axes.set_title(f"{mode}, verification, xcos-compact", loc="left", fontsize=10)
+        axes.set_title(f"{mode}, verification, xcos-slim", loc="left", fontsize=10)
         axes.set_xlabel("pixels replaced by black, %" if mode == "deletion" else "pixels kept, %")
         axes.set_ylabel("accuracy, %")
     left.legend(fontsize=8, frameon=False)

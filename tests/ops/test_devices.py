@@ -156,11 +156,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def gallery(data: Path) -> Path:
+    """In float32, where devices agree to the last digits."""
+    return enrolled(data, "gallery", "float32")
+
+
+@pytest.fixture(scope="module")
+def half_gallery(data: Path) -> Path:
+    """In float16, as galleries are by default."""
+    return enrolled(data, "half-gallery", "float16")
+
+
+def enrolled(data: Path, name: str, dtype: str) -> Path:
     pytest.importorskip("lance", reason="needs the extra gallery (pylance)")
-    # In float32: one ulp of a network's output turns the rounding of a cell in half precision, 1e-5 of a score.
-    result = run("enroll", data / "gallery", data / "faces", "--aligned", "--device", "cpu", "--dtype", "float32")
+    result = run("enroll", data / name, data / "faces", "--aligned", "--device", "cpu", "--dtype", dtype)
     assert result.exit_code == 0, result.output
-    return data / "gallery"
+    return data / name
 
 
 ANN, BOB = "faces/p00/0.png", "faces/p01/1.png"
@@ -441,6 +451,28 @@ def test_nothing_mixes_devices(name: str, inside: Path, gallery: Path, monkeypat
         got = result_of(*RESULTS[name])
     assert OnGpu.operations > before + 100
     assert_close(got, expected, 1e-5)
+
+
+#: Of a gallery in halves; few hits, whose scores lie further apart than roundings.
+HALF_RESULTS: dict[str, tuple[str, ...]] = {
+    "search": ("search", "half-gallery", ANN, BOB, "--aligned", "--explain", "-k", "2"),
+    "search in two stages": ("search", "half-gallery", ANN, BOB, "--aligned", "--rerank", "10", "-k", "2"),
+    "dedupe": ("dedupe", "half-gallery", "--threshold", "0.5", "--out", "out.csv"),
+}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", HALF_RESULTS)
+def test_nothing_mixes_devices_in_half_precision(
+    name: str, inside: Path, half_gallery: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One ulp of a network's output turns the rounding of a cell, and VNNI computes with 16 bits: as near as halves."""
+    expected = result_of(*HALF_RESULTS[name], "--device", "cpu")
+    before = OnGpu.operations
+    with simulated_gpu(monkeypatch):
+        got = result_of(*HALF_RESULTS[name])
+    assert OnGpu.operations > before + 100
+    assert_close(got, expected, 2**-11)
 
 
 def assert_close(got: Any, expected: Any, tolerance: float) -> None:

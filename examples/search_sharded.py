@@ -36,13 +36,13 @@ def read_probes(paths: list[str], model: XCosModel) -> tuple[list[str], torch.Te
     elif path.suffix == ".safetensors":
         features = next(iter(load_file(path).values()))
     else:
-        faces = list(read_faces(find_probes(paths)[0], model.preprocessing.size, lambda: create_detector("cascade")))
-        for picture, _, count, problem in faces:
-            if problem is not None:
+        faces = list(read_faces(find_probes(paths)[0], model.preprocessing.size, create_detector))
+        for picture, face, problem in faces:
+            if face is None:
                 print(f"left out {problem}", file=sys.stderr)
-            elif count > 1:
-                print(f"{picture.id}: {choice_in_words(count)}", file=sys.stderr)
-        found = [(picture.id, crop) for picture, crop, *_ in faces if crop is not None]
+            elif face.found > 1:
+                print(f"{picture.id}: {choice_in_words(face.found)}", file=sys.stderr)
+        found = [(picture.id, face.rgb) for picture, face, _ in faces if face is not None]
         if not found:
             raise XCosError("probes: expected a usable face, got none")
         return [name for name, _ in found], model.features(model.preprocessing([crop for _, crop in found]))

@@ -1,6 +1,6 @@
 """Detection, alignment and verification end to end on pairs of photographs: right verdicts per detector.
 
-    python -m recipes.verify_photo_pairs lfw_photos.zip --model net.pt --detector cascade --detector yunet.onnx
+    python -m recipes.verify_photo_pairs lfw_photos.zip --model net.pt --detector small --detector yunet.onnx
 
 The archive holds ``<folder>/<person>/<picture>`` and ``<folder>/pairs.csv`` with a header and rows ``a,b,same``
 (pictures relative to the folder; same is 1 or 0). A picture without a face counts as wrong. Each wrong pair is named.
@@ -100,7 +100,7 @@ def evaluate(
             wrong.append({"a": a, "b": b, "same": same, "score": None})
     right = len(pairs) - len(wrong)
     return {
-        "detector": spec if spec == "cascade" else Path(spec).name,
+        "detector": spec if spec == "small" else Path(spec).name,
         "pairs": len(pairs),
         "right": right,
         "interval_95": interval(right, len(pairs)),
@@ -117,7 +117,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photographs", help="zip archive with pairs.csv")
     parser.add_argument("--model", required=True, help="weights, as for xcos verify")
-    parser.add_argument("--detector", action="append", help="'cascade' or a YuNet .onnx; may be repeated")
+    parser.add_argument("--detector", action="append", help="'small' or a YuNet .onnx; may be repeated")
     parser.add_argument("--threshold", type=float, help="by default the model's")
     parser.add_argument("--turn", type=float, default=0.0, metavar="DEGREES", help="turn pictures, alternately")
     parser.add_argument("--scale", type=float, default=1.0, help="scale pictures by this and its inverse, alternately")
@@ -137,7 +137,7 @@ def main() -> int:
     pictures = PictureTree(arguments.photographs)
     results = [
         evaluate(pictures, folder, pairs, spec, model, threshold, arguments.turn, arguments.scale)
-        for spec in arguments.detector or ["cascade"]
+        for spec in arguments.detector or ["small"]
     ]
     if arguments.json:
         print(json.dumps({"model": model.name, "threshold": threshold, "results": results}, indent=2))

@@ -3,6 +3,7 @@
 xCos compares two faces cell by cell (cosine S of a 7x7 grid of features), weighs the cells (attention W) and scores
 ``sum W * S``: a number that comes with its own explanation (arXiv 2003.05383).
 
+    print(xcos_ext.verify("a.jpg", "b.jpg"))               # the verdict, and why
     score = xcos_ext.xcos_score(a, b, logits_or_weights, logits=True)
     score, similarity, attention = xcos_ext.xcos_score(a, b, "norm", return_maps=True)
 
@@ -16,6 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from xcos_ext.api import represent, verify, verify_many
     from xcos_ext.gallery import Gallery, ShardedGallery
     from xcos_ext.io.errors import ModelError, PictureError, XCosError
     from xcos_ext.model import ArcFaceHead, CosFaceHead, XCosAttention, XCosHead, XCosModel, load_model, plug
@@ -49,6 +51,7 @@ _HOMES = {
         "xcos_score",
         "xcos_topk",
     ),
+    "xcos_ext.api": ("represent", "verify", "verify_many"),
     "xcos_ext.gallery": ("Gallery", "ShardedGallery"),
     "xcos_ext.io.errors": ("ModelError", "PictureError", "XCosError"),
     "xcos_ext.ops.templates": ("Templates",),
@@ -88,6 +91,9 @@ __all__ = [
     "load_model",
     "plug",
     "reference",
+    "represent",
+    "verify",
+    "verify_many",
     "xcos_head",
     "xcos_maps",
     "xcos_matrix",

@@ -35,7 +35,7 @@ from xcos_ext.deploy.candidates import DEFAULT_CANDIDATES, DTYPE_NAMES, Candidat
 from xcos_ext.deploy.compiled import choose
 from xcos_ext.deploy.timing import Spread
 from xcos_ext.faces import decode_picture
-from xcos_ext.io.shipped import SHIPPED
+from xcos_ext.io.models import REGISTRY
 from xcos_ext.model import XCosHead, XCosModel, load_model
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -47,7 +47,7 @@ Pair = tuple[Tensor, Tensor]
 
 def load(name: str) -> XCosModel:
     """A file, the shipped model, or an architecture with random weights whose batch norms are not the identity."""
-    if name in SHIPPED or Path(name).suffix:
+    if name in REGISTRY or Path(name).suffix:
         return load_model(name).eval()
     torch.manual_seed(0)
     body = backbones.create(name, output=False)

@@ -28,7 +28,7 @@ from harness import machine, write_json
 from xcos_ext.evaluation import evaluate
 from xcos_ext.evaluation.datasets import LFW
 from xcos_ext.evaluation.faithfulness import REGIONS, areas, region_mask
-from xcos_ext.io.shipped import SHIPPED
+from xcos_ext.io.models import REGISTRY
 from xcos_ext.model import XCosModel, load_model
 
 
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recorded = json.loads(options.json.read_text(encoding="utf-8"))
         if recorded["folds"] == options.folds:
             models = recorded["models"]
-    for name in SHIPPED:
+    for name in (e.name for e in REGISTRY.values() if e.kind == "model"):
         model = load_model(name)
         variant = evaluate(model, lfw).variants["own"]
         models[name] = variant.as_dict() | {

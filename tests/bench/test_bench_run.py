@@ -517,7 +517,7 @@ def test_bench_where_nothing_can_be_measured_is_trouble(arguments, why, monkeypa
         (("--model", "none.safetensors"), "none.safetensors: no such file"),
         (("--picture", "none.jpg"), "none.jpg: no such file"),
         (("--stage", "head", "--plot", "run.png"), "--plot: expected --stage pair or backbone"),
-        (("--detector", "eyes"), "detector: expected 'cascade' or the path"),
+        (("--detector", "eyes"), "eyes: no such file, and no such name"),
         (("--detector", "none.onnx"), "none.onnx"),
     ],
 )

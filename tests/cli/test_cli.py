@@ -325,7 +325,7 @@ def test_usage_errors(arguments: list[str], words: str) -> None:
 def test_detector_setting(photos: dict[str, str], model: Path, tmp_path: Path) -> None:
     (tmp_path / "y.onnx").write_bytes(b"no network")
     for spec, words in (
-        ("mtcnn", "detector: expected 'cascade' or the path of a YuNet .onnx file, got 'mtcnn'"),
+        ("mtcnn", "mtcnn: no such file, and no such name. Known are small, yunet"),
         (str(tmp_path / "none.onnx"), "none.onnx: no such file"),
         (str(tmp_path / "y.onnx"), "not a YuNet network"),
     ):
@@ -438,7 +438,7 @@ def test_info_survives_failing_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise OSError("probe broken")
 
-    for name in ("_torch", "_gpus", "_processor", "_cascades"):
+    for name in ("_torch", "_gpus", "_processor"):
         monkeypatch.setattr(info, name, fail)
     result = run("info")
     assert result.exit_code == 0

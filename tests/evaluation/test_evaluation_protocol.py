@@ -434,7 +434,7 @@ def test_command_detects_and_says_what_failed(files: dict[str, Path], tmp_path: 
         {"a": "c/1.png", "b": "c/2.png", "genuine": True},
         {"a": "c/1.png", "b": "a/1.png", "genuine": False},
     ]
-    assert data["enrolment"]["detector"] == "cascade" and data["bootstrap"] is None
+    assert data["enrolment"]["detector"] == "small" and data["bootstrap"] is None
     # Photographs given as crops: nothing is left to measure.
     trouble = run(*common, "--aligned", "--bootstrap", "0")
     assert trouble.exit_code == 2 and "expected an aligned crop of 112 x 112" in trouble.stderr

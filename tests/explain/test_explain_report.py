@@ -270,7 +270,7 @@ def test_crops_of_another_size_and_photographs_without_faces(tmp_path: Path) -> 
     assert (
         "a: expected an aligned crop of 112 x 112 pixels, got 50 x 60" in Contents(tmp_path / "a.html").rows[0]["why"]
     )
-    write(tmp_path / "b.html", [ReportPair("a", "b")], read=odd, detector=lambda: create_detector("cascade"))
+    write(tmp_path / "b.html", [ReportPair("a", "b")], read=odd, detector=lambda: create_detector())
     assert "a: no face found in 50 x 60 pixels" in Contents(tmp_path / "b.html").rows[0]["why"]
 
 

@@ -19,10 +19,9 @@ from PIL import Image
 from xcos_ext.faces import (
     ARCFACE_TEMPLATE,
     LIKELY,
-    CascadeDetector,
     Detector,
     Face,
-    LandmarkReader,
+    SmallDetector,
     YuNetDetector,
     align_face,
     apply_transform,
@@ -33,16 +32,14 @@ from xcos_ext.faces import (
     read_face,
     similarity_transform,
 )
-from xcos_ext.faces.cascade import SEARCHES, CascadeBoxes
-from xcos_ext.faces.landmarks import crop_transform
 from xcos_ext.gallery.enroll import read_faces
-from xcos_ext.io.errors import ModelError, PictureError, XCosError
+from xcos_ext.io.errors import ModelError, PictureError
 from xcos_ext.io.optional import MissingPackageError, need
 
 
 @pytest.fixture(scope="module")
-def cascade() -> CascadeDetector:
-    return CascadeDetector()
+def small() -> SmallDetector:
+    return SmallDetector()
 
 
 def error(face: Face, truth: np.ndarray) -> float:
@@ -68,12 +65,10 @@ def error(face: Face, truth: np.ndarray) -> float:
         (2000, 3000, 100, 0),  # a small face in a large photograph
     ],
 )
-def test_cascade_finds_and_aligns(
-    cascade: CascadeDetector, height: int, width: int, size: float, degrees: float
-) -> None:
+def test_small_finds_and_aligns(small: SmallDetector, height: int, width: int, size: float, degrees: float) -> None:
     canvas = background(height, width)
     truth = draw_face(canvas, (0.47 * width, 0.52 * height), size, degrees)
-    faces = cascade.detect(canvas)
+    faces = small.detect(canvas)
     assert len(faces) == 1
     assert error(faces[0], truth) < 3
     assert 0.5 <= faces[0].score <= 1
@@ -84,46 +79,43 @@ def test_cascade_finds_and_aligns(
 
 
 @pytest.mark.thorough
-def test_cascade_is_the_same_from_colour_and_grey_and_each_time(cascade: CascadeDetector) -> None:
+def test_small_is_the_same_from_colour_and_grey_and_each_time(small: SmallDetector) -> None:
     image = portrait()
-    first, second = cascade.detect(image), cascade.detect(image)
+    first, second = small.detect(image), small.detect(image)
     assert np.array_equal(first[0].landmarks, second[0].landmarks)
-    assert np.array_equal(first[0].landmarks, CascadeDetector().detect(image)[0].landmarks)
-    assert cascade.detect(np.asfortranarray(image))[0].box == first[0].box
+    assert np.array_equal(first[0].landmarks, SmallDetector().detect(image)[0].landmarks)
+    assert small.detect(np.asfortranarray(image))[0].box == first[0].box
 
 
-def test_cascade_boxes_lie_on_the_face() -> None:
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_pictures_that_lie_or_stand_on_their_heads(small: SmallDetector, turns: int) -> None:
     canvas = background(360, 320)
-    truth = draw_face(canvas, (150, 190), 150)
-    grey = cv2.cvtColor(canvas, cv2.COLOR_RGB2GRAY)
-    for search in SEARCHES[:3]:
-        starts = CascadeBoxes().find(grey, search)
-        assert starts.shape == (1, 2, 3)
-        off = apply_transform(starts[0], truth) - ARCFACE_TEMPLATE
-        assert float(np.sqrt((off**2).sum(1).mean())) < 10
-    turned = CascadeBoxes().find(np.ascontiguousarray(np.rot90(grey)), SEARCHES[0], roll=90.0)
-    back = np.stack([truth[:, 1], grey.shape[1] - 1 - truth[:, 0]], 1)
-    assert float(np.sqrt(((apply_transform(turned[0], back) - ARCFACE_TEMPLATE) ** 2).sum(1).mean())) < 10
+    truth, width = draw_face(canvas, (150, 190), 150), 320
+    for _ in range(turns):
+        truth, width = np.stack([truth[:, 1], width - 1 - truth[:, 0]], 1), 680 - width
+    faces = small.detect(np.ascontiguousarray(np.rot90(canvas, turns)))
+    assert len(faces) == 1 and error(faces[0], truth) < 3
+    assert faces[0].pose is not None and faces[0].pose[2] == pytest.approx({1: -90, 2: 180, 3: 90}[turns], abs=8)
 
 
-def test_several_faces(cascade: CascadeDetector) -> None:
+def test_several_faces(small: SmallDetector) -> None:
     canvas = background(400, 900)
     truths = [draw_face(canvas, (x, 200), 150, tint=tint) for x, tint in ((150, 1.0), (450, 0.85), (740, 1.05))]
-    faces = sorted(cascade.detect(canvas), key=lambda face: face.box[0])
+    faces = sorted(small.detect(canvas), key=lambda face: face.box[0])
     assert [error(face, truth) < 3 for face, truth in zip(faces, truths, strict=True)] == [True] * 3
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (5000, 1), (3, 200), (30, 30)])
-def test_hardly_any_picture(cascade: CascadeDetector, shape: tuple[int, int]) -> None:
-    assert cascade.detect(np.zeros((*shape, 3), np.uint8)) == []
+def test_hardly_any_picture(small: SmallDetector, shape: tuple[int, int]) -> None:
+    assert small.detect(np.zeros((*shape, 3), np.uint8)) == []
 
 
 @pytest.mark.thorough
-def test_no_face(cascade: CascadeDetector) -> None:
+def test_no_face(small: SmallDetector) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     start = time.perf_counter()
-    assert cascade.detect(noise) == []
-    assert cascade.detect(background(600, 800)) == []
+    assert small.detect(noise) == []
+    assert small.detect(background(600, 800)) == []
     assert time.perf_counter() - start < 30
 
 
@@ -137,20 +129,20 @@ def test_no_face(cascade: CascadeDetector) -> None:
         [1],
     ],
 )
-def test_detectors_refuse_other_arrays(cascade: CascadeDetector, rgb: object) -> None:
+def test_detectors_refuse_other_arrays(small: SmallDetector, rgb: object) -> None:
     with pytest.raises(ValueError, match="rgb: expected"):
-        cascade.detect(rgb)  # type: ignore[arg-type]
+        small.detect(rgb)  # type: ignore[arg-type]
 
 
-def test_min_score(cascade: CascadeDetector) -> None:
+def test_min_score(small: SmallDetector) -> None:
     with pytest.raises(ValueError, match="min_score"):
-        CascadeDetector(min_score=1.5)
-    assert CascadeDetector(min_score=1).detect(background(200, 200)) == []
-    assert isinstance(cascade, Detector)
+        SmallDetector(min_score=1.5)
+    assert SmallDetector(min_score=0.99).detect(background(200, 200)) == []
+    assert isinstance(small, Detector)
 
 
 @pytest.mark.parametrize("corner", ["left", "right", "top", "bottom"])
-def test_a_face_at_the_edge_of_the_picture(cascade: CascadeDetector, corner: str) -> None:
+def test_a_face_at_the_edge_of_the_picture(small: SmallDetector, corner: str) -> None:
     """A quarter of the head is cut off, at most; the landmarks are read where they can be seen."""
     canvas = background(360, 360)
     truth = draw_face(canvas, (180, 180), 150)
@@ -161,7 +153,7 @@ def test_a_face_at_the_edge_of_the_picture(cascade: CascadeDetector, corner: str
         "top": (slice(low - 10, 360), slice(0, 360)),
         "bottom": (slice(0, high + 30), slice(0, 360)),
     }[corner]
-    faces = cascade.detect(np.ascontiguousarray(canvas[window]))
+    faces = small.detect(np.ascontiguousarray(canvas[window]))
     assert len(faces) == 1
     assert error(faces[0], truth - [window[1].start, window[0].start]) < 5
 
@@ -170,10 +162,8 @@ def test_a_face_at_the_edge_of_the_picture(cascade: CascadeDetector, corner: str
 
 
 def test_create_detector(tmp_path: Path) -> None:
-    assert isinstance(create_detector("cascade"), CascadeDetector)
-    with pytest.raises(
-        ValueError, match=r"detector: expected 'cascade' or the path of a YuNet \.onnx file, got 'mtcnn'"
-    ):
+    assert isinstance(create_detector("small"), SmallDetector)
+    with pytest.raises(ModelError, match=r"^mtcnn: no such file, and no such name.* Known are small, yunet$"):
         create_detector("mtcnn")
     with pytest.raises(ModelError, match=r"none\.onnx: no such file"):
         create_detector(str(tmp_path / "none.onnx"))
@@ -189,14 +179,6 @@ def test_yunet_refuses_other_files(tmp_path: Path, content: bytes, capfd: pytest
         YuNetDetector(tmp_path / "a.onnx")
     with pytest.raises(ValueError, match="min_score"):
         YuNetDetector(tmp_path / "a.onnx", min_score=0)
-
-
-def test_opencv_without_cascades(monkeypatch: pytest.MonkeyPatch) -> None:
-    import cv2
-
-    monkeypatch.setattr(cv2.data, "haarcascades", "/nonexistent/")
-    with pytest.raises(XCosError, match=r"comes without face cascades.*opencv-python-headless>=4\.10,<5"):
-        CascadeDetector()
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,17 +222,17 @@ def test_choice_of_only_one() -> None:
 
 
 @pytest.mark.thorough
-def test_read_face(tmp_path: Path, cascade: CascadeDetector) -> None:
+def test_read_face(tmp_path: Path, small: SmallDetector) -> None:
     canvas = background(300, 500)
     truth = draw_face(canvas, (200, 150), 120, 5)
     Image.fromarray(canvas).save(tmp_path / "a.png")
-    face = read_face(tmp_path / "a.png", cascade)
+    face = read_face(tmp_path / "a.png", small)
     assert face.rgb.shape == (112, 112, 3)
     assert face.found == 1
     assert face.name == str(tmp_path / "a.png")
     expected = align_face(canvas, truth)
     assert np.abs(face.rgb.astype(int) - expected).mean() < 12
-    assert read_face(tmp_path / "a.png", cascade, size=(96, 96)).rgb.shape == (96, 96, 3)
+    assert read_face(tmp_path / "a.png", small, size=(96, 96)).rgb.shape == (96, 96, 3)
 
 
 def test_aligned_crops(tmp_path: Path) -> None:
@@ -288,12 +270,12 @@ def test_what_looks_like_a_face() -> None:
         assert face_likelihood(crop) > 0.99
         assert face_likelihood(crop[::-1]) < LIKELY  # upside down
     assert {name: like for name, crop in nothings().items() if (like := face_likelihood(crop)) >= LIKELY} == {}
-    # The network's own verdict, which needs torch and OpenCV.
-    reader, crop = LandmarkReader(), align_face(canvas, truth)[:, :, [1, 1, 1]]
+    # In torch the network says the same.
+    crop = align_face(canvas, truth)
     for picture in (crop, *nothings().values()):
-        grey = cv2.cvtColor(np.ascontiguousarray(picture), cv2.COLOR_RGB2GRAY)
-        _, scores = reader._look(grey, crop_transform(reader._network.size)[None], mirror=True)
-        assert face_likelihood(picture) == pytest.approx(scores[0], abs=0.03)
+        seen = cv2.resize(picture, (80, 80), interpolation=cv2.INTER_LINEAR)
+        rows = SmallDetector()._seen(np.stack([seen, seen[:, ::-1]]), 0.0)
+        assert face_likelihood(picture) == pytest.approx(np.mean([row[:, 0].max() for row in rows]), abs=0.03)
 
 
 def test_crops_of_nothing_are_counted_or_refused() -> None:
@@ -305,21 +287,19 @@ def test_crops_of_nothing_are_counted_or_refused() -> None:
         extract_face(black, None, name="black.png", strict=True)
 
 
-def test_a_picture_without_a_face_says_what_to_try(cascade: CascadeDetector) -> None:
+def test_a_picture_without_a_face_says_what_to_try(small: SmallDetector) -> None:
     with pytest.raises(PictureError, match=r"wall: no face found in 60 x 50 pixels; try .*--detector.*--aligned"):
-        extract_face(background(50, 60), cascade, name="wall")
+        extract_face(background(50, 60), small, name="wall")
 
 
-@pytest.mark.parametrize("detector", ["cascade", CascadeDetector, Path("yunet.onnx")])
+@pytest.mark.parametrize("detector", ["small", SmallDetector, Path("yunet.onnx")])
 def test_what_is_no_detector(detector: Any) -> None:
-    with pytest.raises(
-        TypeError, match=r"^detector: expected a detector, which create_detector\('cascade'\) makes, .*got"
-    ):
+    with pytest.raises(TypeError, match=r"^detector: expected a detector, which create_detector\(\) makes, .*got"):
         extract_face(background(50, 60), detector)
 
 
-def test_enrolling_wants_what_makes_a_detector(cascade: CascadeDetector) -> None:
-    for detector in ("cascade", cascade):  # one for each thread
+def test_enrolling_wants_what_makes_a_detector(small: SmallDetector) -> None:
+    for detector in ("small", small):  # one for each thread
         with pytest.raises(TypeError, match=r"^detector: expected a function that makes one"):
             next(read_faces([], (112, 112), detector))  # type: ignore[arg-type]
 
@@ -352,7 +332,7 @@ def test_import_is_light() -> None:
 def test_detectors_leave_torch_alone_and_can_be_pickled() -> None:
     before = torch.random.get_rng_state()
     with torch.device("meta"):
-        made = CascadeDetector()
+        made = SmallDetector()
     assert torch.equal(torch.random.get_rng_state(), before)
     picture = portrait()
     (again,), (wanted,) = pickle.loads(pickle.dumps(made)).detect(picture), made.detect(picture)

@@ -64,9 +64,9 @@ def model(shared_data: Path) -> XCosModel:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize(("kind", "least"), [("cascade", 22), ("yunet", 23)])
+@pytest.mark.parametrize(("kind", "least"), [("small", 22), ("yunet", 23)])
 def test_verdicts(shared_data: Path, pairs: Pairs, model: XCosModel, kind: str, least: int) -> None:
-    detector = create_detector("cascade" if kind == "cascade" else shared_data / "yunet.onnx")
+    detector = create_detector("small" if kind == "small" else shared_data / "yunet.onnx")
     assert model.threshold is not None
     right = 0
     with torch.no_grad():
@@ -84,15 +84,15 @@ def test_verdicts(shared_data: Path, pairs: Pairs, model: XCosModel, kind: str, 
 
 @pytest.mark.thorough
 def test_detectors_agree(shared_data: Path, pairs: Pairs) -> None:
-    """The cascades' transform lies within a few pixels of YuNet's, whatever the size and the roll of the photograph."""
-    cascade, yunet = create_detector(), create_detector(shared_data / "yunet.onnx")
+    """Both detectors' transforms lie within a few pixels of each other, whatever the photograph's size and roll."""
+    small, yunet = create_detector(), create_detector(shared_data / "yunet.onnx")
     distances = []
     for i, (path, _, _) in enumerate(pairs[::3]):
         photograph = Image.open(path).convert("RGB")
         if i % 2:  # large and rolled
             photograph = photograph.resize((1500, 1500), Image.Resampling.BICUBIC).rotate(-14, Image.Resampling.BICUBIC)
         rgb = np.array(photograph)
-        found = [choose_face(detector.detect(rgb), rgb.shape[:2]).landmarks for detector in (cascade, yunet)]
+        found = [choose_face(detector.detect(rgb), rgb.shape[:2]).landmarks for detector in (small, yunet)]
         first, second = (similarity_transform(landmarks, ARCFACE_TEMPLATE) for landmarks in found)
         difference = apply_transform(first, found[1]) - apply_transform(second, found[1])
         distances.append(float(np.sqrt((difference**2).sum(1).mean())))

@@ -14,7 +14,8 @@ from xcos_ext.cli.app import xcos
 from xcos_ext.evaluation import calibrate, evaluate
 from xcos_ext.evaluation.datasets import LFW
 from xcos_ext.io.errors import ModelError
-from xcos_ext.io.shipped import DATA, SHIPPED, default_weights, weights_file
+from xcos_ext.io.models import REGISTRY, local_file
+from xcos_ext.io.shipped import DATA, default_weights
 from xcos_ext.model import XCosHead, XCosModel, load_model, save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -105,7 +106,6 @@ def test_it_tells_people_apart_whom_it_has_never_seen(model: XCosModel, shared_d
 
 
 def test_the_shipped_model_goes_by_its_name() -> None:
-    assert list(SHIPPED) == ["slim"]
     model = load_model("slim")
     assert model.threshold is not None and model.fmr_curve is not None
     assert model.architecture == "slim"
@@ -118,22 +118,23 @@ def test_the_shipped_model_goes_by_its_name() -> None:
 
 
 def test_every_model_that_lies_in_the_package_is_one_that_it_offers() -> None:
-    assert {file.name for file in DATA.glob("xcos_*")} == set(SHIPPED.values())
+    offered = {entry.file for entry in REGISTRY.values() if entry.kind == "model" and not entry.urls}
+    assert {file.name for file in DATA.glob("xcos_*")} == offered == {"xcos_slim.safetensors"}
 
 
 @pytest.mark.parametrize("name", ["faithful", "local", "Slim", "best"])
 def test_other_names_are_told_what_there_is(name: str) -> None:
-    with pytest.raises(ModelError, match=f"^{name}: no such file; the package ships slim$"):
+    with pytest.raises(ModelError, match=rf"^{name}: no such file, and no such name.* Known are slim, sface, \w+$"):
         load_model(name)
 
 
 def test_a_file_of_the_shipped_models_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert weights_file("slim") == DATA / SHIPPED["slim"]
+    assert local_file("slim", "model") == DATA / "xcos_slim.safetensors"
     (tmp_path / "slim").write_bytes(b"mine")
-    assert weights_file("slim") == "slim"
-    assert weights_file("other.pt") == "other.pt"
-    assert weights_file(None) == default_weights()
+    assert local_file("slim", "model") == Path("slim")
+    assert local_file("other.pt", "model") == Path("other.pt")
+    assert local_file(None) == default_weights()
 
 
 def test_loading_leaves_random_numbers_alone() -> None:

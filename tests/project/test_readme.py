@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from drawn import portrait
+from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 README = REPOSITORY / "README.md"
@@ -30,9 +32,13 @@ def test_links_lead_somewhere():
 @pytest.mark.real_data
 def test_the_screen_of_code_runs(shared_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (start,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    first, start = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    for name in "ab":
+        Image.fromarray(portrait()).save(tmp_path / f"{name}.jpg")
+    exec(first, names := {})
+    assert names["e"]
     screen, _ = re.findall(r"```python\n(.*?)```", OPERATORS.read_text(), re.DOTALL)
-    block = (start + screen).replace('"mobilefacenet_arcface.pt"', f'"{shared_data / "mobilefacenet_arcface.pt"}"')
+    block = ("import xcos_ext\n" + start + screen).replace('"mobilefacenet_arcface.pt"', f'"{shared_data / "mobilefacenet_arcface.pt"}"')
     a, b = (torch.randn(4, 32, 7, 7, requires_grad=True) for _ in range(2))
     names = {
         "a": a,

@@ -90,7 +90,7 @@ def _native(key: Key, workload: Workload) -> Ready:
         assert path is not None
         return Ready(lambda: read_picture(path), False, 1, f"{pixels.shape[1]} x {pixels.shape[0]} pixels")
     if key.stage == "detect":
-        detector, name = workload.detector(), "cascade" if workload.detector_name == "cascade" else "YuNet"
+        detector, name = workload.detector(), "small" if workload.detector_name == "small" else "YuNet"
         return Ready(lambda: detector.detect(pixels), False, 1, name)
     landmarks, size = workload.landmarks(), workload.model.preprocessing.size
     return Ready(lambda: align_face(pixels, landmarks, size), False, 1)

@@ -89,7 +89,7 @@ class Workload:
         model: XCosModel,
         *,
         picture: str | os.PathLike[str] | None = None,
-        detector: str = "cascade",
+        detector: str = "small",
         gallery: int = 20_000,
         seed: int = 0,
     ) -> None:

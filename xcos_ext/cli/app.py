@@ -222,6 +222,15 @@ xcos = GuardedGroup(
             help="Look after a gallery.",
         ),
         "info": ("info.run", "What was built, what is installed, and what it runs on."),
+        "models": LazyGroup(
+            "models",
+            {
+                "fetch": ("models.fetch_models", "Fetch the files of names now."),
+                "list": ("models.list_models", "What --model and --detector know by name."),
+                "path": ("models.path_of_model", "Where the file of a name is, or would be."),
+            },
+            help="Recognisers and detectors by name.",
+        ),
         "plug": ("plug.run", "Make an explainable model of a recogniser, without training."),
         "report": ("report.run", "Compare the pairs of a list and write them on one page."),
         "search": ("search.run", "Who in GALLERY looks like the faces of PROBES?"),

@@ -202,7 +202,7 @@ def _measured(
 
     if picture is not None:
         read_picture(picture)
-    if detector != "cascade":
+    if detector != "small":
         create_detector(detector)
     import torch
 

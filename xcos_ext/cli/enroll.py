@@ -14,7 +14,7 @@ from xcos_ext.io.text import composed, counted, display_name
 
 from . import options
 from .console import TROUBLE, bar, echo, note_faces, note_some, print_json
-from .inputs import check_model_path, described, detector_maker, load
+from .inputs import check_model_path, described, load
 
 if TYPE_CHECKING:
     import torch
@@ -72,19 +72,20 @@ def run(
     """
     gallery_package("lance")
     path = check_model_path(model)
-    from xcos_ext.gallery.enroll import enroll, find_pictures
+    from xcos_ext.faces import detector_maker
+    from xcos_ext.gallery.enroll import find_pictures
 
     pictures, left_out = find_pictures(photos, person=None if person is None else composed(person))
     if labels is not None:
         pictures = _labelled(pictures, labels)
-    make_detector = detector_maker(detector, aligned)
+    maker = detector_maker("aligned" if aligned else detector)
     import torch
 
     loaded = load(path, device)
     kind = None if dtype is None else getattr(torch, dtype)
     with _opened(gallery, loaded, kind) as opened, bar("enrolling", "faces") as tick:
         known: Literal["replace", "skip"] = "replace" if replace else "skip"
-        result = enroll(opened, loaded, pictures, make_detector, on_duplicate=known, progress=tick, **how)
+        result = opened.enroll(pictures, detector=maker or "aligned", on_duplicate=known, progress=tick, **how)
         size = len(opened)
     noted = note_faces(result.several | dict.fromkeys(result.unlike, 0), how["policy"])
     if as_json:

@@ -59,7 +59,6 @@ def collect() -> dict[str, Any]:
         "processor": _try(_processor),
         "cpus": _try(lambda: len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "packages": {name: _try(partial(_version, name)) for name in _PACKAGES},
-        "face_cascades": _try(_cascades),
         "model": os.environ.get("XCOS_MODEL") or None,
     }
 
@@ -122,15 +121,6 @@ def _gpus() -> list[dict[str, Any]]:
         }
         for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     ]
-
-
-def _cascades() -> bool:
-    import cv2
-
-    folder = getattr(getattr(cv2, "data", None), "haarcascades", "")
-    return hasattr(cv2, "CascadeClassifier") and os.path.isfile(
-        os.path.join(folder, "haarcascade_frontalface_alt2.xml")
-    )
 
 
 def _shown(value: Any) -> str:

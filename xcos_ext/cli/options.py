@@ -49,7 +49,7 @@ class Command(click.Command):
     def _check_apart(self, given: Mapping[str, Any]) -> None:
         """Refuse to write over what the command reads (:class:`Written` and ``click.Path`` options)."""
         from xcos_ext.io.atomic import OutputError, check_apart
-        from xcos_ext.io.shipped import weights_file
+        from xcos_ext.io.models import place_of
 
         values = [(param, given.get(param.name or "")) for param in self.params]
         outputs = {p.opts[0]: path for p, path in values if isinstance(p.type, Written) and path not in (None, "-")}
@@ -58,7 +58,7 @@ class Command(click.Command):
             if isinstance(param.type, click.Path):
                 title = param.human_readable_name if isinstance(param, click.Argument) else param.opts[0]
                 if param.name == "model":
-                    value = weights_file(value)
+                    value = place_of(value, "model", "recogniser")[0]
                 inputs += [(title, path) for path in (value if isinstance(value, tuple) else (value,)) if path]
         check_apart(outputs, inputs)
         galleries = {Path(os.path.realpath(path)) for p, path in values if isinstance(p.type, _Gallery) and path}
@@ -220,20 +220,21 @@ def _model(also: str = "") -> Decorator:
     return click.option(
         "--model",
         envvar="XCOS_MODEL",
-        metavar="FILE",
+        metavar="NAME|FILE",
         type=click.Path(),
-        help=f"Weights: an xCos model, or a recogniser to be plugged in (.pt, .pth, .safetensors){also}. "
-        "[env: XCOS_MODEL; default: the shipped model, slim]",
+        help=f"A name of xcos models list, or weights: an xCos model, or a recogniser to be plugged in (.pt, .pth, "
+        f".safetensors){also}. [env: XCOS_MODEL; default: the shipped model, slim]",
     )
 
 
 model = _model()
 detector = click.option(
     "--detector",
-    default="cascade",
-    metavar="cascade|FILE.onnx",
+    default="small",
+    show_default=True,
+    metavar="small|yunet|FILE.onnx",
     type=click.Path(),
-    help="OpenCV's bundled cascades, or a YuNet network.",
+    help="What finds faces: the package's own network, or a YuNet network, by name or file.",
 )
 aligned = click.option(
     "--aligned", is_flag=True, help="The pictures are aligned crops already (112 x 112): detect nothing."

@@ -11,7 +11,7 @@ from xcos_ext.io.text import byte_size, counted, display_name
 
 from . import options
 from .console import TROUBLE, bar, note, print_json, print_rows
-from .inputs import check_model_path, described, detector_maker, load
+from .inputs import check_model_path, described, load
 
 
 @options.command("report")
@@ -51,6 +51,7 @@ def run(
     """
     from xcos_ext.explain.pairs_file import PairsFile, pictures_below
     from xcos_ext.explain.pairs_report import write_report
+    from xcos_ext.faces import detector_maker
     from xcos_ext.io.atomic import check_apart
     from xcos_ext.io.optional import need
 
@@ -61,7 +62,7 @@ def run(
     read = pictures_below(base, max_pixels=max_pixels)
     files = (name for pair in listed for name in (pair.a, pair.b))
     check_apart({"--html": html}, ((f"the picture {display_name(file)}", os.path.join(base, file)) for file in files))
-    make_detector = detector_maker(detector, aligned)
+    maker = detector_maker("aligned" if aligned else detector)
     loaded = load(path, device)
     with bar("comparing", "pairs") as tick:
         summary = write_report(
@@ -69,7 +70,7 @@ def run(
             loaded,
             listed,
             read,
-            detector=make_detector,
+            detector=maker,
             title=title or os.path.splitext(os.path.basename(pairs))[0],
             label_names=listed.label_names,
             file=display_name(path),

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import click
 
-from xcos_ext.io.errors import GalleryError, PictureError
+from xcos_ext.io.errors import GalleryError
 from xcos_ext.io.optional import gallery_package
 from xcos_ext.io.text import counted, display_name
 
 from . import options
 from .console import bar, echo, note, note_faces, note_some, print_json
-from .inputs import check_model_path, described, detector_maker, load, open_gallery
+from .inputs import check_model_path, described, load, open_gallery
 
 
 @options.command("search")
@@ -48,98 +48,48 @@ def run(
     model: str | None,
     detector: str,
     aligned: bool,
-    policy: str,
-    strict: bool,
     device: str,
-    threshold: float | None,
-    fpir: float | None,
+    k: int,
     by_person: bool,
-    fusion: Any,
     quiet: bool,
     as_json: bool,
     **how: Any,
 ) -> int:
     """Who in GALLERY looks like the faces of PROBES? Exact: every enrolled face is scored."""
-    if threshold is not None and fpir is not None:
-        raise GalleryError("--threshold, --fpir: expected one of them, got both")
     if how["explain"] and not as_json:
         raise GalleryError("--explain: expected --json with it, got none")
     gallery_package("lance")
     path = check_model_path(model)
-    from xcos_ext.gallery import identification_threshold
-    from xcos_ext.gallery.enroll import find_probes, read_faces
+    from xcos_ext.faces import detector_maker
+    from xcos_ext.gallery.enroll import find_probes
 
-    pictures, failures = find_probes(probes)
-    make_detector = detector_maker(detector, aligned)
-    import torch
-
-    from xcos_ext.deploy import for_inference
-
+    find_probes(probes)  # what is not there is said before torch loads a network
+    maker = detector_maker("aligned" if aligned else detector)
     loaded = load(path, device)
-    with open_gallery(gallery, loaded) as opened:
-        layout = opened.layout
-        own = layout.weighs(how["attention"])
-        limit = layout.threshold if threshold is None and own else threshold
-        if fpir is not None:
-            if layout.fmr_curve is not None and not own:
-                raise GalleryError(
-                    f"--fpir: expected the attention that the model is calibrated with, got --attention "
-                    f"{how['attention']}; give --threshold"
-                )
-            # The best of several pictures is a draw from each; a mean strays less than one picture does.
-            each = len(pictures) if fusion == "max" else 1
-            limit = identification_threshold(layout.fmr_curve, fpir, len(opened) * each)
-        fast = for_inference(loaded)
-        crops: list[Any] = []
-        names: list[str] = []
-        faces_on: dict[str, int] = {}
-        note_some([f"left out {name}: {why}" for name, why in failures.items()], "files left out")
-        with bar("reading", "pictures") as tick:
-            faces = read_faces(pictures, loaded.preprocessing.size, make_detector, policy=policy, strict=strict)
-            for done, (picture, crop, faces_here, problem) in enumerate(faces, 1):
-                if crop is None:
-                    failures[picture.id] = problem or "no face"
-                    note(f"left out {problem}")
-                else:
-                    crops.append(crop)
-                    names.append(picture.id)
-                    faces_on[picture.id] = faces_here
-                tick(done, len(pictures))
-        if not crops:
-            raise PictureError("no probe has a usable face")
-        with torch.inference_mode():
-            templates = fast.templates(fast.features_of(crops), "probe", opened.layout.dtype)
-        begin = time.perf_counter()
-        with bar("searching", "faces") as tick:
-            hits = opened.search(
-                templates,
-                groups=None if fusion is None else ["probe"] * len(names),
-                fusion=fusion or "max",
-                by="person" if by_person else "face",
-                recall_probes=4 if how["rerank"] is not None else 0,
-                threshold=limit,
-                progress=tick,
-                **how,
-            )
-        seconds = time.perf_counter() - begin
-        searched = len(opened)
-    noted = note_faces(faces_on, policy)
-    titles = names if fusion is None else [f"{counted(len(names), 'picture')} of one person ({fusion})"]
+    with open_gallery(gallery, loaded) as opened, bar("searching", "faces", quiet=quiet) as tick:
+        found = opened.find(
+            list(probes),
+            k,
+            detector=maker or "aligned",
+            by="person" if by_person else "face",
+            recall_probes=4 if how["rerank"] is not None else 0,
+            reading=partial(tick, title="reading"),
+            progress=tick,
+            **how,
+        )
+    left_out = [why if why.startswith(f"{name}: ") else f"{name}: {why}" for name, why in found.left_out.items()]
+    note_some([f"left out {why}" for why in left_out], "files left out")
+    noted = note_faces(found.several, how["policy"])
+    hits, limit = found.hits, found.threshold
     if as_json:
         data = {name: getattr(hits, name) for name in ("version", "exact", "recall", "recall_probes")}
-        data |= {"gallery": display_name(gallery), "faces": searched, "threshold": limit, "seconds": seconds}
-        data |= {"left_out": failures, **noted, "model": described(loaded, path)}
-        found = [{"probe": title, "hits": _candidates(hits, row, limit)} for row, title in enumerate(titles)]
-        print_json(data | {"probes": found})
+        data |= {"gallery": display_name(gallery), "faces": found.faces, "threshold": limit, "seconds": found.seconds}
+        data |= {"left_out": found.left_out, **noted, "model": described(loaded, path)}
+        rows = [{"probe": title, "hits": _candidates(hits, row, limit)} for row, title in enumerate(found.probes)]
+        print_json(data | {"probes": rows})
         return 0
-    for row, title in enumerate(titles):
-        echo(title)
-        if not hits.ids[row]:
-            echo("   nobody")
-        for rank, hit in enumerate(hits[row], 1):
-            verdict = "" if limit is None else f"  {'over' if hit.score >= limit else 'below'} the threshold"
-            who = "" if hit.person is None else f"  {display_name(hit.person)}"
-            echo(f"   {rank}  {hit.score:7.4f}  {display_name(hit.id)}{who}{verdict}")
+    for line in str(found).splitlines():
+        echo(line)
     if not quiet:
         manner = "every face scored"
         if not hits.exact:
@@ -147,9 +97,9 @@ def run(
             if hits.recall is not None:
                 manner += f", recall {hits.recall:.3f} measured on {hits.recall_probes} of the probes"
         shown = "no threshold known for this model and attention" if limit is None else f"threshold {limit:.4f}"
-        if limit is not None and threshold is None and fpir is None:
+        if limit is not None and how["threshold"] is None and how["fpir"] is None:
             shown += ", the model's for one pair: among many faces strangers pass it (--fpir)"
-        note(f"{counted(searched, 'face')} in {seconds:.2f} s ({manner}); {shown}")
+        note(f"{counted(found.faces, 'face')} in {found.seconds:.2f} s ({manner}); {shown}")
     return 0
 
 

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from xcos_ext.io.errors import XCosError
 from xcos_ext.io.text import display_name
 
 from . import options
-from .console import DIFFERENT, SAME, TROUBLE, note, note_faces, print_json, print_rows
-from .inputs import check_model_path, load_either
+from .console import DIFFERENT, SAME, TROUBLE, note, note_faces, notes_for_warnings, print_json, print_rows
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from xcos_ext.explain import Explanation
-    from xcos_ext.faces import AlignedFace
 
 #: What ``--json`` prints of an explanation; ``xcos explain --json`` prints all of it.
-_KEYS = ("score", "threshold", "same", "fmr", "identical", "similarity", "attention", "contribution", "model", "a", "b")
+_KEYS = (
+    "score",
+    "threshold",
+    "same",
+    "fmr",
+    "identical",
+    "similarity",
+    "attention",
+    "contribution",
+    "model",
+    "a",
+    "b",
+    "doubt",
+)
 
 
 @options.command("verify")
@@ -45,6 +53,8 @@ def run(out: str | None, as_json: bool, **pair: Any) -> int:
         rows.append(("meaning", "none: a false match rate is one of different pictures"))
     elif explanation.fmr is not None and explanation.curve is not None:
         rows.append(("meaning", f"false match rate at this score {explanation.fmr} ({explanation.curve.sample})"))
+    if explanation.doubt is not None:
+        rows.append(("caution", explanation.doubt))
     rows.append(("model", explanation.model.name))
     if out is not None:
         rows.append(("picture", display_name(out)))
@@ -52,58 +62,13 @@ def run(out: str | None, as_json: bool, **pair: Any) -> int:
     return status(explanation)
 
 
-def compare(
-    a: str,
-    b: str,
-    *,
-    model: str | None,
-    detector: str,
-    aligned: bool,
-    policy: str,
-    strict: bool,
-    device: str,
-    threshold: float | None,
-    max_pixels: int | None,
-    needs_threshold: bool = True,
-) -> Explanation:
-    """Read both pictures, find the faces, score them; arguments are those of :data:`options.pair`.
+def compare(*, aligned: bool, detector: str, **how: Any) -> Explanation:
+    """:func:`xcos_ext.verify`, as the options :data:`options.pair` say it, with notes."""
+    from xcos_ext.api import compare
 
-    Raises:
-        XCosError: anything wrong with the pictures or the model; ``needs_threshold`` and there is none.
-    """
-    # Cheap checks first: a typing error should not cost the seconds that loading torch and a network takes.
-    from xcos_ext.faces import MAX_PIXELS, create_detector, extract_face, read_picture
-
-    path = check_model_path(model)
-    pictures = [(display_name(name), read_picture(name, max_pixels=max_pixels or MAX_PIXELS)) for name in (a, b)]
-    finder = None if aligned else create_detector(detector)
-    loaded = load_either(path, device)
-    if needs_threshold and loaded.threshold is None and threshold is None:
-        raise XCosError(
-            f"{display_name(path)}: the model knows no decision threshold; give --threshold, or make a model "
-            "that has one with xcos plug"
-        )
-    size = loaded.preprocessing.size
-    first, second = (
-        extract_face(rgb, finder, name=name, policy=policy, size=size, strict=strict) for name, rgb in pictures
-    )
-    from xcos_ext.explain import explain
-
-    try:
-        explanation = explain(
-            loaded,
-            first.rgb,
-            second.rgb,
-            threshold=threshold,
-            names=(first.name, second.name),
-            landmarks_a=_landmarks_in_crop(first),
-            landmarks_b=_landmarks_in_crop(second),
-            details=(_described(first), _described(second)),
-            file=display_name(path),
-        )
-    except ValueError as error:
-        raise XCosError(f"{display_name(path)}: the model gave an unusable result ({error})") from error
-    note_faces({face.name: face.found for face in (first, second)}, policy)
+    with notes_for_warnings():
+        explanation = compare(detector="aligned" if aligned else detector, **how)
+    note_faces({face.name: face.details["faces"] for face in (explanation.a, explanation.b)}, how["policy"])
     return explanation
 
 
@@ -118,27 +83,3 @@ def draw(explanation: Explanation, path: str | None) -> None:
 def status(explanation: Explanation) -> int:
     """Exit status of a verdict: 0 the same person, 1 different people, 2 none."""
     return {True: SAME, False: DIFFERENT, None: TROUBLE}[explanation.same]
-
-
-def _described(face: AlignedFace) -> dict[str, Any]:
-    data: dict[str, Any] = {"faces": face.found}
-    if face.likelihood is not None:
-        data["face_likelihood"] = face.likelihood
-    if face.face is not None:
-        data["box"] = list(face.face.box)
-        if face.face.landmarks is not None:
-            data["landmarks"] = face.face.landmarks.tolist()
-        data["detection_score"] = face.face.score
-    return data
-
-
-def _landmarks_in_crop(face: AlignedFace) -> np.ndarray | None:
-    """Where the points that the face was cut out by lie in the crop."""
-    from xcos_ext.faces import apply_transform, similarity_transform, template_for
-
-    if face.face is None or face.face.landmarks is None:
-        return None
-    height, width, _ = face.rgb.shape
-    return apply_transform(
-        similarity_transform(face.face.landmarks, template_for((height, width))), face.face.landmarks
-    )

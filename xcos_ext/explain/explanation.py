@@ -14,6 +14,7 @@ from xcos_ext.card.calibration import check_threshold
 from xcos_ext.deploy.onnx_model import OnnxModel
 from xcos_ext.devices import module_device
 from xcos_ext.faces.alignment import checked_landmarks
+from xcos_ext.faces.quality import Quality, doubts
 from xcos_ext.io.arrays import picture_hint, refuse_masked
 from xcos_ext.io.several import several
 from xcos_ext.io.text import percent, printable, short_name, signed, telling_digits
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from xcos_ext.card import FMRAtScore, FMRCurve
+    from xcos_ext.faces import AlignedFace
     from xcos_ext.model import XCosModel
 
-__all__ = ["Explanation", "Face", "ModelCard", "explain", "features_of_faces"]
+__all__ = ["Explanation", "Face", "ModelCard", "explain", "explain_pairs", "features_of_faces"]
 
 #: Rounding that the identity ``sum W (S - t) = score - t`` is allowed in fp64, in units of its largest term.
 _ROUNDING = 64 * np.finfo(np.float64).eps
@@ -128,6 +130,8 @@ class Explanation:
     >>> e = Explanation(np.array([[0.9, 0.1]]), np.array([[0.75, 0.25]]), 0.7, 0.3, Face(), Face(), card)
     >>> e
     <Explanation: same person, score 0.7000, threshold 0.3000, 1x2 cells>
+    >>> "let in" if e else "keep out"
+    'let in'
     >>> e.contribution.round(2)
     array([[ 0.45, -0.05]])
 
@@ -223,6 +227,16 @@ class Explanation:
         """The verdict: the same person; None without a threshold."""
         return None if self.threshold is None else self.score >= self.threshold
 
+    def __bool__(self) -> bool:
+        """Whether it is the same person.
+
+        Raises:
+            ValueError: without a threshold there is no verdict.
+        """
+        if self.same is None:
+            raise ValueError("threshold: expected one, without which there is no verdict, got None")
+        return self.same
+
     @property
     def margin(self) -> float | None:
         """Score - threshold, or None."""
@@ -271,6 +285,14 @@ class Explanation:
         return f"{said}. Measured on {self.curve.sample}: on other people and other photographs the shares differ."
 
     @property
+    def doubt(self) -> str | None:
+        """Why the verdict should not be relied on: faces that are small, blurred, badly lit, or turned against each
+        other; None: nothing is known against it."""
+        known = [face.details.get("quality") for face in (self.a, self.b)]
+        a, b = (None if found is None else Quality(**found) for found in known)
+        return doubts(a, b, (printable(self.a.name), printable(self.b.name)))
+
+    @property
     def remarks(self) -> tuple[str, ...]:
         """What a reader must know beside the numbers, a sentence each."""
         said = [
@@ -278,6 +300,8 @@ class Explanation:
             for face in (self.a, self.b)
             if face.details.get("faces") == 0
         ]
+        if self.doubt is not None:
+            said.append(self.doubt)
         if self.identical is not None:
             said.append(f"{IDENTICAL[self.identical]}.")
         if self.threshold is None:
@@ -355,6 +379,7 @@ class Explanation:
                 for region in self.regions
             ],
             "attention_kind": self.model.attention,
+            "doubt": self.doubt,
             "identical": self.identical,
             "model_score": self.model_score,
             "exchanged_score": self.exchanged,
@@ -492,31 +517,71 @@ def explain(
         None if p is None else checked_landmarks(p, f"landmarks_{which}", upright=True)
         for which, p in (("a", landmarks_a), ("b", landmarks_b))
     ]
+    sides = (Face(a, names[0], points[0], details[0]), Face(b, names[1], points[1], details[1]))
+    return _explained(model, [sides], chosen, ModelCard.of(model, file))[0]
+
+
+def explain_pairs(
+    model: XCosModel | OnnxModel,
+    pairs: Sequence[tuple[AlignedFace, AlignedFace]],
+    threshold: float | None = None,
+    file: str | None = None,
+) -> list[Explanation]:
+    """:func:`explain` for many pairs at once; every face goes through the network once.
+
+    Args:
+        model, threshold, file: as of :func:`explain`.
+        pairs: of faces of the size that the model expects.
+
+    Raises:
+        ValueError: as :func:`explain`.
+    """
+    made: dict[int, Face] = {}
+    for face in (face for pair in pairs for face in pair):
+        if id(face) not in made:
+            made[id(face)] = Face(face.rgb, face.name, face.landmarks_in_crop, face.as_dict())
+    sides = [(made[id(a)], made[id(b)]) for a, b in pairs]
+    return _explained(model, sides, check_threshold(threshold), ModelCard.of(model, file))
+
+
+def _explained(
+    model: XCosModel | OnnxModel, pairs: Sequence[tuple[Face, Face]], threshold: float | None, card: ModelCard
+) -> list[Explanation]:
+    if not pairs:
+        return []
+    crops: dict[int, Any] = {id(face): face.rgb for pair in pairs for face in pair}
     if isinstance(model, OnnxModel):
-        maps, exchanged = model.compare(a, b)
-        score, similarity, attention = (part[0] for part in maps)
-        eps, alike = np.finfo(np.float32).eps, False  # a graph does not give the features themselves
+        results = [model.compare(crops[id(a)], crops[id(b)]) for a, b in pairs]
+        scores, similarity, attention = (np.concatenate([maps[i] for maps, _ in results]) for i in range(3))
+        exchanged = [other for _, other in results]
+        eps, alike = float(np.finfo(np.float32).eps), [False] * len(pairs)  # a graph does not give the features
     else:
         import torch
 
-        features = features_of_faces(model, [a, b])
+        number = {key: i for i, key in enumerate(crops)}
+        features = features_of_faces(model, list(crops.values()))
+        first, second = (features[[number[id(pair[side])] for pair in pairs]] for side in (0, 1))
         with torch.no_grad():
             # (A, B) and (B, A) in one call: for a model whose attention depends on the order.
-            result = model.score(features, features.flip(0), return_maps=True)
-        score, exchanged = result.score.double().tolist()
-        similarity, attention = (part[0].double().cpu().numpy() for part in result[1:])
-        eps, alike = torch.finfo(result.score.dtype).eps, torch.equal(features[0], features[1])
-    return Explanation(
-        similarity,
-        attention,
-        float(score),
-        model.threshold if chosen is None else chosen,
-        Face(a, names[0], points[0], details[0]),
-        Face(b, names[1], points[1], details[1]),
-        ModelCard.of(model, file),
-        curve=model.fmr_curve,
-        given=chosen is not None,
-        identical="pictures" if np.array_equal(a, b) else "features" if alike else None,
-        exchanged=exchanged if math.isfinite(exchanged) else None,
-        eps=float(eps),
-    )
+            result = model.score(torch.cat([first, second]), torch.cat([second, first]), return_maps=True)
+        values = result.score.double().cpu().numpy()
+        scores, exchanged = values[: len(pairs)], values[len(pairs) :].tolist()
+        similarity, attention = (part[: len(pairs)].double().cpu().numpy() for part in result[1:])
+        eps, alike = float(torch.finfo(result.score.dtype).eps), (first == second).flatten(1).all(1).tolist()
+    return [
+        Explanation(
+            similarity[i],
+            attention[i],
+            float(scores[i]),
+            model.threshold if threshold is None else threshold,
+            a,
+            b,
+            card,
+            curve=model.fmr_curve,
+            given=threshold is not None,
+            identical="pictures" if np.array_equal(crops[id(a)], crops[id(b)]) else "features" if alike[i] else None,
+            exchanged=exchanged[i] if math.isfinite(exchanged[i]) else None,
+            eps=eps,
+        )
+        for i, (a, b) in enumerate(pairs)
+    ]

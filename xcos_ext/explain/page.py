@@ -170,6 +170,8 @@ def _facts(e: Any) -> list[tuple[str, str]]:
 def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {_plain(v)}" for key, v in value.items() if v is not None)
     if isinstance(value, list | tuple):
         return ", ".join(f"({_plain(v)})" if isinstance(v, list | tuple) else _plain(v) for v in value)
     return str(value)

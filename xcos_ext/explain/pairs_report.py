@@ -144,7 +144,7 @@ class _Report:
 
     def add_pictures(self, read: list[ReadPicture]) -> Iterator[dict[str, Any]]:
         """Features and thumbnails of the next pictures; their blocks of the page."""
-        faces = [rgb for _, rgb, _, _ in read if rgb is not None]
+        faces = [face.rgb for _, face, _ in read if face is not None]
         failure = None
         rows: Iterator[int] = iter(())
         if faces:
@@ -156,8 +156,8 @@ class _Report:
                 failure = f"the model failed: {printable(str(error))}"
         first = len(self.rows)
         reasons: dict[int, str] = {}
-        for number, (_, _, found, why) in enumerate(read, first):
-            why = why or failure
+        for number, (_, face, why) in enumerate(read, first):
+            why, found = why or failure, 0 if face is None else face.found
             self.rows.append(next(rows) if why is None else -1)
             if why is not None:
                 self.why[number] = reasons[number] = printable(why)
@@ -168,7 +168,7 @@ class _Report:
         self.summary.pictures += len(read)
         self.summary.without_face += len(reasons)
         yield {"kind": "names", "data": {"names": [printable(picture.id) for picture, *_ in read], "why": reasons}}
-        yield {"first": first, "jpegs": ["" if rgb is None else _thumbnail(rgb) for _, rgb, _, _ in read]}
+        yield {"first": first, "jpegs": ["" if face is None else _thumbnail(face.rgb) for _, face, _ in read]}
 
     # --- pairs
 

@@ -3,13 +3,23 @@
 from xcos_ext.io.text import display_name
 
 from .alignment import ARCFACE_TEMPLATE, align_face, apply_transform, similarity_transform, template_for, warp
-from .cascade import CascadeDetector
 from .detector import Detector, Face
 from .folders import PersonFolder, PictureTree
-from .landmarks import LandmarkReader
 from .likeness import LIKELY, face_likelihood
-from .pictures import MAX_PIXELS, decode_picture, read_picture
-from .reader import POLICIES, AlignedFace, choice_in_words, choose_face, create_detector, extract_face, read_face
+from .pictures import MAX_PIXELS, decode_picture, picture_of, read_picture
+from .pose import pose_of
+from .quality import Quality, face_quality
+from .reader import (
+    POLICIES,
+    AlignedFace,
+    choice_in_words,
+    choose_face,
+    create_detector,
+    detector_maker,
+    extract_face,
+    read_face,
+)
+from .small import SmallDetector
 from .yunet import YuNetDetector
 
 __all__ = [
@@ -18,12 +28,12 @@ __all__ = [
     "MAX_PIXELS",
     "POLICIES",
     "AlignedFace",
-    "CascadeDetector",
     "Detector",
     "Face",
-    "LandmarkReader",
     "PersonFolder",
     "PictureTree",
+    "Quality",
+    "SmallDetector",
     "YuNetDetector",
     "align_face",
     "apply_transform",
@@ -31,9 +41,13 @@ __all__ = [
     "choose_face",
     "create_detector",
     "decode_picture",
+    "detector_maker",
     "display_name",
     "extract_face",
     "face_likelihood",
+    "face_quality",
+    "picture_of",
+    "pose_of",
     "read_face",
     "read_picture",
     "similarity_transform",

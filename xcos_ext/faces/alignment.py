@@ -11,6 +11,7 @@ from .detector import check_picture
 
 __all__ = [
     "ARCFACE_TEMPLATE",
+    "MIRRORED",
     "align_face",
     "apply_transform",
     "checked_landmarks",
@@ -25,6 +26,8 @@ ARCFACE_TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
 )
 ARCFACE_TEMPLATE.setflags(write=False)
+#: The order of a mirrored face's landmarks.
+MIRRORED = (1, 0, 2, 4, 3)
 
 
 #: How far, in distances from eyes to mouth, eyes or corners of the mouth may seem to have changed places, as they may

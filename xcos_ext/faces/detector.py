@@ -21,6 +21,7 @@ class Face:
         landmarks: fp64 [5, 2], (x, y) in pixels of the picture, in the order of
             :data:`~xcos_ext.faces.ARCFACE_TEMPLATE`; None if the detector gives only boxes.
         score: the detector's confidence in [0, 1]; not comparable between detectors.
+        pose: yaw, pitch and roll in degrees, see :func:`~xcos_ext.faces.pose_of`; None if the detector does not say.
 
     >>> Face((10, 20, 64, 64), None, 0.9).box
     (10, 20, 64, 64)
@@ -29,6 +30,7 @@ class Face:
     box: tuple[float, float, float, float]
     landmarks: np.ndarray | None
     score: float
+    pose: tuple[float, float, float] | None = None
 
 
 @runtime_checkable

@@ -14,6 +14,7 @@ from typing import IO, Any, BinaryIO
 
 import numpy as np
 
+from xcos_ext.io.arrays import picture_hint, refuse_masked
 from xcos_ext.io.errors import PictureError
 from xcos_ext.io.optional import need
 from xcos_ext.io.text import display_name, first_line
@@ -25,6 +26,7 @@ __all__ = [
     "is_system_file",
     "named_as_picture",
     "open_regular",
+    "picture_of",
     "read_contents",
     "read_picture",
     "read_whole",
@@ -112,6 +114,45 @@ def read_picture(path: StrPath, *, max_pixels: int = MAX_PIXELS, name: str | Non
     name = _named(path) if name is None else name
     with open_regular(path, name) as file:
         return _decode(file, name, max_pixels)[0]
+
+
+def picture_of(given: Any, name: str = "picture", *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The pixels of a picture in any form that people have one in.
+
+    Args:
+        given: a path, a Pillow picture, or uint8 RGB [H, W, 3] (OpenCV's are BGR: ``bgr[:, :, ::-1]``).
+        name: of the picture, for messages; that of a path is the path.
+        max_pixels: as of :func:`read_picture`.
+
+    Returns:
+        uint8 RGB [height, width, 3].
+
+    Raises:
+        PictureError, ValueError: as :func:`read_picture`; an array of another shape or type.
+        TypeError: none of these.
+
+    >>> picture_of(np.zeros((2, 3, 3), np.uint8)).shape
+    (2, 3, 3)
+    """
+    if isinstance(given, np.ndarray):
+        refuse_masked(**{name: given})
+        if given.dtype != np.uint8 or given.ndim != 3 or given.shape[2] != 3 or not given.size:
+            raise ValueError(
+                f"{name}: expected uint8 RGB [H, W, 3], got {given.dtype} {list(given.shape)}{picture_hint(given)}"
+            )
+        return given
+    if isinstance(given, (str, bytes, os.PathLike)):
+        return read_picture(given, max_pixels=max_pixels)
+    if type(given).__module__.partition(".")[0] == "PIL" and hasattr(given, "getexif"):
+        if given.width * given.height > max_pixels:
+            raise _too_large(name, f"{given.width:,} x {given.height:,}", max_pixels)
+        try:
+            return _to_rgb(given, name)
+        except (OSError, ValueError, SyntaxError) as error:
+            if isinstance(error, PictureError):
+                raise
+            raise PictureError(f"{name}: damaged or truncated picture ({why_unreadable(error)})") from error
+    raise TypeError(f"{name}: expected a path, a Pillow picture or a uint8 array [H, W, 3], got {type(given).__name__}")
 
 
 def read_contents(path: StrPath, *, name: str | None = None) -> bytes:

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 
 from xcos_ext.io.errors import PictureError
+from xcos_ext.io.models import fetch, place_of
 from xcos_ext.io.text import display_name, shorten
 
-from .alignment import align_face
-from .cascade import CascadeDetector
+from .alignment import align_face, apply_transform, similarity_transform, template_for
 from .detector import Detector, Face, check_picture
 from .likeness import LIKELY, face_likelihood
 from .pictures import MAX_PIXELS, read_picture
+from .quality import Quality, face_quality
+from .small import SmallDetector
 from .yunet import YuNetDetector
 
-__all__ = ["POLICIES", "AlignedFace", "choice_in_words", "choose_face", "create_detector", "extract_face", "read_face"]
+__all__ = [
+    "POLICIES",
+    "AlignedFace",
+    "choice_in_words",
+    "choose_face",
+    "create_detector",
+    "detector_maker",
+    "extract_face",
+    "read_face",
+]
 
 #: ``prominent``: large and near the middle; ``largest``; ``centre``: nearest to the middle; ``only``: refuse to choose.
 POLICIES = ("prominent", "largest", "centre", "only")
@@ -47,6 +62,32 @@ class AlignedFace:
     face: Face | None
     found: int
     likelihood: float | None = None
+
+    @property
+    def landmarks_in_crop(self) -> np.ndarray | None:
+        """Where the points that the face was cut out by lie in the crop [5, 2]; None: not known."""
+        if self.face is None or self.face.landmarks is None:
+            return None
+        height, width, _ = self.rgb.shape
+        points = self.face.landmarks
+        return apply_transform(similarity_transform(points, template_for((height, width))), points)
+
+    @functools.cached_property
+    def quality(self) -> Quality:
+        """Size, sharpness, pose and light."""
+        return face_quality(self.rgb, self.face, self.likelihood)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is known of it beside the pixels, as plain values."""
+        data: dict[str, Any] = {"faces": self.found, "quality": self.quality.as_dict()}
+        if self.likelihood is not None:
+            data["face_likelihood"] = self.likelihood
+        if self.face is not None:
+            data["box"] = list(self.face.box)
+            if self.face.landmarks is not None:
+                data["landmarks"] = self.face.landmarks.tolist()
+            data["detection_score"] = self.face.score
+        return data
 
 
 def read_face(
@@ -109,7 +150,7 @@ def extract_face(
     """
     if detector is not None and (not isinstance(detector, Detector) or isinstance(detector, type)):
         raise TypeError(
-            "detector: expected a detector, which create_detector('cascade') makes, or None for an aligned crop, got "
+            "detector: expected a detector, which create_detector() makes, or None for an aligned crop, got "
             f"{shorten(repr(detector), 80)}"
         )
     check_picture(rgb)
@@ -133,7 +174,7 @@ def extract_face(
     faces = detector.detect(rgb)
     if not faces:
         raise PictureError(
-            f"{name}: no face found in {width} x {height} pixels; try another detector (--detector yunet.onnx), or "
+            f"{name}: no face found in {width} x {height} pixels; try another detector (--detector yunet), or "
             "--aligned if the picture is an aligned crop"
         )
     face = choose_face(faces, (height, width), policy, name=name)
@@ -146,25 +187,52 @@ def extract_face(
     return AlignedFace(crop, name, face, len(faces))
 
 
-def create_detector(spec: str | os.PathLike[str] = "cascade") -> Detector:
+def create_detector(spec: str | os.PathLike[str] = "small") -> Detector:
     """The detector for a setting as a user writes it.
 
     Args:
-        spec: ``"cascade"`` for :class:`CascadeDetector`, or the path of a YuNet network (``.onnx``) for
-            :class:`YuNetDetector`.
+        spec: ``"small"`` for :class:`SmallDetector`, which comes with the package; ``"yunet"``, the path or the address
+            of a YuNet network (``.onnx``) for :class:`YuNetDetector`.
 
     Raises:
-        ModelError: the file cannot be used as a YuNet detector.
-        ValueError: neither of the two.
+        ModelError: no such name or file, one that is no YuNet network, or one that cannot be fetched.
 
     >>> type(create_detector()).__name__
-    'CascadeDetector'
+    'SmallDetector'
     """
-    if spec == "cascade":
-        return CascadeDetector()
-    if str(spec).lower().endswith(".onnx"):
-        return YuNetDetector(spec)
-    raise ValueError(f"detector: expected 'cascade' or the path of a YuNet .onnx file, got {str(spec)!r}")
+    path, entry = place_of(spec, "detector")
+    if entry is not None and not entry.urls:
+        return SmallDetector()
+    return YuNetDetector(path if entry is None else fetch(entry))
+
+
+def detector_maker(spec: Any = None) -> Callable[[], Detector] | None:
+    """What makes a detector for each thread, of everything that may be said about detectors.
+
+    Args:
+        spec: None: the default; as of :func:`create_detector`; ``"aligned"``: none is needed, because the pictures are
+            aligned crops; a detector, which is copied; or a function that makes one.
+
+    Raises:
+        ModelError: as :func:`create_detector`: here, and not in a thread.
+        TypeError: something else.
+
+    >>> detector_maker("aligned") is None, type(detector_maker()()).__name__
+    (True, 'SmallDetector')
+    """
+    if isinstance(spec, str) and spec == "aligned":
+        return None
+    if spec is None or isinstance(spec, (str, os.PathLike)):
+        name: Any = "small" if spec is None else spec
+        return partial(copy.copy, create_detector(name))
+    if isinstance(spec, Detector) and not isinstance(spec, type):
+        return partial(copy.copy, spec)
+    if callable(spec):
+        return cast("Callable[[], Detector]", spec)
+    raise TypeError(
+        "detector: expected a name, the path of a YuNet network, 'aligned', a detector, or a function that makes one, "
+        f"got {type(spec).__name__}"
+    )
 
 
 def choice_in_words(found: int, policy: str = "prominent") -> str:

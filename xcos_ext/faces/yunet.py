@@ -15,9 +15,9 @@ from xcos_ext.io.shipped import readable_file
 from xcos_ext.io.text import display_name
 from xcos_ext.onnx.files import read_onnx
 
-from .alignment import ARCFACE_TEMPLATE, apply_transform, compose, invert, similarity_transform, warp
+from .alignment import ARCFACE_TEMPLATE, MIRRORED, apply_transform, compose, invert, similarity_transform, warp
 from .detector import Face, check_picture, scaled_copy
-from .landmarks import MIRRORED
+from .pose import pose_of
 
 __all__ = ["YuNetDetector"]
 
@@ -92,7 +92,7 @@ class YuNetDetector:
         for longest in _SEARCH:
             copy, factor = scaled_copy(rgb, longest, enlarge=3.0 if longest == _SEARCH[0] else 1.0)
             # A border, because faces that fill the picture are found by what is around them.
-            border = longest // 8
+            border = longest // 4
             framed = np.zeros((copy.shape[0] + 2 * border, copy.shape[1] + 2 * border, 3), np.uint8)
             framed[border:-border, border:-border] = copy[:, :, ::-1]
             rows = self._run(framed)
@@ -106,7 +106,7 @@ class YuNetDetector:
             box = (float(corner[0]), float(corner[1]), float(row[2] / factor[0]), float(row[3] / factor[1]))
             if i in refined:
                 landmarks = self._refine(rgb, landmarks)
-            faces.append(Face(box, landmarks, float(np.clip(row[14], 0, 1))))
+            faces.append(Face(box, landmarks, float(np.clip(row[14], 0, 1)), pose_of(landmarks)))
         return sorted(faces, key=lambda face: -face.score)
 
     def _refine(self, rgb: np.ndarray, landmarks: np.ndarray) -> np.ndarray:

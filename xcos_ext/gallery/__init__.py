@@ -3,6 +3,7 @@
 from xcos_ext.io.errors import GalleryBusyError, GalleryDamagedError, GalleryError, LostRankError
 
 from .faiss_index import FaissIndex
+from .find import Found
 from .gallery import Gallery
 from .hits import Duplicate, Duplicates, Hit, HitMaps, Hits
 from .sharded import ShardedGallery
@@ -12,6 +13,7 @@ __all__ = [
     "Duplicate",
     "Duplicates",
     "FaissIndex",
+    "Found",
     "Gallery",
     "GalleryBusyError",
     "GalleryDamagedError",

@@ -20,14 +20,13 @@ import numpy as np
 import torch
 
 from xcos_ext.deploy import for_inference
-from xcos_ext.faces import Detector, PictureTree, display_name, extract_face, read_picture
+from xcos_ext.faces import AlignedFace, Detector, PictureTree, display_name, extract_face, read_picture
 from xcos_ext.faces.pictures import read_contents
 from xcos_ext.io.errors import GalleryError, PictureError
 from xcos_ext.io.several import several
 from xcos_ext.io.text import composed, few
 from xcos_ext.model import XCosModel
 
-from .gallery import Gallery
 from .labels import FILE_CHECKSUM, file_checksum
 from .search import Progress, quiet
 
@@ -73,6 +72,7 @@ class Enrolment:
         changed: ids of pictures that were in the gallery, but from other files: replaced since, or of the same name.
             Their faces are left as they were; ``on_duplicate="replace"`` enrols them anew.
         unlike: ids of aligned crops that do not look like a face, which are enrolled nevertheless.
+        left_out: files of the folders and archives that are no pictures -> why.
 
     Example:
         >>> Enrolment(["ann/0.png"], 0, {"wall.png": "no face found"}, {}, 0.4).skipped
@@ -86,6 +86,7 @@ class Enrolment:
     seconds: float
     changed: list[str] = field(default_factory=list)
     unlike: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def find_pictures(
@@ -186,9 +187,8 @@ def _pictures_of(path: Path, person: str | None, left_out: dict[str, str]) -> li
     return found
 
 
-#: A picture, its aligned crop or None, the faces found (0: an aligned crop that does not look like one), and why there
-#: is no crop.
-ReadPicture = tuple[Picture, np.ndarray | None, int, str | None]
+#: A picture, its aligned face or None, and why there is none.
+ReadPicture = tuple[Picture, AlignedFace | None, str | None]
 
 
 def read_faces(
@@ -211,14 +211,14 @@ def read_faces(
         threads: that read.
 
     Yields:
-        (picture, crop or None, faces found, why there is no crop).
+        (picture, :class:`~xcos_ext.faces.AlignedFace` or None, why there is none).
 
     Raises:
         TypeError: a detector, or its name, instead of a function that makes detectors.
 
     Example:
         >>> aligned = Picture("ann", lambda: np.zeros((112, 112, 3), np.uint8))
-        >>> [(crop.shape, found, problem) for _, crop, found, problem in read_faces([aligned], (112, 112), None)]
+        >>> [(face.rgb.shape, face.found, why) for _, face, why in read_faces([aligned], (112, 112), None)]
         [((112, 112, 3), 0, None)]
     """
     if not callable(detector) and detector is not None:
@@ -235,8 +235,8 @@ def read_faces(
                     found = local.detector = detector()
             face = extract_face(picture.read(), found, name=picture.id, policy=policy, size=size, strict=strict)
         except PictureError as error:
-            return picture, None, 0, str(error)
-        return picture, face.rgb, face.found, None
+            return picture, None, str(error)
+        return picture, face, None
 
     with ThreadPoolExecutor(max(1, threads), "xcos-reader") as pool:
         source = iter(pictures)
@@ -252,7 +252,7 @@ def read_faces(
 
 
 def enroll(
-    gallery: Gallery,
+    gallery: Any,
     model: XCosModel,
     pictures: Sequence[Picture],
     detector: Callable[[], Detector] | None = None,
@@ -267,7 +267,7 @@ def enroll(
     """Enrol pictures, some at a time, so that an interrupted run can be repeated and goes on where it was.
 
     Args:
-        gallery: opened with ``model`` or without.
+        gallery: a :class:`~xcos_ext.Gallery`, opened with ``model`` or without; its own method calls this.
         model: in evaluation mode; of the gallery's fingerprint.
         pictures: see :func:`find_pictures`.
         detector, policy, strict, threads: see :func:`read_faces`.
@@ -322,15 +322,15 @@ def enroll(
     changed = _changed(gallery, known, there, lambda done: tick(done, len(pictures)))
     tick(present, len(pictures))
     crops = read_faces(todo, model.preprocessing.size, detector, policy=policy, strict=strict, threads=threads)
-    for done, (picture, crop, faces, problem) in enumerate(crops, present + 1):
-        if crop is None:
+    for done, (picture, face, problem) in enumerate(crops, present + 1):
+        if face is None:
             skipped[picture.id] = problem or "no face"
         else:
-            if faces > 1:
-                several_faces[picture.id] = faces
-            elif not faces:
+            if face.found > 1:
+                several_faces[picture.id] = face.found
+            elif not face.found:
                 unlike.append(picture.id)
-            chosen.append((picture, crop))
+            chosen.append((picture, face.rgb))
             if len(chosen) >= batch:
                 commit()
         tick(done, len(pictures))
@@ -352,7 +352,7 @@ def _with_checksum(picture: Picture) -> dict[str, Any]:
 
 
 def _changed(
-    gallery: Gallery, pictures: Sequence[Picture], there: Mapping[str, int], tick: Callable[[int], None]
+    gallery: Any, pictures: Sequence[Picture], there: Mapping[str, int], tick: Callable[[int], None]
 ) -> list[str]:
     """Ids of those whose files are not those that the gallery's faces are from, as far as the gallery knows them."""
     snapshot = gallery.snapshot

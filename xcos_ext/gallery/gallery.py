@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import threading
@@ -15,19 +16,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xcos_ext.faces import detector_maker
 from xcos_ext.io.arrays import refuse_masked
 from xcos_ext.io.atomic import local_path
 from xcos_ext.io.errors import GalleryError
 from xcos_ext.io.optional import gallery_package
 from xcos_ext.io.several import several
-from xcos_ext.model.model import XCosModel
+from xcos_ext.model import XCosModel, load_model
 from xcos_ext.ops._checks import checked_number
 from xcos_ext.ops.templates import Templates
 
 from .dedupe import find_duplicates, symmetric
+from .enroll import Enrolment, Picture, enroll, find_pictures
+from .find import Found, find
 from .hits import Duplicates, Hits
 from .labels import checked_metadata, checked_text
 from .layout import Layout
+from .scoring import Fusion
 from .search import WHERE, Progress, Search, Searcher, Shard, quiet
 from .snapshot import Snapshot
 from .store import Store, folder_bytes, lance
@@ -105,7 +110,7 @@ class Gallery(Searcher):
     def create(
         cls,
         path: StrPath,
-        source: Any,
+        source: Any = None,
         *,
         dtype: torch.dtype = torch.float16,
         grid: tuple[int, int] = (7, 7),
@@ -117,7 +122,7 @@ class Gallery(Searcher):
         Args:
             path: of the folder; it must not exist, or be empty.
             source: whose templates it will hold: an :class:`xcos_ext.XCosModel` (fingerprint, threshold and calibration
-                are kept, too), a head, or any :class:`xcos_ext.Templates`.
+                are kept, too), a head, or any :class:`xcos_ext.Templates`. None: the shipped model.
             dtype: how templates are stored: float16, bfloat16, float32 or float64.
             grid: (H, W), where ``source`` is a head alone.
             cache: of packed tiles: True keeps them in the gallery's folder; a folder of their own; False: none.
@@ -128,6 +133,7 @@ class Gallery(Searcher):
             TypeError: another source or dtype.
             MissingPackageError: the extra ``gallery`` is not installed.
         """
+        source = load_model() if source is None else source
         store = Store.create(path, Layout.of(source, dtype, grid))
         gallery = cls(store, None, cache, timeout)
         gallery._model = source if hasattr(source, "templates") else None  # its own, so it need not be checked
@@ -396,6 +402,110 @@ class Gallery(Searcher):
             self._store.add(table, replace=bool(taken) and on_duplicate == "replace")
         self.refresh()
         return names
+
+    def enroll(
+        self,
+        photos: StrPath | Sequence[StrPath] | Sequence[Picture],
+        *,
+        person: str | None = None,
+        detector: Any = None,
+        policy: str = "prominent",
+        strict: bool = False,
+        batch: int = 256,
+        threads: int = 2,
+        on_duplicate: Literal["skip", "replace", "error"] = "skip",
+        progress: Progress | None = None,
+    ) -> Enrolment:
+        """Enrol photographs: find the faces, make templates, commit some at a time.
+
+        An interrupted call can be repeated: it goes on where it was. The folder that a picture lies in is its person.
+
+        Args:
+            photos: pictures, folders (all below them) and zip archives; or :class:`~xcos_ext.gallery.enroll.Picture`.
+            person: who is on all of them; None: from the folders.
+            detector: see :func:`xcos_ext.verify`.
+            policy, strict: which of several faces, and whether aligned crops must look like one; see
+                :func:`xcos_ext.faces.extract_face`.
+            batch: faces a commit.
+            threads: that read.
+            on_duplicate: about ids that are in the gallery.
+            progress: is told (pictures gone through, all).
+
+        Returns:
+            :class:`~xcos_ext.gallery.enroll.Enrolment`: what was enrolled, skipped, left out, and why.
+
+        Raises:
+            GalleryError: another model's gallery, no pictures, names twice. Commits before it stay.
+
+        Example:
+            >>> import tempfile
+            >>> from PIL import Image
+            >>> folder, gallery = tempfile.mkdtemp(), Gallery.create(tempfile.mkdtemp())
+            >>> Image.new("RGB", (112, 112)).save(f"{folder}/wall.png")
+            >>> list(gallery.enroll(folder).skipped)
+            ['wall.png']
+        """
+        given = [photos] if isinstance(photos, (str, os.PathLike)) else list(several(photos, "photos", "paths"))
+        pictures: list[Any] = given
+        left_out: dict[str, str] = {}
+        if not all(isinstance(one, Picture) for one in given):
+            pictures, left_out = find_pictures(given, person=person)  # type: ignore[arg-type]
+        how: Any = {"policy": policy, "strict": strict, "batch": batch, "threads": threads}
+        done = enroll(
+            self, self._own_model(), pictures, detector_maker(detector), on_duplicate=on_duplicate, progress=progress,
+            **how,
+        )  # fmt: skip
+        return dataclasses.replace(done, left_out=left_out)
+
+    def find(
+        self,
+        photos: Any,
+        k: int = 5,
+        *,
+        detector: Any = None,
+        policy: str = "prominent",
+        strict: bool = False,
+        threshold: float | None = None,
+        fpir: float | None = None,
+        fusion: Fusion | None = None,
+        attention: str = "own",
+        reading: Progress | None = None,
+        **how: Any,
+    ) -> Found:
+        """Who looks like the faces of photographs: every enrolled face is scored.
+
+        Args:
+            photos: a picture in any form that :func:`xcos_ext.verify` takes, or several; also folders and archives.
+            k: candidates for each.
+            detector: see :func:`xcos_ext.verify`.
+            policy, strict: see :meth:`enroll`.
+            threshold: from which score on it is the same person; None: the model's for one pair.
+            fpir: instead: the threshold at which a stranger finds anybody at most at this rate in a gallery of this
+                size (:func:`~xcos_ext.gallery.identification_threshold`).
+            fusion: all photographs are one person: ``"max"`` or ``"mean"`` of their scores.
+            attention: as of :meth:`search`.
+            reading: is told (pictures read, all).
+            **how: what else :meth:`search` takes: ``by``, ``where``, ``rerank``, ``explain``, ``progress``.
+
+        Returns:
+            :class:`~xcos_ext.gallery.Found`; ``gallery.find("a.jpg")[0]`` are the hits of one picture.
+
+        Raises:
+            PictureError: no picture has a usable face.
+            GalleryError, TypeError: as :meth:`search`.
+        """
+        return find(
+            self, self._own_model(), photos, k, detector=detector, policy=policy, strict=strict, threshold=threshold,
+            fpir=fpir, fusion=fusion, reading=reading, attention=attention, **how,
+        )  # fmt: skip
+
+    def _own_model(self) -> XCosModel:
+        """The model that makes this gallery's templates: it was given, or is the shipped one."""
+        if not isinstance(self._model, XCosModel):
+            model = load_model()
+            self.check_model(model)
+            self._model = model
+        return self._model
 
     def remove(self, ids: Sequence[str]) -> int:
         """Delete faces, all of them or none, in one commit; returns their number.

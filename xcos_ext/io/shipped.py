@@ -8,15 +8,12 @@ from pathlib import Path
 from .errors import ModelError
 from .text import display_name
 
-__all__ = ["DATA", "SHIPPED", "default_weights", "readable_file", "weights_file"]
+__all__ = ["DATA", "default_weights", "readable_file"]
 
 #: Folder of the files.
 DATA = Path(__file__).resolve().parents[1] / "data"
 
-#: Name -> file of the model that the package ships, which is the default.
-SHIPPED = {"slim": "xcos_slim.safetensors"}
-
-_DEFAULT_WEIGHTS = DATA / SHIPPED["slim"]
+_DEFAULT_WEIGHTS = DATA / "xcos_slim.safetensors"
 
 
 def default_weights() -> Path:
@@ -32,37 +29,6 @@ def default_weights() -> Path:
             "(github.com/TreB1eN/InsightFace_Pytorch has some)"
         )
     return _DEFAULT_WEIGHTS
-
-
-def weights_file(name: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
-    """The file that is meant: the shipped model's, where it is called by its name and no file of that name exists.
-
-    Args:
-        name: a file, or a name in :data:`SHIPPED`; None: the default model.
-
-    Raises:
-        ModelError: the default model is missing from the installation; a word that is neither a file nor such a name.
-
-    >>> weights_file("slim").name
-    'xcos_slim.safetensors'
-    >>> weights_file("best")
-    Traceback (most recent call last):
-    xcos_ext.io.errors.ModelError: best: no such file; the package ships slim
-    """
-    if name is None:
-        return default_weights()
-    if not isinstance(name, (str, os.PathLike)):
-        raise TypeError(
-            f"path: expected the path of a weights file or the shipped model's name, got {type(name).__name__}"
-        )
-    word = os.fspath(name)
-    if os.path.exists(name):
-        return name
-    if word in SHIPPED:
-        return DATA / SHIPPED[word]
-    if os.path.basename(word) == word and "." not in word:
-        raise ModelError(f"{display_name(name)}: no such file; the package ships {', '.join(SHIPPED)}")
-    return name
 
 
 def readable_file(path: str | os.PathLike[str], what: str) -> Path:

@@ -18,7 +18,7 @@ from xcos_ext.card.calibration import FMRCurve, checked_thresholds
 from xcos_ext.card.preprocessing import Preprocessing
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.fingerprint import fingerprint_weights
-from xcos_ext.io.shipped import weights_file
+from xcos_ext.io.models import local_file
 from xcos_ext.io.text import few, first_line
 from xcos_ext.io.weights import StrPath, read_weights, write_safetensors
 
@@ -379,8 +379,10 @@ def load_recogniser(path: StrPath, *, device: str | torch.device = "cpu") -> Rec
     """Load a face recognition network from its weights, without making an xCos model of it.
 
     Args:
-        path: a state dict (.pt, .pth or .safetensors) of an IR or IR-SE network, an iresnet or a MobileFaceNet.
-        device: where to put it.
+        path: a state dict (.pt, .pth or .safetensors) of an IR or IR-SE network, an iresnet or a MobileFaceNet; an
+            ONNX graph (:class:`~xcos_ext.backbones.OnnxRecogniser`); a name (``"sface"``) or an address, see
+            :func:`load_model`.
+        device: where to put it; graphs run on the CPU.
 
     Returns:
         The network in evaluation mode, with its output block.
@@ -392,6 +394,9 @@ def load_recogniser(path: StrPath, *, device: str | torch.device = "cpu") -> Rec
     Traceback (most recent call last):
     xcos_ext.io.errors.ModelError: missing.pt: no such file
     """
+    path = local_file(path, "recogniser")
+    if path.suffix.lower() == ".onnx":
+        return backbones.OnnxRecogniser(path)
     contents, metadata = read_weights(path)
     state = _state_dict(contents, path)
     if metadata.get("xcos_format") == _FORMAT or _is_official(state):
@@ -418,8 +423,9 @@ def load_model(
     unexecuted. Half-precision weights are converted to fp32.
 
     Args:
-        path: .pt, .pth or .safetensors; ``"slim"``, the name of the model that the package ships
-            (:data:`xcos_ext.io.shipped.SHIPPED`), or None: that model.
+        path: .pt, .pth, .safetensors, or a recogniser's ONNX graph; a name of ``xcos models list``
+            (:data:`xcos_ext.io.models.REGISTRY`), whose file is fetched on first use; an address,
+            ``hf://owner/repo/file`` or ``https://...#sha256=...``; None: the model that the package ships, ``"slim"``.
         device: where to put the model.
         statistics: for recognisers: a statistics file or object, instead of the shipped ones.
         project: for recognisers: principal axes per cell, as in ``plug``.
@@ -437,16 +443,17 @@ def load_model(
     >>> model.name, model.features(torch.zeros(1, 3, 112, 112)).shape
     ('xcos-slim', torch.Size([1, 32, 7, 7]))
     """
-    path = weights_file(path)
-    contents, metadata = read_weights(path)
-    state = _state_dict(contents, path)
+    path = local_file(path, "model", "recogniser")
+    graph = path.suffix.lower() == ".onnx"
+    contents, metadata = ({}, {}) if graph else read_weights(path)
+    state = {} if graph else _state_dict(contents, path)
     if metadata.get("xcos_format") == _FORMAT or _is_official(state):
         if statistics is not None or project is not None:
             raise ValueError("statistics, project: only for recognisers; this file is already an xCos model")
         own = metadata.get("xcos_format") == _FORMAT
         model = _from_own(state, metadata, path) if own else _from_official(state, path)
         return model.to(device)
-    recogniser = _as_recogniser(state, path)
+    recogniser = backbones.OnnxRecogniser(path) if graph else _as_recogniser(state, path)
     if statistics is None and find_statistics(fingerprint_weights(recogniser)) is None:
         if project is not None:
             raise ModelError(f"{path}: project={project} needs statistics, and none are known for these weights")

@@ -140,7 +140,7 @@ def verify_many(
     """
     from xcos_ext.card.calibration import check_threshold
     from xcos_ext.explain.explanation import explain_pairs
-    from xcos_ext.faces import detector_maker
+    from xcos_ext.faces import AlignedFace, detector_maker
     from xcos_ext.gallery.enroll import Picture, read_faces
 
     check_threshold(threshold)
@@ -155,6 +155,7 @@ def verify_many(
         while window := list(islice(source, _BATCH)):
             keys: list[tuple[Any, Any]] = []
             wanted: dict[Any, Picture] = {}
+            faces: dict[Any, AlignedFace] = {}
             for pair in window:
                 if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                     raise TypeError(f"pairs[{number}]: expected two pictures, got {type(pair).__name__}")
@@ -163,11 +164,13 @@ def verify_many(
                     path = isinstance(given, (str, bytes, os.PathLike))
                     key = os.fspath(given) if path else id(given)
                     name = display_name(given) if path else f"pairs[{number}].{side}"
-                    wanted.setdefault(key, Picture(name, functools.partial(_pixels, given, name)))
+                    if isinstance(given, AlignedFace):
+                        faces[key] = _fitting(given, loaded, name)
+                    else:
+                        wanted.setdefault(key, Picture(name, functools.partial(_pixels, given, name)))
                     sides.append(key)
                 keys.append((sides[0], sides[1]))
                 number += 1
-            faces: dict[Any, AlignedFace] = {}
             size = loaded.preprocessing.size
             done = read_faces(list(wanted.values()), size, make, policy=policy, strict=strict)
             failures = []
@@ -261,9 +264,18 @@ def _face(
     from xcos_ext.faces import extract_face
 
     if not isinstance(read, tuple):
-        return read
+        return _fitting(read, model, read.name)
     name, rgb = read
     return extract_face(rgb, detector, name=name, policy=policy, size=model.preprocessing.size, strict=strict)
+
+
+def _fitting(face: AlignedFace, model: XCosModel | OnnxModel, name: str) -> AlignedFace:
+    """A face of the size that the model expects."""
+    size = model.preprocessing.size
+    if face.rgb.shape[:2] != size:
+        got = f"{face.rgb.shape[1]} x {face.rgb.shape[0]}"
+        raise ValueError(f"{name}: expected a face of {size[1]} x {size[0]} pixels for this model, got {got}")
+    return face
 
 
 _OWN = threading.local()  # detectors keep working memory: each thread has its own
@@ -329,6 +341,8 @@ def _model(spec: Any, device: str) -> tuple[XCosModel | OnnxModel, str | None]:
     if not _is_named(spec):
         if not hasattr(spec, "preprocessing") or not hasattr(spec, "threshold"):
             raise TypeError(f"model: expected a name, a file or a model, got {type(spec).__name__}")
+        if spec.training:
+            raise ValueError("model: expected evaluation mode, got training mode; call .eval() first")
         return spec, None
     file = model_file(spec)
     there = file.stat()

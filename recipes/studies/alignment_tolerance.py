@@ -35,8 +35,8 @@ from torch.nn import functional
 from xcos_ext.evaluation import best_threshold
 from xcos_ext.evaluation.bootstrap import Resampling
 from xcos_ext.evaluation.datasets import LFW
+from xcos_ext.faces import ARCFACE_TEMPLATE, SmallDetector
 from xcos_ext.faces.alignment import warp
-from xcos_ext.faces.landmarks import LandmarkReader
 from xcos_ext.model import XCosModel, load_model, load_recogniser, plug
 from xcos_ext.ops import grid_cosine, grid_match, xcos_score
 
@@ -110,12 +110,10 @@ def looking(pictures: Sequence[Picture]) -> Floats:
     For a face that looks straight ahead it is 0. If the nose tip stands half a distance of the eyes before them, the
     tangent of the angle is twice the value.
     """
-    reader = LandmarkReader()
-    start = np.array([[1.0, 0, 0], [0, 1, 0]])
+    detector = SmallDetector()
     values = []
     for picture in pictures:
-        grey = np.round(picture @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)
-        points = reader.read(grey, start[None])[0][0]
+        points = detector.refine(picture, ARCFACE_TEMPLATE)
         eyes = points[1] - points[0]
         values.append(float((points[2] - (points[0] + points[1]) / 2) @ eyes / (eyes @ eyes)))
     return np.array(values)

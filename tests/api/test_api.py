@@ -112,6 +112,11 @@ def test_other_arguments(crop: np.ndarray, photographs: tuple[Path, Path]) -> No
     with pytest.raises(xcos_ext.XCosError, match=r"knows no decision threshold"):
         xcos_ext.verify(crop, crop, model=model, **aligned)
     assert xcos_ext.verify(crop, crop, model=model, threshold=0.5, **aligned).given
+    with pytest.raises(ValueError, match=r"^model: expected evaluation mode, got training mode"):
+        xcos_ext.verify(crop, crop, model=xcos_ext.load_model().train(), **aligned)
+    other = read_face(photographs[0], SmallDetector(), size=(96, 96))
+    with pytest.raises(ValueError, match=r"a\.png: expected a face of 112 x 112 pixels for this model, got 96 x 96$"):
+        xcos_ext.verify(other, photographs[1])
     e = api.compare(
         crop, crop, model=model, detector="aligned", device="cpu", threshold=None, policy="prominent", strict=False,
         max_pixels=None, needs_threshold=False,
@@ -122,7 +127,8 @@ def test_other_arguments(crop: np.ndarray, photographs: tuple[Path, Path]) -> No
 
 def test_many_pairs(photographs: tuple[Path, Path], tmp_path: Path) -> None:
     a, b = photographs
-    pairs = [(a, b), (b, a), (a, a), (a, tmp_path / "missing.jpg"), (np.array(Image.open(a)), b)] * 8
+    face, pixels = read_face(a, SmallDetector()), np.array(Image.open(b))
+    pairs = [(a, b), (b, a), (a, a), (a, tmp_path / "missing.jpg"), (face, pixels)] * 8
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         results = list(xcos_ext.verify_many(pairs, progress=False))

@@ -38,7 +38,9 @@ def test_the_screen_of_code_runs(shared_data, tmp_path, monkeypatch):
     exec(first, names := {})
     assert names["e"]
     screen, _ = re.findall(r"```python\n(.*?)```", OPERATORS.read_text(), re.DOTALL)
-    block = ("import xcos_ext\n" + start + screen).replace('"mobilefacenet_arcface.pt"', f'"{shared_data / "mobilefacenet_arcface.pt"}"')
+    block = ("import xcos_ext\n" + start + screen).replace(
+        '"mobilefacenet_arcface.pt"', f'"{shared_data / "mobilefacenet_arcface.pt"}"'
+    )
     a, b = (torch.randn(4, 32, 7, 7, requires_grad=True) for _ in range(2))
     names = {
         "a": a,

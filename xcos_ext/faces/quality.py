@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -92,11 +91,13 @@ def face_quality(crop: np.ndarray, face: Face | None = None, likelihood: float |
     brightness, contrast = float(inner.mean()), float(inner.std())
     half = inner.shape[1] // 2
     sides = float(abs(inner[:, :half].mean() - inner[:, -half:].mean()))
-    pose: Sequence[float | None] = (None, None, None) if face is None or face.pose is None else face.pose
+    yaw, pitch, roll = (None, None, None) if face is None or face.pose is None else face.pose
     return Quality(
         None if face is None else float(np.sqrt(max(face.box[2] * face.box[3], 0.0))),
         detail / max(contrast, 1e-9),
-        *pose,
+        yaw,
+        pitch,
+        roll,
         brightness,
         contrast,
         sides / max(brightness, 1.0),

@@ -88,7 +88,7 @@ class SmallDetector:
         for i, row in enumerate(rows):
             points = row[5:15].reshape(5, 2)
             if i in largest:
-                points = self._refined(rgb, points)
+                points = self.refine(rgb, points)
             box = (*(row[1:3] - row[3:5] / 2).tolist(), *row[3:5].tolist())
             yaw, pitch = np.rad2deg(row[15:17]).tolist()
             faces.append(Face(box, points, float(row[0]), (yaw, pitch, pose_of(points)[2])))
@@ -130,8 +130,17 @@ class SmallDetector:
             levels = [found.permute(0, 2, 3, 1).numpy() for found in maps(pixels, convolution, twice)]
         return [decoded([level[i] for level in levels], least) for i in range(len(pictures))]
 
-    def _refined(self, rgb: np.ndarray, points: np.ndarray) -> np.ndarray:
-        """The points as they are read in the upright crop that the first ones give, and in its mirror image."""
+    def refine(self, rgb: np.ndarray, points: np.ndarray) -> np.ndarray:
+        """Read the points of a face whose points are roughly known, in the upright crop that these give and in its
+        mirror image.
+
+        Args:
+            rgb: uint8 [H, W, 3].
+            points: five points (x, y) [5, 2] in the order of :data:`~xcos_ext.faces.ARCFACE_TEMPLATE`.
+
+        Returns:
+            fp64 [5, 2]; the given ones where the network sees no face there.
+        """
         try:
             upright = similarity_transform(points, ARCFACE_TEMPLATE)
         except ValueError:  # all points in one place

@@ -31,6 +31,7 @@ TABLES = {
     "alignment": study_tables.alignment,
     "bench": lambda kind: [bench_table.table(kind).rstrip("\n")],
     "cpu": lambda kind: tables.operators(["cpu.json"], kind),
+    "detectors": study_tables.detectors,
     "faithfulness": study_tables.faithfulness,
     "gallery": study_tables.gallery,
     "gpu": lambda kind: [gpu_table.table(kind).rstrip("\n")],

@@ -604,3 +604,42 @@ def _identification() -> list[str]:
 def gallery(kind: str) -> list[str]:
     """``short`` and ``scale``: a large gallery; ``identification``: rates on LFW."""
     return _identification() if kind == "identification" else _scale(short=kind == "short")
+
+
+# Face detectors: detectors.py
+
+_DETECTORS = {
+    "small": "**small (default)**",
+    "yunet.onnx": "YuNet",
+    "cascade": "cascades and landmark network (the default before)",
+}
+
+
+def detectors(kind: str) -> list[str]:
+    """``found``, ``turned`` or ``crops`` of ``results/faces/detectors.json``."""
+    contents = load("faces/detectors.json")
+    if contents is None:
+        return [PENDING]
+    rows = [(label, contents["rows"][name]) for name, label in _DETECTORS.items() if name in contents["rows"]]
+    if kind == "found":
+        columns = ("detector", "photographs", "not found", "error, % of the eyes' distance", "% of the face's size")
+
+        def cells(label: str, name: str, row: Data) -> list[str]:
+            eyes, size = (f"{row[f'error_{of}']:.1f} ({row[f'error_{of}_90']:.1f})" for of in ("eyes", "size"))
+            return [label, name, f"{row['missed']} of {row['pictures']}", eyes, size]
+
+        sets = ("CFP frontal", "CFP profile", "CFP profile, bordered", "LFW")
+        return markdown(columns, (cells(label, name, row[name]) for label, row in rows for name in sets if name in row))
+    if kind == "turned":
+        turned = ("turned by 90", "turned by 180", "turned by 270")
+        return markdown(
+            ("detector", *(f"{name}°: not found" for name in turned), "pictures of nothing refused", "640 pixels"),
+            (
+                [label, *(f"{row[t]['missed']} of {row[t]['pictures']}" for t in turned),
+                 f"{row['textures']['refused']:,} of {row['textures']['pictures']:,}",
+                 f"{spread(row['640 pixels'], '{:.0f}'.format)} ms"]
+                for label, row in rows
+            ),
+        )  # fmt: skip
+    shown = ((name, f"{row['faces']:,} of {row['pictures']:,}") for name, row in contents["crops"].items())
+    return markdown(("crops", "look like a face"), shown)

@@ -419,7 +419,10 @@ def test_command_in_trouble(folder: Path, tmp_path: Path) -> None:
         trouble(run("report", "none.csv", "--model", "none.pt", "--html", out), words)
     trouble(run("report", tmp_path / "none.csv", "--html", page), "none.csv: cannot be read")
     trouble(run("report", folder / "list.csv", "--html", page, "--root", tmp_path / "no"), "expected a folder or a zip")
-    trouble(run("report", folder / "list.csv", "--html", page, "--detector", "mtcnn"), "detector: expected")
+    trouble(
+        run("report", folder / "list.csv", "--html", page, "--detector", "mtcnn"),
+        "mtcnn: no such file, and no such name",
+    )
     (tmp_path / "bad.csv").write_text("a,b,genuine\n1,2,1\n3,4,x\n")
     trouble(run("report", tmp_path / "bad.csv", "--html", page), "bad.csv, line 3: genuine: expected 1, 0 or nothing")
     assert run("report", folder / "list.csv").exit_code == 2  # no --html

@@ -370,10 +370,10 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name, file in (("a.jpg", "astronaut.jpg"), ("b.jpg", "astronaut-masked.jpg")):
         (tmp_path / name).symlink_to(source / "examples" / "photographs" / file)
     monkeypatch.chdir(tmp_path)
-    code = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)[0]
-    names: dict[str, Any] = {}
-    exec(code, names)
-    assert names["e"].same is True
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)[:2]:
+        names: dict[str, Any] = {}
+        exec(code, names)
+        assert names["e"].same is True
 
 
 # --- bad input

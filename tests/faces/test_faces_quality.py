@@ -49,7 +49,7 @@ def test_each_fault_is_named() -> None:
     assert face_quality((noisy * 0.2).astype(np.uint8)).faults()[0].startswith("too dark (brightness ")
     assert face_quality(255 - (255 - noisy) // 5).faults()[0].startswith("too bright (brightness ")
     assert face_quality(np.full((112, 112, 3), 128, np.uint8)).faults() == ["without contrast"]
-    lit = (noisy * np.linspace(0.1, 1.4, 112)[None, :, None]).clip(0, 255).astype(np.uint8)
+    lit = (noisy * np.linspace(0, 1.2, 112)[None, :, None] ** 3).clip(0, 255).astype(np.uint8)
     assert "lit from one side" in face_quality(lit).faults()
     quality = face_quality(noisy, small)
     assert quality.faults() == ["only 24 pixels large"] and quality.likelihood == 0.9 and quality.yaw == 50

@@ -156,7 +156,5 @@ def test_what_cannot_be_loaded_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="model: expected finite weights, got NaN or infinity in 1 tensors: backbone"):
         save_model(model, file)
     assert file.read_bytes() == before
-    with pytest.raises(
-        TypeError, match="path: expected the path of a weights file or the shipped model's name, got int"
-    ):
+    with pytest.raises(TypeError, match="path: expected the path of a file, a name or an address, got int"):
         load_model(5)  # type: ignore[arg-type]

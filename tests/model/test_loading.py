@@ -414,7 +414,7 @@ def test_flipped_bytes_never_escape_as_other_errors(tmp_path: Path) -> None:
     [
         ("face.pt", b"\xff\xd8\xff\xe0" + bytes(100), "not a weights file"),
         ("notes.pt", b"epoch,loss\n1,2\n", "not a weights file"),
-        ("net.onnx", b"\x08\x07\x12\x07pytorch", "this is an ONNX graph"),
+        ("net.onnx", b"\x08\x07\x12\x07pytorch", "truncated, or not an ONNX file"),
         ("net.safetensors", b"garbage garbage garbage", "damaged or truncated safetensors"),
     ],
 )

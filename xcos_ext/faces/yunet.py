@@ -66,6 +66,8 @@ class YuNetDetector:
         except OSError as error:
             raise ModelError(f"{display_name(path)}: cannot be read: {error.strerror or error}") from error
         cv2 = need("cv2", "face detection")
+        level = cv2.utils.logging.getLogLevel()
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # OpenCV 5 warns of its own defaults
         try:
             create = cv2.FaceDetectorYN.create
             # From memory, so that names that are not UTF-8 work.
@@ -75,6 +77,8 @@ class YuNetDetector:
             raise ModelError(
                 f"{display_name(path)}: not a YuNet network that OpenCV {cv2.__version__} can run"
             ) from error
+        finally:
+            cv2.utils.logging.setLogLevel(level)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, also in another process, reads the file for itself."""

@@ -33,14 +33,24 @@ from torch import Tensor, nn
 
 from recipes.common import Padded, say
 from recipes.scenes import drawn_scene, nothing
-from xcos_ext.faces import PictureTree, YuNetDetector, apply_transform
-from xcos_ext.faces.alignment import MIRRORED
-from xcos_ext.faces.network import LAYERS, STRIDES, maps, save_weights
+from xcos_ext.faces import (
+    ARCFACE_TEMPLATE,
+    PictureTree,
+    SmallDetector,
+    YuNetDetector,
+    apply_transform,
+    similarity_transform,
+    warp,
+)
+from xcos_ext.faces.alignment import MIRRORED, compose
+from xcos_ext.faces.network import CROP, LAYERS, MIDDLE, STRIDES, crop_transform, maps, reading, save_weights
 from xcos_ext.faces.pose import pose_of
+from xcos_ext.faces.small import _SEARCHES, _distinct
 from xcos_ext.training.engine import warmup_cosine
 from xcos_ext.training.state import averaged_model
 
 HELD_OUT = 200
+_TRAINED = {name: layer for name, layer in LAYERS.items() if name != "read"}  # which is solved in the end
 CFP_TRAINED = 100  # the people of folds 1 and 2
 UNSURE = 0.6  # faces of a lower score are neither learned nor learned to be none
 SMALLEST = 9.0  # pixels of a face that is learned
@@ -174,18 +184,8 @@ class Scenes(torch.utils.data.IterableDataset[tuple[Tensor, list[Tensor]]]):
         elif kind < 0.80:
             rgb, found = drawn_scene(side, rng)
             scene = Scene(rgb, placed(found, np.eye(2, 3), 0.0))
-        elif kind < 0.90:  # pieces of a photograph, put together anew
-            rgb = self.cut(side).rgb
-            step = int(rng.integers(8, max(9, side // 6)))
-            tiles = [
-                rgb[y : y + step, x : x + step]
-                for y in range(0, side - step + 1, step)
-                for x in range(0, side - step + 1, step)
-            ]
-            rgb = rgb.copy()
-            for i, j in enumerate(rng.permutation(len(tiles))):
-                across = (side - step) // step + 1
-                rgb[i // across * step :][:step, i % across * step :][:, :step] = tiles[j]
+        elif kind < 0.90:
+            rgb = in_pieces(self.cut(side).rgb, int(rng.integers(8, max(9, side // 6))), rng)
             scene = Scene(rgb, np.zeros((0, 17)))
         else:
             scene = Scene(nothing(side, rng), np.zeros((0, 17)))
@@ -202,7 +202,9 @@ class Scenes(torch.utils.data.IterableDataset[tuple[Tensor, list[Tensor]]]):
         )
         face = faces[int(rng.integers(len(faces)))]
         size = float(np.sqrt(face[2] * face[3]))
-        wanted = float(np.exp(rng.uniform(np.log(SMALLEST), np.log(0.95 * side))))
+        # Of all sizes; half of them of those that the points are read from in the end.
+        low, high = (SMALLEST, 0.95 * side) if rng.random() < 0.5 or side < 120 else (50.0, min(130.0, 0.95 * side))
+        wanted = float(np.exp(rng.uniform(np.log(low), np.log(high))))
         scale = wanted / size
         if min(rgb.shape[:2]) * scale < 0.5 * side and rng.random() < 0.7:  # a small face, but in a whole picture
             scale = max(scale, 0.5 * side / min(rgb.shape[:2]))
@@ -233,6 +235,17 @@ class Scenes(torch.utils.data.IterableDataset[tuple[Tensor, list[Tensor]]]):
             found[:, 4:14] = points.reshape(-1, 10)
             found[:, 14] *= -1
         return Scene(seen, found)
+
+
+def in_pieces(rgb: np.ndarray, step: int, rng: np.random.Generator) -> np.ndarray:
+    """A picture cut into squares that are put together anew."""
+    side = len(rgb)
+    places = [(y, x) for y in range(0, side - step + 1, step) for x in range(0, side - step + 1, step)]
+    made = rgb.copy()
+    for (y, x), k in zip(places, rng.permutation(len(places)), strict=True):
+        v, u = places[k]
+        made[y : y + step, x : x + step] = rgb[v : v + step, u : u + step]
+    return made
 
 
 def spoilt(rgb: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -303,7 +316,7 @@ class DetectorNetwork(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleDict()
-        for name, (inputs, outputs, kernel, stride, groups) in LAYERS.items():
+        for name, (inputs, outputs, kernel, stride, groups) in _TRAINED.items():
             last = name == "out"
             layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=last)
             self.layers[name.replace(".", "_")] = layer if last else nn.Sequential(layer, nn.BatchNorm2d(outputs))
@@ -326,7 +339,7 @@ class DetectorNetwork(nn.Module):
     def folded(self) -> dict[str, Tensor]:
         """Weights and biases with the normalisation inside."""
         found: dict[str, Tensor] = {}
-        for name in LAYERS:
+        for name in _TRAINED:
             layer: Any = self.layers[name.replace(".", "_")]
             if name == "out":
                 weight, bias = layer.weight, layer.bias
@@ -336,6 +349,148 @@ class DetectorNetwork(nn.Module):
                 weight, bias = layer[0].weight * factor[:, None, None, None], norm.bias - norm.running_mean * factor
             found |= {f"{name}.weight": weight.detach().clone(), f"{name}.bias": bias.detach().clone()}
         return found
+
+
+# --- the second reading
+
+
+def upright_crop(photograph: Photograph, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A crop as a first reading of the points gives it, or its mirror image, and the points in it as the teacher says
+    them, from its middle."""
+    faces = photograph.faces[photograph.faces[:, 14] >= UNSURE]
+    face = faces[int(rng.integers(len(faces)))] if rng.random() < 0.2 else faces[(faces[:, 2] * faces[:, 3]).argmax()]
+    truth = face[4:14].reshape(5, 2).astype(np.float64)
+    # How a first reading is off.
+    scale, angle = float(np.exp(rng.normal(0, 0.06))), np.deg2rad(rng.normal(0, 4))
+    a, b = scale * np.cos(angle), scale * np.sin(angle)
+    linear, mean = np.array([[a, -b], [b, a]]), ARCFACE_TEMPLATE.mean(0)
+    off = np.hstack([linear, (mean + rng.normal(0, 3, 2) - linear @ mean)[:, None]])
+    matrix = compose(crop_transform(), compose(off, similarity_transform(truth, ARCFACE_TEMPLATE)))
+    crop = warp(photograph.rgb, matrix, (CROP, CROP), extend=True)
+    truth = apply_transform(matrix, truth)
+    if rng.random() < 0.5:
+        crop, truth = crop[:, ::-1], truth[list(MIRRORED)] * (-1, 1) + (CROP - 1, 0)
+    crop = np.ascontiguousarray(crop)
+    if rng.random() < 0.15:  # a mask, a scarf
+        low, high = truth[2, 1] + rng.normal(0, 4), truth[3:, 1].max() + rng.uniform(10, 26)
+        left, right = truth[:, 0].min() - rng.uniform(4, 18), truth[:, 0].max() + rng.uniform(4, 18)
+        shape = [(left, low), (truth[2, 0], low - rng.uniform(0, 8)), (right, low), (right - 8, high), (left + 8, high)]
+        colour = tuple(int(v) for v in rng.integers(0, 256, 3))
+        crop = cv2.fillPoly(crop.copy(), [np.rint(shape).astype(np.int32)], colour)
+    return spoilt(crop, rng) if rng.random() < 0.4 else crop, truth - CROP / 2
+
+
+def features_of(weights: dict[str, Tensor], crops: list[np.ndarray]) -> np.ndarray:
+    """What the layer ``read`` sees of the middle of upright crops, [N, inputs * kernel * kernel] fp32."""
+    kept: list[Tensor] = []
+    around = slice(MIDDLE - LAYERS["read"][2] // 2, MIDDLE + LAYERS["read"][2] // 2 + 1)
+
+    def convolution(name: str, x: Tensor, relu: bool) -> Tensor:
+        if name == "read":
+            kept.append(x[:, :, around, around].flatten(1))
+            return x
+        _, _, size, stride, groups = LAYERS[name]
+        y = F.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], stride, size // 2, groups=groups)
+        return y.relu_() if relu else y
+
+    def twice(x: Tensor, like: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2.0)[..., : like.shape[2], : like.shape[3]]
+
+    with torch.inference_mode():
+        for begin in range(0, len(crops), 64):
+            pixels = torch.from_numpy(np.stack(crops[begin : begin + 64])).permute(0, 3, 1, 2).float() / 64 - 2
+            reading(pixels, convolution, twice)
+    return torch.cat(kept).numpy()
+
+
+def solved_points(
+    weights: dict[str, Tensor], photographs: list[Photograph], count: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weight [10, features] and bias [10] that read the points: least squares with a small penalty."""
+    size = LAYERS["read"][0] * LAYERS["read"][2] ** 2 + 1
+    gram, moment = np.zeros((size, size)), np.zeros((size, 10))
+    for begin in range(0, count, 512):
+        drawn = [upright_crop(photographs[(begin + i) % len(photographs)], rng) for i in range(min(512, count - begin))]
+        x = features_of(weights, [crop for crop, _ in drawn]).astype(np.float64)
+        x = np.hstack([x, np.ones((len(x), 1))])
+        gram += x.T @ x
+        moment += x.T @ np.stack([truth.reshape(-1) for _, truth in drawn])
+    penalty = np.full(size, 300.0)
+    penalty[-1] = 0
+    solved = np.linalg.solve(gram + np.diag(penalty), moment)
+    return solved[:-1].T, solved[-1]
+
+
+def proposals(detector: SmallDetector, rgb: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What the first reading proposes, upright and turned: points [5, 2], and the crop that the second would see."""
+    for searches in _SEARCHES[:2]:
+        rows = _distinct(np.concatenate([detector._search(rgb, search) for search in searches]))[:12]
+        for points in detector.read(rgb, rows[:, 5:15].reshape(-1, 5, 2))[0]:
+            try:
+                matrix = compose(crop_transform(), similarity_transform(points, ARCFACE_TEMPLATE))
+            except ValueError:
+                continue
+            yield points, warp(rgb, matrix, (CROP, CROP), extend=True)
+
+
+def judged(detector: SmallDetector, photographs: list[Photograph], rng: np.random.Generator) -> tuple[Any, Any]:
+    """Crops that are faces, and crops that are none: what the first reading proposes in photographs and in pictures of
+    nothing, aligned crops with nothing around them, and faces turned over."""
+    faces, none = [], []
+    for photograph in photographs:
+        truths = photograph.faces[:, 4:14].reshape(-1, 5, 2)
+        sizes = np.sqrt(photograph.faces[:, 2] * photograph.faces[:, 3])
+        for points, crop in proposals(detector, photograph.rgb):
+            off = np.linalg.norm(points - truths, axis=2).mean(1) / sizes
+            best = int(off.argmin())
+            apart = np.linalg.norm(points.mean(0) - truths.mean(1), axis=1) / sizes
+            if off[best] < 0.15 and photograph.faces[best, 14] >= UNSURE:
+                faces.append(crop)
+            elif apart.min() > 0.6 or (off[best] > 0.35 and photograph.faces[best, 14] >= UNSURE):
+                none.append(crop)
+        # Profiles are few, and half of what the first reading proposes there is off: more of them.
+        turned_aside = abs(pose_of(truths[int(sizes.argmax())])[0]) > 35
+        for _ in range(6 if turned_aside else 2):
+            crop, _ = upright_crop(photograph, rng)
+            faces.append(crop)
+        faces.append(np.pad(crop[8:-8, 8:-8], ((8, 8), (8, 8), (0, 0)), mode="edge"))
+        turned = np.ascontiguousarray(np.rot90(crop, int(rng.integers(1, 4))))
+        none += [turned, np.ascontiguousarray(in_pieces(crop, 32, rng))] if rng.random() < 0.3 else [turned]
+    for _ in range(2 * len(photographs) // 3):
+        picture = nothing(int(rng.integers(120, 500)), rng)
+        none += [crop for _, crop in proposals(detector, picture)]
+        none.append(nothing(CROP, rng))
+    return faces, none
+
+
+def reading_layer(
+    weights: dict[str, Tensor], photographs: list[Photograph], arguments: argparse.Namespace
+) -> dict[str, Tensor]:
+    """The layer that reads the points and judges, linear in the features around the middle of an upright crop: solved
+    once the network is trained, the points by least squares, the verdict by logistic regression."""
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(arguments.seed)
+    inputs, outputs, kernel, _, _ = LAYERS["read"]
+    mixed = [photographs[i] for i in rng.permutation(len(photographs))]
+    weight, bias = np.zeros((outputs, inputs * kernel**2)), np.zeros(outputs)
+    weight[:10], bias[:10] = solved_points(weights, mixed, arguments.crops, rng)
+
+    def layer() -> dict[str, Tensor]:
+        shaped = torch.from_numpy(weight.reshape(outputs, inputs, kernel, kernel)).float()
+        return {"read.weight": shaped.contiguous(), "read.bias": torch.from_numpy(bias).float()}
+
+    save_weights(arguments.out, weights | layer(), {})
+    whole = [photograph for photograph in mixed if photograph.rgb.shape[:2] != (112, 112)]
+    faces, none = judged(SmallDetector(weights=arguments.out), whole[: arguments.judged], rng)
+    say(f"{len(faces)} crops of faces, {len(none)} of none")
+    x = features_of(weights, faces + none)
+    mean, deviation = x.mean(0), x.std(0) + 1e-3
+    regression = LogisticRegression(C=arguments.penalty, max_iter=300, class_weight="balanced")
+    regression.fit((x - mean) / deviation, np.arange(len(x)) < len(faces))
+    weight[10] = regression.coef_[0] / deviation
+    bias[10] = float(regression.intercept_[0]) - float(weight[10] @ mean)
+    return layer()
 
 
 def losses(outputs: list[Tensor], marks: list[Tensor]) -> dict[str, Tensor]:
@@ -402,7 +557,7 @@ def train(arguments: argparse.Namespace) -> None:
         for group in optimiser.param_groups:
             group["lr"] = arguments.rate * warmup_cosine(step, arguments.steps, warmup=200)
         parts = losses(network(pixels), marks)
-        loss = parts["verdict"] + parts["box"] + 4 * parts["points"] + 0.3 * parts["pose"]
+        loss = parts["verdict"] + parts["box"] + 6 * parts["points"] + 0.3 * parts["pose"]
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 5.0)
@@ -415,13 +570,14 @@ def train(arguments: argparse.Namespace) -> None:
             say(f"{step} of {arguments.steps}, {time.monotonic() - started:.0f} s: {text}")
         if step % 1000 == 999 or step == arguments.steps - 1:
             torch.save(average.module.state_dict(), arguments.out.with_suffix(".pt"))
-            notes = {
-                "data": f"{len(photographs)} photographs of {', '.join(path.name for path in arguments.archives)}",
-                "teacher": "YuNet (face_detection_yunet_2023mar.onnx, MIT)",
-                "training": json.dumps({k: getattr(arguments, k) for k in ("steps", "batch", "rate", "seed")}),
-            }
-            now: Any = average.module
-            save_weights(arguments.out, now.folded(), notes)
+    notes = {
+        "data": f"{len(photographs)} photographs of {', '.join(path.name for path in arguments.archives)}",
+        "teacher": "YuNet (face_detection_yunet_2023mar.onnx, MIT)",
+        "training": json.dumps({k: getattr(arguments, k) for k in ("steps", "batch", "rate", "crops", "seed")}),
+    }
+    trained: Any = average.module
+    made: dict[str, Tensor] = trained.folded()
+    save_weights(arguments.out, made | reading_layer(made, photographs, arguments), notes)
 
 
 def main() -> int:
@@ -434,6 +590,9 @@ def main() -> int:
     training.add_argument("--steps", type=int, default=30_000)
     training.add_argument("--batch", type=int, default=32, help="scenes of 160 x 160 pixels (default %(default)s)")
     training.add_argument("--rate", type=float, default=3e-3)
+    training.add_argument("--crops", type=int, default=40_000, help="that the points are learned from")
+    training.add_argument("--judged", type=int, default=10_000, help="photographs whose proposals are judged, at most")
+    training.add_argument("--penalty", type=float, default=0.003, help="C of the verdict's logistic regression")
     training.add_argument("--workers", type=int, default=1)
     training.add_argument("--threads", type=int, default=1)
     training.add_argument("--seed", type=int, default=1)

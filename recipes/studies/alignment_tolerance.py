@@ -113,7 +113,7 @@ def looking(pictures: Sequence[Picture]) -> Floats:
     detector = SmallDetector()
     values = []
     for picture in pictures:
-        points = detector.refine(picture, ARCFACE_TEMPLATE)
+        points = detector.read(picture, ARCFACE_TEMPLATE[None])[0][0]
         eyes = points[1] - points[0]
         values.append(float((points[2] - (points[0] + points[1]) / 2) @ eyes / (eyes @ eyes)))
     return np.array(values)

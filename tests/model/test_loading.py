@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -485,3 +487,17 @@ def test_misused_options(tmp_path: Path, official: State) -> None:
     torch.save(mobilefacenet_state(), tmp_path / "net.pt")
     with pytest.raises(ModelError, match="project=32 needs statistics"):
         load_model(tmp_path / "net.pt", project=32)
+
+
+def test_a_start_does_not_import_the_compiler() -> None:
+    """It takes longer than everything else; the mark that it would set is set by hand."""
+    from xcos_ext.model.head import _exporting
+
+    @torch.compiler.assume_constant_result
+    def marked() -> bool:
+        return True
+
+    assert vars(_exporting) == vars(marked)
+    code = "import sys, xcos_ext; xcos_ext.load_model(); print({'torch._dynamo', 'sympy'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

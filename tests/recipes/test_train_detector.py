@@ -105,7 +105,7 @@ def test_a_short_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(recipe, "say", lines.append)
     options = argparse.Namespace(
         labels=tmp_path / "labels.npz", archives=[Path("faces.zip")], out=tmp_path / "d.safetensors", steps=30, batch=4,
-        rate=3e-3, workers=0, threads=1, seed=1, resume=None,
+        rate=3e-3, crops=200, workers=0, threads=1, seed=1, resume=None,
     )  # fmt: skip
     threads = torch.get_num_threads()
     recipe.train(options)

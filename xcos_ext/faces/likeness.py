@@ -12,14 +12,12 @@ import functools
 import numpy as np
 
 from .detector import check_picture
-from .network import LAYERS, decoded, load_weights, maps
+from .network import CROP, LAYERS, MIDDLE, crop_transform, load_weights, reading
 
 __all__ = ["LIKELY", "face_likelihood"]
 
 #: From this on a crop looks like a face, as it does to the default detector.
 LIKELY = 0.5
-
-_SIDE = 80  # pixels of what the network sees: a face of about 60
 
 
 def face_likelihood(crop: np.ndarray) -> float:
@@ -39,13 +37,15 @@ def face_likelihood(crop: np.ndarray) -> float:
     True
     """
     check_picture(crop)
+    to_seen = crop_transform()
     seen = crop.astype(np.float32)
     for axis in (0, 1):  # rows, columns
-        at = (np.arange(_SIDE) + 0.5) * (crop.shape[axis] / _SIDE) - 0.5
+        zoom, shift = to_seen[1 - axis, 1 - axis], to_seen[1 - axis, 2]
+        at = ((np.arange(CROP) - shift) / zoom + 0.5) * crop.shape[axis] / 112 - 0.5
         seen = _sampled(seen, at).swapaxes(0, 1)
     pixels = np.stack([seen, seen[:, ::-1]]) / 64 - 2
-    levels = maps(pixels, _convolution, _twice)
-    return float(np.mean([decoded([level[i] for level in levels], 0.0)[:, 0].max() for i in range(2)]))
+    logits = reading(pixels, _convolution, _twice)[:, MIDDLE, MIDDLE, 10].astype(np.float64)
+    return float(1 / (1 + np.exp(-logits.mean())))
 
 
 def _sampled(image: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -61,8 +61,8 @@ def _convolution(name: str, x: np.ndarray, relu: bool) -> np.ndarray:
     _, outputs, kernel, stride, groups = LAYERS[name]
     weight, bias = _kernel(name)
     height, width = x.shape[1:3]
-    if kernel == 3:
-        x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    if kernel > 1:
+        x = np.pad(x, ((0, 0), *[(kernel // 2, kernel // 2)] * 2, (0, 0)))
     around = [x[:, r : r + height : stride, c : c + width : stride] for r in range(kernel) for c in range(kernel)]
     if groups == 1:
         y = np.concatenate(around, 3) @ weight.reshape(-1, outputs)

@@ -16,10 +16,24 @@ import numpy as np
 from xcos_ext.io.errors import ModelError
 from xcos_ext.io.shipped import DATA, readable_file
 
+from .alignment import ARCFACE_TEMPLATE
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LAYERS", "OUTPUTS", "STRIDES", "decoded", "load_weights", "maps", "save_weights"]
+__all__ = [
+    "CROP",
+    "LAYERS",
+    "MIDDLE",
+    "OUTPUTS",
+    "STRIDES",
+    "crop_transform",
+    "decoded",
+    "load_weights",
+    "maps",
+    "reading",
+    "save_weights",
+]
 
 _WEIGHTS = DATA / "detector.safetensors"
 _FORMAT, _VERSION = "xcos_ext.detector", "1"
@@ -40,16 +54,41 @@ LAYERS: dict[str, tuple[int, int, int, int, int]] = {
     "side8": (56, 64, 1, 1, 1),
     "side16": (64, 64, 1, 1, 1),
     "out": (64, OUTPUTS, 1, 1, 1),
+    "read": (64, 11, 5, 1, 1),
 }
 for _width, _names in ((32, "a4"), (56, "a8 b8"), (64, "a16 b16 a32 b32 c32 p8 p16 head")):
     for _name in _names.split():
         LAYERS |= {f"{_name}.depth": (_width, _width, 3, 1, _width), f"{_name}.point": (_width, _width, 1, 1, 1)}
 
+#: Side of the upright crop that :func:`reading` sees, and the cell that is its middle.
+CROP = 128
+MIDDLE = CROP // 2 // STRIDES[1]
+_EYES = 36.0  # pixels between the eyes in it
+
 #: A convolution by name, with its bias, and (True) cut off below zero.
 Convolution = Callable[[str, Any, bool], Any]
 
 
-def maps(pixels: Any, convolution: Convolution, twice: Callable[[Any, Any], Any]) -> list[Any]:
+Repetition = Callable[[Any, Any], Any]
+
+
+def _trunk(pixels: Any, convolution: Convolution, twice: Repetition) -> tuple[Any, Any, Any]:
+    """Features 8, 16 and 32 pixels apart; the latter two have seen each other."""
+    x = _block("a4", convolution("down4", convolution("stem", pixels, True), True), convolution)
+    at8 = _block("b8", _block("a8", convolution("down8", x, True), convolution), convolution)
+    at16 = _block("b16", _block("a16", convolution("down16", at8, True), convolution), convolution)
+    at32 = convolution("down32", at16, True)
+    for name in ("a32", "b32", "c32"):
+        at32 = _block(name, at32, convolution)
+    at16 = convolution("side16", at16, True)
+    return at8, _block("p16", at16 + twice(at32, at16), convolution), at32
+
+
+def _block(name: str, x: Any, convolution: Convolution) -> Any:
+    return convolution(f"{name}.point", convolution(f"{name}.depth", x, False), True)
+
+
+def maps(pixels: Any, convolution: Convolution, twice: Repetition) -> list[Any]:
     """The three maps of pictures.
 
     Args:
@@ -60,19 +99,25 @@ def maps(pixels: Any, convolution: Convolution, twice: Callable[[Any, Any], Any]
     Returns:
         A map with :data:`OUTPUTS` channels for each of :data:`STRIDES`.
     """
-
-    def block(name: str, x: Any) -> Any:
-        return convolution(f"{name}.point", convolution(f"{name}.depth", x, False), True)
-
-    x = block("a4", convolution("down4", convolution("stem", pixels, True), True))
-    at8 = block("b8", block("a8", convolution("down8", x, True)))
-    at16 = block("b16", block("a16", convolution("down16", at8, True)))
-    at32 = block("c32", block("b32", block("a32", convolution("down32", at16, True))))
-    at16 = convolution("side16", at16, True)
-    at16 = block("p16", at16 + twice(at32, at16))
+    at8, at16, at32 = _trunk(pixels, convolution, twice)
     at8 = convolution("side8", at8, True)
-    at8 = block("p8", at8 + twice(at16, at8))
-    return [convolution("out", block("head", x), False) for x in (at8, at16, at32)]
+    at8 = _block("p8", at8 + twice(at16, at8), convolution)
+    return [convolution("out", _block("head", x, convolution), False) for x in (at8, at16, at32)]
+
+
+def reading(pixels: Any, convolution: Convolution, twice: Repetition) -> Any:
+    """What upright crops (:func:`crop_transform`) show: a map of which the middle cell (:data:`MIDDLE`) has (x, y) of
+    the five points in pixels from the crop's middle, and the logit of its being a face.
+
+    Arguments as of :func:`maps`.
+    """
+    return convolution("read", _trunk(pixels, convolution, twice)[1], False)
+
+
+def crop_transform() -> np.ndarray:
+    """From the template to the upright crop that :func:`reading` sees, [2, 3]: the points' mean is at its middle."""
+    zoom = _EYES / (ARCFACE_TEMPLATE[1, 0] - ARCFACE_TEMPLATE[0, 0])
+    return np.hstack([zoom * np.eye(2), (CROP / 2 - zoom * ARCFACE_TEMPLATE.mean(0))[:, None]])
 
 
 def decoded(levels: Sequence[np.ndarray], least: float) -> np.ndarray:

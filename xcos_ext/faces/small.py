@@ -7,13 +7,14 @@ docs/verify.md explains and measures.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from .alignment import ARCFACE_TEMPLATE, MIRRORED, apply_transform, compose, invert, similarity_transform, warp
 from .detector import Face, check_picture, scaled_copy
-from .network import LAYERS, OUTPUTS, decoded, load_weights, maps
+from .network import CROP, LAYERS, MIDDLE, OUTPUTS, crop_transform, decoded, load_weights, maps, reading
 from .pose import pose_of
 
 if TYPE_CHECKING:
@@ -33,15 +34,13 @@ class Search(NamedTuple):
 #: Tried in this order until a face is certain: faces that fill the picture, whose surroundings the border stands for,
 #: and small ones; pictures that lie or stand on their heads; small faces of large pictures.
 _SEARCHES = (
-    (Search(256, 0.25), Search(640, 0.0)),
+    (Search(256, 0.25), Search(512, 0.0)),
     (Search(256, 0.25, 1), Search(256, 0.25, 2), Search(256, 0.25, 3)),
     (Search(1280, 0.0),),
 )
-_CERTAIN = 0.75
-# The points are read again from an upright crop of this side, in which so many pixels lie between the eyes, and from
-# its mirror image.
-_CROP, _EYES = 128, 36.0
-_REFINED = 16  # largest faces of a picture that get this second reading
+_PROPOSED = 0.3  # score of a cell that proposes a face, which the second reading judges
+_MOST = 32  # proposals of one search that are looked at closely
+_CERTAIN = 0.9  # a score that ends the search
 
 
 class SmallDetector:
@@ -75,22 +74,25 @@ class SmallDetector:
     def detect(self, rgb: np.ndarray) -> list[Face]:
         """See :class:`~xcos_ext.faces.Detector`."""
         check_picture(rgb)
-        rows = np.zeros((0, OUTPUTS))
+        found = np.zeros((0, OUTPUTS))
         for searches in _SEARCHES:
-            for search in searches:
-                if search.border or max(rgb.shape[:2]) > _SEARCHES[0][0].longest:  # it would not show more otherwise
-                    rows = np.concatenate([rows, self._search(rgb, search)])
-            if (rows[:, 0] >= _CERTAIN).any():
+            rows = [
+                self._search(rgb, search)
+                for search in searches
+                # Of small pictures a larger copy would not show more.
+                if search.border or max(rgb.shape[:2]) > _SEARCHES[0][0].longest
+            ]
+            proposed = _distinct(np.concatenate([np.zeros((0, OUTPUTS)), *rows]))[:_MOST]
+            landmarks, scores = self.read(rgb, proposed[:, 5:15].reshape(-1, 5, 2))
+            proposed[:, 0], proposed[:, 5:15] = scores, landmarks.reshape(-1, 10)
+            found = np.concatenate([found, proposed[scores >= self._min_score]])
+            if (found[:, 0] >= _CERTAIN).any():
                 break
-        rows = _distinct(rows)
-        largest = np.argsort(-rows[:, 3] * rows[:, 4], kind="stable")[:_REFINED]
         faces = []
-        for i, row in enumerate(rows):
-            points = row[5:15].reshape(5, 2)
-            if i in largest:
-                points = self.refine(rgb, points)
+        for row in _distinct(found):
             box = (*(row[1:3] - row[3:5] / 2).tolist(), *row[3:5].tolist())
             yaw, pitch = np.rad2deg(row[15:17]).tolist()
+            points = row[5:15].reshape(5, 2)
             faces.append(Face(box, points, float(row[0]), (yaw, pitch, pose_of(points)[2])))
         return faces
 
@@ -99,7 +101,7 @@ class SmallDetector:
         copy, factor = scaled_copy(rgb, search.longest, enlarge=2.0)
         room = int(search.border * max(copy.shape[:2]))
         framed = np.pad(copy, ((room, room), (room, room), (0, 0)), constant_values=128)
-        rows = self._seen(np.ascontiguousarray(np.rot90(framed, search.turns))[None], self._min_score)[0]
+        rows = self._seen(np.ascontiguousarray(np.rot90(framed, search.turns))[None], _PROPOSED)[0]
         back = np.eye(2, 3)
         shape = framed.shape[:2]
         for _ in range(search.turns):  # np.rot90 turns counter-clockwise: (x, y) was (width - 1 - y, x) before
@@ -111,8 +113,8 @@ class SmallDetector:
         rows[:, 3:5] = rows[:, 3:5] @ np.abs(back[:, :2]).T
         return rows
 
-    def _seen(self, pictures: np.ndarray, least: float) -> list[np.ndarray]:
-        """Cells of each of the pictures [N, H, W, 3] that see a face, as of :func:`decoded`."""
+    def _run(self, what: Callable[..., Any], pictures: np.ndarray) -> Any:
+        """:func:`maps` or :func:`reading` of pictures [N, H, W, 3]."""
         import torch
         import torch.nn.functional as F
 
@@ -127,40 +129,49 @@ class SmallDetector:
 
         with torch.inference_mode():
             pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div_(64).sub_(2)
-            levels = [found.permute(0, 2, 3, 1).numpy() for found in maps(pixels, convolution, twice)]
+            return what(pixels, convolution, twice)
+
+    def _seen(self, pictures: np.ndarray, least: float) -> list[np.ndarray]:
+        """Cells of each of the pictures [N, H, W, 3] that see a face, as of :func:`decoded`."""
+        levels = [level.permute(0, 2, 3, 1).numpy() for level in self._run(maps, pictures)]
         return [decoded([level[i] for level in levels], least) for i in range(len(pictures))]
 
-    def refine(self, rgb: np.ndarray, points: np.ndarray) -> np.ndarray:
-        """Read the points of a face whose points are roughly known, in the upright crop that these give and in its
-        mirror image.
+    def read(self, rgb: np.ndarray, landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Read the points of faces that are roughly known, in the upright crops that these give: twice, the second
+        time in their mirror images too.
 
         Args:
             rgb: uint8 [H, W, 3].
-            points: five points (x, y) [5, 2] in the order of :data:`~xcos_ext.faces.ARCFACE_TEMPLATE`.
+            landmarks: five points (x, y) of each of N faces [N, 5, 2] in the order of
+                :data:`~xcos_ext.faces.ARCFACE_TEMPLATE`.
 
         Returns:
-            fp64 [5, 2]; the given ones where the network sees no face there.
+            fp64 [N, 5, 2]; scores [N] in [0, 1] of its being a face.
         """
-        try:
-            upright = similarity_transform(points, ARCFACE_TEMPLATE)
-        except ValueError:  # all points in one place
-            return points
-        zoom = _EYES / (ARCFACE_TEMPLATE[1, 0] - ARCFACE_TEMPLATE[0, 0])
-        shift = (_CROP - 1) / 2 - zoom * ARCFACE_TEMPLATE.mean(0)
-        matrix = compose(np.hstack([zoom * np.eye(2), shift[:, None]]), upright)
-        crop = warp(rgb, matrix, (_CROP, _CROP), extend=True)
-        expected = apply_transform(matrix, points)
-        readings = []
-        for mirror, rows in enumerate(self._seen(np.stack([crop, crop[:, ::-1]]), 0.1)):
-            read = rows[:, 5:15].reshape(-1, 5, 2)
+        landmarks = np.array(landmarks, np.float64).reshape(-1, 5, 2)
+        scores = np.zeros(len(landmarks))
+        for mirror in (False, True):
+            there, matrices, crops = [], [], []
+            for i, points in enumerate(landmarks):
+                try:
+                    matrix = compose(crop_transform(), similarity_transform(points, ARCFACE_TEMPLATE))
+                except ValueError:  # all points in one place
+                    continue
+                there.append(i)
+                matrices.append(invert(matrix))
+                crops.append(warp(rgb, matrix, (CROP, CROP), extend=True))
+            if not there:
+                break
+            seen = np.stack([*crops, *(crop[:, ::-1] for crop in crops if mirror)])
+            found = self._run(reading, seen)[:, :, MIDDLE, MIDDLE].double().numpy()
+            points, logits = found[:, :10].reshape(-1, 5, 2) + CROP / 2, found[:, 10]
             if mirror:
-                read = read[:, MIRRORED]
-                read[:, :, 0] = _CROP - 1 - read[:, :, 0]
-            near = np.linalg.norm(read - expected, axis=2).mean(1) < _EYES / 2  # the same face, not a neighbour
-            if near.any():  # the mean of all cells that say so, the surer the more
-                weights = rows[near, 0] ** 4
-                readings.append((weights[:, None, None] * read[near]).sum(0) / weights.sum())
-        return apply_transform(invert(matrix), np.mean(readings, 0)) if readings else points
+                points, mirrored = np.split(points, 2)
+                points = (points + mirrored[:, MIRRORED] * (-1, 1) + (CROP - 1, 0)) / 2
+                logits = logits.reshape(2, -1).mean(0)
+            landmarks[there] = [apply_transform(m, p) for m, p in zip(matrices, points, strict=True)]
+            scores[there] = 1 / (1 + np.exp(-logits))
+        return landmarks, scores
 
 
 def _distinct(rows: np.ndarray) -> np.ndarray:

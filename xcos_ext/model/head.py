@@ -231,10 +231,13 @@ class Head(nn.Module):
         return self.score(self.features(grid_a), self.features(grid_b), return_maps=True)
 
 
-@torch.compiler.assume_constant_result
 def _exporting() -> bool:
     """Whether a graph is made for torch.export; asked for real, where Dynamo of torch 2.11 answers True always."""
     return torch.compiler.is_exporting()
+
+
+# What torch.compiler.assume_constant_result does, which imports the whole compiler: over a second of every start.
+_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class XCosHead(Head):

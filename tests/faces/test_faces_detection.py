@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -32,6 +31,8 @@ from xcos_ext.faces import (
     read_face,
     similarity_transform,
 )
+from xcos_ext.faces.alignment import warp
+from xcos_ext.faces.network import CROP, MIDDLE, crop_transform, reading
 from xcos_ext.gallery.enroll import read_faces
 from xcos_ext.io.errors import ModelError, PictureError
 from xcos_ext.io.optional import MissingPackageError, need
@@ -95,7 +96,8 @@ def test_pictures_that_lie_or_stand_on_their_heads(small: SmallDetector, turns: 
         truth, width = np.stack([truth[:, 1], width - 1 - truth[:, 0]], 1), 680 - width
     faces = small.detect(np.ascontiguousarray(np.rot90(canvas, turns)))
     assert len(faces) == 1 and error(faces[0], truth) < 3
-    assert faces[0].pose is not None and faces[0].pose[2] == pytest.approx({1: -90, 2: 180, 3: 90}[turns], abs=8)
+    assert faces[0].pose is not None
+    assert (faces[0].pose[2] + 90 * turns + 180) % 360 - 180 == pytest.approx(0, abs=8)
 
 
 def test_several_faces(small: SmallDetector) -> None:
@@ -273,9 +275,9 @@ def test_what_looks_like_a_face() -> None:
     # In torch the network says the same.
     crop = align_face(canvas, truth)
     for picture in (crop, *nothings().values()):
-        seen = cv2.resize(picture, (80, 80), interpolation=cv2.INTER_LINEAR)
-        rows = SmallDetector()._seen(np.stack([seen, seen[:, ::-1]]), 0.0)
-        assert face_likelihood(picture) == pytest.approx(np.mean([row[:, 0].max() for row in rows]), abs=0.03)
+        seen = warp(picture, crop_transform(), (CROP, CROP), extend=True)
+        found = SmallDetector()._run(reading, np.stack([seen, seen[:, ::-1]]))[:, 10, MIDDLE, MIDDLE]
+        assert face_likelihood(picture) == pytest.approx(float(found.mean().sigmoid()), abs=0.03)
 
 
 def test_crops_of_nothing_are_counted_or_refused() -> None:

@@ -45,12 +45,12 @@ from xcos_ext.faces import (
 from xcos_ext.faces.alignment import MIRRORED, compose
 from xcos_ext.faces.network import CROP, LAYERS, MIDDLE, STRIDES, crop_transform, maps, reading, save_weights
 from xcos_ext.faces.pose import pose_of
-from xcos_ext.faces.small import _SEARCHES, _distinct
+from xcos_ext.faces.small import _SEARCHES, _SHAPES, _distinct
 from xcos_ext.training.engine import warmup_cosine
 from xcos_ext.training.state import averaged_model
 
 HELD_OUT = 200
-_TRAINED = {name: layer for name, layer in LAYERS.items() if name != "read"}  # which is solved in the end
+_TRAINED = {name: layer for name, layer in LAYERS.items() if name not in ("rough", "read")}
 CFP_TRAINED = 100  # the people of folds 1 and 2
 UNSURE = 0.6  # faces of a lower score are neither learned nor learned to be none
 SMALLEST = 9.0  # pixels of a face that is learned
@@ -354,18 +354,24 @@ class DetectorNetwork(nn.Module):
 # --- the second reading
 
 
-def upright_crop(photograph: Photograph, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A crop as a first reading of the points gives it, or its mirror image, and the points in it as the teacher says
-    them, from its middle."""
+def upright_crop(
+    photograph: Photograph, rng: np.random.Generator, rough: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """A crop that is off as a reading of the points is, or as (``rough``) what was proposed; or its mirror image. And
+    the points in it as the teacher says them, from its middle."""
     faces = photograph.faces[photograph.faces[:, 14] >= UNSURE]
     face = faces[int(rng.integers(len(faces)))] if rng.random() < 0.2 else faces[(faces[:, 2] * faces[:, 3]).argmax()]
     truth = face[4:14].reshape(5, 2).astype(np.float64)
-    # How a first reading is off.
-    scale, angle = float(np.exp(rng.normal(0, 0.06))), np.deg2rad(rng.normal(0, 4))
+    wide = float(rng.choice([1.5, 2.5, 3.5])) if rough else 1.0
+    scale, angle = float(np.exp(rng.normal(0, 0.06 * wide))), np.deg2rad(rng.normal(0, 4 * wide))
     a, b = scale * np.cos(angle), scale * np.sin(angle)
     linear, mean = np.array([[a, -b], [b, a]]), ARCFACE_TEMPLATE.mean(0)
-    off = np.hstack([linear, (mean + rng.normal(0, 3, 2) - linear @ mean)[:, None]])
-    matrix = compose(crop_transform(), compose(off, similarity_transform(truth, ARCFACE_TEMPLATE)))
+    off = np.hstack([linear, (mean + rng.normal(0, 3 * wide, 2) - linear @ mean)[:, None]])
+    start = similarity_transform(truth, ARCFACE_TEMPLATE)
+    if rough and rng.random() < 0.5:  # as from a box alone
+        shape = _SHAPES[int(rng.integers(3))] if rng.random() < 0.3 else _SHAPES[_nearest_shape(face)]
+        start = similarity_transform(face[:2] + face[2:4] / 2 + shape * np.sqrt(face[2] * face[3]), ARCFACE_TEMPLATE)
+    matrix = compose(crop_transform(), compose(off, start))
     crop = warp(photograph.rgb, matrix, (CROP, CROP), extend=True)
     truth = apply_transform(matrix, truth)
     if rng.random() < 0.5:
@@ -380,13 +386,19 @@ def upright_crop(photograph: Photograph, rng: np.random.Generator) -> tuple[np.n
     return spoilt(crop, rng) if rng.random() < 0.4 else crop, truth - CROP / 2
 
 
+def _nearest_shape(face: np.ndarray) -> int:
+    """Which of the detector's mean shapes is nearest to a face's points."""
+    points = (face[4:14].reshape(5, 2) - face[:2] - face[2:4] / 2) / np.sqrt(face[2] * face[3])
+    return int(np.linalg.norm(_SHAPES - points, axis=2).mean(1).argmin())
+
+
 def features_of(weights: dict[str, Tensor], crops: list[np.ndarray]) -> np.ndarray:
     """What the layer ``read`` sees of the middle of upright crops, [N, inputs * kernel * kernel] fp32."""
     kept: list[Tensor] = []
     around = slice(MIDDLE - LAYERS["read"][2] // 2, MIDDLE + LAYERS["read"][2] // 2 + 1)
 
     def convolution(name: str, x: Tensor, relu: bool) -> Tensor:
-        if name == "read":
+        if name == "rough":
             kept.append(x[:, :, around, around].flatten(1))
             return x
         _, _, size, stride, groups = LAYERS[name]
@@ -399,18 +411,25 @@ def features_of(weights: dict[str, Tensor], crops: list[np.ndarray]) -> np.ndarr
     with torch.inference_mode():
         for begin in range(0, len(crops), 64):
             pixels = torch.from_numpy(np.stack(crops[begin : begin + 64])).permute(0, 3, 1, 2).float() / 64 - 2
-            reading(pixels, convolution, twice)
+            reading("rough", pixels, convolution, twice)
     return torch.cat(kept).numpy()
 
 
 def solved_points(
-    weights: dict[str, Tensor], photographs: list[Photograph], count: int, rng: np.random.Generator
+    weights: dict[str, Tensor],
+    photographs: list[Photograph],
+    count: int,
+    rng: np.random.Generator,
+    rough: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weight [10, features] and bias [10] that read the points: least squares with a small penalty."""
     size = LAYERS["read"][0] * LAYERS["read"][2] ** 2 + 1
     gram, moment = np.zeros((size, size)), np.zeros((size, 10))
     for begin in range(0, count, 512):
-        drawn = [upright_crop(photographs[(begin + i) % len(photographs)], rng) for i in range(min(512, count - begin))]
+        drawn = [
+            upright_crop(photographs[(begin + i) % len(photographs)], rng, rough)
+            for i in range(min(512, count - begin))
+        ]
         x = features_of(weights, [crop for crop, _ in drawn]).astype(np.float64)
         x = np.hstack([x, np.ones((len(x), 1))])
         gram += x.T @ x
@@ -424,8 +443,10 @@ def solved_points(
 def proposals(detector: SmallDetector, rgb: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """What the first reading proposes, upright and turned: points [5, 2], and the crop that the second would see."""
     for searches in _SEARCHES[:2]:
-        rows = _distinct(np.concatenate([detector._search(rgb, search) for search in searches]))[:12]
-        for points in detector.read(rgb, rows[:, 5:15].reshape(-1, 5, 2))[0]:
+        rows = _distinct(np.concatenate([detector._search(rgb, search) for search in searches]))[:10]
+        boxes = rows[:, None, 1:3] + _SHAPES[len(rows) % 3] * np.sqrt(rows[:, 3] * rows[:, 4])[:, None, None]
+        starts = np.concatenate([rows[:, 5:15].reshape(-1, 5, 2), boxes[:6]])
+        for points in detector._step("read", rgb, detector._step("rough", rgb, starts)[0])[0]:
             try:
                 matrix = compose(crop_transform(), similarity_transform(points, ARCFACE_TEMPLATE))
             except ValueError:
@@ -463,10 +484,10 @@ def judged(detector: SmallDetector, photographs: list[Photograph], rng: np.rando
     return faces, none
 
 
-def reading_layer(
+def reading_layers(
     weights: dict[str, Tensor], photographs: list[Photograph], arguments: argparse.Namespace
 ) -> dict[str, Tensor]:
-    """The layer that reads the points and judges, linear in the features around the middle of an upright crop: solved
+    """The layers that read the points and judge, linear in the features around the middle of an upright crop: solved
     once the network is trained, the points by least squares, the verdict by logistic regression."""
     from sklearn.linear_model import LogisticRegression
 
@@ -475,12 +496,16 @@ def reading_layer(
     mixed = [photographs[i] for i in rng.permutation(len(photographs))]
     weight, bias = np.zeros((outputs, inputs * kernel**2)), np.zeros(outputs)
     weight[:10], bias[:10] = solved_points(weights, mixed, arguments.crops, rng)
+    rough = solved_points(weights, mixed, arguments.crops, rng, rough=True)
 
-    def layer() -> dict[str, Tensor]:
-        shaped = torch.from_numpy(weight.reshape(outputs, inputs, kernel, kernel)).float()
-        return {"read.weight": shaped.contiguous(), "read.bias": torch.from_numpy(bias).float()}
+    def layers() -> dict[str, Tensor]:
+        found = {}
+        for name, (w, b) in {"rough": rough, "read": (weight, bias)}.items():
+            found[f"{name}.weight"] = torch.from_numpy(w.reshape(-1, inputs, kernel, kernel)).float().contiguous()
+            found[f"{name}.bias"] = torch.from_numpy(b).float()
+        return found
 
-    save_weights(arguments.out, weights | layer(), {})
+    save_weights(arguments.out, weights | layers(), {})
     whole = [photograph for photograph in mixed if photograph.rgb.shape[:2] != (112, 112)]
     faces, none = judged(SmallDetector(weights=arguments.out), whole[: arguments.judged], rng)
     say(f"{len(faces)} crops of faces, {len(none)} of none")
@@ -490,7 +515,7 @@ def reading_layer(
     regression.fit((x - mean) / deviation, np.arange(len(x)) < len(faces))
     weight[10] = regression.coef_[0] / deviation
     bias[10] = float(regression.intercept_[0]) - float(weight[10] @ mean)
-    return layer()
+    return layers()
 
 
 def losses(outputs: list[Tensor], marks: list[Tensor]) -> dict[str, Tensor]:
@@ -577,7 +602,7 @@ def train(arguments: argparse.Namespace) -> None:
     }
     trained: Any = average.module
     made: dict[str, Tensor] = trained.folded()
-    save_weights(arguments.out, made | reading_layer(made, photographs, arguments), notes)
+    save_weights(arguments.out, made | reading_layers(made, photographs, arguments), notes)
 
 
 def main() -> int:

@@ -44,7 +44,7 @@ def face_likelihood(crop: np.ndarray) -> float:
         at = ((np.arange(CROP) - shift) / zoom + 0.5) * crop.shape[axis] / 112 - 0.5
         seen = _sampled(seen, at).swapaxes(0, 1)
     pixels = np.stack([seen, seen[:, ::-1]]) / 64 - 2
-    logits = reading(pixels, _convolution, _twice)[:, MIDDLE, MIDDLE, 10].astype(np.float64)
+    logits = reading("read", pixels, _convolution, _twice)[:, MIDDLE, MIDDLE, 10].astype(np.float64)
     return float(1 / (1 + np.exp(-logits.mean())))
 
 

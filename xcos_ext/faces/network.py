@@ -54,6 +54,7 @@ LAYERS: dict[str, tuple[int, int, int, int, int]] = {
     "side8": (56, 64, 1, 1, 1),
     "side16": (64, 64, 1, 1, 1),
     "out": (64, OUTPUTS, 1, 1, 1),
+    "rough": (64, 10, 5, 1, 1),
     "read": (64, 11, 5, 1, 1),
 }
 for _width, _names in ((32, "a4"), (56, "a8 b8"), (64, "a16 b16 a32 b32 c32 p8 p16 head")):
@@ -105,13 +106,15 @@ def maps(pixels: Any, convolution: Convolution, twice: Repetition) -> list[Any]:
     return [convolution("out", _block("head", x, convolution), False) for x in (at8, at16, at32)]
 
 
-def reading(pixels: Any, convolution: Convolution, twice: Repetition) -> Any:
+def reading(layer: str, pixels: Any, convolution: Convolution, twice: Repetition) -> Any:
     """What upright crops (:func:`crop_transform`) show: a map of which the middle cell (:data:`MIDDLE`) has (x, y) of
-    the five points in pixels from the crop's middle, and the logit of its being a face.
+    the five points in pixels from the crop's middle, and with the layer ``"read"`` the logit of its being a face.
 
-    Arguments as of :func:`maps`.
+    Args:
+        layer: ``"rough"`` for crops that may be far off, ``"read"`` for such that a rough reading has given.
+        pixels, convolution, twice: as of :func:`maps`.
     """
-    return convolution("read", _trunk(pixels, convolution, twice)[1], False)
+    return convolution(layer, _trunk(pixels, convolution, twice)[1], False)
 
 
 def crop_transform() -> np.ndarray:

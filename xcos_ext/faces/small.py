@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -34,13 +35,24 @@ class Search(NamedTuple):
 #: Tried in this order until a face is certain: faces that fill the picture, whose surroundings the border stands for,
 #: and small ones; pictures that lie or stand on their heads; small faces of large pictures.
 _SEARCHES = (
-    (Search(256, 0.25), Search(512, 0.0)),
-    (Search(256, 0.25, 1), Search(256, 0.25, 2), Search(256, 0.25, 3)),
-    (Search(1280, 0.0),),
+    (Search(128, 0.25), Search(256, 0.25), Search(512, 0.0)),
+    (Search(128, 0.25, 1), Search(128, 0.25, 2), Search(128, 0.25, 3)),
+    (Search(256, 0.25, 1), Search(256, 0.25, 2), Search(256, 0.25, 3), Search(1280, 0.0)),
 )
 _PROPOSED = 0.3  # score of a cell that proposes a face, which the second reading judges
 _MOST = 32  # proposals of one search that are looked at closely
 _CERTAIN = 0.9  # a score that ends the search
+_SURE = 2.0  # a logit of the first look from which on no other start is tried
+
+#: Points of an upright face, of one that looks to the picture's right and of one that looks to its left, from the
+#: middle of its box, in sides of a square as large as the box: medians over the faces that were trained on.
+_SHAPES = np.array(
+    [
+        [(-0.20, -0.14), (0.20, -0.14), (0.0, 0.08), (-0.17, 0.27), (0.17, 0.27)],
+        [(0.07, -0.17), (0.34, -0.17), (0.36, 0.05), (0.08, 0.29), (0.29, 0.29)],
+        [(-0.34, -0.17), (-0.07, -0.17), (-0.36, 0.05), (-0.29, 0.29), (-0.08, 0.29)],
+    ]
+)
 
 
 class SmallDetector:
@@ -79,11 +91,10 @@ class SmallDetector:
             rows = [
                 self._search(rgb, search)
                 for search in searches
-                # Of small pictures a larger copy would not show more.
-                if search.border or max(rgb.shape[:2]) > _SEARCHES[0][0].longest
+                if search.border or max(rgb.shape[:2]) > 256  # of small pictures a larger copy would not show more
             ]
             proposed = _distinct(np.concatenate([np.zeros((0, OUTPUTS)), *rows]))[:_MOST]
-            landmarks, scores = self.read(rgb, proposed[:, 5:15].reshape(-1, 5, 2))
+            landmarks, scores = self._judged(rgb, proposed)
             proposed[:, 0], proposed[:, 5:15] = scores, landmarks.reshape(-1, 10)
             found = np.concatenate([found, proposed[scores >= self._min_score]])
             if (found[:, 0] >= _CERTAIN).any():
@@ -136,9 +147,23 @@ class SmallDetector:
         levels = [level.permute(0, 2, 3, 1).numpy() for level in self._run(maps, pictures)]
         return [decoded([level[i] for level in levels], least) for i in range(len(pictures))]
 
+    def _judged(self, rgb: np.ndarray, proposed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Points and scores of proposed faces: from their own points or, where these lead to no face, from those that
+        an upright face, one that looks to the right or one that looks to the left has in such a box."""
+        landmarks = proposed[:, 5:15].reshape(-1, 5, 2)
+        landmarks, logits = self._step("read", rgb, self._step("rough", rgb, landmarks)[0])
+        for shape in _SHAPES:
+            unsure = np.flatnonzero(logits < _SURE)
+            boxes = proposed[unsure]
+            starts = boxes[:, None, 1:3] + shape * np.sqrt(boxes[:, 3] * boxes[:, 4])[:, None, None]
+            points, found = self._step("read", rgb, self._step("rough", rgb, starts)[0])
+            better = found > logits[unsure]
+            logits[unsure[better]], landmarks[unsure[better]] = found[better], points[better]
+        landmarks, logits = self._step("read", rgb, landmarks, mirror=True)
+        return landmarks, 1 / (1 + np.exp(-logits))
+
     def read(self, rgb: np.ndarray, landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Read the points of faces that are roughly known, in the upright crops that these give: twice, the second
-        time in their mirror images too.
+        """Read the points of faces that are roughly known, in the upright crops that these give.
 
         Args:
             rgb: uint8 [H, W, 3].
@@ -148,30 +173,35 @@ class SmallDetector:
         Returns:
             fp64 [N, 5, 2]; scores [N] in [0, 1] of its being a face.
         """
-        landmarks = np.array(landmarks, np.float64).reshape(-1, 5, 2)
-        scores = np.zeros(len(landmarks))
-        for mirror in (False, True):
-            there, matrices, crops = [], [], []
-            for i, points in enumerate(landmarks):
-                try:
-                    matrix = compose(crop_transform(), similarity_transform(points, ARCFACE_TEMPLATE))
-                except ValueError:  # all points in one place
-                    continue
-                there.append(i)
-                matrices.append(invert(matrix))
-                crops.append(warp(rgb, matrix, (CROP, CROP), extend=True))
-            if not there:
-                break
+        landmarks = self._step("rough", rgb, np.array(landmarks, np.float64).reshape(-1, 5, 2))[0]
+        landmarks, logits = self._step("read", rgb, self._step("read", rgb, landmarks)[0], mirror=True)
+        return landmarks, 1 / (1 + np.exp(-logits))
+
+    def _step(
+        self, layer: str, rgb: np.ndarray, landmarks: np.ndarray, mirror: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """One reading: points [N, 5, 2] and logits [N]; with ``mirror`` the mean with that of the mirror image."""
+        landmarks, logits = landmarks.copy(), np.full(len(landmarks), -np.inf)
+        there, matrices, crops = [], [], []
+        for i, points in enumerate(landmarks):
+            try:
+                matrix = compose(crop_transform(), similarity_transform(points, ARCFACE_TEMPLATE))
+            except ValueError:  # all points in one place
+                continue
+            there.append(i)
+            matrices.append(invert(matrix))
+            crops.append(warp(rgb, matrix, (CROP, CROP), extend=True))
+        if there:
             seen = np.stack([*crops, *(crop[:, ::-1] for crop in crops if mirror)])
-            found = self._run(reading, seen)[:, :, MIDDLE, MIDDLE].double().numpy()
-            points, logits = found[:, :10].reshape(-1, 5, 2) + CROP / 2, found[:, 10]
+            found = self._run(partial(reading, layer), seen)[:, :, MIDDLE, MIDDLE].double().numpy()
+            read, verdicts = found[:, :10].reshape(-1, 5, 2) + CROP / 2, found[:, 10:].sum(1)
             if mirror:
-                points, mirrored = np.split(points, 2)
-                points = (points + mirrored[:, MIRRORED] * (-1, 1) + (CROP - 1, 0)) / 2
-                logits = logits.reshape(2, -1).mean(0)
-            landmarks[there] = [apply_transform(m, p) for m, p in zip(matrices, points, strict=True)]
-            scores[there] = 1 / (1 + np.exp(-logits))
-        return landmarks, scores
+                read, mirrored = np.split(read, 2)
+                read = (read + mirrored[:, MIRRORED] * (-1, 1) + (CROP - 1, 0)) / 2
+                verdicts = verdicts.reshape(2, -1).mean(0)
+            landmarks[there] = [apply_transform(m, p) for m, p in zip(matrices, read, strict=True)]
+            logits[there] = verdicts
+        return landmarks, logits
 
 
 def _distinct(rows: np.ndarray) -> np.ndarray:

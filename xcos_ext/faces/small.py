@@ -24,23 +24,26 @@ if TYPE_CHECKING:
 __all__ = ["SmallDetector"]
 
 
+_LIKELY = 0.6  # a score of the first reading that is enough to look closely at small faces, of which there are many
+
+
 class Search(NamedTuple):
     """One pass over the whole picture."""
 
     longest: int  # longer side of the copy that is searched
     border: float  # what is put around it, as a part of that side
     turns: int = 0  # quarter turns of the copy
+    least: float = 0.3  # score of a cell that proposes a face, which the second reading judges
 
 
 #: Tried in this order until a face is certain: faces that fill the picture, whose surroundings the border stands for,
 #: and small ones; pictures that lie or stand on their heads; small faces of large pictures.
 _SEARCHES = (
-    (Search(128, 0.25), Search(256, 0.25), Search(512, 0.0)),
+    (Search(128, 0.25), Search(256, 0.25), Search(512, 0.0, least=_LIKELY)),
     (Search(128, 0.25, 1), Search(128, 0.25, 2), Search(128, 0.25, 3)),
-    (Search(256, 0.25, 1), Search(256, 0.25, 2), Search(256, 0.25, 3), Search(1280, 0.0)),
+    (Search(256, 0.25, 1), Search(256, 0.25, 2), Search(256, 0.25, 3), Search(1280, 0.0, least=_LIKELY)),
 )
-_PROPOSED = 0.3  # score of a cell that proposes a face, which the second reading judges
-_MOST = 32  # proposals of one search that are looked at closely
+_MOST = 16  # proposals of one search that are looked at closely
 _CERTAIN = 0.9  # a score that ends the search
 _SURE = 2.0  # a logit of the first look from which on no other start is tried
 
@@ -112,7 +115,7 @@ class SmallDetector:
         copy, factor = scaled_copy(rgb, search.longest, enlarge=2.0)
         room = int(search.border * max(copy.shape[:2]))
         framed = np.pad(copy, ((room, room), (room, room), (0, 0)), constant_values=128)
-        rows = self._seen(np.ascontiguousarray(np.rot90(framed, search.turns))[None], _PROPOSED)[0]
+        rows = self._seen(np.ascontiguousarray(np.rot90(framed, search.turns))[None], search.least)[0]
         back = np.eye(2, 3)
         shape = framed.shape[:2]
         for _ in range(search.turns):  # np.rot90 turns counter-clockwise: (x, y) was (width - 1 - y, x) before
@@ -153,13 +156,16 @@ class SmallDetector:
         landmarks = proposed[:, 5:15].reshape(-1, 5, 2)
         landmarks, logits = self._step("read", rgb, self._step("rough", rgb, landmarks)[0])
         for shape in _SHAPES:
-            unsure = np.flatnonzero(logits < _SURE)
+            # Where there is a face already, only for what was as good as certain at first sight.
+            least = _LIKELY if (logits >= _SURE).any() else 0.0
+            unsure = np.flatnonzero((logits < _SURE) & (proposed[:, 0] >= least))
             boxes = proposed[unsure]
             starts = boxes[:, None, 1:3] + shape * np.sqrt(boxes[:, 3] * boxes[:, 4])[:, None, None]
             points, found = self._step("read", rgb, self._step("rough", rgb, starts)[0])
             better = found > logits[unsure]
             logits[unsure[better]], landmarks[unsure[better]] = found[better], points[better]
-        landmarks, logits = self._step("read", rgb, landmarks, mirror=True)
+        last = np.flatnonzero(logits > -_SURE)
+        landmarks[last], logits[last] = self._step("read", rgb, landmarks[last], mirror=True)
         return landmarks, 1 / (1 + np.exp(-logits))
 
     def read(self, rgb: np.ndarray, landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

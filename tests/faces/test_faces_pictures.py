@@ -11,9 +11,11 @@ import struct
 import sys
 import time
 import tracemalloc
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -492,3 +494,14 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
                 read_picture(tmp_path / bad)
     if before:
         assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+def test_threads_leave_the_filters_of_warnings_as_they_were() -> None:
+    data = io.BytesIO()
+    Image.new("RGB", (400, 400)).save(data, "PNG")
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: decode_picture(data.getvalue(), str(i)), range(200)))
+    assert warnings.filters == before
+    with pytest.warns(UserWarning, match="still heard"):
+        warnings.warn("still heard", stacklevel=1)

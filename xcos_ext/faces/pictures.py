@@ -9,6 +9,7 @@ import os
 import posixpath
 import re
 import stat
+import threading
 import warnings
 from typing import IO, Any, BinaryIO
 
@@ -257,6 +258,32 @@ def why_unreadable(error: BaseException) -> str:
     return re.sub(r"<(?:\w+\.)*(\w+) object at 0x[0-9a-fA-F]+>", r"\1", first_line(error))
 
 
+class _Hush:
+    """Warnings are ignored while any thread is inside. Filters are the whole process's: were each thread to put back
+    what it found, one that found another's would leave it there for ever."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._filters = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore")
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._filters.__exit__(None, None, None)
+
+
+_HUSH = _Hush()
+
+
 def _too_large(name: str, pixels: str, max_pixels: int) -> PictureError:
     return PictureError(
         f"{name}: too large: {pixels} pixels, at most {max_pixels:,} are accepted; scale the picture down, or raise "
@@ -272,9 +299,7 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> tuple[np.ndarray, str
     formats = [f for f in _FORMATS if f in image_module.OPEN]
     damage, size = "damaged picture: its header cannot be read", "its"
     try:
-        with warnings.catch_warnings():
-            # Our own limit decides; Pillow's warnings about size and odd metadata would only confuse stderr.
-            warnings.simplefilter("ignore")
+        with _HUSH:  # our own limit decides; Pillow's warnings about size and odd metadata would only confuse stderr
             if not file.read(1):
                 raise PictureError(f"{name}: expected a picture, got an empty file")
             file.seek(0)

@@ -181,7 +181,7 @@ def test_recogniser_without_known_statistics_needs_a_threshold(photos: dict[str,
     notes = result.stderr.splitlines()
     assert len(notes) == 2 and all(line.startswith("xcos: ") for line in notes)
     assert "no statistics are known" in notes[0]
-    assert "knows no decision threshold; give --threshold" in notes[1]
+    assert "knows no decision threshold; give one (threshold=, --threshold)" in notes[1]
     assert run(*arguments, "--threshold", "0.4").exit_code in (0, 1)
 
 

@@ -328,7 +328,7 @@ def test_quick_search_of_a_stranger_rate(crops: Path, tmp_path: Path) -> None:
     # What the model knows of scores is of its own attention.
     trouble(
         run("search", tmp_path / "g", probe, "--aligned", "--attention", "uniform", "--fpir", "0.01"),
-        "--fpir: expected the attention that the model is calibrated with, got --attention uniform; give --threshold",
+        "--fpir: expected the attention that the model is calibrated with, got attention='uniform'; give a threshold",
     )
     curve_alone = load_model()
     curve_alone.threshold = None

@@ -611,7 +611,6 @@ def gallery(kind: str) -> list[str]:
 _DETECTORS = {
     "small": "**small (default)**",
     "yunet.onnx": "YuNet",
-    "cascade": "cascades and landmark network (the default before)",
 }
 
 

@@ -18,7 +18,6 @@ from xcos_ext.io.text import display_name
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
     from xcos_ext.deploy import OnnxModel
     from xcos_ext.explain import Explanation
@@ -346,7 +345,10 @@ def _model(spec: Any, device: str) -> tuple[XCosModel | OnnxModel, str | None]:
         return spec, None
     file = model_file(spec)
     there = file.stat()
-    return _kept(str(file), device, there.st_mtime_ns, there.st_size), display_name(file)
+    if _is_own_graph(file):
+        return _pair_graph(file, device), display_name(file)
+    # The device is tried in every call.
+    return _kept(str(file), _place(device), there.st_mtime_ns, there.st_size), display_name(file)
 
 
 def model_file(spec: str | os.PathLike[str] | None) -> Path:
@@ -362,8 +364,16 @@ def model_file(spec: str | os.PathLike[str] | None) -> Path:
 
 
 @functools.lru_cache(maxsize=4)
-def _kept(file: str, device: str, changed: int, size: int) -> XCosModel | OnnxModel:
-    return open_model(file, device)
+def _kept(file: str, place: str, changed: int, size: int) -> XCosModel:
+    """A model in torch from a file as it was changed last."""
+    model: XCosModel = _placed(lambda: _load_model(file), place)
+    return model
+
+
+def _load_model(file: str) -> Any:
+    from xcos_ext.model import load_model
+
+    return load_model(file)
 
 
 def open_model(spec: str | os.PathLike[str] | None = None, device: str = "auto") -> XCosModel | OnnxModel:
@@ -382,24 +392,38 @@ def open_model(spec: str | os.PathLike[str] | None = None, device: str = "auto")
     """
     file = model_file(spec)
     if _is_own_graph(file):
-        graph = _graph(str(file), device)
-        if graph.kind != "pair":
-            raise ModelError(
-                f"{display_name(file)}: expected a graph of kind 'pair' (xcos export onnx --kind pair), got "
-                f"{graph.kind!r}"
-            )
-        return graph
-    from xcos_ext.model import load_model
+        return _pair_graph(file, device)
+    return on_one_thread(lambda: _load_model(str(file)), device)
 
-    return on_one_thread(lambda: load_model(file), device)
+
+def _pair_graph(file: Path, device: str) -> OnnxModel:
+    graph = _graph(str(file), device)
+    if graph.kind != "pair":
+        raise ModelError(
+            f"{display_name(file)}: expected a graph of kind 'pair' (xcos export onnx --kind pair), got {graph.kind!r}"
+        )
+    return graph
 
 
 def on_one_thread(load: Callable[[], Any], device: str) -> Any:
-    """Load a network, where ``device`` says. Loading is thousands of tiny operations: on one thread they take half a
-    second; on several, each waits for the slowest, and on a busy machine that was seen to take half a minute."""
+    """Load a network, where ``device`` says.
+
+    Raises:
+        DeviceError: the device cannot be used; nothing is loaded then.
+    """
+    return _placed(load, _place(device))
+
+
+def _place(device: str) -> str:
+    """The torch device that a name stands for, tried."""
     from xcos_ext.devices import choose_device
 
-    place: torch.device = choose_device(device)
+    return str(choose_device(device))
+
+
+def _placed(load: Callable[[], Any], place: str) -> Any:
+    """Loading is thousands of tiny operations: on one thread they take half a second; on several, each waits for the
+    slowest, and on a busy machine that was seen to take half a minute."""
     import torch
 
     threads = torch.get_num_threads()

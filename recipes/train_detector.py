@@ -43,9 +43,9 @@ from xcos_ext.faces import (
     warp,
 )
 from xcos_ext.faces.alignment import MIRRORED, compose
-from xcos_ext.faces.network import CROP, LAYERS, MIDDLE, STRIDES, crop_transform, maps, reading, save_weights
+from xcos_ext.faces.network import CROP, LAYERS, MIDDLE, STRIDES, crop_transform, features, maps, save_weights
 from xcos_ext.faces.pose import pose_of
-from xcos_ext.faces.small import _SEARCHES, _SHAPES, _distinct
+from xcos_ext.faces.small import _SEARCHES, _SHAPES, _distinct, on_torch
 from xcos_ext.training.engine import warmup_cosine
 from xcos_ext.training.state import averaged_model
 
@@ -330,11 +330,8 @@ class DetectorNetwork(nn.Module):
             y = self.layers[name.replace(".", "_")](x)
             return y.relu() if relu else y
 
-        def twice(x: Tensor, like: Tensor) -> Tensor:
-            return F.interpolate(x, scale_factor=2.0)[..., : like.shape[2], : like.shape[3]]
-
         x = pixels.permute(0, 3, 1, 2).float() / 64 - 2
-        return maps(x.contiguous(memory_format=torch.channels_last), convolution, twice)
+        return maps(x.contiguous(memory_format=torch.channels_last), convolution, on_torch({})[1])
 
     def folded(self) -> dict[str, Tensor]:
         """Weights and biases with the normalisation inside."""
@@ -393,25 +390,13 @@ def _nearest_shape(face: np.ndarray) -> int:
 
 
 def features_of(weights: dict[str, Tensor], crops: list[np.ndarray]) -> np.ndarray:
-    """What the layer ``read`` sees of the middle of upright crops, [N, inputs * kernel * kernel] fp32."""
+    """What the second reading sees of the middle of upright crops, [N, inputs * kernel * kernel] fp32."""
     kept: list[Tensor] = []
     around = slice(MIDDLE - LAYERS["read"][2] // 2, MIDDLE + LAYERS["read"][2] // 2 + 1)
-
-    def convolution(name: str, x: Tensor, relu: bool) -> Tensor:
-        if name == "rough":
-            kept.append(x[:, :, around, around].flatten(1))
-            return x
-        _, _, size, stride, groups = LAYERS[name]
-        y = F.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], stride, size // 2, groups=groups)
-        return y.relu_() if relu else y
-
-    def twice(x: Tensor, like: Tensor) -> Tensor:
-        return F.interpolate(x, scale_factor=2.0)[..., : like.shape[2], : like.shape[3]]
-
     with torch.inference_mode():
         for begin in range(0, len(crops), 64):
             pixels = torch.from_numpy(np.stack(crops[begin : begin + 64])).permute(0, 3, 1, 2).float() / 64 - 2
-            reading("rough", pixels, convolution, twice)
+            kept.append(features(pixels, *on_torch(weights))[:, :, around, around].flatten(1))
     return torch.cat(kept).numpy()
 
 

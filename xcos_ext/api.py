@@ -146,46 +146,42 @@ def verify_many(
     make = detector_maker(detector)
     loaded, file = _model(model, device)
     _decides(loaded, threshold, file)
-    total = len(pairs) if isinstance(pairs, Sized) else None
-    source = iter(pairs)
+    source = iter(_tracked(pairs) if (sys.stderr.isatty() if progress is None else progress) else pairs)
     number = 0
-
-    with _bar(progress, total) as advance:
-        while window := list(islice(source, _BATCH)):
-            keys: list[tuple[Any, Any]] = []
-            wanted: dict[Any, Picture] = {}
-            faces: dict[Any, AlignedFace] = {}
-            for pair in window:
-                if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-                    raise TypeError(f"pairs[{number}]: expected two pictures, got {type(pair).__name__}")
-                sides = []
-                for side, given in zip("ab", pair, strict=True):
-                    path = isinstance(given, (str, bytes, os.PathLike))
-                    key = os.fspath(given) if path else id(given)
-                    name = display_name(given) if path else f"pairs[{number}].{side}"
-                    if isinstance(given, AlignedFace):
-                        faces[key] = _fitting(given, loaded, name)
-                    else:
-                        wanted.setdefault(key, Picture(name, functools.partial(_pixels, given, name)))
-                    sides.append(key)
-                keys.append((sides[0], sides[1]))
-                number += 1
-            size = loaded.preprocessing.size
-            done = read_faces(list(wanted.values()), size, make, policy=policy, strict=strict)
-            failures = []
-            for key, (_, face, why) in zip(wanted, done, strict=True):
-                if face is None:
-                    failures.append(str(why))
+    while window := list(islice(source, _BATCH)):
+        keys: list[tuple[Any, Any]] = []
+        wanted: dict[Any, Picture] = {}
+        faces: dict[Any, AlignedFace] = {}
+        for pair in window:
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise TypeError(f"pairs[{number}]: expected two pictures, got {type(pair).__name__}")
+            sides = []
+            for side, given in zip("ab", pair, strict=True):
+                path = isinstance(given, (str, bytes, os.PathLike))
+                key = os.fspath(given) if path else id(given)
+                name = display_name(given) if path else f"pairs[{number}].{side}"
+                if isinstance(given, AlignedFace):
+                    faces[key] = _fitting(given, loaded, name)
                 else:
-                    faces[key] = face
-            for why in failures:  # now, because decoders in threads hush the warnings of all threads meanwhile
-                warnings.warn(why, stacklevel=2)
-            usable = [pair for pair in keys if pair[0] in faces and pair[1] in faces]
-            with _usable_results(loaded, file):
-                explained = iter(explain_pairs(loaded, [(faces[x], faces[y]) for x, y in usable], threshold, file))
-            for pair in keys:
-                yield next(explained) if pair[0] in faces and pair[1] in faces else None
-                advance(1)
+                    wanted.setdefault(key, Picture(name, functools.partial(_pixels, given, name)))
+                sides.append(key)
+            keys.append((sides[0], sides[1]))
+            number += 1
+        size = loaded.preprocessing.size
+        done = read_faces(list(wanted.values()), size, make, policy=policy, strict=strict)
+        failures = []
+        for key, (_, face, why) in zip(wanted, done, strict=True):
+            if face is None:
+                failures.append(str(why))
+            else:
+                faces[key] = face
+        for why in failures:  # now, because decoders in threads hush the warnings of all threads meanwhile
+            warnings.warn(why, stacklevel=2)
+        usable = [pair for pair in keys if pair[0] in faces and pair[1] in faces]
+        with _usable_results(loaded, file):
+            explained = iter(explain_pairs(loaded, [(faces[x], faces[y]) for x, y in usable], threshold, file))
+        for pair in keys:
+            yield next(explained) if pair[0] in faces and pair[1] in faces else None
 
 
 def represent(
@@ -295,17 +291,14 @@ def _detector(spec: Any) -> Detector | None:
     return found
 
 
-@contextmanager
-def _bar(progress: bool | None, total: int | None) -> Iterator[Callable[[int], None]]:
-    if not (sys.stderr.isatty() if progress is None else progress):
-        yield lambda count: None
-        return
+def _tracked(pairs: Iterable[Any]) -> Iterable[Any]:
+    """The pairs, with a bar on standard error of how many have been taken."""
     from xcos_ext.io.optional import need
 
     console = need("rich.console", "a progress bar").Console(stderr=True)
-    with need("rich.progress", "a progress bar").Progress(console=console) as shown:
-        task = shown.add_task("comparing", total=total)
-        yield lambda count: shown.update(task, advance=count)
+    total = len(pairs) if isinstance(pairs, Sized) else None
+    tracked: Iterable[Any] = need("rich.progress", "a progress bar").track(pairs, "comparing", total, console=console)
+    return tracked
 
 
 # --- models

@@ -63,12 +63,12 @@ def run(
     from xcos_ext.faces import detector_maker
     from xcos_ext.gallery.enroll import find_probes
 
-    find_probes(probes)  # what is not there is said before torch loads a network
+    pictures, left_out = find_probes(probes)  # what is not there is said before torch loads a network
     maker = detector_maker("aligned" if aligned else detector)
     loaded = load(path, device)
     with open_gallery(gallery, loaded) as opened, bar("searching", "faces", quiet=quiet) as tick:
         found = opened.find(
-            list(probes),
+            pictures,
             k,
             detector=maker or "aligned",
             by="person" if by_person else "face",
@@ -77,14 +77,15 @@ def run(
             progress=tick,
             **how,
         )
-    left_out = [why if why.startswith(f"{name}: ") else f"{name}: {why}" for name, why in found.left_out.items()]
-    note_some([f"left out {why}" for why in left_out], "files left out")
+    left_out |= found.left_out
+    lines = [why if why.startswith(f"{name}: ") else f"{name}: {why}" for name, why in left_out.items()]
+    note_some([f"left out {line}" for line in lines], "files left out")
     noted = note_faces(found.several, how["policy"])
     hits, limit = found.hits, found.threshold
     if as_json:
         data = {name: getattr(hits, name) for name in ("version", "exact", "recall", "recall_probes")}
         data |= {"gallery": display_name(gallery), "faces": found.faces, "threshold": limit, "seconds": found.seconds}
-        data |= {"left_out": found.left_out, **noted, "model": described(loaded, path)}
+        data |= {"left_out": left_out, **noted, "model": described(loaded, path)}
         rows = [{"probe": title, "hits": _candidates(hits, row, limit)} for row, title in enumerate(found.probes)]
         print_json(data | {"probes": rows})
         return 0

@@ -29,6 +29,7 @@ __all__ = [
     "STRIDES",
     "crop_transform",
     "decoded",
+    "features",
     "load_weights",
     "maps",
     "reading",
@@ -68,8 +69,7 @@ _EYES = 36.0  # pixels between the eyes in it
 
 #: A convolution by name, with its bias, and (True) cut off below zero.
 Convolution = Callable[[str, Any, bool], Any]
-
-
+#: Repeats each cell of its first argument twice, down to the size of its second.
 Repetition = Callable[[Any, Any], Any]
 
 
@@ -95,7 +95,7 @@ def maps(pixels: Any, convolution: Convolution, twice: Repetition) -> list[Any]:
     Args:
         pixels: RGB, ``value / 64 - 2``, so that mid-grey is what lies outside the picture.
         convolution: applies a layer of :data:`LAYERS`.
-        twice: repeats each cell of its first argument twice, down to the size of its second.
+        twice: enlarges a map.
 
     Returns:
         A map with :data:`OUTPUTS` channels for each of :data:`STRIDES`.
@@ -106,6 +106,12 @@ def maps(pixels: Any, convolution: Convolution, twice: Repetition) -> list[Any]:
     return [convolution("out", _block("head", x, convolution), False) for x in (at8, at16, at32)]
 
 
+def features(pixels: Any, convolution: Convolution, twice: Repetition) -> Any:
+    """What upright crops (:func:`crop_transform`) show, 16 pixels apart: :func:`reading` is linear in it around
+    :data:`MIDDLE`. Arguments as of :func:`maps`."""
+    return _trunk(pixels, convolution, twice)[1]
+
+
 def reading(layer: str, pixels: Any, convolution: Convolution, twice: Repetition) -> Any:
     """What upright crops (:func:`crop_transform`) show: a map of which the middle cell (:data:`MIDDLE`) has (x, y) of
     the five points in pixels from the crop's middle, and with the layer ``"read"`` the logit of its being a face.
@@ -114,7 +120,7 @@ def reading(layer: str, pixels: Any, convolution: Convolution, twice: Repetition
         layer: ``"rough"`` for crops that may be far off, ``"read"`` for such that a rough reading has given.
         pixels, convolution, twice: as of :func:`maps`.
     """
-    return convolution(layer, _trunk(pixels, convolution, twice)[1], False)
+    return convolution(layer, features(pixels, convolution, twice), False)
 
 
 def crop_transform() -> np.ndarray:

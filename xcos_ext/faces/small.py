@@ -7,7 +7,7 @@ docs/verify.md explains and measures.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +21,9 @@ from .pose import pose_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["SmallDetector"]
+    from .network import Convolution, Repetition
+
+__all__ = ["SmallDetector", "on_torch"]
 
 
 _LIKELY = 0.6  # a score of the first reading that is enough to look closely at small faces, of which there are many
@@ -115,7 +117,7 @@ class SmallDetector:
         copy, factor = scaled_copy(rgb, search.longest, enlarge=2.0)
         room = int(search.border * max(copy.shape[:2]))
         framed = np.pad(copy, ((room, room), (room, room), (0, 0)), constant_values=128)
-        rows = self._seen(np.ascontiguousarray(np.rot90(framed, search.turns))[None], search.least)[0]
+        rows = self._seen(np.ascontiguousarray(np.rot90(framed, search.turns)), search.least)
         back = np.eye(2, 3)
         shape = framed.shape[:2]
         for _ in range(search.turns):  # np.rot90 turns counter-clockwise: (x, y) was (width - 1 - y, x) before
@@ -130,25 +132,14 @@ class SmallDetector:
     def _run(self, what: Callable[..., Any], pictures: np.ndarray) -> Any:
         """:func:`maps` or :func:`reading` of pictures [N, H, W, 3]."""
         import torch
-        import torch.nn.functional as F
-
-        def convolution(name: str, x: Tensor, relu: bool) -> Tensor:
-            _, _, kernel, stride, groups = LAYERS[name]
-            weight, bias = self._weights[f"{name}.weight"], self._weights[f"{name}.bias"]
-            y = F.conv2d(x, weight, bias, stride, kernel // 2, groups=groups)
-            return y.relu_() if relu else y
-
-        def twice(x: Tensor, like: Tensor) -> Tensor:
-            return F.interpolate(x, scale_factor=2.0)[..., : like.shape[2], : like.shape[3]]
 
         with torch.inference_mode():
             pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div_(64).sub_(2)
-            return what(pixels, convolution, twice)
+            return what(pixels, *on_torch(self._weights))
 
-    def _seen(self, pictures: np.ndarray, least: float) -> list[np.ndarray]:
-        """Cells of each of the pictures [N, H, W, 3] that see a face, as of :func:`decoded`."""
-        levels = [level.permute(0, 2, 3, 1).numpy() for level in self._run(maps, pictures)]
-        return [decoded([level[i] for level in levels], least) for i in range(len(pictures))]
+    def _seen(self, picture: np.ndarray, least: float) -> np.ndarray:
+        """Cells of a picture [H, W, 3] that see a face, as of :func:`decoded`."""
+        return decoded([level[0].permute(1, 2, 0).numpy() for level in self._run(maps, picture[None])], least)
 
     def _judged(self, rgb: np.ndarray, proposed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Points and scores of proposed faces: from their own points or, where these lead to no face, from those that
@@ -208,6 +199,21 @@ class SmallDetector:
             landmarks[there] = [apply_transform(m, p) for m, p in zip(matrices, read, strict=True)]
             logits[there] = verdicts
         return landmarks, logits
+
+
+def on_torch(weights: Mapping[str, Tensor]) -> tuple[Convolution, Repetition]:
+    """The layers of the network on torch, pictures [N, C, H, W]."""
+    import torch.nn.functional as F
+
+    def convolution(name: str, x: Tensor, relu: bool) -> Tensor:
+        _, _, kernel, stride, groups = LAYERS[name]
+        y = F.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], stride, kernel // 2, groups=groups)
+        return y.relu_() if relu else y
+
+    def twice(x: Tensor, like: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2.0)[..., : like.shape[2], : like.shape[3]]
+
+    return convolution, twice
 
 
 def _distinct(rows: np.ndarray) -> np.ndarray:

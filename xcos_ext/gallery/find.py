@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from xcos_ext.deploy import for_inference
 from xcos_ext.faces import detector_maker, picture_of
 from xcos_ext.io.errors import GalleryError, PictureError
 from xcos_ext.io.text import counted, display_name
@@ -67,8 +66,10 @@ class Found:
 
 
 def _pictures(photos: Any) -> tuple[list[Picture], dict[str, str]]:
-    """Probes of paths, folders, archives, or pictures in memory; one or several."""
+    """Probes of paths, folders, archives, pictures in memory, or what :func:`find_probes` gave; one or several."""
     given = list(photos) if isinstance(photos, (list, tuple)) else [photos]
+    if given and all(isinstance(one, Picture) for one in given):
+        return given, {}
     if given and all(isinstance(one, str) or hasattr(one, "__fspath__") for one in given):
         return find_probes(given)
     found = []
@@ -81,7 +82,7 @@ def _pictures(photos: Any) -> tuple[list[Picture], dict[str, str]]:
 
 def find(
     gallery: Any,
-    model: XCosModel,
+    fast: XCosModel,
     photos: Any,
     k: int,
     *,
@@ -95,7 +96,7 @@ def find(
     attention: str,
     **how: Any,
 ) -> Found:
-    """:meth:`xcos_ext.Gallery.find`."""
+    """:meth:`xcos_ext.Gallery.find`, with the gallery's model as it embeds fastest."""
     if threshold is not None and fpir is not None:
         raise GalleryError("threshold, fpir: expected one of them, got both")
     pictures, left_out = _pictures(photos)
@@ -114,7 +115,7 @@ def find(
     crops, names = [], []
     several: dict[str, int] = {}
     tick = reading or quiet
-    faces = read_faces(pictures, model.preprocessing.size, detector_maker(detector), policy=policy, strict=strict)
+    faces = read_faces(pictures, fast.preprocessing.size, detector_maker(detector), policy=policy, strict=strict)
     for done, (picture, face, why) in enumerate(faces, 1):
         if face is None:
             left_out[picture.id] = why or "no face"
@@ -127,7 +128,6 @@ def find(
     if not crops:
         reasons = "; ".join(list(left_out.values())[:3])
         raise PictureError(f"no probe has a usable face: {reasons}" if reasons else "photos: expected one, got none")
-    fast = for_inference(model)
     with torch.inference_mode():
         templates = fast.templates(fast.features_of(crops), "probe", layout.dtype)
     begin = time.perf_counter()

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xcos_ext.deploy import for_inference
 from xcos_ext.faces import detector_maker
 from xcos_ext.io.arrays import refuse_masked
 from xcos_ext.io.atomic import local_path
@@ -92,6 +93,7 @@ class Gallery(Searcher):
         try:
             self.layout: Layout = self._seen.layout
             self._model = model
+            self._fast: tuple[str, XCosModel] | None = None  # fingerprint, and the copy that embeds pictures
             if model is not None:
                 self.check_model(model)
             own = store.folder / "tiles" if cache is True else cache
@@ -495,9 +497,18 @@ class Gallery(Searcher):
             GalleryError, TypeError: as :meth:`search`.
         """
         return find(
-            self, self._own_model(), photos, k, detector=detector, policy=policy, strict=strict, threshold=threshold,
+            self, self._embedder(), photos, k, detector=detector, policy=policy, strict=strict, threshold=threshold,
             fpir=fpir, fusion=fusion, reading=reading, attention=attention, **how,
         )  # fmt: skip
+
+    def _embedder(self) -> XCosModel:
+        """A copy of the model that embeds faster, kept because making it takes longer than to embed a picture."""
+        model = self._own_model()
+        mark = model.fingerprint()
+        if self._fast is None or self._fast[0] != mark:
+            self.check_model(model)
+            self._fast = mark, for_inference(model)
+        return self._fast[1]
 
     def _own_model(self) -> XCosModel:
         """The model that makes this gallery's templates: it was given, or is the shipped one."""

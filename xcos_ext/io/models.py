@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import os
 import re
@@ -115,7 +116,13 @@ REGISTRY: dict[str, Entry] = {
                 for address in ("https://raw.githubusercontent.com/{}/{}/{}", "https://github.com/{}/raw/{}/{}")
             ),
         ),
-        Entry("small", "detector", "the default: box, points, score and pose in one pass", "detector.safetensors"),
+        Entry(
+            "small",
+            "detector",
+            "the default: box, points, score and pose; research and demonstration",
+            "detector.safetensors",
+            commercial=False,
+        ),
         Entry(
             "yunet",
             "detector",
@@ -256,7 +263,14 @@ def _is_whole(path: Path, entry: Entry) -> bool:
         return False
     if len(entry.sha256) < 64:  # nobody said what it should be
         return True
-    return hashlib.sha256(path.read_bytes()).hexdigest() == entry.sha256
+    there = path.stat()
+    return _sha256(path, there.st_mtime_ns, there.st_size) == entry.sha256
+
+
+@functools.lru_cache(maxsize=16)
+def _sha256(path: Path, changed: int, size: int) -> str:
+    """Of a file as it was changed last: a call that names a model should not read all of it again."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _from(pooch: Any, url: str, path: Path, entry: Entry) -> str | None:
@@ -267,9 +281,7 @@ def _from(pooch: Any, url: str, path: Path, entry: Entry) -> str | None:
         there = part.stat().st_size if part.exists() else 0
         if entry.size and there >= entry.size:
             there = 0
-        headers = (
-            {"Range": f"bytes={there}-", "Accept-Encoding": "identity"} if there else {"Accept-Encoding": "identity"}
-        )
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={there}-"} if there else {})
         with part.open("ab" if there else "wb") as file, _bar(entry, there) as bar:
             pooch.HTTPDownloader(progressbar=bar, headers=headers, timeout=_TIMEOUT)(url, file, None)
         shutil.copyfile(part, output)

@@ -444,16 +444,18 @@ def load_model(
     ('xcos-slim', torch.Size([1, 32, 7, 7]))
     """
     path = local_file(path, "model", "recogniser")
-    graph = path.suffix.lower() == ".onnx"
-    contents, metadata = ({}, {}) if graph else read_weights(path)
-    state = {} if graph else _state_dict(contents, path)
-    if metadata.get("xcos_format") == _FORMAT or _is_official(state):
-        if statistics is not None or project is not None:
-            raise ValueError("statistics, project: only for recognisers; this file is already an xCos model")
-        own = metadata.get("xcos_format") == _FORMAT
-        model = _from_own(state, metadata, path) if own else _from_official(state, path)
-        return model.to(device)
-    recogniser = backbones.OnnxRecogniser(path) if graph else _as_recogniser(state, path)
+    if path.suffix.lower() == ".onnx":
+        recogniser: Recogniser = backbones.OnnxRecogniser(path)
+    else:
+        contents, metadata = read_weights(path)
+        state = _state_dict(contents, path)
+        if metadata.get("xcos_format") == _FORMAT or _is_official(state):
+            if statistics is not None or project is not None:
+                raise ValueError("statistics, project: only for recognisers; this file is already an xCos model")
+            own = metadata.get("xcos_format") == _FORMAT
+            model = _from_own(state, metadata, path) if own else _from_official(state, path)
+            return model.to(device)
+        recogniser = _as_recogniser(state, path)
     if statistics is None and find_statistics(fingerprint_weights(recogniser)) is None:
         if project is not None:
             raise ModelError(f"{path}: project={project} needs statistics, and none are known for these weights")

@@ -427,7 +427,7 @@ def solved_points(
 
 def proposals(detector: SmallDetector, rgb: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """What the first reading proposes, upright and turned: points [5, 2], and the crop that the second would see."""
-    for searches in _SEARCHES[:2]:
+    for searches in (_SEARCHES[0] + _SEARCHES[1], _SEARCHES[2]):
         rows = _distinct(np.concatenate([detector._search(rgb, search) for search in searches]))[:10]
         boxes = rows[:, None, 1:3] + _SHAPES[len(rows) % 3] * np.sqrt(rows[:, 3] * rows[:, 4])[:, None, None]
         starts = np.concatenate([rows[:, 5:15].reshape(-1, 5, 2), boxes[:6]])

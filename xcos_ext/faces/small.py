@@ -38,16 +38,17 @@ class Search(NamedTuple):
     least: float = 0.3  # score of a cell that proposes a face, which the second reading judges
 
 
-#: Tried in this order until a face is certain: faces that fill the picture, whose surroundings the border stands for,
-#: and small ones; pictures that lie or stand on their heads; small faces of large pictures.
+#: Tried in this order until a face is certain: faces that fill the picture, whose surroundings the border stands for;
+#: small ones; pictures that lie or stand on their heads; small faces of large pictures.
 _SEARCHES = (
-    (Search(128, 0.25), Search(256, 0.25), Search(512, 0.0, least=_LIKELY)),
+    (Search(128, 0.25), Search(256, 0.25)),
+    (Search(512, 0.0, least=_LIKELY),),
     (Search(128, 0.25, 1), Search(128, 0.25, 2), Search(128, 0.25, 3)),
     (Search(256, 0.25, 1), Search(256, 0.25, 2), Search(256, 0.25, 3), Search(1280, 0.0, least=_LIKELY)),
 )
 _MOST = 16  # proposals of one search that are looked at closely
 _CERTAIN = 0.9  # a score that ends the search
-_SURE = 2.0  # a logit of the first look from which on no other start is tried
+_SURE = 2.0  # a logit with which no other start is tried
 
 #: Points of an upright face, of one that looks to the picture's right and of one that looks to its left, from the
 #: middle of its box, in sides of a square as large as the box: medians over the faces that were trained on.
@@ -142,19 +143,17 @@ class SmallDetector:
         return decoded([level[0].permute(1, 2, 0).numpy() for level in self._run(maps, picture[None])], least)
 
     def _judged(self, rgb: np.ndarray, proposed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Points and scores of proposed faces: from their own points or, where these lead to no face, from those that
-        an upright face, one that looks to the right or one that looks to the left has in such a box."""
+        """Points and scores of proposed faces: from their own points or, where none of these leads to a face, from
+        those that an upright face, one that looks to the right or one that looks to the left has in such a box."""
         landmarks = proposed[:, 5:15].reshape(-1, 5, 2)
         landmarks, logits = self._step("read", rgb, self._step("rough", rgb, landmarks)[0])
         for shape in _SHAPES:
-            # Where there is a face already, only for what was as good as certain at first sight.
-            least = _LIKELY if (logits >= _SURE).any() else 0.0
-            unsure = np.flatnonzero((logits < _SURE) & (proposed[:, 0] >= least))
-            boxes = proposed[unsure]
-            starts = boxes[:, None, 1:3] + shape * np.sqrt(boxes[:, 3] * boxes[:, 4])[:, None, None]
+            if (logits >= _SURE).any():
+                break
+            starts = proposed[:, None, 1:3] + shape * np.sqrt(proposed[:, 3] * proposed[:, 4])[:, None, None]
             points, found = self._step("read", rgb, self._step("rough", rgb, starts)[0])
-            better = found > logits[unsure]
-            logits[unsure[better]], landmarks[unsure[better]] = found[better], points[better]
+            better = found > logits
+            logits[better], landmarks[better] = found[better], points[better]
         last = np.flatnonzero(logits > -_SURE)
         landmarks[last], logits[last] = self._step("read", rgb, landmarks[last], mirror=True)
         return landmarks, 1 / (1 + np.exp(-logits))
